@@ -1,0 +1,93 @@
+"""The command line: reads flags, calls one function, prints.
+
+Commands live beside what they run (``convert/commands.py``, ``patches/commands.py``, ``recipes/commands.py``) and are
+loaded only when they are called, so that ``rehead --help`` starts fast and never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from rehead import __version__
+from rehead.errors import EXIT_INTERRUPTED, ReheadError, unknown_name
+
+# command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("rehead.convert.commands", "Show a model's attention layout, KV bytes a token, and what can be done."),
+    "plan": ("rehead.convert.commands", "Show exactly what a conversion would change; reads no weights."),
+    "convert": ("rehead.convert.commands", "Convert a checkpoint to fewer KV heads."),
+    "verify": ("rehead.convert.commands", "Check a converted checkpoint: files, loading, logits."),
+    "families": ("rehead.convert.commands", "List every supported architecture with its layout."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, not when they are listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(import_module(COMMANDS[name][0]), name.replace("-", "_") + "_command")
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(unknown_name("command", args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rehead")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Give pretrained transformers new attention: convert, patch, uptrain, evaluate."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the CLI and exit with Rehead's codes; a user's mistake never shows a traceback.
+
+    Exit codes: 0 done, 2 usage or recipe, 3 unsupported or unsafe input, 4 verification failed, 5 a quality gate failed,
+    130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Nothing is phoned home from a conversion tool.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        cli.main(args=argv, prog_name="rehead", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as mistake:
+        _fail(mistake.format_message(), 2, "--json" in argv)
+    except ReheadError as error:
+        _fail(str(error), error.exit_code, "--json" in argv)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was written to the output", EXIT_INTERRUPTED, "--json" in argv)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int, as_json: bool) -> None:
+    """Print one error line (and the same fact as JSON on stdout when asked) and exit."""
+    line = " ".join(message.split())
+    click.echo(f"error: {line}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": line, "exit_code": code}))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The errors a user can meet.
+
+Each carries one line that names the thing, the reason and the mend, and the exit code the CLI ends with. Library callers
+catch :class:`ReheadError`; the CLI prints the line without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_UNSUPPORTED = 3
+EXIT_VERIFICATION = 4
+EXIT_QUALITY = 5
+EXIT_INTERRUPTED = 130
+
+
+class ReheadError(Exception):
+    """Base of all errors that are the input's or the environment's fault rather than Rehead's."""
+
+    exit_code = EXIT_UNSUPPORTED
+
+
+class UsageError(ReheadError):
+    """A flag, argument or recipe that cannot be meant: exit code 2."""
+
+    exit_code = EXIT_USAGE
+
+
+class UnsupportedError(ReheadError):
+    """Input that is unsupported, unsafe or broken, or a resource that ran out: exit code 3."""
+
+    exit_code = EXIT_UNSUPPORTED
+
+
+class VerificationError(ReheadError):
+    """Something Rehead promised did not hold when it was checked: exit code 4."""
+
+    exit_code = EXIT_VERIFICATION
+
+
+class QualityError(ReheadError):
+    """A quality gate that the user set was not met: exit code 5."""
+
+    exit_code = EXIT_QUALITY
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """One line for a name that is not registered, with the nearest known one suggested.
+
+    Args:
+        kind: what is being named, e.g. ``"method"``.
+        name: what the user wrote.
+        known: every accepted name.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
+    return f"unknown {kind} {name!r}; {hint}"
