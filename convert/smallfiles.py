@@ -1,0 +1,40 @@
+"""Which files travel with a converted checkpoint unchanged, and which must not."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+MANIFEST_NAME = "rehead.json"
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+
+#: Endings of weight files in every format a checkpoint folder is known to hold, and of pickles, which can run code.
+WEIGHT_SUFFIXES = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .h5 .hdf5 .keras .msgpack .flax .onnx .onnx_data .gguf .ggml .ggjt .pkl .pickle"
+    " .joblib .npz .npy .tflite .mlmodel .mlpackage .mlmodelc .ot .pdparams .pdiparams .engine .plan .trt .nemo .index"
+    " .data .pb .llamafile .mar .ptl .pte .zip .tar .gz .7z .rar .zst .xz .part .incomplete .lock .tmp".split()
+)
+#: Files that describe weights or code which do not travel along, or that a conversion writes anew.
+_REWRITTEN = frozenset({MANIFEST_NAME, CONFIG_NAME, CARD_NAME, "adapter_config.json", "quantize_config.json"})
+#: Vocabularies that some tokenizers keep under a name that looks like a weight file's.
+_VOCABULARY_WORDS = ("vocab", "tokenizer", "sentencepiece", "spiece", "merges", "tekken")
+
+
+def travels(name: str) -> bool:
+    """Whether the file ``name`` (POSIX path relative to the checkpoint) is copied byte for byte into the output.
+
+    Everything does (tokenizer, chat template, generation config, vocabulary, licence) except weights of any format and
+    their indexes, Python code (remote code is never carried on), hidden files, and what the conversion writes itself.
+    """
+    path = PurePosixPath(name)
+    if any(part.startswith(".") or part == "__pycache__" for part in path.parts):
+        return False
+    if len(path.parts) == 1 and path.name in _REWRITTEN:
+        return False
+    low = path.name.lower()
+    if low.endswith((".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".index.json")):
+        return False
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        text_like = path.suffix.lower() in (".gz", ".data")
+        return text_like and any(word in low for word in _VOCABULARY_WORDS)
+    return True

@@ -1,0 +1,438 @@
+"""Where a checkpoint is read from: a local folder or a Hub repository, one tensor at a time.
+
+A source knows names, shapes and dtypes from the safetensors headers alone; a weight is read only when it is asked for,
+into memory of its own, so nothing larger than the largest tensor is ever held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from rehead.convert.safetensors_io import (
+    Header,
+    TensorInfo,
+    loads_strict,
+    nbytes_of,
+    parse_index,
+    read_header,
+    shown,
+)
+from rehead.convert.smallfiles import CARD_NAME, CONFIG_NAME, travels
+from rehead.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPE_NAMES", "LocalSource", "Source", "TensorInfo", "open_source", "torch_dtype"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_CONFIG_BYTES = 32_000_000
+
+#: torch dtype names by the format's code; the sub-byte formats have none.
+DTYPE_NAMES: dict[str, str] = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+#: What to do about checkpoints in other formats, by a file name's ending.
+_OTHER_FORMATS = (
+    (".gguf", "GGUF", "convert from the original safetensors repository instead"),
+    (".h5", "TensorFlow", "save it from transformers as safetensors first"),
+    (".msgpack", "Flax", "save it from transformers as safetensors first"),
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype code.
+
+    Raises:
+        UnsupportedError: torch has no such dtype.
+    """
+    import torch
+
+    name = DTYPE_NAMES.get(code)
+    dtype = getattr(torch, name, None) if name else None
+    if dtype is None:
+        raise UnsupportedError(f"torch has no dtype for {code}; dequantise the checkpoint to BF16 first")
+    return dtype
+
+
+class Source:
+    """A checkpoint that can be read a tensor at a time.
+
+    Attributes:
+        id: the folder or Hub id as the user wrote it.
+        revision: the commit hash of a Hub source; None for a folder.
+        config: the raw ``config.json``.
+        tensors: every tensor by name, in the order of the shards and of the bytes in each.
+        metadata: the safetensors ``__metadata__`` of the first shard.
+        shards: the weight files, in order.
+    """
+
+    id: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    shards: list[str]
+
+    def weight_path(self, shard: str) -> Path:
+        """The local file of a shard, fetched first where it is remote."""
+        raise NotImplementedError
+
+    def list_files(self) -> list[str]:
+        """Every file of the checkpoint, POSIX paths relative to it, sorted."""
+        raise NotImplementedError
+
+    def small_path(self, name: str) -> Path:
+        """The local path of a file that is no weight, fetched first where it is remote."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, str]:
+        """What tells this content from any other, file by file, without reading the weights."""
+        raise NotImplementedError
+
+    def materialise(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Make every weight file local. Reading a tensor does this by itself, shard by shard."""
+
+    def close(self) -> None:
+        """Release open files; the source can still be used and opens them again."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __init__(self) -> None:
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        fds = getattr(self, "_fds", None)
+        if fds:
+            self.close()
+
+    # ---- weights
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of one tensor.
+
+        Raises:
+            UnsupportedError: the checkpoint has no tensor of that name.
+        """
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise UnsupportedError(f"{self.id}: there is no tensor {shown(name)}; see `rehead inspect`") from None
+
+    def weight_fd(self, shard: str) -> int:
+        """A file descriptor of a shard, open for reading and kept until :meth:`close`."""
+        fd = self._fds.get(shard)
+        if fd is None:
+            path = self.weight_path(shard)
+            try:
+                fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+            except OSError as err:
+                raise UnsupportedError(f"{shard}: cannot be read ({err.strerror}); check the file") from None
+            self._fds[shard] = fd
+        return fd
+
+    def read_into(self, name: str, out: memoryview) -> None:
+        """Read a tensor's bytes into ``out``, which must be exactly as long.
+
+        Raises:
+            UnsupportedError: the file has become shorter than its header says, or the disk fails.
+        """
+        info = self.info(name)
+        if out.nbytes != info.nbytes:
+            raise ValueError(f"{name!r} has {info.nbytes} bytes, the buffer {out.nbytes}")
+        self.read_range(info.file, info.start, out.cast("B") if out.format != "B" or out.ndim != 1 else out)
+        drop_cache(self.weight_fd(info.file), info.start, info.nbytes)
+
+    def read_range(self, shard: str, offset: int, out: memoryview) -> None:
+        """Fill ``out`` from ``offset`` of a shard; raises as :meth:`read_into`."""
+        fd = self.weight_fd(shard)
+        done = 0
+        while done < len(out):
+            try:
+                n = os.preadv(fd, [out[done:]], offset + done)
+            except OSError as err:
+                raise UnsupportedError(f"{shard}: reading failed ({err.strerror}); check the disk") from None
+            if n == 0:
+                raise UnsupportedError(f"{shard}: ended early at byte {offset + done}; fetch the file again")
+            done += n
+
+    def iter_bytes(self, name: str, chunk: int = 8 << 20) -> Iterator[bytes]:
+        """A tensor's raw bytes in pieces of at most ``chunk`` bytes."""
+        info = self.info(name)
+        for at in range(info.start, info.end, chunk):
+            piece = bytearray(min(chunk, info.end - at))
+            self.read_range(info.file, at, memoryview(piece))
+            yield bytes(piece)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, in the checkpoint's dtype and in memory of its own.
+
+        Raises:
+            UnsupportedError: no such tensor, a dtype that torch lacks, or a file that ends early.
+        """
+        import torch
+
+        info = self.info(name)
+        dtype = torch_dtype(info.dtype)
+        flat = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes:
+            self.read_into(name, memoryview(flat.numpy()))
+        return flat.view(dtype).view(info.shape) if info.nbytes else torch.empty(info.shape, dtype=dtype)
+
+    # ---- small files
+
+    def small_files(self) -> list[str]:
+        """The files that travel unchanged (see :func:`~rehead.convert.smallfiles.travels`), sorted."""
+        return [name for name in self.list_files() if travels(name)]
+
+    def open_small(self, name: str) -> BinaryIO:
+        """Open one of :meth:`small_files`, or the model card, for reading."""
+        try:
+            return open(self.small_path(name), "rb")
+        except OSError as err:
+            raise UnsupportedError(f"{name}: cannot be read ({err.strerror}); check the file") from None
+
+    def copy_small(self, name: str, dest: Path) -> None:
+        """Copy one of :meth:`small_files` to ``dest`` byte for byte."""
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with self.open_small(name) as src, open(dest, "wb") as dst:
+            shutil.copyfileobj(src, dst, 1 << 20)
+
+    def model_card(self) -> str | None:
+        """The text of the source's README.md, or None; it is rewritten rather than copied."""
+        if CARD_NAME not in self.list_files():
+            return None
+        with self.open_small(CARD_NAME) as f:
+            return f.read().decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        """SHA-256 over :meth:`identity`: changes when any file of the checkpoint does."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.identity().items()):
+            digest.update(f"{name}\0{value}\n".encode())
+        return digest.hexdigest()
+
+
+def drop_cache(fd: int, offset: int, length: int) -> None:
+    """Tell the system that a range will not be read again, so that streaming evicts nobody else's pages."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+class LocalSource(Source):
+    """A checkpoint in a local folder.
+
+    Raises:
+        UsageError: the folder is missing or holds no ``config.json``.
+        UnsupportedError: it holds no safetensors weights, or its config, headers or index are broken.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], id: str | None = None) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.id = str(folder) if id is None else id
+        self.revision = None
+        if not self.folder.is_dir():
+            raise UsageError(f"{self.id}: no such folder; give a checkpoint's folder or a Hub id")
+        config = self.folder / CONFIG_NAME
+        if not config.is_file():
+            raise UsageError(f"{self.id}: no config.json in it; give a transformers checkpoint folder or a Hub id")
+        try:
+            with open(config, "rb") as f:
+                raw = f.read(MAX_CONFIG_BYTES + 1)
+        except OSError as err:
+            raise UnsupportedError(f"{self.id}/config.json: cannot be read ({err.strerror}); check the file") from None
+        self.config = parse_config(raw, f"{self.id}/config.json")
+        names = {p.name for p in self.folder.iterdir()}
+        index = self._index_bytes() if pick_layout(names, self.id) == INDEX_FILE else None
+        self.shards, self.tensors, self.metadata = gather(
+            index, self.id, lambda shard: read_header(self._shard(shard), shard)
+        )
+
+    def _index_bytes(self) -> bytes:
+        try:
+            return (self.folder / INDEX_FILE).read_bytes()
+        except OSError as err:
+            raise UnsupportedError(f"{INDEX_FILE}: cannot be read ({err.strerror}); check the file") from None
+
+    def _shard(self, shard: str) -> Path:
+        path = self.folder / shard
+        if not path.is_file():
+            raise UnsupportedError(f"{self.id}: shard {shown(shard)} is missing; fetch the checkpoint again")
+        return path
+
+    def weight_path(self, shard: str) -> Path:
+        return self._shard(shard)
+
+    def list_files(self) -> list[str]:
+        found = []
+        for base, folders, files in os.walk(self.folder):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+            here = Path(base).relative_to(self.folder)
+            found += [(here / name).as_posix() for name in files if (Path(base) / name).is_file()]
+        return sorted(found)
+
+    def small_path(self, name: str) -> Path:
+        path = self.folder / name
+        real = path.resolve()
+        if path.is_symlink() or not real.is_relative_to(self.folder.resolve()):
+            homes = [self.folder.resolve()]
+            if self.folder.absolute().parent.name == "snapshots":  # a snapshot in the Hub's cache links to its blobs
+                homes.append((self.folder.absolute().parent.parent / "blobs").resolve())
+            if not any(real.is_relative_to(home) for home in homes):
+                raise UnsupportedError(f"{name}: is a link out of {self.id}; put the file itself in its place")
+        return path
+
+    def identity(self) -> dict[str, str]:
+        out = {}
+        for name in self.list_files():
+            stat = (self.folder / name).stat()
+            out[name] = f"{stat.st_size}:{stat.st_mtime_ns}"
+        return out
+
+
+def parse_config(raw: bytes, file: str) -> dict[str, Any]:
+    """Parse a ``config.json``.
+
+    Raises:
+        UnsupportedError: it is no JSON object or unreasonably large.
+    """
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise UnsupportedError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; that is no model configuration")
+    try:
+        config = loads_strict(raw, file)
+    except UnsupportedError:
+        config = _lenient_config(raw)  # transformers itself writes Infinity, and older tools wrote keys twice
+        if config is None:
+            raise
+    if not isinstance(config, dict):
+        raise UnsupportedError(f"{file}: no JSON object; give a transformers checkpoint")
+    return config
+
+
+def _lenient_config(raw: bytes) -> Any:
+    import json
+
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def pick_layout(names: set[str], id: str) -> str:
+    """``model.safetensors`` or its index, whichever transformers would load from a checkpoint with these files.
+
+    Raises:
+        UnsupportedError: there are no safetensors weights; the message says what to do about what there is.
+    """
+    for known in (SINGLE_FILE, INDEX_FILE):
+        if known in names:
+            return known
+    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
+        raise UnsupportedError(f"{id}: is an adapter, not a model; merge it into its base model first (merge_and_unload)")
+    others = sorted(n for n in names if n.endswith(".safetensors"))
+    if others:
+        raise UnsupportedError(
+            f"{id}: has {others[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}; save it with save_pretrained first"
+        )
+    pickles = sorted(n for n in names if n.endswith(_PICKLE_SUFFIXES) and n != "training_args.bin")
+    if pickles:
+        raise UnsupportedError(
+            f"{id}: has only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, save them as "
+            "safetensors with AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER) and give FOLDER"
+        )
+    for suffix, kind, mend in _OTHER_FORMATS:
+        if any(n.endswith(suffix) for n in names):
+            raise UnsupportedError(f"{id}: has only {kind} weights; {mend}")
+    raise UnsupportedError(f"{id}: has no weights; it needs {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def gather(
+    index: bytes | None, id: str, header_of: Callable[[str], Header]
+) -> tuple[list[str], dict[str, TensorInfo], dict[str, str]]:
+    """Shards, tensors and metadata of a checkpoint from its index (None: a single file) and its shards' headers.
+
+    Args:
+        index: the index file's bytes.
+        id: the checkpoint, for messages.
+        header_of: reads the header of a shard.
+
+    Raises:
+        UnsupportedError: the index names a tensor that its shard does not hold, or two shards hold one unlisted tensor.
+    """
+    if index is None:
+        header = header_of(SINGLE_FILE)
+        return [SINGLE_FILE], {t.name: t for t in header.tensors}, header.metadata
+    weight_map = parse_index(index, INDEX_FILE)
+    shards = sorted(set(weight_map.values()))
+    headers = {shard: header_of(shard) for shard in shards}
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for t in headers[shard].tensors:
+            listed = weight_map.get(t.name, None if t.name not in tensors else tensors[t.name].file)
+            if listed is None:
+                tensors[t.name] = t  # transformers loads what a shard holds, listed or not
+            elif listed == shard:
+                tensors[t.name] = t
+            elif t.name not in weight_map:
+                raise UnsupportedError(
+                    f"{id}: tensor {shown(t.name)} is in {listed} and in {shard} and the index does not say which counts; "
+                    "save the checkpoint anew"
+                )
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise UnsupportedError(
+                f"{INDEX_FILE}: tensor {shown(name)} is not in {shown(shard)}, where the index says it is; "
+                "fetch the checkpoint again"
+            )
+    return shards, tensors, headers[shards[0]].metadata
+
+
+def total_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Bytes of all tensors together."""
+    return sum(nbytes_of(t.dtype, t.shape) for t in tensors)
+
+
+def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
+    """Open a checkpoint: a local folder if there is one of that name, a Hub repository otherwise. No weight is read.
+
+    Args:
+        model: a folder, or a Hub id such as ``"meta-llama/Llama-2-7b-hf"``.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: no such folder, repository or revision, or a revision given for a folder.
+        UnsupportedError: the checkpoint is in another format or broken, or the Hub refuses or cannot be reached.
+    """
+    text = os.fspath(model)
+    if os.path.isdir(text):
+        if revision is not None:
+            raise UsageError(f"{text}: is a local folder, which has no revisions; leave --revision out")
+        return LocalSource(text)
+    if os.path.exists(text):
+        raise UsageError(f"{text}: is a file; give the checkpoint's folder or a Hub id")
+    parts = text.split("/")
+    looks_local = text.startswith((".", "/", "~")) or "\\" in text or len(parts) > 2 or not all(parts)
+    if looks_local:
+        raise UsageError(f"{text}: no such folder; give a checkpoint's folder or a Hub id (owner/name)")
+    from rehead.convert.hub import HubSource
+
+    return HubSource(text, revision)
