@@ -1,8 +1,8 @@
 """Safetensors headers and indexes, read strictly and written deterministically, with the standard library alone.
 
-A header is input from strangers: every offset is checked against the file's size before anything is read through it, and
-whatever is wrong ends in an :class:`~rehead.errors.UnsupportedError` that names the file. Nothing here imports torch, so
-inspecting a checkpoint costs its headers and no more.
+A header is input from strangers: every offset is checked against the file's size before anything is read through it,
+and whatever is wrong ends in an :class:`~rehead.errors.UnsupportedError` that names the file. Nothing here imports torch,
+so inspecting a checkpoint costs its headers and no more.
 
 Format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -288,7 +288,7 @@ def check_shard_name(shard: str, file: str) -> None:
     """Refuse a shard name that could reach outside the checkpoint's folder.
 
     Raises:
-        UnsupportedError: it is absolute, has ``..``, a backslash, a drive or a control character in it, or another ending.
+        UnsupportedError: it is absolute, has ``..``, a backslash, a colon or a control character, or another ending.
     """
     pure = PurePosixPath(shard)
     bad = (
@@ -301,7 +301,9 @@ def check_shard_name(shard: str, file: str) -> None:
     )
     if bad:
         raise UnsupportedError(
-            f"{file}: shard {shown(shard)} would be read outside the checkpoint; put its shards beside it and mend the index"
+            f"{file}: shard {shown(shard)} would be read outside the checkpoint; put it beside the index and mend that"
         )
     if pure.suffix != ".safetensors" or len(shard) > 255:
-        raise UnsupportedError(f"{file}: shard {shown(shard)} is no .safetensors file; save the checkpoint as safetensors")
+        raise UnsupportedError(
+            f"{file}: shard {shown(shard)} is no .safetensors file; save the checkpoint as safetensors"
+        )

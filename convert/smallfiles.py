@@ -9,11 +9,13 @@ CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 
 #: Endings of weight files in every format a checkpoint folder is known to hold, and of pickles, which can run code.
-WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .h5 .hdf5 .keras .msgpack .flax .onnx .onnx_data .gguf .ggml .ggjt .pkl .pickle"
-    " .joblib .npz .npy .tflite .mlmodel .mlpackage .mlmodelc .ot .pdparams .pdiparams .engine .plan .trt .nemo .index"
-    " .data .pb .llamafile .mar .ptl .pte .zip .tar .gz .7z .rar .zst .xz .part .incomplete .lock .tmp".split()
-)
+WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".hdf5", ".keras", ".msgpack", ".flax", ".onnx",
+    ".onnx_data", ".gguf", ".ggml", ".ggjt", ".pkl", ".pickle", ".joblib", ".npz", ".npy", ".tflite", ".mlmodel",
+    ".mlpackage", ".mlmodelc", ".ot", ".pdparams", ".pdiparams", ".engine", ".plan", ".trt", ".nemo", ".index",
+    ".data", ".pb", ".llamafile", ".mar", ".ptl", ".pte", ".zip", ".tar", ".gz", ".7z", ".rar", ".zst", ".xz",
+    ".part", ".incomplete", ".lock", ".tmp",
+})  # fmt: skip
 #: Files that describe weights or code which do not travel along, or that a conversion writes anew.
 _REWRITTEN = frozenset({MANIFEST_NAME, CONFIG_NAME, CARD_NAME, "adapter_config.json", "quantize_config.json"})
 #: Vocabularies that some tokenizers keep under a name that looks like a weight file's.

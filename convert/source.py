@@ -347,7 +347,9 @@ def pick_layout(names: set[str], id: str) -> str:
         if known in names:
             return known
     if "adapter_model.safetensors" in names or "adapter_config.json" in names:
-        raise UnsupportedError(f"{id}: is an adapter, not a model; merge it into its base model first (merge_and_unload)")
+        raise UnsupportedError(
+            f"{id}: is an adapter, not a model; merge it into its base model first (merge_and_unload)"
+        )
     others = sorted(n for n in names if n.endswith(".safetensors"))
     if others:
         raise UnsupportedError(
@@ -356,8 +358,8 @@ def pick_layout(names: set[str], id: str) -> str:
     pickles = sorted(n for n in names if n.endswith(_PICKLE_SUFFIXES) and n != "training_args.bin")
     if pickles:
         raise UnsupportedError(
-            f"{id}: has only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, save them as "
-            "safetensors with AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER) and give FOLDER"
+            f"{id}: has only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, save "
+            "them as safetensors with AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER) and give FOLDER"
         )
     for suffix, kind, mend in _OTHER_FORMATS:
         if any(n.endswith(suffix) for n in names):
@@ -394,7 +396,7 @@ def gather(
                 tensors[t.name] = t
             elif t.name not in weight_map:
                 raise UnsupportedError(
-                    f"{id}: tensor {shown(t.name)} is in {listed} and in {shard} and the index does not say which counts; "
+                    f"{id}: tensor {shown(t.name)} is in both {listed} and {shard}, and not in the index; "
                     "save the checkpoint anew"
                 )
     for name, shard in weight_map.items():
