@@ -1,0 +1,279 @@
+"""Exact attention on the CPU with the signature of the GPU kernels: tiles, log-sum-exp merges, linear memory.
+
+The forward and the backward are registered as custom operators (``rehead::cpu_attention`` and its backward), so that
+autograd, ``torch.compile`` and gradient checkpointing treat attention as one opaque node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rehead.patches.cpu.masks import Row, TileMasks, read_row
+from rehead.patches.cpu.plan import Call, Rect, Rules, plan
+from rehead.patches.cpu.tiles import flash_backward, flash_forward, math_backward, math_forward, merge_
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Options:
+    """Every argument of :func:`attention` besides query, key and value; see there."""
+
+    scale: float
+    causal: bool
+    offset: int
+    window: int | None
+    chunk: int | None
+    kv_start: Tensor | None
+    kv_end: Tensor | None
+    key_mask: Tensor | None
+    q_segments: Tensor | None
+    kv_segments: Tensor | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class Lane:
+    """The batch rows that share one plan, laid out for the tile functions.
+
+    Attributes:
+        rows: the batch rows.
+        query, key, value: ``[N, G, Sq, D]`` and ``[N, 1 or G, Skv, D]``.
+        calls: what to compute.
+        masks: the mask of each masked call.
+    """
+
+    rows: slice
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    calls: list[Call]
+    masks: TileMasks
+
+    def mask(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        return self.masks(call) if call.kind == "masked" else (None, None)
+
+    def keys(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self.key[:, :, call.k0 : call.k1], self.value[:, :, call.k0 : call.k1]
+
+    def lay_out(self, tensor: Tensor) -> Tensor:
+        """``[rows, H, S, ...]`` in this lane's ``[N, G, S, ...]``."""
+        return tensor.reshape(*self.query.shape[:2], *tensor.shape[2:])
+
+
+def _rows(opts: Options, batch: int, n_query: int, n_key: int) -> list[tuple[slice, Row]]:
+    """Group the batch by what its rows may see; one group when nothing depends on the row."""
+    per_row = (opts.kv_start, opts.kv_end, opts.key_mask, opts.q_segments)
+    if all(item is None for item in per_row):
+        rows = [(slice(0, batch), Row([Rect(0, n_query, 0, n_key)]))]
+    else:
+        starts = [0] * batch if opts.kv_start is None else opts.kv_start.tolist()
+        ends = [n_key] * batch if opts.kv_end is None else opts.kv_end.tolist()
+        read = [
+            read_row(
+                n_query,
+                n_key,
+                starts[b],
+                ends[b],
+                None if opts.key_mask is None else opts.key_mask[b],
+                None if opts.q_segments is None else opts.q_segments[b],
+                None if opts.kv_segments is None else opts.kv_segments[b],
+            )
+            for b in range(batch)
+        ]
+        same = all(not row.irregular and row.rects == read[0].rects for row in read)
+        rows = [(slice(0, batch), read[0])] if same else [(slice(b, b + 1), row) for b, row in enumerate(read)]
+    if (opts.bias is not None or opts.alibi_slopes is not None) and len(rows) == 1 and batch > 1:
+        # A mask that differs between heads is laid out for one row at a time.
+        rows = [(slice(b, b + 1), rows[0][1]) for b in range(batch)]
+    return rows
+
+
+def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: bool) -> Iterator[Lane]:
+    batch, heads, n_query, _ = query.shape
+    kv_heads, n_key = key.shape[1:3]
+    group = heads // kv_heads
+    work = torch.promote_types(query.dtype, torch.float32)
+    mask_heads = heads if opts.alibi_slopes is not None or (opts.bias is not None and opts.bias.shape[1] > 1) else 1
+    for rows, row in _rows(opts, batch, n_query, n_key):
+        count = rows.stop - rows.start
+        q, k, v = query[rows], key[rows], value[rows]
+        alibi = opts.alibi_slopes
+        bias = None
+        if opts.bias is not None:
+            bias = opts.bias if opts.bias.shape[0] == 1 else opts.bias[rows]
+        if group > 1:
+            q = q.reshape(count * kv_heads, group, n_query, q.shape[-1])
+            k, v = (x.reshape(count * kv_heads, 1, n_key, x.shape[-1]) for x in (k, v))
+            alibi = None if alibi is None else alibi.view(kv_heads, group)
+            if bias is not None and bias.shape[1] > 1:
+                bias = bias.reshape(kv_heads, group, *bias.shape[2:])
+        elif alibi is not None:
+            alibi = alibi[None]
+        rules = Rules(
+            causal=opts.causal,
+            offset=opts.offset,
+            window=opts.window,
+            chunk=opts.chunk,
+            dense=row.irregular or alibi is not None or bias is not None,
+            tiled=tiled,
+            mask_heads=mask_heads,
+        )
+        yield Lane(rows, q, k, v, plan(row.rects, rules), TileMasks(rules, row, alibi, bias, work))
+
+
+def _lane_forward(lane: Lane, opts: Options) -> tuple[Tensor, Tensor]:
+    """Output ``[N, G, Sq, D]`` and log-sum-exp ``[N, G, Sq]`` of one lane."""
+    n, group, n_query, _ = lane.query.shape
+    work = torch.promote_types(lane.query.dtype, torch.float32)
+    whole = len(lane.calls) == 1 and lane.calls[0].q0 == 0 and lane.calls[0].q1 == n_query
+    out = lse = None
+    if not whole:
+        # Rows merged from several tiles are kept in float32 until they are complete.
+        merged = sum(call.q1 - call.q0 for call in lane.calls) > n_query
+        dtype = work if merged else lane.query.dtype
+        out = lane.query.new_zeros(n, n_query, group, lane.value.shape[-1], dtype=dtype).transpose(1, 2)
+        lse = lane.query.new_full((n, group, n_query), float("-inf"), dtype=work)
+    filled = torch.zeros(n_query, dtype=torch.bool)
+    for call in lane.calls:
+        query = lane.query[:, :, call.q0 : call.q1]
+        key, value = lane.keys(call)
+        mask, hidden = lane.mask(call)
+        causal = call.kind == "causal"
+        if opts.softcap is None:
+            part, part_lse = flash_forward(query, key, value, opts.scale, mask, causal, hidden)
+        else:
+            part, part_lse = math_forward(query, key, value, opts.scale, mask, causal, opts.softcap)
+        if out is None or lse is None:
+            return part, part_lse
+        rows = slice(call.q0, call.q1)
+        if bool(filled[rows].any()):
+            merge_(out[:, :, rows], lse[:, :, rows], part, part_lse.to(work))
+        else:
+            out[:, :, rows], lse[:, :, rows] = part, part_lse
+        filled[rows] = True
+    assert out is not None
+    assert lse is not None
+    return out.to(lane.query.dtype), lse
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor] | None:
+    """One query token: the heads of a group become the rows of one tile, so that each KV head is read once."""
+    batch, heads, _, dim = query.shape
+    kv_heads, n_key = key.shape[1:3]
+    if opts.softcap is not None or opts.alibi_slopes is not None or opts.bias is not None:
+        return None
+    packed = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    rules = Rules(opts.causal, opts.offset, opts.window, opts.chunk)
+    parts, lses = [], []
+    for rows, row in _rows(opts, batch, 1, n_key):
+        calls = plan(row.rects, rules)
+        if row.irregular or len(calls) != 1 or calls[0].kind == "masked":
+            return None
+        span = slice(calls[0].k0, calls[0].k1)
+        part, lse = flash_forward(packed[rows], key[rows, :, span], value[rows, :, span], opts.scale, None, False, None)
+        parts.append(part)
+        lses.append(lse)
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]
+    lse = torch.cat(lses) if len(lses) > 1 else lses[0]
+    return out.reshape(batch, 1, heads, dim).contiguous(), lse.reshape(batch, heads, 1).contiguous()
+
+
+def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Add one logit a head to the denominator. ``out`` is ``[B, Sq, H, D]``, ``lse`` ``[B, H, Sq]``."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    return (out * torch.exp(lse - total).transpose(1, 2)[..., None].to(out.dtype)), total
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Sq, H, D]`` and log-sum-exp ``[B, H, Sq]`` (sinks included), both contiguous."""
+    batch, heads, n_query, dim = query.shape
+    result = _decode(query, key, value, opts) if n_query == 1 else None
+    if result is None:
+        outs, lses = [], []
+        for lane in _lanes(query, key, value, opts, tiled=opts.softcap is not None):
+            out, lse = _lane_forward(lane, opts)
+            count = lane.rows.stop - lane.rows.start
+            outs.append(out.reshape(count, heads, n_query, dim).transpose(1, 2))
+            lses.append(lse.reshape(count, heads, n_query))
+        result = (
+            (torch.cat(outs), torch.cat(lses)) if len(outs) > 1 else (outs[0].contiguous(), lses[0].contiguous())
+        )
+    if opts.sinks is not None:
+        result = _apply_sinks(*result, opts.sinks)
+    return result
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, opts: Options, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, sinks and bias; the last two are empty where there is none to give.
+
+    Args:
+        grad_out, out: ``[B, Sq, H, D]``.
+        lse: ``[B, H, Sq]`` with the sinks included.
+        bias_grad: also differentiate with respect to ``opts.bias``.
+    """
+    heads, n_query = query.shape[1:3]
+    work = torch.promote_types(query.dtype, torch.float32)
+    explicit = opts.softcap is not None or bias_grad
+    grads = torch.zeros_like(query, dtype=work), torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
+    grad_bias = query.new_zeros(opts.bias.shape if bias_grad and opts.bias is not None else (0,), dtype=work)
+    for lane in _lanes(query, key, value, opts, tiled=explicit):
+        grad_lane, out_lane = (lane.lay_out(x[lane.rows].transpose(1, 2)) for x in (grad_out, out))
+        lse_lane = lane.lay_out(lse[lane.rows])
+        sums = tuple(torch.zeros_like(x, dtype=work) for x in (lane.query, lane.key, lane.value))
+        for call in lane.calls:
+            rows, span = slice(call.q0, call.q1), slice(call.k0, call.k1)
+            key_part, value_part = lane.keys(call)
+            mask, _ = lane.mask(call)
+            args = (
+                grad_lane[:, :, rows],
+                lane.query[:, :, rows],
+                key_part,
+                value_part,
+                out_lane[:, :, rows],
+                lse_lane[:, :, rows],
+                opts.scale,
+                mask,
+                call.kind == "causal",
+            )
+            if explicit:
+                *parts, grad_mask = math_backward(*args, opts.softcap)
+                if bias_grad:
+                    _add_bias_grad(grad_bias, grad_mask, lane, call, heads)
+            else:
+                parts = list(flash_backward(*args))
+            for total, part, where in zip(sums, parts, (rows, span, span), strict=True):
+                total[:, :, where] += part
+        for grad, total in zip(grads, sums, strict=True):
+            grad[lane.rows] = total.reshape(grad[lane.rows].shape)
+    grad_sinks = query.new_zeros(0)
+    if opts.sinks is not None:
+        delta = (grad_out.to(work) * out.to(work)).sum(-1).transpose(1, 2)
+        weight = torch.exp(opts.sinks.to(work)[None, :, None] - lse)
+        grad_sinks = -(weight * delta).sum((0, 2)).to(opts.sinks.dtype)
+    grad_q, grad_k, grad_v = (g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
+    if bias_grad and opts.bias is not None:
+        grad_bias = grad_bias.to(opts.bias.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks, grad_bias
+
+
+def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, call: Call, heads: int) -> None:
+    """Add a tile's mask gradient, summed over the dimensions along which the bias is broadcast."""
+    count = lane.rows.stop - lane.rows.start
+    part = grad_mask.reshape(count, heads, *grad_mask.shape[-2:])
+    target = grad_bias if grad_bias.shape[0] == 1 else grad_bias[lane.rows]
+    for dim, (start, stop) in enumerate(((0, count), (0, heads), (call.q0, call.q1), (call.k0, call.k1))):
+        if target.shape[dim] == 1 and part.shape[dim] > 1:
+            part = part.sum(dim, keepdim=True)
+        elif dim > 1 and target.shape[dim] > 1:
+            target = target.narrow(dim, start, stop - start)
+    target += part

@@ -1,0 +1,231 @@
+"""The CPU attention as a custom operator, and the public function in front of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rehead.errors import UnsupportedError
+from rehead.patches.cpu.attention import DTYPES, Options, backward, forward
+
+
+def _options(
+    scale: float,
+    causal: bool,
+    q_offset: int,
+    q_offset_tensor: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    key_mask: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Options:
+    offset = q_offset if q_offset_tensor is None else int(q_offset_tensor)
+    return Options(
+        scale, causal, offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
+        alibi_slopes, sinks, bias,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rehead::cpu_attention", mutates_args=())
+def cpu_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    q_offset: int,
+    q_offset_tensor: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    key_mask: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Forward of :func:`attention`; returns ``[B, Sq, H, D]`` and the log-sum-exp ``[B, H, Sq]``."""
+    opts = _options(
+        scale, causal, q_offset, q_offset_tensor, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments,
+        softcap, alibi_slopes, sinks, bias,
+    )  # fmt: skip
+    return forward(query, key, value, opts)
+
+
+@cpu_attention.register_fake
+def _(query, key, value, *args):
+    batch, heads, n_query, dim = query.shape
+    work = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(batch, n_query, heads, dim), query.new_empty(batch, heads, n_query, dtype=work)
+
+
+@torch.library.custom_op("rehead::cpu_attention_backward", mutates_args=())
+def cpu_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    bias_grad: bool,
+    scale: float,
+    causal: bool,
+    q_offset: int,
+    q_offset_tensor: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    key_mask: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Backward of :func:`attention`; sinks and bias gradients are empty where they were not asked for."""
+    opts = _options(
+        scale, causal, q_offset, q_offset_tensor, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments,
+        softcap, alibi_slopes, sinks, bias,
+    )  # fmt: skip
+    return backward(grad_out, query, key, value, out, lse, opts, bias_grad)
+
+
+@cpu_attention_backward.register_fake
+def _(grad_out, query, key, value, out, lse, sinks, bias, bias_grad, *args):
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
+        query.new_empty(0) if sinks is None else torch.empty_like(sinks),
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_grad else query.new_empty(0),
+    )
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, sinks, bias, *rest = inputs
+    tensors = [x for x in rest if isinstance(x, Tensor)]
+    ctx.save_for_backward(query, key, value, *output, sinks, bias, *tensors)
+    ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
+    ctx.tensor_places = [i for i, x in enumerate(rest) if isinstance(x, Tensor)]
+
+
+def _backward(ctx, grad_out, grad_lse):
+    query, key, value, out, lse, sinks, bias, *tensors = ctx.saved_tensors
+    rest = list(ctx.rest)
+    for place, tensor in zip(ctx.tensor_places, tensors, strict=True):
+        rest[place] = tensor
+    bias_grad = bias is not None and bias.is_floating_point() and ctx.needs_input_grad[4]
+    grad_q, grad_k, grad_v, grad_sinks, grad_bias = cpu_attention_backward(
+        grad_out, query, key, value, out, lse, sinks, bias, bias_grad, *rest
+    )
+    return (
+        grad_q, grad_k, grad_v, None if sinks is None else grad_sinks, grad_bias if bias_grad else None,
+        *(None for _ in rest),
+    )  # fmt: skip
+
+
+cpu_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    q_offset: int | Tensor = 0,
+    window: int | None = None,
+    chunk: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Exact attention in linear memory; rows that see no key return 0.
+
+    Online softmax after Dao et al. 2022 (arXiv 2205.14135), grouped heads after Ainslie et al. 2023 (2305.13245).
+
+    Args:
+        query: ``[B, H, Sq, D]`` in float32, bfloat16, float16 or float64.
+        key: ``[B, K, Skv, D]`` with K dividing H.
+        value: ``[B, K, Skv, Dv]``.
+        scale: factor of the scores; ``D ** -0.5`` if None.
+        causal: row i, at position ``i + q_offset``, sees key j only if ``j <= i + q_offset``.
+        q_offset: position of the first row on the keys' axis: an int or an integer tensor of one element.
+        window: row sees key only if ``position - j < window``.
+        chunk: row sees key only if ``position // chunk == j // chunk``.
+        kv_start, kv_end: integer ``[B]``; keys outside ``[kv_start, kv_end)`` are hidden.
+        key_mask: bool ``[B, Skv]``, False hides a key.
+        q_segments, kv_segments: integer ``[B, Sq]`` and ``[B, Skv]``; a row sees keys of its own segment only.
+        softcap: scores become ``softcap * tanh(score / softcap)``, after scaling.
+        alibi_slopes: float ``[H]``; ``slope * (j - position)`` is added to the scores (arXiv 2108.12409).
+        sinks: float ``[H]``; one more logit a head in the softmax's denominator.
+        bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``; a bool bias hides where it is False.
+        deterministic: accepted for the GPU signature; this path is deterministic.
+
+    Returns:
+        ``[B, Sq, H, Dv]`` in the query's dtype, contiguous.
+
+    Raises:
+        UnsupportedError: shapes or dtypes that do not fit together.
+    """
+    _check(query, key, value, bias)
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    scale = dim**-0.5 if scale is None else float(scale)
+    # The kernel wants one head_dim. Zero columns change neither scores nor the columns that are kept.
+    if dim < value_dim:
+        query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
+    elif dim > value_dim:
+        value = F.pad(value, (0, dim - value_dim))
+    if (q_segments is None) != (kv_segments is None):
+        raise UnsupportedError("q_segments and kv_segments come together; pass both or neither")
+    offset = q_offset if isinstance(q_offset, Tensor) else None
+    out, _ = cpu_attention(
+        *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value)),
+        sinks, bias, scale, causal, 0 if isinstance(q_offset, Tensor) else q_offset, offset, window, chunk,
+        kv_start, kv_end, key_mask, q_segments, kv_segments, softcap, alibi_slopes,
+    )  # fmt: skip
+    return out[..., :value_dim] if dim > value_dim else out
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise UnsupportedError(
+            f"attention on the CPU takes one of float32, bfloat16, float16, float64 for query, key and value alike, "
+            f"not {query.dtype}, {key.dtype}, {value.dtype}; cast them first"
+        )
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise UnsupportedError("query, key and value must be [batch, heads, length, head_dim]; reshape them first")
+    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        raise UnsupportedError(
+            f"{query.shape[1]} query heads cannot share {key.shape[1]} key and {value.shape[1]} value heads; "
+            "the key and value heads must agree and divide the query heads"
+        )
+    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1]:
+        raise UnsupportedError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together; "
+            "batch, key length and the head_dim of query and key must agree"
+        )
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if bias is not None and (bias.ndim != 4 or any(b not in (1, n) for b, n in zip(bias.shape, full, strict=True))):
+        raise UnsupportedError(f"bias {tuple(bias.shape)} cannot be broadcast to {full}; reshape it to four dimensions")
