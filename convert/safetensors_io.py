@@ -1,8 +1,8 @@
 """Safetensors headers and indexes, read strictly and written deterministically, with the standard library alone.
 
 A header is input from strangers: every offset is checked against the file's size before anything is read through it,
-and whatever is wrong ends in an :class:`~rehead.errors.UnsupportedError` that names the file. Nothing here imports torch,
-so inspecting a checkpoint costs its headers and no more.
+and whatever is wrong ends in an :class:`~rehead.errors.UnsupportedError` that names the file. Nothing here imports
+torch, so inspecting a checkpoint costs its headers and no more.
 
 Format: https://huggingface.co/docs/safetensors/index#format
 """
