@@ -1,7 +1,7 @@
 """Checkpoints on the Hugging Face Hub: read by header, fetched when a weight is asked for, pushed when verified.
 
 Opening a repository moves its file list, ``config.json``, the index and the shards' headers (by HTTP ranges), so
-planning a 70B model costs well under a megabyte. Everything goes through ``huggingface_hub``: its cache, endpoint, token.
+planning a 70B model costs well under a megabyte. All of it goes through ``huggingface_hub``: cache, endpoint, token.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ class HubSource(Source):
             from huggingface_hub import hf_hub_download
 
             with translated(self.id, self._asked, name):
-                got = retried(lambda: hf_hub_download(self.id, name, revision=self.revision, token=self._token))
+                # The client resumes a broken download by itself; the second attempt is for what it does not retry.
+                got = retried(lambda: hf_hub_download(self.id, name, revision=self.revision, token=self._token), 2)
             path = Path(got)
             size = self._siblings[name].size if name in self._siblings else None
             if size is not None and path.stat().st_size != size:
@@ -194,13 +195,13 @@ class HubSource(Source):
 # ---- errors
 
 
-def retried(call: Callable[[], _T]) -> _T:
+def retried(call: Callable[[], _T], attempts: int = _ATTEMPTS) -> _T:
     """``call()``, tried again after a dropped connection; whatever else fails is not."""
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(attempts):
         try:
             return call()
         except Exception as err:
-            if attempt == _ATTEMPTS - 1 or not _is_dropped(err):
+            if attempt == attempts - 1 or not _is_dropped(err):
                 raise
             time.sleep(_WAIT_S * 2**attempt)
     raise AssertionError
