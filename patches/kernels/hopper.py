@@ -1,9 +1,164 @@
-"""stub"""
+"""Launches the Hopper kernels: which calls they take, tensor descriptors, tile shapes, work buffers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from rehead.patches.kernels.general import interpreting, key_splits
+from rehead.patches.kernels.rules import Rules
+
+try:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from rehead.patches.kernels import hopper_backward, hopper_forward
+except ImportError:  # an older or newer Triton, whose Gluon has another shape: the general kernels take over
+    gl = None
+
+# Heads whose K and V fit in this many bytes are worked on together, so that they stay in the 50 MB L2 cache.
+L2_SECTION = 24 * 2**20
 
 
-def takes(*a):
-    return False
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def takes_backward(*a):
-    return False
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _describable(tensor: Tensor) -> bool:
+    """The copy engine wants 16-byte steps between rows, heads and sequences, none of them zero, and an aligned start."""
+    step = 16 // tensor.element_size()
+    strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
+    return tensor.data_ptr() % 16 == 0 and tensor.shape[3] % 8 == 0 and all(s > 0 and s % step == 0 for s in strides)
+
+
+def _block(dim: int) -> int:
+    return 64 if dim <= 64 else 128
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+    """Whether the Hopper forward kernel computes this call."""
+    if gl is None or interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
+        return False
+    if query.dtype not in (torch.bfloat16, torch.float16) or not rules.positional_only:
+        return False
+    dim, dim_v = query.shape[3], value.shape[3]
+    if dim > 128 or _block(dim_v) > _block(dim):
+        return False
+    return all(_describable(item) for item in (query, key, value))
+
+
+def takes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+    """Whether the Hopper backward kernel (not deterministic) computes this call. ``grad`` is [B, Sq, H, Dv]."""
+    return takes(query, key, value, rules) and _describable(grad.transpose(1, 2))
+
+
+def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of ``[B, heads, S, dim]`` with blocks of ``[1, 1, rows, columns]``; what lies outside reads as zero."""
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[tensor.dtype])
+    # A dimension of one element may have any stride; the engine's rule holds for it all the same.
+    strides = [s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], tensor.stride()[:3])]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)
+
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _bounds(key: Tensor, rules: Rules) -> tuple[Tensor, Tensor, bool]:
+    batch, num_k = key.shape[0], key.shape[2]
+    if rules.kv_start is None and rules.kv_end is None:
+        return key, key, False
+    start, end = rules.kv_start, rules.kv_end
+    if start is None:
+        start = torch.zeros(batch, dtype=torch.int32, device=key.device)
+    if end is None:
+        end = torch.full((batch,), num_k, dtype=torch.int32, device=key.device)
+    return start.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), True
+
+
+def section_heads(num_k: int, row_bytes: int, group: int, heads: int) -> int:
+    """How many query heads share a section: whole groups whose K and V fit in :data:`L2_SECTION`, at least one group."""
+    return max(1, min(L2_SECTION // max(1, num_k * row_bytes), triton.cdiv(heads, group))) * group
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32."""
+    batch, heads, num_q, dim = query.shape
+    group, num_k, dim_v = heads // key.shape[1], key.shape[2], value.shape[3]
+    out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=query.device)
+    block_d, block_dv = _block(dim), _block(dim_v)
+    groups = 3 if block_d == 64 else 2
+    block_n = 128
+    start, end, ranged = _bounds(key, rules)
+    num_m = triton.cdiv(num_q, 64 * groups)
+    tiles = num_m * batch * heads
+    hopper_forward.attention_forward[(min(tiles, _processors(query.device)),)](
+        _describe(query, 64, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
+        _describe(out.transpose(1, 2), 64, block_dv), lse, query if sinks is None else sinks, start, end, rules.scale,
+        num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
+        section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
+        D=block_d, DV=block_dv, NUM_WG=groups, BLOCK_N=block_n, STAGES=2, CAUSAL=rules.causal,
+        WINDOW=rules.window is not None, RANGE=ranged, SINKS=sinks is not None, TURNS=True, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def _finish_query(acc_ptr, dq_ptr, scale, num_q, padded_q, num_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_M: tl.constexpr):  # fmt: skip
+    """dq [B, Sq, H, D] = scale * acc [B, H, padded_q, BLOCK_D]."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    bh = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    keep = (rows[:, None] < num_q) & (d[None, :] < D)
+    acc = tl.load(acc_ptr + (bh * padded_q + rows[:, None]) * BLOCK_D + d[None, :], mask=keep, other=0.0)
+    out_rows = ((bh // num_heads) * num_q + rows) * num_heads + bh % num_heads
+    tl.store(dq_ptr + out_rows[:, None] * D + d[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=keep)
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv shaped and typed like query, key and value; dq's last bits may differ from run to run."""
+    batch, heads, num_q, dim = query.shape
+    kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+    group = heads // kv_heads
+    block_d, block_dv = _block(dim), _block(dim_v)
+    block_m, block_n = 64, 128
+    num_n = triton.cdiv(num_k, block_n)
+    splits = key_splits(num_n * batch * kv_heads, group, _processors(query.device))
+    padded_q = triton.cdiv(num_q, block_m) * block_m
+    acc = torch.zeros((batch, heads, padded_q, block_d), dtype=torch.float32, device=query.device)
+    dk = torch.empty((batch, num_k, kv_heads, dim), dtype=query.dtype, device=query.device)
+    dv = torch.empty((batch, num_k, kv_heads, dim_v), dtype=query.dtype, device=query.device)
+    dk_part = dv_part = acc
+    if splits > 1:
+        dk_part = torch.empty((splits, batch, num_k, kv_heads, block_d), dtype=torch.float32, device=query.device)
+        dv_part = torch.empty((splits, batch, num_k, kv_heads, block_dv), dtype=torch.float32, device=query.device)
+    start, end, ranged = _bounds(key, rules)
+    hopper_backward.attention_backward[(num_n * splits * batch * kv_heads,)](
+        _describe(query, block_m, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
+        _describe(grad.transpose(1, 2), block_m, block_dv), _describe(dk.transpose(1, 2), block_n, block_d),
+        _describe(dv.transpose(1, 2), block_n, block_dv), dk_part, dv_part, acc, lse, delta, start, end, rules.scale,
+        num_q, num_k, rules.q_offset, rules.window or 0, heads, kv_heads, splits, padded_q, num_n,
+        D=block_d, DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, CAUSAL=rules.causal,
+        WINDOW=rules.window is not None, RANGE=ranged, SPLIT=splits > 1, num_warps=8,
+    )  # fmt: skip
+    if splits > 1:
+        dk.copy_(dk_part.sum(0)[..., :dim])
+        dv.copy_(dv_part.sum(0)[..., :dim_v])
+    dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
+    _finish_query[(triton.cdiv(num_q, 64), batch * heads)](
+        acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=64
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
