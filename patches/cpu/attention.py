@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from rehead.patches.cpu.masks import Row, TileMasks, read_row
 from rehead.patches.cpu.plan import Call, Rect, Rules, plan
 from rehead.patches.cpu.tiles import flash_backward, flash_forward, math_backward, math_forward, merge_
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -194,7 +193,7 @@ def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
 
 def forward(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
     """Output ``[B, Sq, H, D]`` and log-sum-exp ``[B, H, Sq]`` (sinks included), both contiguous."""
-    batch, heads, n_query, dim = query.shape
+    heads, n_query, dim = query.shape[1:]
     result = _decode(query, key, value, opts) if n_query == 1 else None
     if result is None:
         outs, lses = [], []
@@ -203,16 +202,21 @@ def forward(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[T
             count = lane.rows.stop - lane.rows.start
             outs.append(out.reshape(count, heads, n_query, dim).transpose(1, 2))
             lses.append(lse.reshape(count, heads, n_query))
-        result = (
-            (torch.cat(outs), torch.cat(lses)) if len(outs) > 1 else (outs[0].contiguous(), lses[0].contiguous())
-        )
+        result = (torch.cat(outs), torch.cat(lses)) if len(outs) > 1 else (outs[0].contiguous(), lses[0].contiguous())
     if opts.sinks is not None:
         result = _apply_sinks(*result, opts.sinks)
     return result
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, opts: Options, bias_grad: bool
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    opts: Options,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, sinks and bias; the last two are empty where there is none to give.
 
@@ -221,7 +225,7 @@ def backward(
         lse: ``[B, H, Sq]`` with the sinks included.
         bias_grad: also differentiate with respect to ``opts.bias``.
     """
-    heads, n_query = query.shape[1:3]
+    heads = query.shape[1]
     work = torch.promote_types(query.dtype, torch.float32)
     explicit = opts.softcap is not None or bias_grad
     grads = torch.zeros_like(query, dtype=work), torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)

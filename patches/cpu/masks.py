@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from rehead.patches.cpu.plan import Call, Rect, Rules
+from torch import Tensor
 
 NEG_INF = float("-inf")
 

@@ -83,9 +83,7 @@ def _split_chunks(rect: Rect, rules: Rules) -> Iterator[Rect]:
     size, offset = rules.chunk, rules.offset
     for index in range((rect.q0 + offset) // size, (rect.q1 - 1 + offset) // size + 1):
         low, high = index * size, (index + 1) * size
-        part = Rect(
-            max(rect.q0, low - offset), min(rect.q1, high - offset), max(rect.k0, low), min(rect.k1, high)
-        )
+        part = Rect(max(rect.q0, low - offset), min(rect.q1, high - offset), max(rect.k0, low), min(rect.k1, high))
         if part.q0 < part.q1 and part.k0 < part.k1:
             yield part
 

@@ -1,7 +1,7 @@
 """One tile of attention, forward and backward, by PyTorch's flash CPU kernel or by explicit scores.
 
-Shapes here are those of a *lane*: query ``[N, G, Sq, D]``, key and value ``[N, 1, Skv, D]`` where the G query heads of a
-group read one KV head (broadcast by stride, never copied), or ``[N, G, Skv, D]`` where each head has its own.
+Shapes here are those of a *lane*: query ``[N, G, Sq, D]``, key and value ``[N, 1, Skv, D]`` where the G query heads of
+a group read one KV head (broadcast by stride, never copied), or ``[N, G, Skv, D]`` where each head has its own.
 """
 
 from __future__ import annotations

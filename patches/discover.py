@@ -1,0 +1,95 @@
+"""Which modules of a live model are attention, and how each of them can be reached."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_ATTENTION = re.compile(r"Attention|Attn")
+_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|attention_interface\(")
+_SOFTMAX = re.compile(r"softmax\(|Softmax\(|scaled_dot_product_attention\(")
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    """Source of a class and of the bases it gets methods from, up to ``nn.Module``."""
+    parts = []
+    for base in cls.__mro__:
+        if base is nn.Module or base is object:
+            break
+        try:
+            parts.append(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+    return "\n".join(parts)
+
+
+@functools.cache
+def uses_interface(cls: type) -> bool:
+    """Whether the class fetches its attention from transformers' ``AttentionInterface``."""
+    return bool(_INTERFACE.search(_source(cls)))
+
+
+@functools.cache
+def is_softmax_attention(cls: type) -> bool:
+    """Whether the class looks like attention that computes its own softmax."""
+    return bool(_ATTENTION.search(cls.__name__)) and bool(_SOFTMAX.search(_source(cls)))
+
+
+@dataclass
+class Found:
+    """Attention modules by how they can be patched: name and module."""
+
+    interface: list[tuple[str, nn.Module]] = field(default_factory=list)
+    own: list[tuple[str, nn.Module]] = field(default_factory=list)
+    towers: list[str] = field(default_factory=list)
+
+
+def text_configs(model: nn.Module) -> set[int]:
+    """Ids of the configs that belong to the causal decoder, for a model that also has vision or audio towers."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return set()
+    text = config.get_text_config(decoder=True)
+    return {id(text), id(config)}
+
+
+def find_attention(model: nn.Module) -> Found:
+    """Sort the attention modules of ``model``; those of other towers (vision, audio) are named and left alone."""
+    found = Found()
+    wanted = text_configs(model)
+    for name, module in model.named_modules():
+        cls = type(module)
+        if (
+            isinstance(module, PreTrainedModel)
+            or cls.__module__.startswith("torch.")
+            or not _has_children_or_parameters(module)
+        ):
+            continue
+        interface = uses_interface(cls)
+        if not interface and not is_softmax_attention(cls):
+            continue
+        config = module.__dict__.get("config")
+        if wanted and config is not None and id(config) not in wanted and not _nested(name, model, config, wanted):
+            found.towers.append(name)
+        elif interface:
+            found.interface.append((name, module))
+        else:
+            found.own.append((name, module))
+    return found
+
+
+def _has_children_or_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=True), None) is not None
+
+
+def _nested(name: str, model: nn.Module, config: Any, wanted: set[int]) -> bool:
+    """A decoder whose layers were given an equal copy of the text config still belongs to the decoder."""
+    text = getattr(model, "config", None)
+    return type(config) is type(text.get_text_config(decoder=True)) if text is not None else False

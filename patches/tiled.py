@@ -1,0 +1,50 @@
+"""One attention function in front of the CPU tiles, the Triton kernels and the decode kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rehead.errors import UnsupportedError
+from rehead.patches import cpu
+from torch import Tensor
+
+DECODE_ROWS = 16
+"""Most query rows that the decode kernel takes."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    deterministic: bool = False,
+    **rules: Any,
+) -> Tensor:
+    """Exact tiled attention on whatever device the tensors are on.
+
+    Arguments, result and errors are those of :func:`rehead.patches.cpu.attention`: query ``[B, H, Sq, D]``, key
+    ``[B, K, Skv, D]``, value ``[B, K, Skv, Dv]``, result ``[B, Sq, H, Dv]``.
+
+    Raises:
+        UnsupportedError: a device, dtype, head_dim or combination that no path here computes.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if query.device.type == "cpu":
+        return cpu.attention(query, key, value, scale=scale, bias=bias, deterministic=deterministic, **rules)
+    from rehead.patches import kernels
+
+    if bias is not None:
+        bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
+    rules = dict(rules, scale=scale, bias=bias)
+    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if query.shape[2] <= DECODE_ROWS and not grad and kernels.decode_supported(query, key, value, **rules) is None:
+        return kernels.decode(query, key, value, **rules)
+    if isinstance(rules.get("q_offset"), Tensor):
+        rules["q_offset"] = int(rules["q_offset"])
+    reason = kernels.supported(query, key, value, **rules)
+    if reason is not None:
+        raise UnsupportedError(f"rehead_tiled cannot compute this attention: {reason}; use attn_implementation='sdpa'")
+    return kernels.attention(query, key, value, deterministic=deterministic, **rules)
