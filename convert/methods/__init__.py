@@ -1,1 +1,5 @@
-"""Rehead."""
+"""Pooling methods: how the KV heads of a group become one."""
+
+from rehead.convert.methods.registry import Method, MethodContext, get_method, method_names, register
+
+__all__ = ["Method", "MethodContext", "get_method", "method_names", "register"]

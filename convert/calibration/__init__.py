@@ -1,0 +1,1 @@
+"""Calibration: running a model layer by layer over text, and what is learnt from it."""

@@ -1,0 +1,72 @@
+"""The linear algebra that the methods share; float64 inside, since the factors are badly conditioned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sqrt_pair(matrix: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric positive semi-definite matrix and the root's inverse.
+
+    Args:
+        matrix: [n, n].
+        damping: added to the eigenvalues, as a share of the largest; the pair stays exactly inverse to one another.
+
+    Returns:
+        (root, inverse root), float64 [n, n], both symmetric.
+    """
+    sym = matrix.double()
+    values, vectors = torch.linalg.eigh((sym + sym.T) / 2)
+    top = values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    values = values.clamp_min(0) + damping * top
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def top_rows(gram: Tensor, rank: int) -> Tensor:
+    """The ``rank`` leading right singular vectors of M, given M^T M: float64 [rank, n], orthonormal rows."""
+    _, vectors = torch.linalg.eigh(gram)
+    return vectors[:, -rank:].flip(1).T
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Refactor ``left @ right`` so that both factors have the same singular values.
+
+    The product X D Y^T is never formed: two thin QRs bring it down to the rank. A factorisation is fixed only up to an
+    invertible matrix between the factors; this choice is the one that trains (the other end of the scale, where one
+    factor carries a covariance's condition number, diverges).
+
+    Args:
+        left: [m, d]; right: [d, n].
+
+    Returns:
+        (X sqrt(D), sqrt(D) Y^T).
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    x, d, yt = torch.linalg.svd(r_left @ r_right.T)
+    return q_left @ (x * d.sqrt()), d.sqrt()[:, None] * (yt @ q_right.T)
+
+
+def ridge(gram: Tensor, cross: Tensor, prior: Tensor, strength: float) -> Tensor:
+    """Least squares pulled towards a prior: argmin_W sum |W z - y|^2 + strength * mean(diag gram) * |W - prior|^2.
+
+    Args:
+        gram: sum of z z^T, [m, m].
+        cross: sum of y z^T, [out, m].
+        prior: [out, m]; where the data say nothing, W stays here.
+        strength: relative to the mean diagonal of ``gram``.
+
+    Returns:
+        [out, m], float64.
+    """
+    gram, cross, prior = gram.double(), cross.double(), prior.double()
+    pull = strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + pull * eye, (cross + pull * prior).T).T
+
+
+def nearest_rotation(cross: Tensor) -> Tensor:
+    """The orthogonal R that maximises trace(R^T cross) (orthogonal Procrustes, Schoenemann 1966)."""
+    u, _, vh = torch.linalg.svd(cross)
+    return u @ vh

@@ -1,0 +1,94 @@
+"""The registry of pooling methods: one file, one function, one name each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from rehead.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from rehead.convert.calibration.statistics import LayerStatistics
+    from rehead.convert.heads import Heads
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method may know beside the weights.
+
+    Attributes:
+        layer: index of the layer.
+        seed: of the whole conversion.
+        statistics: what the layer sees on the calibration text; None for methods that need no data.
+        initializer_range: the config's standard deviation for new weights.
+    """
+
+    layer: int = 0
+    seed: int = 0
+    statistics: LayerStatistics | None = None
+    initializer_range: float = 0.02
+
+
+Pool = Callable[["Heads", int, MethodContext], "Heads"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered pooling method.
+
+    Attributes:
+        name: as in ``--method``.
+        pool: (heads, kv, context) -> heads with ``kv`` KV heads. Groups are contiguous and of equal size; weights come
+            and go in float32.
+        summary: one line for the help.
+        needs_calibration: whether ``context.statistics`` must be there.
+    """
+
+    name: str
+    pool: Pool
+    summary: str
+    needs_calibration: bool
+
+
+_METHODS: dict[str, Method] = {}
+
+# The modules that register a method when imported; importing them needs torch, naming them does not.
+METHOD_MODULES: dict[str, str] = {
+    name: f"rehead.convert.methods.{name}" for name in ("mean", "first", "random", "procrustes", "svd")
+}
+
+
+def register(name: str, summary: str, needs_calibration: bool = False) -> Callable[[Pool], Pool]:
+    """Register the decorated function as a pooling method.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(pool: Pool) -> Pool:
+        if name in _METHODS:
+            raise ValueError(f"a method named {name!r} is registered already; choose another name")
+        _METHODS[name] = Method(name, pool, summary, needs_calibration)
+        return pool
+
+    return add
+
+
+def method_names() -> list[str]:
+    """Every method that can be asked for, those that ship and those that a user registered."""
+    return [*METHOD_MODULES, *(name for name in _METHODS if name not in METHOD_MODULES)]
+
+
+def get_method(name: str) -> Method:
+    """The method registered as ``name``.
+
+    Raises:
+        UsageError: there is none; the nearest name is suggested.
+    """
+    if name not in _METHODS and name in METHOD_MODULES:
+        import_module(METHOD_MODULES[name])
+    if name not in _METHODS:
+        raise UsageError(unknown_name("method", name, method_names()))
+    return _METHODS[name]
