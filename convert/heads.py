@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class Heads:
             [D] that all heads share; or None.
         pairs: int64 [P, 2], the two dimensions of each rotary pair, real part first.
         key_norm: the family's key norm (see :data:`rehead.convert.families.spec.KeyNorm`).
+        fixed_values: the basis of V must stay: a gate or norm acts on its channels before ``o`` reads them.
+        extras: tensors [H, ...] that belong to the query heads and only change places with them (sinks, output gates),
+            by the name they have below the attention module.
     """
 
     q: Tensor
@@ -35,6 +38,8 @@ class Heads:
     k_norm: Tensor | None = None
     pairs: Tensor | None = None
     key_norm: str = "none"
+    fixed_values: bool = False
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_heads(self) -> int:
@@ -68,6 +73,17 @@ class Heads:
         if self.pairs is not None:
             moved.pairs = self.pairs.to(moved.q.device)
         return moved
+
+    def permute_queries(self, order: Tensor) -> Heads:
+        """A copy with the query heads in another order, ``order`` int64 [H]: old index of each new head.
+
+        With the KV heads left as they are this changes which KV head a query reads, so the caller moves those too.
+        """
+        moved = {name: getattr(self, name)[order] for name in ("q", "q_bias") if getattr(self, name) is not None}
+        if self.q_norm is not None and self.q_norm.ndim == 2:
+            moved["q_norm"] = self.q_norm[order]
+        extras = {name: tensor[order] for name, tensor in self.extras.items()}
+        return replace(self, **moved, o=self.o[:, order], extras=extras)
 
     def free_dims(self) -> Tensor:
         """Dimensions of the head that no rotary pair covers, int64 [D - 2P]."""

@@ -16,6 +16,9 @@ from rehead.convert.heads import Heads, rotary_pairs
 # Norms whose weights have one row for each head and so change size with the heads.
 RESIZED_NORMS = ("rms_span", "layer_own")
 
+# Where the output gate that shares a projection with the queries goes in Heads.extras.
+GATE = "gate"
+
 
 def tensor_names(family: Family, config: Config, layer: int, present: Mapping[str, object]) -> list[str]:
     """The tensors of one layer that hold its heads, in a fixed order, of those that are ``present``.
@@ -25,18 +28,19 @@ def tensor_names(family: Family, config: Config, layer: int, present: Mapping[st
     prefix, names = family.prefix(layer), family.names
     stems = [names.query] if family.packing != "separate" else [names.query, names.key, names.value]
     wanted = [f"{prefix}{stem}.{part}" for stem in [*stems, names.output] for part in ("weight", "bias")]
-    if family.norm_of(config) in RESIZED_NORMS:
+    if family.norm_of(config, layer) in RESIZED_NORMS:
         for stem in (names.query_norm, names.key_norm):
             wanted.append(f"{prefix}{stem}.weight")
             # StableLM keeps a LayerNorm module for each head.
             heads = family.num_heads(config)
             wanted += [f"{prefix}{stem}.norms.{h}.weight" for h in range(heads)]
+    wanted += [prefix + name for name in family.query_extras]
     return [name for name in wanted if name in present]
 
 
 def shared_norm_names(family: Family, config: Config, layer: int, present: Mapping[str, object]) -> list[str]:
     """Query and key norm weights of one layer that all heads share, of those that are ``present``."""
-    if family.norm_of(config) in (*RESIZED_NORMS, "none"):
+    if family.norm_of(config, layer) in (*RESIZED_NORMS, "none"):
         return []
     prefix, names = family.prefix(layer), family.names
     wanted = [f"{prefix}{stem}.weight" for stem in (names.query_norm, names.key_norm)]
@@ -61,21 +65,27 @@ def split(family: Family, config: Config, layer: int, tensors: Mapping[str, Tens
         return tensor.T if tensor is not None and family.transposed and part == "weight" else tensor
 
     fields: dict[str, Tensor | None] = {}
+    extras: dict[str, Tensor] = {}
     for part, suffix in (("weight", ""), ("bias", "_bias")):
         if family.packing == "separate":
             rows = [read(stem, part) for stem in (names.query, names.key, names.value)]
         else:
             rows = list(_unpack(read(names.query, part), family.packing, heads, kv, size))
+        if family.gate_in_query and rows[0] is not None:
+            both = rows[0].reshape(heads, 2, size, *rows[0].shape[1:])
+            rows[0], extras[GATE + suffix] = both[:, 0].flatten(0, 1), both[:, 1]
         for name, tensor, count in zip("qkv", rows, (heads, kv, kv)):
-            if tensor is not None:
-                tensor = tensor.reshape(count, size, *tensor.shape[1:])
-            fields[name + suffix] = tensor
+            fields[name + suffix] = None if tensor is None else tensor.reshape(count, size, *tensor.shape[1:])
     output = read(names.output, "weight")
     assert output is not None
     fields["o"] = output.reshape(output.shape[0], heads, size)
     fields["o_bias"] = read(names.output, "bias")
+    for name in family.query_extras:
+        extra = tensors.get(prefix + name)
+        if extra is not None:
+            extras[name] = extra.reshape(heads, -1, *extra.shape[1:])
 
-    norm = family.norm_of(config)
+    norm = family.norm_of(config, layer)
     if norm in RESIZED_NORMS:
         for field, stem, count in (("q_norm", names.query_norm, heads), ("k_norm", names.key_norm, kv)):
             whole = tensors.get(f"{prefix}{stem}.weight")
@@ -87,8 +97,13 @@ def split(family: Family, config: Config, layer: int, tensors: Mapping[str, Tens
     elif norm != "none":
         fields["q_norm"] = tensors.get(f"{prefix}{names.query_norm}.weight")
         fields["k_norm"] = tensors.get(f"{prefix}{names.key_norm}.weight")
-    dims = family.rotary_dims(config, layer)
-    return Heads(**fields, pairs=rotary_pairs(family.pairing, dims), key_norm=norm)  # type: ignore[arg-type]
+    return Heads(
+        **fields,  # type: ignore[arg-type]
+        pairs=rotary_pairs(family.pairing, family.rotary_dims(config, layer)),
+        key_norm=norm,
+        fixed_values=family.fixed_values_of(config),
+        extras=extras,
+    )
 
 
 def merge(family: Family, layer: int, heads: Heads, like: Mapping[str, object]) -> dict[str, Tensor]:
@@ -104,12 +119,13 @@ def merge(family: Family, layer: int, heads: Heads, like: Mapping[str, object]) 
     result: dict[str, Tensor] = {}
     for part, suffix in (("weight", ""), ("bias", "_bias")):
         q, k, v = (getattr(heads, name + suffix) for name in "qkv")
-        if q is None:
-            continue
+        if q is not None and family.gate_in_query:
+            q = torch.cat([q, heads.extras[GATE + suffix]], dim=1)
         if family.packing == "separate":
-            rows = {names.query: q.flatten(0, 1), names.key: k.flatten(0, 1), names.value: v.flatten(0, 1)}
+            rows = {names.query: q, names.key: k, names.value: v}
+            rows = {stem: tensor.flatten(0, 1) for stem, tensor in rows.items() if tensor is not None}
         else:
-            rows = {names.query: _pack(q, k, v, family.packing)}
+            rows = {names.query: _pack(q, k, v, family.packing)} if q is not None else {}
         for stem, tensor in rows.items():
             turned = tensor.T if family.transposed and part == "weight" else tensor
             result[f"{prefix}{stem}.{part}"] = turned.contiguous()
@@ -117,6 +133,9 @@ def merge(family: Family, layer: int, heads: Heads, like: Mapping[str, object]) 
     result[f"{prefix}{names.output}.weight"] = (output.T if family.transposed else output).contiguous()
     if heads.o_bias is not None:
         result[f"{prefix}{names.output}.bias"] = heads.o_bias.contiguous()
+    for name in family.query_extras:
+        if name in heads.extras:
+            result[prefix + name] = heads.extras[name].flatten(0, 1).contiguous()
     if heads.key_norm in RESIZED_NORMS:
         for stem, weight in ((names.query_norm, heads.q_norm), (names.key_norm, heads.k_norm)):
             if weight is None:

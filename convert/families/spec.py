@@ -27,10 +27,14 @@ Pairing = Literal["half", "interleaved", "none"]
 KeyNorm = Literal["none", "rms", "layer", "rms_span", "layer_own", "l2"]
 """What normalises queries and keys after projection.
 
-``rms``: RMS over each head, one weight [head_dim] for all heads (Qwen3, Gemma 3). ``layer``: the same with LayerNorm
-(Phi, Persimmon). ``rms_span``: RMS over all heads together, a weight for each channel (OLMo 2). ``layer_own``: LayerNorm
-over each head with a weight for each head (Cohere, StableLM). ``l2``: RMS over each head without a weight (Llama 4).
+``rms``: RMS over each head, one weight [head_dim] for all heads (Qwen3, Gemma 3, which stores it less one). ``layer``:
+the same with LayerNorm (Phi). ``rms_span``: RMS over all heads together, a weight for each channel (OLMo 2).
+``layer_own``: LayerNorm over each head with a weight for each head (Cohere, StableLM). ``l2``: RMS over each head
+without a weight (Llama 4, NanoChat). Most classes norm before RoPE, some after it: rotations of a pair commute with both.
 """
+
+LayerNormed = Callable[[Config, int], KeyNorm]
+"""(config, layer) -> the layer's key norm."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,21 @@ def rotary_all(config: Config, layer: int) -> int:
     return head_dim(config)
 
 
+def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
+    """The RoPE parameters of one layer; some configs hold a set for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = getattr(config, "layer_types", None)
+    if kinds and layer < len(kinds) and kinds[layer] in parameters:
+        parameters = parameters[kinds[layer]] or {}
+    return parameters
+
+
 def rotary_partial(config: Config, layer: int) -> int:
     """The first ``partial_rotary_factor`` of the head rotates, rounded down as the classes do."""
-    factor = getattr(config, "partial_rotary_factor", None)
+    factor = rope_parameters(config, layer).get("partial_rotary_factor")
     if factor is None:
-        factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-    return int(head_dim(config) * factor)
+        factor = getattr(config, "partial_rotary_factor", None)
+    return int(head_dim(config) * (1.0 if factor is None else factor))
 
 
 def head_dim(config: Config) -> int:
@@ -75,6 +88,31 @@ def head_dim(config: Config) -> int:
 def kv_heads(config: Config) -> int:
     """``num_key_value_heads``, which defaults to one KV head for each query head."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def query_heads(config: Config) -> int:
+    """``num_attention_heads``."""
+    return int(config.num_attention_heads)
+
+
+def no_scale(config: Config, layer: int) -> float:
+    """The attention's output joins the residual stream as it is."""
+    return 1.0
+
+
+def no_refusal(config: Config, kv: int) -> str | None:
+    """The class holds any number of KV heads."""
+    return None
+
+
+def every_layer(config: Config, layer: int) -> bool:
+    """Every layer has attention."""
+    return True
+
+
+def no_clip(config: Config) -> float | None:
+    """Nothing is clamped."""
+    return None
 
 
 def set_kv_heads(raw: dict[str, Any], kv: int) -> None:
@@ -99,10 +137,19 @@ class Family:
         num_heads, num_kv_heads, head_dim: read the counts off a resolved config.
         set_kv: writes the new count into a raw config.json dict.
         block: "serial" or "parallel", or a function of the config, for `inspect`.
-        post_norm: the attention's output passes a norm before it joins the residual stream.
-        residual_scale: config -> factor on the attention's output before it joins the residual stream.
+        post_norm: whether the attention's output passes a norm before it joins the residual stream.
+        residual_scale: (config, layer) -> factor on the attention's output before it joins the residual stream.
         refusal: (config, kv_heads) -> why this class cannot hold the result, or None.
         has_attention: (config, layer) -> whether this layer is an attention layer (hybrids interleave others).
+        query_extras: full names below the attention module of tensors with equal rows for every query head (sinks,
+            output gates): they stay as they are unless query heads change places.
+        gate_in_query: the query projection holds, for each head, its query and then an output gate of the same size.
+        fixed_values: something that is not linear acts on single channels between the attention's output and o_proj (a
+            gate, a norm), so the basis of V cannot change; a function of the config where one switches it.
+        clip: config -> bound on every query, key and value after projection, or None. Such a clamp commutes with no
+            change of basis; methods that change one treat it as inactive, which it is but for outliers.
+        rehost: model type that expresses this one with a single KV head where the class itself cannot.
+        guessed: not in the table but inferred from names and shapes; its caller must prove it on numbers.
         notes: shown by ``rehead families``.
     """
 
@@ -112,31 +159,49 @@ class Family:
     packing: Packing = "separate"
     transposed: bool = False
     names: Names = field(default_factory=Names)
-    key_norm: KeyNorm | Callable[[Config], KeyNorm] = "none"
+    key_norm: KeyNorm | LayerNormed = "none"
     pairing: Pairing = "half"
     rotary_dims: Callable[[Config, int], int] = rotary_all
-    num_heads: Callable[[Config], int] = lambda config: int(config.num_attention_heads)
+    num_heads: Callable[[Config], int] = query_heads
     num_kv_heads: Callable[[Config], int] = kv_heads
     head_dim: Callable[[Config], int] = head_dim
     set_kv: Callable[[dict[str, Any], int], None] = set_kv_heads
     block: str | Callable[[Config], str] = "serial"
-    post_norm: bool = False
-    residual_scale: Callable[[Config], float] = lambda config: 1.0
-    refusal: Callable[[Config, int], str | None] = lambda config, kv: None
-    has_attention: Callable[[Config, int], bool] = lambda config, layer: True
+    post_norm: bool | Callable[[Config], bool] = False
+    residual_scale: Callable[[Config, int], float] = no_scale
+    refusal: Callable[[Config, int], str | None] = no_refusal
+    has_attention: Callable[[Config, int], bool] = every_layer
+    query_extras: tuple[str, ...] = ()
+    gate_in_query: bool = False
+    fixed_values: bool | Callable[[Config], bool] = False
+    clip: Callable[[Config], float | None] = no_clip
+    rehost: str | None = None
+    guessed: bool = False
     notes: str = ""
 
     def prefix(self, layer: int) -> str:
         """Full prefix of layer ``layer``'s attention tensors, e.g. ``"model.layers.3.self_attn."``."""
         return self.layer.format(i=layer) + self.attention
 
-    def norm_of(self, config: Config) -> KeyNorm:
-        """The key norm of this config (some families switch it by a config key)."""
-        return self.key_norm(config) if callable(self.key_norm) else self.key_norm
+    def norm_of(self, config: Config, layer: int = 0) -> KeyNorm:
+        """The key norm of one layer (some families switch it by a config key, Llama 4 by the layer too)."""
+        return self.key_norm(config, layer) if callable(self.key_norm) else self.key_norm
 
     def block_of(self, config: Config) -> str:
         """Block shape of this config."""
         return self.block(config) if callable(self.block) else self.block
+
+    def post_norm_of(self, config: Config) -> bool:
+        """Whether this config norms the attention's output before the residual stream."""
+        return self.post_norm(config) if callable(self.post_norm) else self.post_norm
+
+    def fixed_values_of(self, config: Config) -> bool:
+        """Whether this config pins the basis of V."""
+        return self.fixed_values(config) if callable(self.fixed_values) else self.fixed_values
+
+    def attention_layers(self, config: Config) -> list[int]:
+        """Indices of the layers with attention."""
+        return [i for i in range(config.num_hidden_layers) if self.has_attention(config, i)]
 
 
 @dataclass(frozen=True)
