@@ -17,7 +17,7 @@ from pathlib import Path
 from rehead.convert.source import drop_cache
 from rehead.errors import UnsupportedError
 
-CHUNK = 8 << 20  # large enough that Python's share is nothing, small enough to stay near the cache
+CHUNK = 4 << 20  # large enough that Python's share is nothing, small enough to stay near the cache
 POOL = 6
 _WRITEBACK = 64 << 20
 

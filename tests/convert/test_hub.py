@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rehead.convert.manifest import verify_files
 from rehead.convert.safetensors_io import header_bytes
 from rehead.convert.source import LocalSource
@@ -47,7 +48,8 @@ def client(hub, tmp_path):
         base = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         settings = {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub_server.TOKEN,
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", whole], env={**base, **settings, **env}, capture_output=True, text=True, timeout=300
@@ -180,8 +182,9 @@ def test_each_failure_of_opening_is_one_clear_line(hub, client, tmp_path):
     hub.add_folder("me/lying", lying)
     asks = {
         "wrong": "open_source('me/no-such-model')", "gated": "open_source('big/gated')",
-        "gated401": "open_source('big/gated401')", "revision": "open_source('me/tiny', 'no-such-branch')", "id": "open_source('not a valid id')",
-        "pickles": "open_source('me/pickles')", "holes": "open_source('me/holes')", "lying": "open_source('me/lying')",
+        "gated401": "open_source('big/gated401')", "revision": "open_source('me/tiny', 'no-such-branch')",
+        "id": "open_source('not a valid id')", "pickles": "open_source('me/pickles')",
+        "holes": "open_source('me/holes')", "lying": "open_source('me/lying')",
     }  # fmt: skip
     got = client(CATCH + "".join(f"out[{k!r}] = caught(lambda: {v})\n" for k, v in asks.items()))
     assert got["wrong"][1] == 2
