@@ -19,7 +19,7 @@ from rehead.convert.manifest import MANIFEST_NAME, verify_files
 from rehead.convert.safetensors_io import Header, header_length, parse_header, parse_index, shown
 from rehead.convert.smallfiles import CONFIG_NAME
 from rehead.convert.source import INDEX_FILE, MAX_CONFIG_BYTES, LocalSource, Source, gather, parse_config, pick_layout
-from rehead.convert.stream import ResourceError, write_error
+from rehead.convert.stream import ResourceError, is_full, write_error
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
 
 __all__ = ["HubSource", "push_folder"]
@@ -29,7 +29,6 @@ _ATTEMPTS = 4
 _WAIT_S = 0.5
 _BYTES_PER_TENSOR = 200  # a header entry is 90 to 160 bytes for the usual names, so one request is nearly always enough
 _FIRST_GUESS = 100_000
-_FULL_DISK = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
 
 
 class HubSource(Source):
@@ -280,7 +279,7 @@ def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str 
         return ResourceError(f"{where}: the Hub asks to slow down (429); wait some minutes and run again")
     if status is not None and 400 <= status < 500:
         return UnsupportedError(f"{where}: the Hub refuses the request ({status}: {_first_line(err)}); check the id")
-    full = next((e for e in _chain(err) if isinstance(e, OSError) and e.errno in _FULL_DISK), None)
+    full = next((e for e in _chain(err) if isinstance(e, OSError) and is_full(e)), None)
     if full is not None:
         return write_error(full, f"{where}, in the Hub's cache")
     if _is_dropped(err):

@@ -11,9 +11,9 @@ from typing import Any
 from rehead.convert.safetensors_io import check_shard_name, loads_strict, shown
 from rehead.convert.smallfiles import MANIFEST_NAME
 from rehead.convert.stream import CHUNK, hash_file
-from rehead.errors import UnsupportedError, UsageError, VerificationError
+from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
 
-__all__ = ["MANIFEST_NAME", "manifest_bytes", "read_manifest", "verify_files"]
+__all__ = ["MANIFEST_NAME", "completed", "manifest_bytes", "read_manifest", "verify_files"]
 
 FORMAT = 1
 _MAX_BYTES = 256_000_000
@@ -132,3 +132,21 @@ def _walk(folder: Path) -> list[str]:
 def _named(names: list[str]) -> str:
     shown_names = ", ".join(shown(n) for n in names[:3])
     return shown_names + (f" and {len(names) - 3} more are" if len(names) > 3 else " are" if len(names) > 1 else " is")
+
+
+def completed(out: str | os.PathLike[str], fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of ``out`` if that folder is the complete result of the conversion with this fingerprint, else None.
+
+    A run that was killed right after its rename leaves such a folder, so a resumed run has nothing more to do. Files are
+    compared by size; :func:`verify_files` reads them.
+    """
+    folder = Path(out)
+    try:
+        table = read_manifest(folder)
+    except ReheadError:
+        return None
+    same = table.get("fingerprint") == fingerprint
+    files = table["files"].items()
+    if same and all((folder / n).is_file() and (folder / n).stat().st_size == e["size"] for n, e in files):
+        return table
+    return None

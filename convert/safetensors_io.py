@@ -201,11 +201,12 @@ def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
         raise UnsupportedError(f"{where} has no valid shape; {_REFETCH}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         raise UnsupportedError(f"{where} has no valid data_offsets; {_REFETCH}")
-    bits = DTYPE_BITS[dtype]
+    bits = span = DTYPE_BITS[dtype]
     for n in shape:
-        bits *= n
-        if bits > 8 * _MAX_COUNT:
+        span *= max(n, 1)
+        if span > 8 * _MAX_COUNT:  # strides overflow even where another dimension is zero
             raise UnsupportedError(f"{where} has a shape that overflows; {_REFETCH}")
+        bits *= n
     begin, end = offsets
     if bits != 8 * (end - begin):
         raise UnsupportedError(

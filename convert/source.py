@@ -167,7 +167,7 @@ class Source:
         done = 0
         while done < len(out):
             try:
-                n = os.preadv(fd, [out[done:]], offset + done)
+                n = _pread_into(fd, out[done:], offset + done)
             except OSError as err:
                 raise UnsupportedError(f"{shard}: reading failed ({err.strerror}); check the disk") from None
             if n == 0:
@@ -229,6 +229,14 @@ class Source:
         for name, value in sorted(self.identity().items()):
             digest.update(f"{name}\0{value}\n".encode())
         return digest.hexdigest()
+
+
+def _pread_into(fd: int, out: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], offset)
+    data = os.pread(fd, len(out), offset)
+    out[: len(data)] = data
+    return len(data)
 
 
 def drop_cache(fd: int, offset: int, length: int) -> None:
@@ -303,7 +311,8 @@ class LocalSource(Source):
 
     def identity(self) -> dict[str, str]:
         out = {}
-        for name in self.list_files():
+        names = {CONFIG_NAME, CARD_NAME, INDEX_FILE, *self.shards, *self.small_files()}
+        for name in sorted(names & set(self.list_files())):
             stat = (self.folder / name).stat()
             out[name] = f"{stat.st_size}:{stat.st_mtime_ns}"
         return out

@@ -105,17 +105,18 @@ class Staging:
         try:
             self._make_parents()
             self._lock()
+        except OSError as err:
+            raise write_error(err, str(out)) from None
+        try:
             self._recover()
-            if resume and self._load(parts):
-                self.resumed = True
-            else:
+            if not (resume and self._load(parts)):
                 self._empty()
                 self._begin(parts)
         except OSError as err:
-            self._unlock()
+            self.keep() if self.resumed else self.discard()
             raise write_error(err, str(out)) from None
         except BaseException:
-            self._unlock()
+            self.keep()
             raise
 
     # ---- one writer at a time
@@ -217,9 +218,8 @@ class Staging:
                 f"{self.out}: cannot resume, since {what} changed after the interrupted run; run again without --resume"
             )
         self.files = files
+        self.resumed = True
         self._begin(parts)
-        for name, (size, sha) in files.items():
-            self._append({"file": name, "size": size, "sha256": sha})
         return True
 
     def _read_journal(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:

@@ -37,6 +37,11 @@ class ResourceError(UnsupportedError):
     """A disk or a connection gave out: what was done so far is still good, so a resumed run may go on from it."""
 
 
+def is_full(err: OSError) -> bool:
+    """Whether an error says that a disk, a quota or a file's size limit is used up."""
+    return err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def write_error(err: OSError, what: str) -> ResourceError:
     """The one-line error for a failed write of ``what``."""
     mend = _FULL.get(err.errno or 0, f"{err.strerror or err}; check the disk or choose another OUT")

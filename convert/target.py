@@ -30,7 +30,17 @@ from rehead.convert.shards import (
 )
 from rehead.convert.source import LocalSource, Source, drop_cache, torch_dtype
 from rehead.convert.staging import Staging, check_out, fingerprint_of
-from rehead.convert.stream import CHUNK, HashingWriter, ResourceError, hash_file, new_pool, sync_close, write_error
+from rehead.convert.stream import (
+    CHUNK,
+    HashingWriter,
+    ResourceError,
+    hash_file,
+    is_full,
+    new_pool,
+    sync_close,
+    sync_dir,
+    write_error,
+)
 from rehead.errors import ReheadError, UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
@@ -126,6 +136,8 @@ class Target:
         try:
             if not self._committed:
                 self._abandon(err)
+                if isinstance(err, OSError) and is_full(err):  # a full disk, met by the caller's own writing
+                    raise write_error(err, str(self.out)) from None
         finally:
             for number, handler in self._signals.items():
                 signal.signal(number, handler)
@@ -133,7 +145,7 @@ class Target:
             self.source.close()
 
     def _abandon(self, err: BaseException | None) -> None:
-        final = isinstance(err, ReheadError) and not isinstance(err, ResourceError)
+        final = isinstance(err, ReheadError) and not isinstance(err, ResourceError)  # it would fail again
         if self.resume and err is not None and not final:
             self._staging.keep()
         else:
@@ -172,7 +184,7 @@ class Target:
             self._check_origin(entry)
         total = sum(s.nbytes for s in shards)
         finished = {s.file for s in shards if self._still_good(s)}
-        self._check_room(sum(s.nbytes for s in shards if s.file not in finished))
+        self._check_room([s.nbytes for s in shards if s.file not in finished])
         tick = _Ticker(progress, total)
         self._pool = new_pool()
         with ThreadPoolExecutor(1, thread_name_prefix="rehead-sync") as syncer:
@@ -182,11 +194,11 @@ class Target:
                     tick(shard.nbytes)
                     continue
                 writer = self._write_shard(shard, fetch, tick)
-                size, sha = writer.size, writer.sha256
-                if pending is not None:
-                    pending.result()
                 # The sync of one file overlaps the writing of the next; a file is journalled only once it is on disk.
-                pending = syncer.submit(self._sync_shard, writer.fd, shard.file, size, sha)
+                before = pending
+                pending = syncer.submit(self._sync_shard, writer.fd, shard.file, writer.size, writer.sha256)
+                if before is not None:
+                    before.result()
             if pending is not None:
                 pending.result()
         self._pool = None
@@ -215,7 +227,8 @@ class Target:
         except OSError:
             return False
 
-    def _check_room(self, need: int) -> None:
+    def _check_room(self, sizes: Sequence[int]) -> None:
+        need = sum(sizes)
         free = shutil.disk_usage(self.path).free
         if need + _SPARE > free:
             raise ResourceError(
@@ -384,8 +397,6 @@ def _raw(tensor: torch.Tensor, planned: OutputTensor) -> memoryview:
 
 
 def _sync_up(folder: Path, root: Path) -> None:
-    from rehead.convert.stream import sync_dir
-
     while folder != root:
         sync_dir(folder)
         folder = folder.parent

@@ -1,0 +1,29 @@
+"""Find numbers that are not numbers, at memory speed."""
+
+from __future__ import annotations
+
+import torch
+
+_PIECE = 1 << 20
+_NATIVE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def first_nonfinite(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Index of the first NaN or infinity in a tensor of any shape and dtype, or None if there is none.
+
+    The minimum and maximum of a piece are finite exactly when all of it is, since both carry a NaN along; that is one
+    pass without a temporary, several times faster than ``torch.isfinite(tensor).all()``.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = values.detach().reshape(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE]
+        piece = piece if piece.dtype in _NATIVE else piece.float()  # the 8-bit formats have no arithmetic of their own
+        low, high = torch.aminmax(piece)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            at = start + int((~torch.isfinite(piece)).nonzero()[0])
+            index = [int(i) for i in torch.unravel_index(torch.tensor(at), values.shape)]
+            return tuple(index[: tensor.dim()])
+    return None
