@@ -167,7 +167,7 @@ def _errors(name: str, shape: Shape) -> tuple[float, float]:
     want = [exact, *torch.autograd.grad(exact, wide, grad.double())]
     out = _peer(name, small)(query, key, value)
     got = [out, *torch.autograd.grad(out, (query, key, value), grad)]
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want)]
+    errors = [float(((a.detach().double() - b).norm() / b.norm()).detach()) for a, b in zip(got, want)]
     return errors[0], max(errors[1:])
 
 

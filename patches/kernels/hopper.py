@@ -24,6 +24,18 @@ except ImportError:  # an older or newer Triton, whose Gluon has another shape: 
 L2_SECTION = 24 * 2**20
 
 
+# Per padded head_dim: consumer warpgroups (64 query rows each), keys a block, pipeline stages, taking turns.
+FORWARD = {
+    64: {"NUM_WG": 3, "BLOCK_N": 128, "STAGES": 2, "TURNS": True},
+    128: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 2, "TURNS": True},
+}
+# Query rows and keys a tile, pipeline stages, whether P's registers are needed for the next tile's scores.
+BACKWARD = {
+    64: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": False},
+    128: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": True},
+}
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -97,8 +109,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=query.device)
     block_d, block_dv = _block(dim), _block(dim_v)
-    groups = 3 if block_d == 64 else 2
-    block_n = 128
+    config = FORWARD[block_d]
+    groups, block_n = config["NUM_WG"], config["BLOCK_N"]
     start, end, ranged = _bounds(key, rules)
     num_m = triton.cdiv(num_q, 64 * groups)
     tiles = num_m * batch * heads
@@ -107,8 +119,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
         _describe(out.transpose(1, 2), 64, block_dv), lse, query if sinks is None else sinks, start, end, rules.scale,
         num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
         section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
-        D=block_d, DV=block_dv, NUM_WG=groups, BLOCK_N=block_n, STAGES=2, CAUSAL=rules.causal,
-        WINDOW=rules.window is not None, RANGE=ranged, SINKS=sinks is not None, TURNS=True, num_warps=4,
+        D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
+        WINDOW=rules.window is not None, RANGE=ranged, SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -134,7 +146,8 @@ def backward(
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
     group = heads // kv_heads
     block_d, block_dv = _block(dim), _block(dim_v)
-    block_m, block_n = 64, 128
+    config = BACKWARD[block_d]
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     num_n = triton.cdiv(num_k, block_n)
     splits = key_splits(num_n * batch * kv_heads, group, _processors(query.device))
     padded_q = triton.cdiv(num_q, block_m) * block_m
@@ -151,7 +164,7 @@ def backward(
         _describe(grad.transpose(1, 2), block_m, block_dv), _describe(dk.transpose(1, 2), block_n, block_d),
         _describe(dv.transpose(1, 2), block_n, block_dv), dk_part, dv_part, acc, lse, delta, start, end, rules.scale,
         num_q, num_k, rules.q_offset, rules.window or 0, heads, kv_heads, splits, padded_q, num_n,
-        D=block_d, DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, CAUSAL=rules.causal,
+        D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
         WINDOW=rules.window is not None, RANGE=ranged, SPLIT=splits > 1, num_warps=8,
     )  # fmt: skip
     if splits > 1:

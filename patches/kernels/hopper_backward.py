@@ -44,32 +44,33 @@ def row_range(start_n, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOC
 
 @gluon.jit
 def _produce(q_desc, k_desc, v_desc, do_desc, lse, delta, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, kv_full,
-             q_full, do_full, q_empty, do_empty, b, kv, first_head, heads, start_n, first, last, num_q, num_heads,
+             q_full, do_full, empty, b, kv, first_head, heads, start_n, first, last, num_q, num_heads,
              BLOCK_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [b, kv, start_n, 0], kv_full, k_smem)
-    tma.async_copy_global_to_shared(v_desc, [b, kv, start_n, 0], kv_full, v_smem)
-    per_head = last - first
-    for i in range(heads * per_head):
-        h = first_head + i // per_head
-        start_m = (first + i % per_head) * BLOCK_M
+    tma.async_copy_global_to_shared(k_desc, [b, kv, start_n, 0], kv_full, k_smem.index(0))
+    tma.async_copy_global_to_shared(v_desc, [b, kv, start_n, 0], kv_full, v_smem.index(0))
+    h = first_head
+    block = first
+    for i in range(heads * (last - first)):
+        start_m = block * BLOCK_M
         stage = i % STAGES
-        phase = ((i // STAGES) & 1) ^ 1
         rows = start_m + gl.arange(0, BLOCK_M, ROWS)
         offsets = (b * num_heads + h).to(gl.int64) * num_q + rows
         lse_rows = gl.load(lse + offsets, mask=rows < num_q, other=float("inf"))
         delta_rows = gl.load(delta + offsets, mask=rows < num_q, other=0.0)
-        mbarrier.wait(q_empty.index(stage), phase)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
         mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [b, h, start_m, 0], q_full.index(stage), q_smem.index(stage))
-        lse_smem.index(stage).store(lse_rows)
-        mbarrier.arrive(q_full.index(stage), count=1)
-        mbarrier.wait(do_empty.index(stage), phase)
         mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(do_desc, [b, h, start_m, 0], do_full.index(stage), do_smem.index(stage))
+        lse_smem.index(stage).store(lse_rows)
         delta_smem.index(stage).store(delta_rows)
-        mbarrier.arrive(do_full.index(stage), count=1)
+        mbarrier.arrive(q_full.index(stage), count=1)
+        block += 1
+        if block == last:
+            block = first
+            h += 1
 
 
 @gluon.jit
@@ -94,11 +95,83 @@ def _probabilities(s, lse_rows, start_m, start_n, low, high, q_offset, window, s
 
 
 @gluon.jit
+def _unseen_zero(i):
+    """Zero, as the compiler cannot know: buffers indexed by it get their addresses inside the loop, a few additions there
+    instead of dozens of registers held (and spilled) across it."""
+    return i >> 30
+
+
+@gluon.jit
+def _issue_scores(i, k_smem, q_smem, q_full, zero, BLOCK_M: gl.constexpr,
+                  BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    stage = i % STAGES
+    mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
+    q = q_smem.index(stage).reshape([BLOCK_M, D])
+    k = k_smem.index(_unseen_zero(i)).reshape([BLOCK_N, D])
+    return warpgroup_mma(k, q.permute([1, 0]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_dp(i, v_smem, do_smem, do_full, zero, BLOCK_M: gl.constexpr,
+              BLOCK_N: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    stage = i % STAGES
+    mbarrier.wait(do_full.index(stage), (i // STAGES) & 1)
+    do = do_smem.index(stage).reshape([BLOCK_M, DV])
+    v = v_smem.index(_unseen_zero(i)).reshape([BLOCK_N, DV])
+    return warpgroup_mma(v, do.permute([1, 0]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full, do_full, empty, dq_base, start_m,
+          start_n, low, high, q_offset, window, scale_log2, D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr,
+          BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, S_LAYOUT: gl.constexpr,
+          DK_LAYOUT: gl.constexpr, DV_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, MORE: gl.constexpr,
+          FREE_P: gl.constexpr):  # fmt: skip
+    """One block of query rows, whose raw scores are in ``s``. With MORE, the next block's scores start as soon as this
+    one's registers are free. FREE_P waits for dV first, to get P's registers back too; head_dim 128 needs them."""
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    dtype: gl.constexpr = q_smem.dtype
+    zero_s = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
+    zero_dq = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
+    stage = i % STAGES
+    q = q_smem.index(stage).reshape([BLOCK_M, D])
+    do = do_smem.index(stage).reshape([BLOCK_M, DV])
+    dp = _issue_dp(i, v_smem, do_smem, do_full, zero_s, BLOCK_M, BLOCK_N, DV, STAGES)
+    p = _probabilities(s, lse_smem.index(stage).load(ROW), start_m, start_n, low, high, q_offset, window, scale_log2,
+                       BLOCK_M, BLOCK_N, CAUSAL, WINDOW, S_LAYOUT)  # fmt: skip
+    p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
+    dv = warpgroup_mma(p16, do, dv, is_async=True)
+    delta_rows = delta_smem.index(stage).load(ROW)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    ds16 = (p * (dp - delta_rows[None, :])).to(dtype)
+    if FREE_P:
+        dv = warpgroup_mma_wait(0, deps=[dv])
+    if MORE:
+        s = _issue_scores(i + 1, k_smem, q_smem, q_full, zero_s, BLOCK_M, BLOCK_N, D, STAGES)
+    ds_block = ds_smem.index(_unseen_zero(i))
+    ds_block.store(ds16)
+    dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, DK_LAYOUT, 2)), q, dk, is_async=True)
+    fence_async_shared()
+    k = k_smem.index(_unseen_zero(i)).reshape([BLOCK_N, D])
+    dq = warpgroup_mma(ds_block.permute([1, 0]), k, zero_dq, use_acc=False, is_async=True)
+    if MORE:
+        s, dk, dv, dq = warpgroup_mma_wait(0, deps=[s, dk, dv, dq])
+    else:
+        dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
+    mbarrier.arrive(empty.index(stage), count=1)
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, DQ_LAYOUT))
+    col = gl.arange(0, D, gl.SliceLayout(0, DQ_LAYOUT))
+    # Row pointers first: each thread then needs two of them, and columns become constant offsets.
+    gl.atomic_add((dq_base + start_m * D + row * D)[:, None] + col[None, :], dq, sem="relaxed")
+    return s, dk, dv
+
+
+@gluon.jit
 def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem,
-             kv_full, q_full, do_full, q_empty, do_empty, b, kv, part, first_head, heads, start_n, first, last, low, high,
+             kv_full, q_full, do_full, empty, b, kv, part, first_head, heads, start_n, first, last, low, high,
              scale, num_q, num_k, q_offset, window, num_heads, num_kv, padded_q, D: gl.constexpr, DV: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-             WINDOW: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
+             WINDOW: gl.constexpr, SPLIT: gl.constexpr, FREE_P: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
@@ -106,49 +179,31 @@ def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem,
     M_WARPS: gl.constexpr = BLOCK_M // 16 if BLOCK_M // 16 < WARPS else WARPS
     N_WARPS: gl.constexpr = WARPS // M_WARPS
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [M_WARPS, N_WARPS], [16, D // N_WARPS, 16])
-    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = k_smem.dtype
     scale_log2 = scale * LOG2E
-    k = k_smem.reshape([BLOCK_N, D])
-    v = v_smem.reshape([BLOCK_N, DV])
-    no_s = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    no_dq = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
     dk = gl.zeros([BLOCK_N, D], gl.float32, DK_LAYOUT)
     dv = gl.zeros([BLOCK_N, DV], gl.float32, DV_LAYOUT)
-    row_dq = gl.arange(0, BLOCK_M, gl.SliceLayout(1, DQ_LAYOUT))
-    col_dq = gl.arange(0, D, gl.SliceLayout(0, DQ_LAYOUT))
-    dq_offsets = row_dq[:, None] * D + col_dq[None, :]
-    per_head = last - first
     mbarrier.wait(kv_full, 0)
-    for i in range(heads * per_head):
-        h = first_head + i // per_head
-        start_m = (first + i % per_head) * BLOCK_M
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        q = q_smem.index(stage).reshape([BLOCK_M, D])
-        do = do_smem.index(stage).reshape([BLOCK_M, DV])
-        mbarrier.wait(q_full.index(stage), phase)
-        s = warpgroup_mma(k, q.permute([1, 0]), no_s, use_acc=False, is_async=True)
-        mbarrier.wait(do_full.index(stage), phase)
-        dp = warpgroup_mma(v, do.permute([1, 0]), no_s, use_acc=False, is_async=True)
-        lse_rows = lse_smem.index(stage).load(ROW)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p = _probabilities(s, lse_rows, start_m, start_n, low, high, q_offset, window, scale_log2, BLOCK_M, BLOCK_N,
-                           CAUSAL, WINDOW, S_LAYOUT)  # fmt: skip
-        p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
-        dv = warpgroup_mma(p16, do, dv, is_async=True)
-        delta_rows = delta_smem.index(stage).load(ROW)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        ds16 = (p * (dp - delta_rows[None, :])).to(dtype)
-        ds_smem.store(ds16)
-        dk = warpgroup_mma(gl.convert_layout(ds16, gl.DotOperandLayout(0, DK_LAYOUT, 2)), q, dk, is_async=True)
-        fence_async_shared()
-        dq = warpgroup_mma(ds_smem.permute([1, 0]), k, no_dq, use_acc=False, is_async=True)
-        dv, dk, dq = warpgroup_mma_wait(0, deps=[dv, dk, dq])
-        mbarrier.arrive(q_empty.index(stage), count=1)
-        mbarrier.arrive(do_empty.index(stage), count=1)
-        base = dq_acc + ((b * num_heads + h).to(gl.int64) * padded_q + start_m) * D
-        gl.atomic_add(base + dq_offsets, dq, sem="relaxed")
+    count = heads * (last - first)
+    if count > 0:
+        zero_s = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
+        dq_base = dq_acc + (b * num_heads + first_head).to(gl.int64) * padded_q * D
+        block = first
+        s = _issue_scores(0, k_smem, q_smem, q_full, zero_s, BLOCK_M, BLOCK_N, D, STAGES)
+        s = warpgroup_mma_wait(0, deps=[s])
+        for i in range(count - 1):
+            s, dk, dv = _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full, do_full,
+                                  empty, dq_base, block * BLOCK_M, start_n, low, high, q_offset, window, scale_log2, D, DV,
+                                  BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, S_LAYOUT, DK_LAYOUT, DV_LAYOUT, DQ_LAYOUT,
+                                  True, FREE_P)  # fmt: skip
+            block += 1
+            if block == last:
+                block = first
+                dq_base += padded_q * D
+        s, dk, dv = _tile(count - 1, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full,
+                              do_full, empty, dq_base, block * BLOCK_M, start_n, low, high, q_offset, window, scale_log2, D,
+                              DV, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, S_LAYOUT, DK_LAYOUT, DV_LAYOUT, DQ_LAYOUT,
+                              False, FREE_P)  # fmt: skip
 
     dk = dk * scale
     if SPLIT:
@@ -162,11 +217,11 @@ def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem,
         gl.store(dv_part + dv_offsets[:, None] * DV + dv_cols[None, :], dv, mask=(dv_rows < num_k)[:, None])
     else:
         # K and V have been read for the last time: their buffers carry the gradients out.
-        k.store(dk.to(dtype))
-        v.store(dv.to(dtype))
+        k_smem.index(0).reshape([BLOCK_N, D]).store(dk.to(dtype))
+        v_smem.index(0).reshape([BLOCK_N, DV]).store(dv.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dk_desc, [b, kv, start_n, 0], k_smem)
-        tma.async_copy_shared_to_global(dv_desc, [b, kv, start_n, 0], v_smem)
+        tma.async_copy_shared_to_global(dk_desc, [b, kv, start_n, 0], k_smem.index(0))
+        tma.async_copy_shared_to_global(dv_desc, [b, kv, start_n, 0], v_smem.index(0))
         tma.store_wait(0)
 
 
@@ -175,7 +230,7 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_par
                        kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_kv, splits, padded_q, num_n,
                        D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                        STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr,
-                       SPLIT: gl.constexpr):  # fmt: skip
+                       SPLIT: gl.constexpr, FREE_P: gl.constexpr):  # fmt: skip
     """Grid: key blocks (fastest, the longest causal ones first) by splits of the group by KV heads by batches.
 
     ``dq_acc`` [B, H, padded_q, D] float32 starts at zero and gets dQ / scale. With SPLIT, dk and dv of each part of the
@@ -185,24 +240,22 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_par
     row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = k_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
-    k_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, DV], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_N, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_N, DV], v_desc.layout)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, DV], do_desc.layout)
-    ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], ds_layout)
+    ds_smem = gl.allocate_shared_memory(dtype, [1, BLOCK_N, BLOCK_M], ds_layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], row_layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], row_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=2)  # the copy engine, and the producer for the rows' log-sum-exp
-        mbarrier.init(do_full.index(i), count=2)
-        mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(do_empty.index(i), count=1)
+        mbarrier.init(q_full.index(i), count=2)  # the copy engine, and the producer for the rows' log-sum-exp and delta
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
 
     index = gl.program_id(0)
@@ -219,11 +272,11 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_par
     # fmt: off
     gl.warp_specialize([
         (_consume, (dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem,
-                    ds_smem, kv_full, q_full, do_full, q_empty, do_empty, b, kv, part, first_head, heads, start_n, first,
+                    ds_smem, kv_full, q_full, do_full, empty, b, kv, part, first_head, heads, start_n, first,
                     last, low, high, scale, num_q, num_k, q_offset, window, num_heads, num_kv, padded_q, D, DV, BLOCK_M,
-                    BLOCK_N, STAGES, CAUSAL, WINDOW, SPLIT)),
+                    BLOCK_N, STAGES, CAUSAL, WINDOW, SPLIT, FREE_P)),
         (_produce, (q_desc, k_desc, v_desc, do_desc, lse, delta, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem,
-                    kv_full, q_full, do_full, q_empty, do_empty, b, kv, first_head, heads, start_n, first, last, num_q,
+                    kv_full, q_full, do_full, empty, b, kv, first_head, heads, start_n, first, last, num_q,
                     num_heads, BLOCK_M, STAGES)),
     ], [1], [24])
     # fmt: on
