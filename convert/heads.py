@@ -82,7 +82,7 @@ class Heads:
         moved = {name: getattr(self, name)[order] for name in ("q", "q_bias") if getattr(self, name) is not None}
         if self.q_norm is not None and self.q_norm.ndim == 2:
             moved["q_norm"] = self.q_norm[order]
-        extras = {name: tensor[order] for name, tensor in self.extras.items()}
+        extras = {name: tensor[order.to(tensor.device)] for name, tensor in self.extras.items()}
         return replace(self, **moved, o=self.o[:, order], extras=extras)
 
     def free_dims(self) -> Tensor:

@@ -30,7 +30,8 @@ KeyNorm = Literal["none", "rms", "layer", "rms_span", "layer_own", "l2"]
 ``rms``: RMS over each head, one weight [head_dim] for all heads (Qwen3, Gemma 3, which stores it less one). ``layer``:
 the same with LayerNorm (Phi). ``rms_span``: RMS over all heads together, a weight for each channel (OLMo 2).
 ``layer_own``: LayerNorm over each head with a weight for each head (Cohere, StableLM). ``l2``: RMS over each head
-without a weight (Llama 4, NanoChat). Most classes norm before RoPE, some after it: rotations of a pair commute with both.
+without a weight (Llama 4, NanoChat). Most classes norm before RoPE, some after it: rotations of a pair commute with
+either.
 """
 
 LayerNormed = Callable[[Config, int], KeyNorm]
@@ -127,6 +128,7 @@ class Family:
     Attributes:
         model_type: transformers' ``model_type``.
         layer: prefix of decoder layer ``{i}`` in the full model, e.g. ``"model.layers.{i}."``.
+        layer_aliases: other prefixes that released checkpoints use and transformers renames while loading.
         attention: the attention module below the layer, e.g. ``"self_attn."``.
         packing: how q, k and v share tensors.
         transposed: weights are stored [in, out] (GPT-2's ``Conv1D``).
@@ -155,6 +157,7 @@ class Family:
 
     model_type: str
     layer: str = "model.layers.{i}."
+    layer_aliases: tuple[str, ...] = ()
     attention: str = "self_attn."
     packing: Packing = "separate"
     transposed: bool = False

@@ -63,9 +63,7 @@ _PLAIN = (
         query_extras=("sinks",),
         notes="attention sinks",
     ),
-    Family(
-        "bitnet", fixed_values=True, query_extras=("attn_sub_norm.weight",), notes="norm before o_proj"
-    ),
+    Family("bitnet", fixed_values=True, query_extras=("attn_sub_norm.weight",), notes="norm before o_proj"),
 )
 
 _INTERLEAVED = (
@@ -227,7 +225,14 @@ _HYBRID = (
         notes="output gate for each head",
     ),
     Family("minimax", rotary_dims=rotary_partial, residual_scale=s.minimax_scale, has_attention=r.attends),
-    Family("nemotron_h", attention="mixer.", pairing="none", rotary_dims=rotary_none, has_attention=r.attends),
+    Family(
+        "nemotron_h",
+        layer_aliases=("backbone.layers.{i}.",),
+        attention="mixer.",
+        pairing="none",
+        rotary_dims=rotary_none,
+        has_attention=r.attends,
+    ),
     Family(
         "olmo_hybrid", key_norm="rms_span", rotary_dims=r.rotary_if_parameters, has_attention=r.attends, post_norm=True
     ),

@@ -1,0 +1,132 @@
+"""Model types that Rehead knows and declines: each with one line that says why and what to do instead.
+
+Groups that a config gives away (encoder-decoder, multimodal) are told apart in :mod:`rehead.convert.families.resolve`.
+"""
+
+from __future__ import annotations
+
+from rehead.convert.families.spec import Refusal
+
+_LATENT = (
+    "keeps a latent in place of KV heads (multi-head latent attention), so there are none to pool; "
+    "give a model with multi-head or grouped-query attention"
+)
+_NO_COUNT = (
+    "its transformers class holds one KV head for each query head and nothing else, so no config can load fewer; "
+    "give a model whose class has num_key_value_heads (of those without, only gpt2 can be re-hosted so far)"
+)
+_ATTENTION_FREE = "has no attention at all, so there are no heads to pool; give a model with attention"
+_ENCODER = "is an encoder, not a causal language model, and has no KV cache to shrink; give a decoder-only model"
+_PER_LAYER = (
+    "its layers differ in head size, KV heads or whose keys and values they read, which one --kv-heads cannot say; "
+    "give a model whose layers are alike"
+)
+_INDEXED = (
+    "an indexer picks for each KV head which keys it reads, and would have to be trained again for fewer; "
+    "give a model with plain attention"
+)
+_CONVOLVED = (
+    "mixes its keys and values over time or position with weights of their own for each head, which pooling cannot "
+    "carry over; give a model with plain attention"
+)
+_MULTIMODAL = "is multimodal; save its language model alone with save_pretrained and convert that"
+
+_REASONS: dict[str, tuple[str, ...]] = {
+    _LATENT: (
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "deepseek_v4",
+        "dots3_note_text",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "hy_v4",
+        "kimi_linear",
+        "longcat_flash",
+        "minicpm3",
+        "youtu",
+    ),
+    _NO_COUNT: (
+        "biogpt",
+        "bloom",
+        "codegen",
+        "cpmant",
+        "ctrl",
+        "gpt_neo",
+        "gpt_neox",
+        "gpt_neox_japanese",
+        "gptj",
+        "hrm_text",
+        "imagegpt",
+        "modernbert-decoder",
+        "mpt",
+        "openai-gpt",
+        "opt",
+        "persimmon",
+        "xglm",
+    ),
+    _ATTENTION_FREE: ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
+    _ENCODER: (
+        "albert",
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "convbert",
+        "data2vec-text",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "esm",
+        "eurobert",
+        "funnel",
+        "longformer",
+        "megatron-bert",
+        "mobilebert",
+        "modernbert",
+        "mpnet",
+        "neobert",
+        "nystromformer",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "squeezebert",
+        "xlm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
+    _PER_LAYER: ("gemma3n_text", "gemma4_text", "gemma4_unified_text", "mimo_v2_flash"),
+    _INDEXED: ("minimax_m3_vl_text", "qwen4_exp_text"),
+    _CONVOLVED: ("inkling2_text", "inkling_text", "zaya"),
+    _MULTIMODAL: ("emu3", "fuyu", "git", "llama4", "mllama_text_model", "moshi", "phi4_multimodal"),
+}
+
+_SINGLE = {
+    "blt": "is three byte-level models in one, each with heads of its own; give a model with one stack of layers",
+    "diffllama": (
+        "subtracts one half of its heads' attention from the other's and reads values across both, so neighbouring KV "
+        "heads are no group; give a model with plain attention"
+    ),
+    "doge": "works out its mask from the values of each KV head, which pooling would change; give another model",
+    "jetmoe": "its query heads are experts that a router picks for each token; give a model with plain attention",
+    "reformer": "buckets its keys by hashing and ties them to its queries; give a model with plain attention",
+    "xlnet": "has relative positions with weights for each head and two streams; give a decoder-only model",
+    "zamba": "shares one attention block between many layers; give a model whose layers have attention of their own",
+    "zamba2": "shares one attention block between many layers; give a model whose layers have attention of their own",
+}
+
+REFUSALS: dict[str, Refusal] = {
+    name: Refusal(name, reason)
+    for name, reason in [
+        *((name, reason) for reason, names in _REASONS.items() for name in names),
+        *_SINGLE.items(),
+    ]
+}

@@ -1,0 +1,83 @@
+"""From a config and tensor names to the family that reads them, or a refusal that says why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rehead.convert.families.guess import guess_family
+from rehead.convert.families.refusals import REFUSALS
+from rehead.convert.families.spec import Config, Family
+from rehead.convert.families.table import FAMILIES
+from rehead.errors import UnsupportedError
+
+# Parts of a config that make a model multimodal or a compound.
+_OTHER_TOWERS = ("vision_config", "audio_config", "image_config", "speech_config", "depth_decoder_config")
+
+
+def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
+    """The family that reads a checkpoint.
+
+    Args:
+        config: a resolved transformers config.
+        tensors: the checkpoint's tensors by name; each value has a ``shape``. Only names and shapes are looked at.
+
+    Returns:
+        The table's entry, its layer prefix adapted to how this checkpoint spells it, or a guess with ``guessed`` set
+        for an unknown model type with the usual names; whoever takes a guess must prove it on numbers.
+
+    Raises:
+        UnsupportedError: known and declined, encoder-only, encoder-decoder, multimodal, attention-free, or laid out in
+            an unknown way; one line with the reason and the mend.
+    """
+    model_type = config.model_type
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        return with_checkpoint_prefix(family, tensors)
+    reason = _known_reason(config) or _structural_reason(config)
+    if reason is not None:
+        raise UnsupportedError(f"{model_type}: {reason}")
+    return guess_family(config, tensors)
+
+
+def with_checkpoint_prefix(family: Family, tensors: Mapping[str, Any]) -> Family:
+    """The family with the layer prefix that this checkpoint uses.
+
+    A base model saved alone has no ``model.`` before its layers, and some releases name it otherwise; transformers
+    takes all of them. Where none fits, the family comes back as it is.
+    """
+    bare = family.layer.split(".", 1)[1]
+    for layer in (family.layer, *family.layer_aliases, bare):
+        start = layer.split("{i}")[0]
+        if any(name.startswith(start) for name in tensors):
+            return replace(family, layer=layer)
+    return family
+
+
+def _known_reason(config: Config) -> str | None:
+    refusal = REFUSALS.get(config.model_type)
+    return refusal.reason if refusal else None
+
+
+def _structural_reason(config: Config) -> str | None:
+    """Why a model type outside both tables cannot be converted, as far as its config tells."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder-decoder; give a decoder-only causal language model"
+    towers = [name for name in _OTHER_TOWERS if getattr(config, name, None) is not None]
+    if towers or getattr(config, "text_config", None) is not None:
+        return "is multimodal; save its language model alone with save_pretrained and convert that"
+    if not _is_causal(config):
+        return (
+            "is encoder-only or no text generator (transformers has no causal language model class for it); "
+            "give a decoder-only model"
+        )
+    if not getattr(config, "num_attention_heads", None):
+        return "has no attention heads in its config, so there are none to pool; give a model with attention"
+    return None
+
+
+def _is_causal(config: Config) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping.get(type(config), None) is not None
