@@ -1,1 +1,35 @@
-"""Rehead."""
+"""Convert checkpoints to fewer KV heads: checkpoint in, plain checkpoint out, a layer at a time.
+
+::
+
+    from rehead.convert import convert, inspect, plan, verify
+
+    inspect("meta-llama/Llama-2-7b-hf")["kv_bytes_per_token"]
+    convert("meta-llama/Llama-2-7b-hf", "llama-2-7b-gqa8", num_key_value_heads=8, method="svd", refit=True)
+    verify("llama-2-7b-gqa8")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "convert": "rehead.convert.execute",
+    "plan": "rehead.convert.execute",
+    "inspect": "rehead.convert.inspection",
+    "verify": "rehead.convert.verification",
+    "open_model": "rehead.convert.model",
+    "open_source": "rehead.convert.source",
+    "verify_files": "rehead.convert.manifest",
+    "register": "rehead.convert.methods.registry",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a function on first use, so that reading headers never imports torch."""
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'rehead.convert' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Random: key and value heads start from scratch (Ainslie et al. 2023, arXiv 2305.13245). The control for the others."""
+"""Random: key and value heads start from scratch (Ainslie et al. 2023, arXiv 2305.13245), as a control."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 Keys. Under RoPE a key may change by one complex number for each rotary pair, so for each pair the rows of a group's
 heads, read as complex vectors and weighted by the energy of the queries that read them, are replaced by their best
 rank-one approximation in the metric of the inputs; queries take the conjugate factors. Pairs so slow that they hardly
-turn over a calibration sequence need not stay apart: together they are approximated like dimensions without RoPE, by the
-best shared subspace, within which the basis stays as near as can be to the pairwise one (so that what little they turn
-still commutes). Dimensions without RoPE allow any invertible map and get the best shared subspace outright.
+turn over a calibration sequence need not stay apart: together they are approximated like dimensions without RoPE, by
+the best shared subspace, within which the basis stays as near as can be to the pairwise one (so that what little they
+turn still commutes). Dimensions without RoPE allow any invertible map and get the best shared subspace outright.
 
 Values. W_o W_v of all the query heads of a group, stacked, in the metric of the inputs as attention mixes them; its
 leading right singular vectors are the shared value head, and W_o follows.

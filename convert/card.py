@@ -1,0 +1,91 @@
+"""The model card of a converted checkpoint: README.md with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rehead import __version__
+
+if TYPE_CHECKING:
+    from rehead.convert.planning import Plan
+
+# Metadata of the source that stays true of the result.
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+
+
+def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any]) -> str:
+    """Markdown with YAML front matter: ``base_model``, tags, the inherited licence, the command and what it did."""
+    source, table = plan.model.source, plan.as_json()
+    inherited = front_matter(source.model_card() or "")
+    kind = "multi-query-attention" if plan.options.num_key_value_heads == 1 else "grouped-query-attention"
+    metadata: dict[str, Any] = {key: inherited[key] for key in _INHERITED if key in inherited}
+    metadata.setdefault("library_name", "transformers")
+    hub_id = source.revision is not None
+    if hub_id:
+        metadata["base_model"] = source.id
+        metadata["base_model_relation"] = "finetune"
+    elif "base_model" in inherited:
+        metadata["base_model"] = inherited["base_model"]
+    old_tags = inherited.get("tags") or []
+    metadata["tags"] = list(dict.fromkeys([*(old_tags if isinstance(old_tags, list) else []), "rehead", kind]))
+    name = source.id.rstrip("/").rsplit("/", 1)[-1]
+    kv, cache, size = table["num_key_value_heads"], table["kv_bytes_per_token"], table["parameters"]
+    options = table["options"]
+    extras = [f"method `{options['method']}`", f"{options['grouping']} groups"]
+    extras += ["least-squares refit"] if options["refit"] else []
+    extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {name} with {kv['after']} KV head{'s' if kv['after'] != 1 else ''}",
+        "",
+        f"Converted from `{source.id if hub_id else name}`"
+        + (f" at `{source.revision}`" if source.revision else "")
+        + f" by Rehead {__version__}: {', '.join(extras)}.",
+        "",
+        "| | before | after |",
+        "| --- | --- | --- |",
+        f"| KV heads | {kv['before']} | {kv['after']} |",
+        f"| KV cache, bytes a token | {cache['before']:,} | {cache['after']:,} |",
+        f"| parameters | {size['before']:,} | {size['after']:,} |",
+        "",
+    ]
+    if not table["exact"]:
+        lines += [
+            "Sharing KV heads changes what the model computes. Uptrain it briefly and evaluate it against the original "
+            "before you rely on it.",
+            "",
+        ]
+    if details.get("text"):
+        lines += [f"Calibrated on {details['tokens']:,} tokens of: {', '.join(details['text'])}.", ""]
+    errors = [entry for entry in layers.values() if "value_error" in entry]
+    if errors and not table["exact"]:
+        worst = max(errors, key=lambda e: e["key_error"] + e["value_error"])
+        layer = next(i for i, entry in layers.items() if entry is worst)
+        lines += [
+            f"Relative error of the pooled projections: keys {_mean(errors, 'key_error'):.3f}, values "
+            f"{_mean(errors, 'value_error'):.3f} on average; largest in layer {layer}. Per layer: `rehead.json`.",
+            "",
+        ]
+    lines += ["```", command, "```", ""]
+    return "\n".join(lines)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The YAML metadata at the head of a model card; empty where there is none or it cannot be read."""
+    if not card.startswith("---"):
+        return {}
+    parts = card.split("---", 2)
+    try:
+        data = yaml.safe_load(parts[1]) if len(parts) == 3 else None
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _mean(entries: list[dict[str, Any]], key: str) -> float:
+    return sum(float(entry[key]) for entry in entries) / len(entries)

@@ -1,0 +1,218 @@
+"""The commands inspect, plan, convert, verify and families: flags in, one function called, facts printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
+
+
+def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The flags that `plan` and `convert` share."""
+    options = [
+        click.option("--kv-heads", "num_key_value_heads", type=int, required=True, metavar="N", help="KV heads after."),
+        click.option("--method", default="mean", show_default=True, metavar="NAME",
+                     help="mean, first, random, procrustes or svd."),
+        click.option("--grouping", default="contiguous", show_default=True, metavar="NAME",
+                     help="contiguous, or similar to choose which heads share."),
+        click.option("--calibration", multiple=True, metavar="TEXT",
+                     help="Text file (.txt, .txt.gz, .jsonl, .parquet) or Hub dataset; repeat for more. "
+                          "Default: the text that ships with Rehead."),
+        click.option("--calibration-tokens", type=int, default=131072, show_default=True, metavar="N"),
+        click.option("--calibration-length", type=int, default=512, show_default=True, metavar="N",
+                     help="Tokens in a calibration sequence."),
+        click.option("--refit", is_flag=True, help="Refit each layer's attention by least squares."),
+        click.option("--fit", type=int, default=0, metavar="STEPS", help="Then fit each layer for STEPS steps."),
+        click.option("--dtype", default="auto", show_default=True, metavar="NAME",
+                     help="Of the result: auto, float32, bfloat16 or float16."),
+        click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),
+        click.option("--seed", type=int, default=0, show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("inspect")
+@click.argument("model")
+@REVISION
+@JSON
+def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
+    """Show MODEL's attention layout, KV bytes a token, and what can be done."""
+    from rehead.convert import inspect
+
+    facts = inspect(model, revision)
+    if as_json:
+        _print_json(facts)
+        return
+    rows = [
+        ("type", f"{facts['model_type']}, {facts['attention']} attention, {facts['block']} blocks"),
+        ("layers", f"{facts['layers']}, {facts['attention_layers']} of them with attention"),
+        ("heads", f"{facts['num_attention_heads']} query, {facts['num_key_value_heads']} KV, "
+                  f"head_dim {facts['head_dim']}"),
+        ("projections", facts["packing"] + (f", biases on {', '.join(facts['biases'])}" if facts["biases"] else "")),
+        ("positions", facts["positions"]),
+        ("key norm", facts["key_norm"]),
+        ("parameters", f"{facts['parameters']:,} ({facts['bytes'] / 1e9:.2f} GB; {', '.join(facts['dtypes'])})"),
+        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"),
+    ]  # fmt: skip
+    for count, size in facts["can_convert_to"].items():
+        saved = 1 - size / facts["kv_bytes_per_token"]
+        rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes a token, {saved:.1%} less"))
+    rows += [("cannot", reason) for reason in facts["cannot"]]
+    _table(facts["model"], rows)
+
+
+@click.command("plan")
+@click.argument("model")
+@conversion_options
+@REVISION
+@JSON
+def plan_command(model: str, revision: str | None, as_json: bool, **options: Any) -> None:
+    """Show exactly what a conversion of MODEL would change; reads config and headers only."""
+    from rehead.convert import plan
+
+    facts = plan(model, revision=revision, **options).as_json()
+    if as_json:
+        _print_json(facts)
+        return
+    _table(f"{facts['source']} -> {options['num_key_value_heads']} KV heads", _plan_rows(facts))
+    shown: dict[str, list[str]] = {}
+    for change in facts["changes"]:
+        kind = change["name"].replace(f".{change['layer']}.", ".{i}.", 1)
+        shown.setdefault(f"{kind}  {change['before']} -> {change['after']}", []).append(str(change["layer"]))
+    for line, layers in shown.items():
+        click.echo(f"  {line}  in {len(layers)} layers")
+
+
+@click.command("convert")
+@click.argument("model")
+@click.argument("out")
+@conversion_options
+@click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
+@REVISION
+@click.option("--resume", is_flag=True, help="Go on from what a killed run left.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.")
+@QUIET
+@JSON
+def convert_command(model: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT."""
+    from rehead.convert import convert
+
+    line = shlex.join(["rehead", *sys.argv[1:]])
+    with progress_bar(quiet) as progress:
+        result = convert(model, out, progress=progress, command=line, **options)
+    facts = result.as_json()
+    if as_json:
+        _print_json(facts)
+    elif not quiet:
+        rows = _plan_rows(facts)
+        errors = [entry for entry in facts["layer_errors"].values() if "key_error" in entry]
+        if errors and not facts["exact"]:
+            keys = sum(entry["key_error"] for entry in errors) / len(errors)
+            values = sum(entry["value_error"] for entry in errors) / len(errors)
+            rows.append(("relative error", f"keys {keys:.3f}, values {values:.3f} (mean over layers)"))
+        rows.append(("time", f"{facts['seconds']:.1f} s"))
+        _table(f"wrote {out}", rows)
+
+
+@click.command("verify")
+@click.argument("out")
+@click.option("--source", metavar="MODEL", help="Compare logits with this model.")
+@REVISION
+@JSON
+def verify_command(out: str, source: str | None, revision: str | None, as_json: bool) -> None:
+    """Check a converted folder OUT: files against the manifest, loading, logits."""
+    from rehead.convert import verify
+
+    found = verify(out, source, revision=revision).as_json()
+    if as_json:
+        _print_json(found)
+        return
+    rows = [
+        ("files", f"{found['files']} match their SHA-256"),
+        ("loads", "with plain transformers, no missing or unexpected tensor"),
+        ("KV cache", f"logits with and without agree to {found['cache_error']:.1e}"),
+    ]
+    if found["against_source"]:
+        against = found["against_source"]
+        rows.append(("against source", f"KL {against['mean_kl']:.4g} nats, top-1 agreement "
+                                       f"{against['top1_agreement']:.1%}, largest logit difference "
+                                       f"{against['max_difference']:.3g}"))  # fmt: skip
+    _table(f"{out} verifies", rows)
+
+
+@click.command("families")
+@JSON
+def families_command(as_json: bool) -> None:
+    """List every supported architecture with its layout."""
+    from rehead.convert.inspection import describe_families
+
+    rows = describe_families()
+    if as_json:
+        _print_json(rows)
+        return
+    widths = [max(len(str(row[key])) for row in rows) for key in ("model_type", "packing", "key_norm", "positions")]
+    for row in rows:
+        cells = [str(row[key]).ljust(w) for key, w in zip(("model_type", "packing", "key_norm", "positions"), widths)]
+        click.echo("  ".join([*cells, row["notes"]]).rstrip())
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
+    """A progress callback that draws on standard error, one bar for each stage; None when quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: float, total: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    kv, cache, size = facts["num_key_value_heads"], facts["kv_bytes_per_token"], facts["parameters"]
+    options = facts["options"]
+    how = [options["method"], f"{options['grouping']} groups"]
+    how += ["refit"] if options["refit"] else []
+    how += [f"fit of {options['fit']} steps a layer"] if options["fit"] else []
+    rows = [
+        ("method", ", ".join(how) if not facts["exact"] else "none: the number of KV heads stays, bytes are copied"),
+        ("KV heads", f"{kv['before']} -> {kv['after']}"),
+        ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
+        ("parameters", f"{size['before']:,} -> {size['after']:,}"),
+    ]
+    if "calibration" in options:
+        source = ", ".join(options["calibration"])
+        rows.append(("calibration", f"{options['calibration_tokens']:,} tokens of {source}"))
+    return rows
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    click.echo(title)
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        click.echo(f"  {name.ljust(width)}  {text}")
+
+
+def _print_json(facts: Any) -> None:
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -1,0 +1,275 @@
+"""Running a plan: stream the source into a staged folder, one layer live at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rehead import __version__
+from rehead.convert.card import model_card
+from rehead.convert.families.layouts import merge
+from rehead.convert.methods.registry import MethodContext
+from rehead.convert.model import open_model
+from rehead.convert.options import ConvertOptions
+from rehead.convert.planning import Plan, make_plan, moves_queries
+from rehead.convert.regroup import LayerResult, regroup
+from rehead.convert.source import torch_dtype
+from rehead.convert.target import Target
+
+Progress = Callable[[str, float, float], None]
+"""Called with (stage, done, total); stages are "calibrating", "writing"."""
+
+
+@dataclass
+class Conversion:
+    """What :func:`convert` did.
+
+    Attributes:
+        out: the finished folder.
+        plan: what was planned.
+        layers: groups and reconstruction errors of each layer.
+        seconds: wall time.
+    """
+
+    out: Path
+    plan: Plan
+    layers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        table = self.plan.as_json()
+        table.pop("changes")
+        return {"out": str(self.out), "seconds": round(self.seconds, 2), **table, "layer_errors": self.layers}
+
+
+class LayerProvider(Protocol):
+    """Gives the new tensors of a layer; may be asked again for a layer it has given before."""
+
+    def __call__(self, layer: int) -> dict[str, Tensor]: ...
+
+
+class DirectLayers:
+    """Layers computed from the weights alone, when they are first needed; the last two are kept.
+
+    A checkpoint may split a layer over two shards or order its tensors by name; two layers cover both, and any other
+    order costs a second computation, never memory.
+    """
+
+    def __init__(self, plan: Plan, report: dict[int, dict[str, Any]]) -> None:
+        self._plan, self._report = plan, report
+        self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def __call__(self, layer: int) -> dict[str, Tensor]:
+        if layer not in self._kept:
+            result = self.compute(layer)
+            self._report[layer] = result.as_json()
+            self._kept[layer] = layer_tensors(self._plan, layer, result)
+            while len(self._kept) > 2:
+                self._kept.popitem(last=False)
+        return self._kept[layer]
+
+    def compute(self, layer: int) -> LayerResult:
+        """Regroup one layer."""
+        model, options = self._plan.model, self._plan.options
+        context = MethodContext(layer, options.seed, None, getattr(model.config, "initializer_range", 0.02) or 0.02)
+        wanted = {change.name for change in self._plan.changes if change.layer == layer}
+        if moves_queries(options):
+            wanted |= set(model.meta_layer(layer))  # norm weights that all heads share bound what may be rotated
+        # What the method leaves alone is copied as bytes and need not be read here.
+        tensors = {
+            name: model.read(name, layer) if name in wanted else tensor
+            for name, tensor in model.meta_layer(layer).items()
+        }
+        return regroup(
+            model.heads(layer, tensors), options.num_key_value_heads, options.method, options.grouping, context
+        )
+
+
+def layer_tensors(plan: Plan, layer: int, result: LayerResult) -> dict[str, Tensor]:
+    """A regrouped layer's tensors under the checkpoint's names and in the planned dtypes."""
+    tensors = merge(plan.model.family, layer, result.heads, plan.model.source.tensors)
+    dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in plan.outputs}
+    return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    num_key_value_heads: int,
+    method: str = "mean",
+    grouping: str = "contiguous",
+    calibration: Sequence[str] = (),
+    calibration_tokens: int = 131072,
+    calibration_length: int = 512,
+    refit: bool = False,
+    fit: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Conversion:
+    """Convert a checkpoint to fewer KV heads.
+
+    Args:
+        model: a local folder or a Hub id.
+        out: the folder to write; must not exist unless ``overwrite`` or ``resume``.
+        num_key_value_heads: KV heads after the conversion; must divide the model's. The same number copies the model.
+        method: ``mean``, ``first``, ``random``, ``procrustes``, ``svd``, or any registered one.
+        grouping: ``contiguous`` or ``similar``.
+        calibration: text files or Hub datasets for ``svd``, ``refit`` and ``fit``; the built-in text when empty.
+        calibration_tokens: tokens of it to use.
+        calibration_length: tokens in a sequence.
+        refit: refit each layer's attention by least squares on what the converted layers before it really produce.
+        fit: optimiser steps for each layer after that.
+        device: where calibration runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: of the result; ``auto`` keeps the source's.
+        max_shard_size: bytes in one weight file, or text such as ``"5GB"``.
+        revision: Hub revision of ``model``.
+        seed: of everything drawn.
+        resume: go on from what a killed run left.
+        overwrite: replace an existing checkpoint at ``out``.
+        push_to_hub: upload the result to this repository.
+        progress: called with (stage, done, total).
+        command: recorded in the manifest and the model card; the Python call when None.
+
+    Returns:
+        What was done; ``out`` holds a plain checkpoint, ``rehead.json`` and a model card.
+
+    Raises:
+        UsageError: an argument that cannot be meant.
+        UnsupportedError: a model that cannot be converted, broken input, or a full disk; ``out`` is as it was.
+    """
+    options = ConvertOptions(
+        num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens, calibration_length,
+        refit, fit, dtype, max_shard_size, seed,
+    )  # fmt: skip
+    started = time.monotonic()
+    opened = open_model(model, revision)
+    with opened.source:
+        plan = make_plan(opened, options)
+        result = _execute(plan, out, device, resume, overwrite, progress, command)
+    result.seconds = time.monotonic() - started
+    if push_to_hub:
+        from rehead.convert.hub import push_folder
+
+        push_folder(result.out, push_to_hub)
+    return result
+
+
+def plan(model: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> Plan:
+    """The exact change that :func:`convert` would make; reads config and headers only.
+
+    Args:
+        model: a local folder or a Hub id.
+        revision: Hub revision.
+        options: as for :func:`convert`, of those that :class:`ConvertOptions` has.
+    """
+    options["calibration"] = tuple(options.get("calibration", ()))
+    return make_plan(open_model(model, revision), ConvertOptions(**options))
+
+
+def _execute(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    command: str | None,
+) -> Conversion:
+    model, options = plan.model, plan.options
+    result = Conversion(Path(out), plan)
+    command = command or f"rehead.convert.convert(..., num_key_value_heads={options.num_key_value_heads})"
+    fingerprint = {
+        "source": model.source.fingerprint(),
+        "options": options.as_json(),
+        "plan": [[t.name, t.dtype, list(t.shape), t.origin] for t in plan.outputs],
+        "version": [__version__, torch.__version__],
+        "device": device if options.needs_calibration else "",
+    }
+    calibrated = options.needs_calibration and options.num_key_value_heads != model.num_kv_heads
+    with Target(out, source=model.source, overwrite=overwrite, resume=resume, fingerprint=fingerprint) as target:
+        provider: LayerProvider = DirectLayers(plan, result.layers)
+        details: dict[str, Any] = {}
+        if calibrated:
+            from rehead.convert.calibration.run import calibrate
+
+            provider, details = calibrate(plan, target.work_dir, device, result.layers, progress)
+        _write(plan, target, provider, progress)
+        target.copy_small_files(skip=("config.json",))
+        target.write_text("config.json", json.dumps(plan.raw_config, indent=2, ensure_ascii=False) + "\n")
+        target.write_text("README.md", model_card(plan, result.layers, command, details))
+        target.commit(manifest(plan, result.layers, command, details))
+    return result
+
+
+def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progress | None) -> None:
+    layers, dtypes = plan.layer_of, {tensor.name: torch_dtype(tensor.dtype) for tensor in plan.outputs}
+
+    def fetch(name: str) -> Tensor:
+        if name in layers:
+            return provider(layers[name])[name]
+        return plan.model.read(name).to(dtypes[name])
+
+    tick = None if progress is None else lambda done, total: progress("writing", done, total)
+    target.write_weights(plan.outputs, fetch, plan.options.max_shard_size, tick)
+
+
+def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any]) -> dict[str, Any]:
+    """What ``rehead.json`` records, less the files and their hashes."""
+    import transformers
+
+    table = plan.as_json()
+    return {
+        "tool": {"name": "rehead", "version": __version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": command,
+        **{key: table[key] for key in (
+            "source", "revision", "model_type", "num_attention_heads", "head_dim", "num_key_value_heads",
+            "kv_bytes_per_token", "parameters", "exact", "options", "config_changes",
+        )},
+        "calibration": details,
+        "layers": {str(layer): layers[layer] for layer in sorted(layers)},
+        "changed_tensors": [change.name for change in plan.changes],
+    }  # fmt: skip
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: no such device.
+    """
+    from rehead.errors import UsageError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: cannot be used ({first}); choose cpu or auto") from None
+    return device

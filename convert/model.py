@@ -1,0 +1,230 @@
+"""A model that is open for conversion: its source, resolved config and family; no weight has been read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rehead.convert.families import resolve_family
+from rehead.convert.families.layouts import shared_norm_names, split, tensor_names
+from rehead.convert.families.spec import Config, Family
+from rehead.convert.finite import first_nonfinite
+from rehead.convert.heads import Heads
+from rehead.convert.source import Source, open_source, torch_dtype
+from rehead.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass
+class Model:
+    """An open checkpoint.
+
+    Attributes:
+        source: where tensors come from.
+        config: transformers' resolved config.
+        family: the layout of its attention; its ``layer`` prefix is the checkpoint's own.
+        layers: indices of the layers that have attention.
+    """
+
+    source: Source
+    config: Config
+    family: Family
+    layers: list[int]
+
+    @property
+    def num_heads(self) -> int:
+        return self.family.num_heads(self.config)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.family.num_kv_heads(self.config)
+
+    @property
+    def head_dim(self) -> int:
+        return self.family.head_dim(self.config)
+
+    def layer_tensors(self, layer: int) -> list[str]:
+        """Names of the tensors that hold a layer's heads."""
+        return tensor_names(self.family, self.config, layer, self.source.tensors)
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """Read the tensors of a layer's attention, checked to be finite.
+
+        Raises:
+            UnsupportedError: one holds a NaN or an infinity.
+        """
+        return {name: self.read(name, layer) for name in self.meta_layer(layer)}
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """One tensor, checked to be finite; raises as :meth:`read_layer`."""
+        tensor = self.source.read(name)
+        check_finite(name, tensor, layer)
+        return tensor
+
+    def heads(self, layer: int, tensors: Mapping[str, Tensor] | None = None) -> Heads:
+        """One layer's heads, in the checkpoint's dtype."""
+        return split(self.family, self.config, layer, tensors if tensors is not None else self.read_layer(layer))
+
+    def meta_layer(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer's attention, with the norm weights that its heads share, as shapes without data."""
+        names = self.layer_tensors(layer) + shared_norm_names(self.family, self.config, layer, self.source.tensors)
+        infos = [self.source.tensors[name] for name in names]
+        return {info.name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for info in infos}
+
+    def layer_on_meta(self, layer: int) -> Heads:
+        """One layer's heads as shapes alone."""
+        return self.heads(layer, self.meta_layer(layer))
+
+    def kv_bytes_per_token(self, kv: int | None = None) -> int:
+        """KV-cache bytes for each token over all layers, in the checkpoint's dtype and from the real ``head_dim``."""
+        size = max(torch_dtype(self.source.tensors[self.layer_tensors(i)[0]].dtype).itemsize for i in self.layers[:1])
+        return 2 * len(self.layers) * (kv or self.num_kv_heads) * self.head_dim * size
+
+    def parameters(self) -> int:
+        """Number of weights in the checkpoint."""
+        return sum(_count(info.shape) for info in self.source.tensors.values())
+
+
+def open_model(model: str | os.PathLike[str] | Source, revision: str | None = None) -> Model:
+    """Open a checkpoint for conversion: config and headers only.
+
+    Args:
+        model: a local folder, a Hub id, or an open source.
+        revision: a Hub revision.
+
+    Raises:
+        UsageError: there is no such model.
+        UnsupportedError: its architecture, format or layout cannot be converted; says why and what to do.
+    """
+    source = model if isinstance(model, Source) else open_source(model, revision)
+    config = resolve_config(source.config, source.id)
+    _refuse_quantised(source)
+    family = resolve_family(config, source.tensors)
+    family = _with_checkpoint_prefix(family, source)
+    layers = [i for i in range(config.num_hidden_layers) if family.has_attention(config, i)]
+    opened = Model(source, config, family, layers)
+    _check_shapes(opened)
+    return opened
+
+
+def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
+    """A raw ``config.json`` as transformers' config object, without remote code.
+
+    Raises:
+        UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedError(f"{name}: config.json names no model_type; save the model with transformers first")
+    if model_type not in CONFIG_MAPPING:
+        if raw.get("auto_map"):
+            raise UnsupportedError(
+                f"{name}: model type {model_type!r} needs remote code, which Rehead never runs; "
+                "use a checkpoint in transformers' own format"
+            )
+        raise UnsupportedError(
+            f"{name}: model type {model_type!r} is not in the installed transformers; upgrade transformers"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({first}); mend it") from None
+
+
+def causal_lm_class(config: Config) -> type[PreTrainedModel]:
+    """The class that ``AutoModelForCausalLM`` loads for a config.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if found is None:
+        raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:
+    """Raise UnsupportedError when a weight holds a NaN or an infinity."""
+    at = first_nonfinite(tensor)
+    if at is not None:
+        where = f" (layer {layer})" if layer is not None else ""
+        raise UnsupportedError(
+            f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or mend the weight"
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _refuse_quantised(source: Source) -> None:
+    quantised = source.config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+        raise UnsupportedError(
+            f"{source.id}: is quantised ({method}), and heads cannot be pooled in that form; "
+            "convert the unquantised original, then quantise the result"
+        )
+
+
+def _with_checkpoint_prefix(family: Family, source: Source) -> Family:
+    """The family with the layer prefix that this checkpoint uses: a base model's has no ``model.`` before it."""
+    if any(name.startswith(family.layer.split("{i}")[0]) for name in source.tensors):
+        return family
+    bare = family.layer.split(".", 1)[1]
+    if any(name.startswith(bare.split("{i}")[0]) for name in source.tensors):
+        return replace(family, layer=bare)
+    raise UnsupportedError(
+        f"{source.id}: has no tensor below {family.layer.format(i=0)!r}, where {family.model_type} keeps its layers; "
+        "check that config.json belongs to these weights"
+    )
+
+
+def _check_shapes(model: Model) -> None:
+    """Refuse a checkpoint whose tensors do not have the heads that its config claims."""
+    heads, kv, size, source = model.num_heads, model.num_kv_heads, model.head_dim, model.source
+    for layer in model.layers:
+        names = model.layer_tensors(layer)
+        present = set(names)
+        prefix, stems = model.family.prefix(layer), model.family.names
+        wanted = [stems.query, stems.output]
+        wanted += [stems.key, stems.value] if model.family.packing == "separate" else []
+        for stem in wanted:
+            if f"{prefix}{stem}.weight" not in present:
+                raise UnsupportedError(
+                    f"{source.id}: layer {layer} has no tensor {prefix}{stem}.weight; "
+                    f"it is not laid out as {model.family.model_type} is"
+                )
+        try:
+            found = model.layer_on_meta(layer)
+            ok = found.q.shape[:2] == (heads, size) and found.k.shape[:2] == found.v.shape[:2] == (kv, size)
+        except (RuntimeError, ValueError):
+            ok = False
+        if not ok:
+            raise UnsupportedError(
+                f"{source.id}: layer {layer}'s attention tensors do not hold the {heads} query and {kv} KV heads of "
+                f"{size} that config.json claims; check that config.json belongs to these weights"
+            )
+        for name in names:
+            if source.tensors[name].dtype not in _FLOATS:
+                raise UnsupportedError(
+                    f"{name}: is stored as {source.tensors[name].dtype}, which cannot be pooled; "
+                    "convert the unquantised original"
+                )

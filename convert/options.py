@@ -1,0 +1,78 @@
+"""The options of a conversion: one object behind the API's arguments, the CLI's flags and the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rehead.convert.methods.registry import get_method
+from rehead.convert.shards import parse_size
+from rehead.errors import UsageError, unknown_name
+
+GROUPINGS = ("contiguous", "similar")
+DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What a conversion is asked to do.
+
+    Attributes:
+        num_key_value_heads: KV heads after the conversion.
+        method: a registered pooling method.
+        grouping: ``"contiguous"``, or ``"similar"`` to choose which heads share a KV head.
+        calibration: texts to calibrate on: files or Hub datasets; the text that ships with Rehead when empty.
+        calibration_tokens: tokens to calibrate on.
+        calibration_length: tokens in one calibration sequence.
+        refit: refit queries, keys, values and the output projection by least squares after pooling.
+        fit: optimiser steps for each layer after the refit; 0 for none.
+        dtype: of the converted floating-point weights; ``"auto"`` keeps them.
+        max_shard_size: bytes in one weight file, or text such as ``"5GB"``.
+        seed: of everything that is drawn.
+    """
+
+    num_key_value_heads: int
+    method: str = "mean"
+    grouping: str = "contiguous"
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int = 131072
+    calibration_length: int = 512
+    refit: bool = False
+    fit: int = 0
+    dtype: str = "auto"
+    max_shard_size: int | str = "5GB"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        get_method(self.method)
+        if self.grouping not in GROUPINGS:
+            raise UsageError(unknown_name("grouping", self.grouping, GROUPINGS))
+        if self.dtype not in DTYPES:
+            raise UsageError(unknown_name("dtype", self.dtype, DTYPES))
+        if self.num_key_value_heads < 1:
+            raise UsageError(f"--kv-heads {self.num_key_value_heads}: must be 1 or more")
+        if self.fit < 0:
+            raise UsageError(f"--fit {self.fit}: must be 0 or more steps")
+        if self.calibration_length < 16:
+            raise UsageError(f"--calibration-length {self.calibration_length}: must be 16 or more tokens")
+        if self.calibration_tokens < self.calibration_length:
+            raise UsageError(
+                f"--calibration-tokens {self.calibration_tokens}: must be at least one sequence of "
+                f"{self.calibration_length}"
+            )
+        parse_size(self.max_shard_size)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the model has to be run over text."""
+        return get_method(self.method).needs_calibration or self.refit or self.fit > 0
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest and ``--json``; calibration options only where they count."""
+        table = asdict(self)
+        if not self.needs_calibration:
+            for name in ("calibration", "calibration_tokens", "calibration_length"):
+                table.pop(name)
+        else:
+            table["calibration"] = list(self.calibration) or ["built in"]
+        return table

@@ -1,0 +1,170 @@
+"""The plan: exactly what a conversion changes, worked out and checked before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from rehead.convert.families.layouts import merge
+from rehead.convert.meta import check_loads
+from rehead.convert.methods.mean import mean
+from rehead.convert.methods.registry import MethodContext
+from rehead.convert.model import Model, resolve_config
+from rehead.convert.options import DTYPES, ConvertOptions
+from rehead.convert.shards import OutputTensor
+from rehead.errors import UnsupportedError, UsageError
+
+#: Methods that leave queries and the output projection alone.
+KV_ONLY = ("mean", "first", "random")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tensor that the conversion rewrites."""
+
+    name: str
+    layer: int
+    old_shape: tuple[int, ...]
+    new_shape: tuple[int, ...]
+
+
+@dataclass
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        model: the open source.
+        options: what was asked.
+        changes: tensors that are computed anew.
+        outputs: every tensor of the result, copied or computed, in the source's order.
+        raw_config: the result's ``config.json``.
+        config: the same, resolved.
+    """
+
+    model: Model
+    options: ConvertOptions
+    changes: list[Change]
+    outputs: list[OutputTensor]
+    raw_config: dict[str, Any]
+    config: Any
+
+    @property
+    def layer_of(self) -> dict[str, int]:
+        """The layer that computes each changed tensor."""
+        return {change.name: change.layer for change in self.changes}
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain JSON, as ``rehead plan --json`` prints it."""
+        model, kv = self.model, self.options.num_key_value_heads
+        before = model.parameters()
+        after = sum(_count(tensor.shape) for tensor in self.outputs)
+        return {
+            "source": model.source.id,
+            "revision": model.source.revision,
+            "model_type": model.config.model_type,
+            "layers": len(model.layers),
+            "num_attention_heads": model.num_heads,
+            "head_dim": model.head_dim,
+            "num_key_value_heads": {"before": model.num_kv_heads, "after": kv},
+            "kv_bytes_per_token": {"before": model.kv_bytes_per_token(), "after": model.kv_bytes_per_token(kv)},
+            "parameters": {"before": before, "after": after},
+            "exact": kv == model.num_kv_heads,
+            "options": self.options.as_json(),
+            "config_changes": {
+                key: {"before": model.source.config.get(key), "after": value}
+                for key, value in self.raw_config.items()
+                if model.source.config.get(key) != value
+            },
+            "changes": [
+                {"name": c.name, "layer": c.layer, "before": list(c.old_shape), "after": list(c.new_shape)}
+                for c in self.changes
+            ],
+            "unchanged_tensors": sum(1 for tensor in self.outputs if tensor.origin is not None),
+        }
+
+
+def make_plan(model: Model, options: ConvertOptions) -> Plan:
+    """Work out the conversion and check it against the target class on the meta device. No weight is read.
+
+    Raises:
+        UsageError: the number of KV heads does not divide the model's, or exceeds it.
+        UnsupportedError: the class cannot express the result, or would not load it.
+    """
+    kv, old = options.num_key_value_heads, model.num_kv_heads
+    if kv > old:
+        raise UsageError(
+            f"--kv-heads {kv}: the model has {old} KV heads and pooling cannot add any; choose {_divisors(old)}"
+        )
+    if old % kv:
+        raise UsageError(f"--kv-heads {kv}: does not divide the model's {old} KV heads; choose {_divisors(old)}")
+    if kv != old and (reason := model.family.refusal(model.config, kv)):
+        raise UnsupportedError(f"{model.source.id}: {reason}")
+    raw = copy.deepcopy(model.source.config)
+    if kv != old:
+        model.family.set_kv(raw, kv)
+    code = DTYPES[options.dtype]
+    if code is not None:
+        raw.pop("torch_dtype", None)
+        raw["dtype"] = options.dtype
+    config = resolve_config(raw, model.source.id)
+    if model.family.num_kv_heads(config) != kv:
+        raise UnsupportedError(
+            f"{model.source.id}: {model.config.model_type}'s config cannot say {kv} KV heads; choose another number"
+        )
+    changes = [change for layer in model.layers for change in _layer_changes(model, options, layer)]
+    shapes = {change.name: change.new_shape for change in changes}
+    outputs = []
+    for name, info in model.source.tensors.items():
+        cast = code is not None and info.dtype in ("F32", "BF16", "F16", "F64")
+        dtype = code if cast and code is not None else info.dtype
+        computed = name in shapes or dtype != info.dtype
+        outputs.append(OutputTensor(name, dtype, shapes.get(name, info.shape), None if computed else name))
+    check_loads(
+        model.config,
+        {name: (info.dtype, info.shape) for name, info in model.source.tensors.items()},
+        config,
+        {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
+    )
+    return Plan(model, options, changes, outputs, raw, config)
+
+
+def moves_queries(options: ConvertOptions) -> bool:
+    """Whether queries and the output projection are rewritten too."""
+    return options.method not in KV_ONLY or options.grouping != "contiguous" or options.refit or options.fit > 0
+
+
+def _layer_changes(model: Model, options: ConvertOptions, layer: int) -> list[Change]:
+    kv = options.num_key_value_heads
+    if kv == model.num_kv_heads:
+        return []
+    heads = model.layer_on_meta(layer)
+    pooled = mean(heads, kv, MethodContext())
+    after = merge(model.family, layer, pooled, model.source.tensors)
+    changes = []
+    for name, tensor in after.items():
+        old = model.source.tensors[name].shape
+        if _is_rewritten(model, options, layer, name) or tuple(tensor.shape) != old:
+            changes.append(Change(name, layer, old, tuple(tensor.shape)))
+    return changes
+
+
+def _is_rewritten(model: Model, options: ConvertOptions, layer: int, name: str) -> bool:
+    """Whether a tensor's values change even where its shape may not (first and mean rewrite keys and values only)."""
+    names, stem = model.family.names, name.removeprefix(model.family.prefix(layer)).rsplit(".", 1)[0]
+    if stem in (names.key, names.value, names.key_norm) or stem.startswith(names.key_norm + "."):
+        return True
+    if model.family.packing != "separate" and stem == names.query:
+        return True
+    return moves_queries(options)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

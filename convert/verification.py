@@ -1,0 +1,154 @@
+"""Verifying a converted checkpoint: its files, that plain transformers loads it, and how far it is from its source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.convert.manifest import verify_files
+from rehead.convert.meta import load_report, quiet_transformers
+from rehead.convert.model import causal_lm_class, resolve_config
+from rehead.convert.source import open_source
+from rehead.errors import VerificationError
+
+_CACHE_TOLERANCE = 2e-3
+_EXACT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        files: files whose size and SHA-256 were checked.
+        cache_error: largest difference between logits computed with and without a KV cache, relative to the logits'
+            size.
+        against_source: mean KL divergence in nats to the source, share of equal top tokens and largest logit
+            difference, over ``positions`` next-token predictions; None without a source.
+    """
+
+    files: int
+    cache_error: float
+    against_source: dict[str, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "files": self.files,
+            "loads": True,
+            "cache_error": self.cache_error,
+            "against_source": self.against_source,
+        }
+
+
+def verify(
+    out: str | os.PathLike[str], source: str | None = None, *, revision: str | None = None, positions: int = 256
+) -> Verification:
+    """Check a converted folder.
+
+    Its files are compared with the manifest's SHA-256, plain ``AutoModelForCausalLM`` must load it with no missing,
+    unexpected or mismatched tensor, its logits must be finite, and generation with a cache must compute what a full
+    pass computes. With a source, both models are run over the same tokens; where the manifest says that the conversion
+    is exact, their logits must agree.
+
+    Args:
+        out: the folder.
+        source: the original, to compare logits with: a folder or a Hub id.
+        revision: Hub revision of ``source``.
+        positions: tokens to compare.
+
+    Raises:
+        UsageError: no such folder, or one that Rehead did not write.
+        VerificationError: something did not hold; the line says what.
+    """
+    manifest = verify_files(out)
+    folder = open_source(str(out))
+    config = resolve_config(folder.config, str(out))
+    shapes = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
+    report = load_report(config, shapes)
+    if report and (source is None or report.beyond(_report_of(source, revision))):
+        raise VerificationError(f"{out}: does not load cleanly: {report.line()}; convert it again")
+    tokens = _tokens(config, positions)
+    model = _load(str(out), config)
+    logits = _logits(model, tokens)
+    if not bool(torch.isfinite(logits).all()):
+        raise VerificationError(f"{out}: its logits are not finite; check the source or convert it again")
+    cache_error = _cache_error(model, tokens, logits)
+    if cache_error > _CACHE_TOLERANCE:
+        raise VerificationError(
+            f"{out}: logits with a KV cache differ from those without by {cache_error:.1e}; report this model"
+        )
+    del model
+    against = None
+    if source is not None:
+        against = _compare(logits, source, revision, tokens)
+        if manifest.get("exact") and against["max_difference"] > _EXACT_TOLERANCE * float(logits.abs().max()):
+            raise VerificationError(
+                f"{out}: the conversion is exact by its manifest, but logits differ from {source}'s by "
+                f"{against['max_difference']:.1e}; check that this is the source it came from"
+            )
+    return Verification(len(manifest["files"]), cache_error, against)
+
+
+def _report_of(source: str, revision: str | None) -> Any:
+    opened = open_source(source, revision)
+    shapes = {name: (info.dtype, info.shape) for name, info in opened.tensors.items()}
+    return load_report(resolve_config(opened.config, source), shapes)
+
+
+def _tokens(config: Any, count: int) -> Tensor:
+    """Token ids that any vocabulary has; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    limit = getattr(config, "max_position_embeddings", None) or count
+    return torch.randint(0, config.vocab_size, (1, min(count, int(limit))), generator=generator)
+
+
+def _load(path: str, config: Any, revision: str | None = None) -> Any:
+    with quiet_transformers():
+        try:
+            model = causal_lm_class(config).from_pretrained(path, revision=revision or "main", dtype=torch.float32)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise VerificationError(f"{path}: transformers does not load it ({first}); convert it again") from None
+    return model.eval()
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits[0].float()
+
+
+@torch.no_grad()
+def _cache_error(model: Any, tokens: Tensor, logits: Tensor) -> float:
+    """Prefill half of the tokens, decode eight more one by one, and compare with the full pass."""
+    half = tokens.shape[1] // 2
+    step = model(input_ids=tokens[:, :half], use_cache=True)
+    cache, worst = step.past_key_values, float((step.logits[0].float() - logits[:half]).abs().max())
+    if cache is None:
+        return 0.0
+    for at in range(half, min(half + 8, tokens.shape[1])):
+        step = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+        cache, worst = step.past_key_values, max(worst, float((step.logits[0, 0].float() - logits[at]).abs().max()))
+    return worst / float(logits.abs().max().clamp_min(1e-6))
+
+
+def _compare(logits: Tensor, source: str, revision: str | None, tokens: Tensor) -> dict[str, float]:
+    opened = open_source(source, revision)
+    model = _load(source, resolve_config(opened.config, source), revision)
+    theirs = _logits(model, tokens)
+    if theirs.shape != logits.shape:
+        raise VerificationError(
+            f"{source}: has a vocabulary of {theirs.shape[-1]}, the converted model one of {logits.shape[-1]}; "
+            "give the model that was converted"
+        )
+    log_p, log_q = theirs.log_softmax(-1), logits.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return {
+        "positions": float(len(kl)),
+        "mean_kl": float(kl.mean()),
+        "top1_agreement": float((theirs.argmax(-1) == logits.argmax(-1)).float().mean()),
+        "max_difference": float((theirs - logits).abs().max()),
+    }
