@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
-from rehead.errors import UsageError, unknown_name
 from torch import nn
 from transformers import PreTrainedConfig
+
+from rehead.errors import UsageError, unknown_name
 
 APPLIED = "_rehead_patch"
 """Attribute of a patched model that holds its patch."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rehead.errors import UnsupportedError
 from torch import Tensor
+
+from rehead.errors import UnsupportedError
 
 
 @dataclass(eq=False)

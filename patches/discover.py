@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 _ATTENTION = re.compile(r"Attention|Attn")
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|attention_interface\(")
+_READS_MASK = re.compile(r"attention_mask\.dtype|isinstance\(attention_mask, torch\.Tensor\)")
 _SOFTMAX = re.compile(r"softmax\(|Softmax\(|scaled_dot_product_attention\(")
 
 
@@ -38,8 +41,36 @@ def uses_interface(cls: type) -> bool:
 
 @functools.cache
 def is_softmax_attention(cls: type) -> bool:
-    """Whether the class looks like attention that computes its own softmax."""
-    return bool(_ATTENTION.search(cls.__name__)) and bool(_SOFTMAX.search(_source(cls)))
+    """Whether the class looks like attention over tokens that computes its own softmax.
+
+    Attention over something else (the outputs of earlier blocks, say) takes no mask, and is nothing to patch.
+    """
+    source = _source(cls)
+    return bool(_ATTENTION.search(cls.__name__)) and bool(_SOFTMAX.search(source)) and "mask" in source
+
+
+class MaskStyle(enum.Enum):
+    """What a model does with its mask before attention gets it."""
+
+    PASSED = "passed on untouched"
+    READ = "computed with by its attention layers (learned sparse attention)"
+    TAKEN_APART = "rebuilt by the model where it has four dimensions"
+
+
+@functools.cache
+def mask_style(config_class: type) -> MaskStyle:
+    """How the models of a config class treat their mask, from the source of the modeling file beside the config's."""
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    module = sys.modules.get(name)
+    if module is None or name == config_class.__module__:
+        return MaskStyle.PASSED
+    if config_class.__name__ == "FalconConfig":
+        return MaskStyle.TAKEN_APART
+    for attribute, cls in vars(module).items():
+        own = isinstance(cls, type) and cls.__module__ == name and _ATTENTION.search(attribute)
+        if own and uses_interface(cls) and _READS_MASK.search(_source(cls)):
+            return MaskStyle.READ
+    return MaskStyle.PASSED
 
 
 @dataclass
@@ -75,8 +106,8 @@ def find_attention(model: nn.Module) -> Found:
         interface = uses_interface(cls)
         if not interface and not is_softmax_attention(cls):
             continue
-        config = module.__dict__.get("config")
-        if wanted and config is not None and id(config) not in wanted and not _nested(name, model, config, wanted):
+        config = _nearest_config(model, name)
+        if wanted and config is not None and id(config) not in wanted and not _same_kind(model, config):
             found.towers.append(name)
         elif interface:
             found.interface.append((name, module))
@@ -89,7 +120,17 @@ def _has_children_or_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=True), None) is not None
 
 
-def _nested(name: str, model: nn.Module, config: Any, wanted: set[int]) -> bool:
-    """A decoder whose layers were given an equal copy of the text config still belongs to the decoder."""
+def _nearest_config(model: nn.Module, name: str) -> Any:
+    """The config of a module, or of the closest module around it that has one."""
+    while name:
+        config = model.get_submodule(name).__dict__.get("config")
+        if config is not None:
+            return config
+        name = name.rpartition(".")[0]
+    return model.__dict__.get("config")
+
+
+def _same_kind(model: nn.Module, config: Any) -> bool:
+    """A decoder whose layers were given their own copy of the text config still belongs to the decoder."""
     text = getattr(model, "config", None)
     return type(config) is type(text.get_text_config(decoder=True)) if text is not None else False

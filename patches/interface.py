@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rehead.errors import UnsupportedError, UsageError
-from rehead.patches import tiled
-from rehead.patches.descriptor import TiledMask
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from rehead.errors import UnsupportedError, UsageError
+from rehead.patches import tiled
+from rehead.patches.descriptor import TiledMask
 
 NAME = "rehead_tiled"
 
@@ -26,8 +27,6 @@ IGNORED = frozenset(
         "max_length_q", "max_length_k", "inputs_embeds", "input_ids",
         # Speech and vision encoders hand these down to every layer.
         "encoder_hidden_states", "encoder_attention_mask", "past_key_values_length",
-        # Sparse attention: the same choice is already in the mask, these only help kernels that gather.
-        "indices",
     }
 )  # fmt: skip
 """Keyword arguments that do not change what attention computes."""
@@ -57,6 +56,16 @@ def _check_window(mask: TiledMask, window: int | None, module: nn.Module) -> Non
             f"{type(module).__name__} asks for a window of {window} but its mask has none; "
             "the two must agree, load the model with attn_implementation='eager'"
         )
+
+
+def _select(indices: Tensor, rules: dict[str, Any], mask: TiledMask | None, n_key: int) -> dict[str, Any]:
+    """Keep the keys that an indexer chose for each row; a dense mask, as the choice is different for each."""
+    chosen = torch.zeros(*indices.shape[:2], n_key, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if mask is not None:
+        return {"causal": False, "bias": chosen & mask.materialize()}
+    bias = rules["bias"]
+    return {"causal": False, "bias": chosen & bias if bias.dtype == torch.bool else _join(chosen, bias)}
 
 
 def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -100,6 +109,7 @@ def tiled_attention(
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for transformers' ``AttentionInterface``; every argument is honoured or refused.
@@ -118,6 +128,7 @@ def tiled_attention(
         sinks: attention sinks of each token, ``[B, H, Sq, 1]`` (or ``[H]``).
         position_bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``.
         cu_seq_lens_q, cu_seq_lens_k: int ``[N + 1]``, cumulative lengths of packed sequences.
+        indices: int ``[B, Sq, top_k]``, the only keys that each row may see besides (learned sparse attention).
         **kwargs: names in :data:`IGNORED`, or values of None or False; anything else is refused.
 
     Returns:
@@ -161,6 +172,8 @@ def tiled_attention(
         if record is not None:
             mask = mask.with_window(record.window)
         rules = mask.arguments()
+    if indices is not None:
+        rules = _select(indices, rules, mask, key.shape[2])
     if position_bias is not None:
         rules["bias"] = _join(rules.get("bias"), position_bias[..., : key.shape[2]])
     if sinks is not None and sinks.ndim == 4:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rehead.errors import UnsupportedError
-from rehead.patches.descriptor import TiledMask
 from torch import Tensor
 from transformers import masking_utils
+
+from rehead.errors import UnsupportedError
+from rehead.patches.descriptor import TiledMask
+from rehead.patches.discover import MaskStyle, mask_style
 
 logger = logging.getLogger("rehead.patches")
 
@@ -30,6 +32,14 @@ def say_once(key: str, message: str) -> None:
     if key not in _said:
         _said.add(key)
         logger.warning(message)
+
+
+def _say_dense(config: Any, reason: str) -> None:
+    model = getattr(config, "model_type", "this model")
+    say_once(
+        f"{model}: {reason}",
+        f"rehead_tiled: {model} gets a dense mask ({reason}), which takes batch x query length x key length elements",
+    )
 
 
 @dataclass
@@ -129,7 +139,6 @@ def _snapshot(offset: int | Tensor, q_length: int) -> int | Tensor:
     return int(offset)
 
 
-@torch.compiler.disable
 def _describe(mask: TiledMask, function: Callable, padding: Tensor | None, kv_offset: int) -> TiledMask | None:
     """Fill in ``mask`` from the closures, or return None where they are not known."""
     rules = _Rules()
@@ -160,7 +169,7 @@ def tiled_mask(
     use_vmap: bool = False,
     config: Any = None,
     **kwargs: Any,
-) -> TiledMask:
+) -> TiledMask | Tensor:
     """Describe a mask; registered with transformers' ``AttentionMaskInterface`` as ``rehead_tiled``.
 
     Args:
@@ -174,6 +183,9 @@ def tiled_mask(
         config: the model's config.
         **kwargs: hints for other implementations (``local_size``, ``allow_is_causal_skip``, ``dtype``).
 
+    Returns:
+        A :class:`TiledMask`, or, for the few models whose layers compute with the mask, eager's float mask.
+
     Raises:
         UnsupportedError: a prepared descriptor of another shape.
     """
@@ -184,10 +196,47 @@ def tiled_mask(
                 "pass the 2-D attention mask instead"
             )
         return attention_mask
+    return _make(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, use_vmap, config
+    )  # fmt: skip
+
+
+@torch.compiler.disable
+def _make(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    use_vmap: bool,
+    config: Any,
+) -> TiledMask | Tensor:
+    """:func:`tiled_mask` outside compiled graphs, which cannot read closures."""
+    dense_arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "allow_is_bidirectional_skip": False,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    style = mask_style(type(config))
+    if style is MaskStyle.READ:
+        # The layers choose keys by arithmetic on the mask, so they get the one that eager attention would give them.
+        _say_dense(config, "its layers read the mask")
+        dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
+        return masking_utils.eager_mask(**dense_arguments, dtype=dtype)
     mask = TiledMask(
         batch_size, q_length, kv_length, torch.device(device), q_offset=_snapshot(q_offset, q_length) - kv_offset
     )
-    if getattr(config, "_rehead_opaque_mask", False):
+    if style is MaskStyle.TAKEN_APART:
         mask.rank = 0
     padding = None if attention_mask is None else _pad_to(attention_mask.bool(), kv_offset, kv_length)
     if mask_function is masking_utils.causal_mask_function:
@@ -195,23 +244,6 @@ def tiled_mask(
     described = _describe(mask, mask_function, padding, kv_offset)
     if described is not None:
         return described
-    say_once(
-        f"dense mask {getattr(mask_function, '__qualname__', mask_function)}",
-        "rehead_tiled: this model's mask has no short description "
-        f"({getattr(config, 'model_type', 'unknown model')}: {getattr(mask_function, '__qualname__', mask_function)}); "
-        "a dense one is used, which takes batch x query length x key length bytes",
-    )
-    dense = masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-    )
+    _say_dense(config, f"no short description of {getattr(mask_function, '__qualname__', mask_function)}")
+    dense = masking_utils.sdpa_mask(**dense_arguments, allow_is_causal_skip=False)
     return TiledMask(batch_size, q_length, kv_length, torch.device(device), causal=False, dense=dense, rank=mask.rank)

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rehead.errors import UsageError, VerificationError
 from torch import Tensor, nn
+
+from rehead.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from rehead.patches.base import Patch

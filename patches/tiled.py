@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from rehead.errors import UnsupportedError
 from rehead.patches import cpu
-from torch import Tensor
 
 DECODE_ROWS = 16
 """Most query rows that the decode kernel takes."""

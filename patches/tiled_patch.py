@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import BaseQuantizedLayer
+
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import adapters, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
 from rehead.patches.discover import Found, find_attention
 from rehead.patches.interface import _NO_WEIGHTS, NAME, RECORD
-from torch import nn
-from transformers import Cache
-from transformers.cache_utils import BaseQuantizedLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GPU_HEAD_DIM = 256
@@ -85,7 +86,6 @@ class TiledPatch(Patch):
     def _set_implementation(self, found: Found, copies: dict[int, Any]) -> None:
         """Point the (copied) configs of the patched layers, and of the models that make their masks, at this patch."""
         targets: dict[int, Any] = {}
-        opaque = any(adapters.qualified(type(module)) in adapters.OPAQUE_MASK for _, module in found.own)
         for _, module in found.interface + found.own:
             config = module.__dict__.get("config")
             if config is not None:
@@ -102,8 +102,6 @@ class TiledPatch(Patch):
         for config in targets.values():
             # The public setter would hand the name down to sub-configs, and so to towers that are left alone.
             config._attn_implementation_internal = NAME
-            if opaque:
-                config._rehead_opaque_mask = True
 
     def prove(self, **options: Any) -> Any:
         """Parity with the unpatched model, every layer called, no leak from later tokens; see :func:`proof.prove`.
@@ -186,12 +184,18 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def _cache_layers(cache: Any) -> list[Any]:
+    """Layers of a cache, those of both halves of an encoder-decoder cache included."""
+    halves = (getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache"))
+    return [layer for part in (cache, *halves) for layer in getattr(part, "layers", None) or ()]
+
+
 def _refuse_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: what a call asks for that no tiled attention can give."""
     if kwargs.get("output_attentions"):
         raise UsageError(_NO_WEIGHTS)
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, Cache) and any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers):
+    if isinstance(cache, Cache) and any(isinstance(layer, BaseQuantizedLayer) for layer in _cache_layers(cache)):
         raise UnsupportedError(
             "the KV cache is quantised, which rehead_tiled does not read; use a DynamicCache or a StaticCache "
             "(leave cache_implementation='quantized' out)"

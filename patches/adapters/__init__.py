@@ -10,15 +10,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from rehead.patches.base import UndoLog
 from torch import nn
+
+from rehead.patches.base import UndoLog
 
 Adapter = Callable[[nn.Module], dict[str, Any]]
 
 ADAPTERS: dict[str, Adapter] = {}
-
-OPAQUE_MASK: set[str] = set()
-"""Model classes that would take a 4-D mask apart before their layers see it."""
 
 
 def qualified(cls: type) -> str:
@@ -28,7 +26,7 @@ def qualified(cls: type) -> str:
     return f"{family}.{cls.__qualname__}"
 
 
-def register_adapter(*classes: str, opaque_mask: bool = False) -> Callable[[Adapter], Adapter]:
+def register_adapter(*classes: str) -> Callable[[Adapter], Adapter]:
     """Decorator: use a function for the given classes, named as :func:`qualified` names them.
 
     Raises:
@@ -40,8 +38,6 @@ def register_adapter(*classes: str, opaque_mask: bool = False) -> Callable[[Adap
             if name in ADAPTERS:
                 raise ValueError(f"{name} already has an adapter")
             ADAPTERS[name] = adapter
-            if opaque_mask:
-                OPAQUE_MASK.add(name)
         return adapter
 
     return add

@@ -11,10 +11,11 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from rehead.errors import UnsupportedError
 from rehead.patches.adapters import register_adapter
 from rehead.patches.interface import RECORD, tiled_attention
-from torch import Tensor, nn
 
 
 @register_adapter("bloom.BloomAttention")
@@ -104,7 +105,7 @@ def mpt(module: nn.Module) -> dict[str, Any]:
     return {"forward": forward}
 
 
-@register_adapter("falcon.FalconAttention", opaque_mask=True)
+@register_adapter("falcon.FalconAttention")
 def falcon(module: nn.Module) -> dict[str, Any]:
     """Falcon: fused projections of three shapes, rotary positions or ALiBi, and KV heads read without repeats."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehead.patches.adapters import register_adapter
-from rehead.patches.interface import tiled_attention
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
+
+from rehead.patches.adapters import register_adapter
+from rehead.patches.interface import tiled_attention
 
 
 def _keys_and_values(module: Any, hidden_states: Tensor, key_value_states: Tensor | None, cache: Any) -> Any:

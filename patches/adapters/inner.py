@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from rehead.patches.adapters import register_adapter
 from rehead.patches.descriptor import TiledMask
 from rehead.patches.interface import tiled_attention
-from torch import Tensor, nn
 
 
 def _attend(

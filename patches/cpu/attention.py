@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from rehead.patches.cpu.masks import Row, TileMasks, read_row
 from rehead.patches.cpu.plan import Call, Rect, Rules, plan
 from rehead.patches.cpu.tiles import flash_backward, flash_forward, math_backward, math_forward, merge_
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from rehead.patches.cpu.plan import Call, Rect, Rules
 from torch import Tensor
+
+from rehead.patches.cpu.plan import Call, Rect, Rules
 
 NEG_INF = float("-inf")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from rehead.errors import UnsupportedError
 from rehead.patches.cpu.attention import DTYPES, Options, backward, forward
-from torch import Tensor
 
 
 def _options(
