@@ -27,8 +27,8 @@ Pairing = Literal["half", "interleaved", "none"]
 KeyNorm = Literal["none", "rms", "layer", "rms_span", "layer_own", "l2"]
 """What normalises queries and keys after projection.
 
-``rms``: RMS over each head, one weight [head_dim] for all heads (Qwen3, Gemma 3, which stores it less one). ``layer``:
-the same with LayerNorm (Phi). ``rms_span``: RMS over all heads together, a weight for each channel (OLMo 2).
+``rms``: RMS over each head, one weight [head_dim] for all heads (Qwen3, Gemma 3). ``layer``: the same with LayerNorm
+(Phi). ``rms_span``: RMS over all heads together, a weight for each channel (OLMo 2).
 ``layer_own``: LayerNorm over each head with a weight for each head (Cohere, StableLM). ``l2``: RMS over each head
 without a weight (Llama 4, NanoChat). Most classes norm before RoPE, some after it: rotations of a pair commute with
 either.
@@ -74,7 +74,10 @@ def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
 
 def rotary_partial(config: Config, layer: int) -> int:
     """The first ``partial_rotary_factor`` of the head rotates, rounded down as the classes do."""
-    factor = rope_parameters(config, layer).get("partial_rotary_factor")
+    parameters = rope_parameters(config, layer)
+    if parameters.get("rope_type") == "proportional":
+        return head_dim(config)  # the pairs span the head, and those beyond the factor turn with frequency zero
+    factor = parameters.get("partial_rotary_factor")
     if factor is None:
         factor = getattr(config, "partial_rotary_factor", None)
     return int(head_dim(config) * (1.0 if factor is None else factor))
@@ -134,6 +137,8 @@ class Family:
         transposed: weights are stored [in, out] (GPT-2's ``Conv1D``).
         names: tensor names.
         key_norm: what normalises keys; decides which changes of basis leave the function alone.
+        norm_offset: what the class adds to the stored norm weight (1 where it stores the weight less one).
+        norm_after_rotation: keys are normed after RoPE rather than before.
         pairing: rotary pairing.
         rotary_dims: (config, layer) -> how many leading dimensions of the head rotate; 0 in layers without RoPE.
         num_heads, num_kv_heads, head_dim: read the counts off a resolved config.
@@ -143,8 +148,8 @@ class Family:
         residual_scale: (config, layer) -> factor on the attention's output before it joins the residual stream.
         refusal: (config, kv_heads) -> why this class cannot hold the result, or None.
         has_attention: (config, layer) -> whether this layer is an attention layer (hybrids interleave others).
-        query_extras: full names below the attention module of tensors with equal rows for every query head (sinks,
-            output gates): they stay as they are unless query heads change places.
+        query_extras: full names below the attention module, and how checkpoints may spell them, of tensors with equal
+            rows for every query head (sinks, output gates): they stay unless query heads change places.
         gate_in_query: the query projection holds, for each head, its query and then an output gate of the same size.
         fixed_values: something that is not linear acts on single channels between the attention's output and o_proj (a
             gate, a norm), so the basis of V cannot change; a function of the config where one switches it.
@@ -163,6 +168,8 @@ class Family:
     transposed: bool = False
     names: Names = field(default_factory=Names)
     key_norm: KeyNorm | LayerNormed = "none"
+    norm_offset: float = 0.0
+    norm_after_rotation: bool = False
     pairing: Pairing = "half"
     rotary_dims: Callable[[Config, int], int] = rotary_all
     num_heads: Callable[[Config], int] = query_heads

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehead.convert.families.readers import layer_kind, windowed
-from rehead.convert.families.spec import Config, KeyNorm, head_dim, rotary_partial
+from rehead.convert.families.readers import windowed
+from rehead.convert.families.spec import Config, KeyNorm, head_dim
 
 # ---- Falcon: three fused layouts, told apart by two switches.
 
@@ -142,8 +142,3 @@ def minimax_scale(config: Config, layer: int) -> float:
 def beam_scale(config: Config, layer: int) -> float:
     """Depth-scaled residual additions: 1 / sqrt(2 (layer + 1))."""
     return (2.0 * (layer + 1)) ** -0.5
-
-
-def lfm3_rotary(config: Config, layer: int) -> int:
-    """Partial, by layer type; convolution layers have no entry."""
-    return rotary_partial(config, layer) if "attention" in layer_kind(config, layer) else 0

@@ -76,7 +76,13 @@ _INTERLEAVED = (
     Family("cohere", pairing="interleaved", key_norm=r.norm_if("use_qk_norm", "layer_own"), block="parallel"),
     Family("cohere2", pairing="interleaved", rotary_dims=r.rotary_in_windows, block="parallel"),
     Family("cohere2_moe", pairing="interleaved", rotary_dims=s.cohere2_moe_rotary, block="parallel"),
-    Family("llama4_text", pairing="interleaved", rotary_dims=r.rotary_by_list, key_norm=s.llama4_norm),
+    Family(
+        "llama4_text",
+        pairing="interleaved",
+        rotary_dims=r.rotary_by_list,
+        key_norm=s.llama4_norm,
+        norm_after_rotation=True,
+    ),
 )
 
 _NORMED = (
@@ -87,14 +93,27 @@ _NORMED = (
     Family("dots1", key_norm="rms"),
     Family("hy_v3", key_norm="rms"),
     Family("mellum", key_norm="rms"),
-    Family("gemma3_text", key_norm="rms", post_norm=True),
+    Family("gemma3_text", key_norm="rms", norm_offset=1.0, post_norm=True),
     Family("glm4_moe", key_norm=r.norm_if("use_qk_norm", "rms"), rotary_dims=rotary_partial),
-    Family("hunyuan_v1_dense", key_norm="rms", names=Names(query_norm="query_layernorm", key_norm="key_layernorm")),
-    Family("hunyuan_v1_moe", key_norm="rms", names=Names(query_norm="query_layernorm", key_norm="key_layernorm")),
+    *(
+        Family(
+            name,
+            key_norm="rms",
+            norm_after_rotation=True,
+            names=Names(query_norm="query_layernorm", key_norm="key_layernorm"),
+        )
+        for name in ("hunyuan_v1_dense", "hunyuan_v1_moe")
+    ),
     Family("exaone4", key_norm="rms", rotary_dims=r.rotary_in_windows_if_any, post_norm=True),
     Family("exaone_moe", key_norm="rms", rotary_dims=r.rotary_in_windows_if_any),
     Family("kolibri1", key_norm="rms", rotary_dims=r.rotary_in_windows_if_any, post_norm=True),
-    Family("flint", key_norm="rms", rotary_dims=r.rotary_in_windows, query_extras=("sinks",), notes="attention sinks"),
+    Family(
+        "flint",
+        key_norm="rms",
+        rotary_dims=r.rotary_in_windows,
+        query_extras=("sinks", "softmax_offset"),
+        notes="attention sinks",
+    ),
     Family(
         "afmoe",
         key_norm="rms",
@@ -219,9 +238,9 @@ _HYBRID = (
     Family(
         "lfm3",
         key_norm="rms",
-        rotary_dims=s.lfm3_rotary,
+        rotary_dims=rotary_partial,
         has_attention=r.attends,
-        query_extras=("g_proj.weight",),
+        query_extras=("g_proj.weight", "gate_proj.weight"),
         notes="output gate for each head",
     ),
     Family("minimax", rotary_dims=rotary_partial, residual_scale=s.minimax_scale, has_attention=r.attends),
@@ -240,7 +259,9 @@ _HYBRID = (
     *(
         Family(
             name,
+            layer_aliases=("model.language_model.layers.{i}.",),
             key_norm="rms",
+            norm_offset=1.0,
             rotary_dims=rotary_partial,
             has_attention=r.attends,
             gate_in_query=True,
