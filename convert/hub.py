@@ -368,8 +368,7 @@ def _push_translated(repo_id: str) -> Iterator[None]:
         raise
     except Exception as err:
         status = next(
-            (e.response.status_code for e in _chain(err) if getattr(e, "response", None) is not None),
-            None,  # type: ignore[attr-defined]
+            (r.status_code for e in _chain(err) if (r := getattr(e, "response", None)) is not None), None
         )
         if status in (401, 403):
             raise UnsupportedError(

@@ -137,7 +137,7 @@ def _named(names: list[str]) -> str:
 def completed(out: str | os.PathLike[str], fingerprint: str) -> dict[str, Any] | None:
     """The manifest of ``out`` if that folder is the complete result of the conversion with this fingerprint, else None.
 
-    A run that was killed right after its rename leaves such a folder, so a resumed run has nothing more to do. Files are
+    A run killed right after its rename leaves such a folder, so a resumed run has nothing more to do. Files are
     compared by size; :func:`verify_files` reads them.
     """
     folder = Path(out)

@@ -211,7 +211,8 @@ class Staging:
         if not head:
             return False
         if head.get("fingerprint") != self.fingerprint:
-            theirs = head.get("parts") if isinstance(head.get("parts"), dict) else {}
+            noted = head.get("parts")
+            theirs: dict[str, str] = noted if isinstance(noted, dict) else {}
             differ = sorted(k for k in {*parts, *theirs} if parts.get(k) != theirs.get(k))
             what = ", ".join(differ) if parts and theirs and differ else "the source or the options"
             raise UsageError(

@@ -114,6 +114,11 @@ class Target:
         return self._staging.resumed
 
     @property
+    def fingerprint(self) -> str:
+        """The hash that the manifest records; :func:`~rehead.convert.manifest.completed` compares it."""
+        return self._staging.fingerprint
+
+    @property
     def path(self) -> Path:
         """The staging folder."""
         return self._staging.path
@@ -247,7 +252,8 @@ class Target:
                     writer.write(_raw(fetch(item.name), item))
                     tick(item.nbytes)
                 else:
-                    self._copy_range(*item, writer, tick)
+                    file, start, end = item
+                    self._copy_range(file, start, end, writer, tick)
             writer.finish()
         except BaseException:
             writer.abort()
