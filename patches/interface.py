@@ -140,7 +140,7 @@ def tiled_attention(
     """
     where = type(module).__name__
     if kwargs.pop("output_attentions", False):
-        raise UsageError(_NO_WEIGHTS)
+        raise UsageError(NO_WEIGHTS)
     if dropout:
         raise UnsupportedError(
             f"{where} asks for attention dropout {dropout}, which tiled attention does not have; "
@@ -190,7 +190,7 @@ def tiled_attention(
     return out, None
 
 
-_NO_WEIGHTS = (
+NO_WEIGHTS = (
     "output_attentions=True asks for attention weights, which tiled attention never forms; "
     "call model.set_attn_implementation('eager') for that run, or leave output_attentions out"
 )

@@ -14,7 +14,7 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import adapters, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
 from rehead.patches.discover import Found, find_attention
-from rehead.patches.interface import _NO_WEIGHTS, NAME, RECORD
+from rehead.patches.interface import NAME, NO_WEIGHTS, RECORD
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GPU_HEAD_DIM = 256
@@ -60,6 +60,9 @@ class TiledPatch(Patch):
     def _apply(self, undo: UndoLog) -> None:
         found = find_attention(self.model)
         _refuse_unknown(self.model, found)
+        for name, module in found.interface + found.own:
+            if RECORD in module.__dict__:
+                raise UsageError(f"a patch is already applied to {name}; call its revert() first")
         self._untouched = found.towers
         was = {name: _implementation(module, self.model) for name, module in found.interface + found.own}
         copies = own_configs(self.model, undo)
@@ -173,7 +176,7 @@ def check_model(model: nn.Module) -> None:
         )
     config = getattr(model, "config", None)
     if getattr(config, "output_attentions", False):
-        raise UsageError(_NO_WEIGHTS.replace("output_attentions=True", "config.output_attentions=True"))
+        raise UsageError(NO_WEIGHTS.replace("output_attentions=True", "config.output_attentions=True"))
     for name, module in model.named_modules():
         dim = module.__dict__.get("head_dim")
         on_gpu = dim is not None and any(p.is_cuda for p in module.parameters(recurse=True))
@@ -193,7 +196,7 @@ def _cache_layers(cache: Any) -> list[Any]:
 def _refuse_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: what a call asks for that no tiled attention can give."""
     if kwargs.get("output_attentions"):
-        raise UsageError(_NO_WEIGHTS)
+        raise UsageError(NO_WEIGHTS)
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache) and any(isinstance(layer, BaseQuantizedLayer) for layer in _cache_layers(cache)):
         raise UnsupportedError(

@@ -1,0 +1,148 @@
+"""The commands ``rehead patches`` and ``rehead bench``: read flags, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import import_module
+from typing import Any
+
+import click
+
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "attention": ("rehead.benchmarks.attention", "GPU kernels beside SDPA flash, SDPA cuDNN and FlexAttention."),
+    "decode": ("rehead.benchmarks.decode", "The decode kernel's share of the copy bandwidth, beside SDPA."),
+    "cpu": ("rehead.benchmarks.cpu_attention", "The CPU path beside SDPA: time and memory to 64k tokens."),
+    "end-to-end": ("rehead.benchmarks.end_to_end", "A 7B-shaped model with 32, 8 and 1 KV heads: tokens a second."),
+    "blocks": ("rehead.benchmarks.blocks", "Serial beside parallel transformer blocks."),
+}
+
+
+@click.command("patches")
+@click.option("--coverage", is_flag=True, help="Try every causal model type that transformers can build tiny.")
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="With --coverage: only this type; repeatable.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=None, help="With --coverage: processes (default: one a core)."
+)
+@click.option("--seconds", type=click.FloatRange(1), default=90.0, show_default=True, help="With --coverage: per type.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def patches_command(
+    coverage: bool, types: tuple[str, ...], workers: int | None, seconds: float, as_json: bool, quiet: bool
+) -> None:
+    """List the patches and what they apply to; with --coverage, prove them on every architecture."""
+    if not coverage:
+        if types or workers is not None:
+            raise click.UsageError("--type and --workers go with --coverage; add it")
+        _list(as_json)
+        return
+    _coverage(types, workers or os.cpu_count() or 1, seconds, as_json, quiet)
+
+
+def _list(as_json: bool) -> None:
+    from dataclasses import fields
+
+    from rehead.patches import NAME, PATCHES
+    from rehead.patches.adapters import ADAPTERS
+
+    patches = [
+        {"name": p.name, "summary": p.summary, "options": [f.name for f in fields(p.Options)]}  # type: ignore[arg-type]
+        for p in PATCHES.values()
+    ]
+    if as_json:
+        facts = {"patches": patches, "attn_implementation": NAME, "adapters": sorted(ADAPTERS)}
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for patch in patches:
+        click.echo(f"{patch['name']}: {patch['summary']}")
+        click.echo(f"  options: {', '.join(patch['options']) or 'none'}")
+    click.echo(f"\nmodels on transformers' attention interface: directly, or attn_implementation={NAME!r}")
+    click.echo("models with attention of their own, by adapter:")
+    for name in sorted(ADAPTERS):
+        click.echo(f"  {name}")
+    click.echo("everything else is refused; `rehead patches --coverage` tries every type")
+
+
+def _coverage(types: tuple[str, ...], workers: int, seconds: float, as_json: bool, quiet: bool) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from rehead.errors import UsageError, VerificationError, unknown_name
+    from rehead.patches import coverage
+    from rehead.patches.tiny import causal_types
+
+    known = causal_types()
+    for name in types:
+        if name not in known:
+            raise UsageError(unknown_name("causal model type", name, known))
+    chosen = list(types) or known
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        task = progress.add_task("starting", total=len(chosen))
+        outcomes = coverage.run(
+            chosen,
+            workers=workers,
+            seconds=seconds,
+            progress=lambda outcome: progress.update(task, advance=1, description=outcome.model_type),
+        )
+    counts = coverage.summary(outcomes)
+    if as_json:
+        click.echo(json.dumps({"counts": counts, "types": [o.to_dict() for o in outcomes]}, indent=2))
+    else:
+        for outcome in outcomes:
+            detail = f"difference {outcome.difference:.1e}, " if outcome.difference is not None else ""
+            click.echo(f"{outcome.model_type:<26} {outcome.status:<10} {detail}{outcome.reason}")
+        click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts[coverage.WRONG]:
+        wrong = [o.model_type for o in outcomes if o.status == coverage.WRONG]
+        raise VerificationError(
+            f"{', '.join(wrong)}: passed its proof and still computes something else; do not patch it"
+        )
+
+
+class _Benchmarks(click.Group):
+    """Benchmarks are imported when they are called; their own parsers read the rest of the line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(BENCHMARKS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in BENCHMARKS:
+            from rehead.errors import unknown_name
+
+            ctx.fail(unknown_name("benchmark", name, BENCHMARKS))
+        module, text = BENCHMARKS[name]
+
+        def call(args: tuple[str, ...]) -> None:
+            _benchmark(name, module).main(list(args))
+
+        return click.Command(
+            name,
+            callback=call,
+            params=[click.Argument(["args"], nargs=-1, type=click.UNPROCESSED)],
+            help=f"{text} Its own flags: rehead bench {name} --help",
+            short_help=text,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+        )
+
+
+def _benchmark(name: str, module: str) -> Any:
+    from rehead.errors import UnsupportedError
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise UnsupportedError(
+                f"benchmark {name!r} needs {error.name}, which is not installed; install it"
+            ) from error
+        raise UnsupportedError(f"benchmark {name!r} is not part of this installation; choose another") from error
+
+
+@click.group("bench", cls=_Benchmarks, invoke_without_command=True)
+@click.pass_context
+def bench_command(ctx: click.Context) -> None:
+    """Measure Rehead beside its peers on this machine."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
