@@ -56,7 +56,9 @@ SHAPES = (
 def require_cuda(what: str) -> None:
     """Raise :class:`UnsupportedError` on a machine whose GPU the benchmark cannot use."""
     if not torch.cuda.is_available():
-        raise UnsupportedError(f"the {what} benchmark measures GPU kernels and this machine has no CUDA GPU; run it on one")
+        raise UnsupportedError(
+            f"the {what} benchmark measures GPU kernels and this machine has no CUDA GPU; run it on one"
+        )
 
 
 def machine() -> dict[str, object]:
@@ -180,9 +182,7 @@ def measure(shape: Shape, peer: str, budget_ms: float = 300.0, errors: bool = Tr
         with torch.no_grad():
             forward = median_ms(lambda: call(query, key, value), budget_ms)
         out = call(query, key, value)
-        backward = median_ms(
-            lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True), budget_ms
-        )
+        backward = median_ms(lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True), budget_ms)
         row |= {
             "forward_ms": forward,
             "backward_ms": backward,
@@ -241,7 +241,9 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
     parser = argparse.ArgumentParser(description="Attention kernels beside SDPA flash, SDPA cuDNN and FlexAttention")
-    parser.add_argument("--only", action="append", help=f"one of {', '.join(shape.name for shape in SHAPES)}; repeatable")
+    parser.add_argument(
+        "--only", action="append", help=f"one of {', '.join(shape.name for shape in SHAPES)}; repeatable"
+    )
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--budget-ms", type=float, default=300.0, help="GPU time for each figure")
     parser.add_argument("--json", help="also write the rows to this file")

@@ -1,2 +1,185 @@
-def decode(*a, **k):
-    raise NotImplementedError
+"""Decode attention: a handful of query positions against a long cache, at the speed the cache can be read."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rehead.errors import UnsupportedError, UsageError
+from rehead.patches.kernels.api import unavailable
+from rehead.patches.kernels.rules import Rules, check, refusal
+
+MAX_QUERIES = 16
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    q_offset: Tensor | int,
+    kv_end: Tensor | int | None = None,
+    kv_start: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Attention of 1 to 16 new positions over a cache; no gradient. Rules mean what they mean in ``attention``.
+
+    ``q_offset`` and ``kv_end`` may be integer tensors on the device, of shape ``[B]`` or with one element: the kernels
+    read them there, and the grid depends on shapes alone, so a captured CUDA graph (or a StaticCache whose fill grows)
+    replays correctly and skips what lies past the end. The cache is split evenly over its visible range (flash-decoding)
+    and the parts are merged by log-sum-exp.
+
+    Args:
+        query: ``[B, H, Sq, D]``, Sq <= 16, bfloat16, float16 or float32.
+        key: ``[B, K, Skv, D]``, the whole cache (a StaticCache's full length); any strides, last one 1.
+        value: ``[B, K, Skv, Dv]``.
+        scale: factor on q k^T.
+        q_offset: position of the first query row.
+        kv_end: visible keys end before it; None for all of them.
+        kv_start: int ``[B]``, visible keys start there (left padding).
+        key_mask: bool ``[B, Skv]``.
+        window, chunk, softcap, alibi_slopes, sinks: as in ``attention``.
+        causal: j <= q_offset + i.
+
+    Returns:
+        ``[B, Sq, H, Dv]``, contiguous. Rows that see no key are zero.
+
+    Raises:
+        UsageError: shapes or rules that contradict each other, or more than 16 query positions.
+        UnsupportedError: a dtype, head_dim or device the kernels do not take.
+    """
+    _check(query, key, value, scale, q_offset, kv_end, kv_start, key_mask, window, chunk, softcap, alibi_slopes, sinks)
+    if torch.compiler.is_compiling():
+        from rehead.patches.kernels import ops
+
+        offsets = (q_offset, None) if isinstance(q_offset, Tensor) else (None, q_offset)
+        ends = (kv_end, None) if isinstance(kv_end, Tensor) else (None, kv_end)
+        return ops.decode(query, key, value, float(scale), *offsets, *ends, kv_start, key_mask, window, chunk, softcap,
+                          alibi_slopes, sinks, causal)  # fmt: skip
+    return run_decode(query, key, value, float(scale), q_offset, kv_end, kv_start, key_mask, window, chunk, softcap,
+                      alibi_slopes, sinks, causal)  # fmt: skip
+
+
+def _check(query, key, value, scale, q_offset, kv_end, kv_start, key_mask, window, chunk, softcap, alibi_slopes, sinks):
+    rules = Rules(float(scale), True, 0, window, chunk, kv_start, None, key_mask, None, None, softcap, alibi_slopes)
+    check(query, key, value, rules, sinks)
+    if query.shape[2] > MAX_QUERIES:
+        raise UsageError(f"decode takes at most {MAX_QUERIES} query positions, not {query.shape[2]}; call attention")
+    for name, item in (("q_offset", q_offset), ("kv_end", kv_end)):
+        if isinstance(item, Tensor) and (item.numel() not in (1, query.shape[0]) or item.is_floating_point()):
+            raise UsageError(f"{name} must be an int or an integer tensor with 1 or {query.shape[0]} elements")
+    reason = unavailable(query.device) or refusal(query, key, value, rules, sinks)
+    if reason is not None:
+        raise UnsupportedError(f"no decode kernel for this call: {reason}; use attn_implementation='sdpa' or 'eager'")
+
+
+@functools.cache
+def split_count(pairs: int, length: int, slots: int, block: int) -> int:
+    """Into how many parts to cut each of ``pairs`` (batch x KV head) caches of ``length`` keys.
+
+    The fewest parts, of at least two blocks each, that keep ``slots`` program slots about evenly busy.
+    """
+    most = max(1, min(length // (2 * block), 4 * slots))
+
+    def evenness(parts: int) -> float:
+        waves = pairs * parts / slots
+        return waves / -(-pairs * parts // slots)
+
+    best = max(range(1, most + 1), key=lambda parts: (min(evenness(parts), 0.93), -parts))
+    return best
+
+
+def run_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    q_offset: Tensor | int,
+    kv_end: Tensor | int | None,
+    kv_start: Tensor | None,
+    key_mask: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Launch the kernels of ``decode_kernels.py``; arguments as :func:`decode`, unchecked."""
+    import triton
+
+    from rehead.patches.kernels import decode_kernels
+    from rehead.patches.kernels.general import interpreting
+
+    batch, heads, num_q, dim = query.shape
+    kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+    out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
+    if 0 in query.shape or 0 in key.shape:
+        return out.zero_()
+    group = heads // kv_heads
+    total = num_q * group
+    rows = min(64, max(16, triton.next_power_of_2(total)))
+    block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
+    block_n, warps, stages, slots = _launch(query, block_d, rows)
+    row_tiles = triton.cdiv(total, rows)
+    splits = split_count(batch * kv_heads * row_tiles, num_k, slots, block_n)
+    parts = (batch * kv_heads, splits, total)
+    acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
+    lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
+    start, start_step = _device_number(kv_start, query)
+    end, end_step = _device_number(kv_end, query)
+    offset, offset_step = _device_number(q_offset, query)
+    mask = query
+    if key_mask is not None:
+        mask = (key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()).view(torch.uint8)
+    with torch.cuda.device_of(query):
+        decode_kernels.partial_attention[(splits, batch * kv_heads, row_tiles)](
+            query, key, value, acc, lse, out, start, end, mask, offset,
+            query if alibi_slopes is None else alibi_slopes, query if sinks is None else sinks,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], start_step, end_step,
+            0 if key_mask is None else mask.stride(0), offset_step, scale, softcap or 1.0, num_q, num_k,
+            kv_end if isinstance(kv_end, int) else num_k, q_offset if isinstance(q_offset, int) else 0,
+            window or 0, chunk or 1, kv_heads, splits,
+            GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=rows, BLOCK_N=block_n, CAUSAL=causal,
+            WINDOW=window is not None, CHUNK=chunk is not None, SOFTCAP=softcap is not None, START=kv_start is not None,
+            END=isinstance(kv_end, Tensor), MASK=key_mask is not None, OFFSET=isinstance(q_offset, Tensor),
+            ALIBI=alibi_slopes is not None, SINKS=sinks is not None, DIRECT=splits == 1,
+            PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if splits > 1:
+            decode_kernels.merge_parts[(batch * kv_heads, total)](
+                acc, lse, out, query if sinks is None else sinks, num_q, kv_heads, splits, GROUP=group, DV=dim_v,
+                BLOCK_DV=block_dv, PARTS=min(64, triton.next_power_of_2(splits)), SINKS=sinks is not None, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def _device_number(item: Tensor | int | None, unused: Tensor) -> tuple[Tensor, int]:
+    """A pointer to per-batch integers and the step between them (0 when one serves all)."""
+    if not isinstance(item, Tensor):
+        return unused, 0
+    return item, 0 if item.numel() == 1 else item.reshape(-1).stride(0)
+
+
+def _launch(query: Tensor, block_d: int, rows: int) -> tuple[int, int, int, int]:
+    """Keys a block, warps, pipeline stages, and program slots of the whole GPU."""
+    from rehead.patches.kernels.general import interpreting
+
+    if interpreting():
+        return 16, 4, 1, 12
+    properties = torch.cuda.get_device_properties(query.device)
+    roomy = properties.shared_memory_per_block_optin > 150_000
+    wide = block_d * query.element_size()  # bytes of a key
+    if wide > 256:
+        return 32, 4, 3 if roomy else 2, 2 * properties.multi_processor_count
+    return 64, 4, 3 if roomy else 2, 2 * properties.multi_processor_count

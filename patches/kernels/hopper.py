@@ -125,19 +125,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     return out, lse
 
 
-@triton.jit
-def _finish_query(acc_ptr, dq_ptr, scale, num_q, padded_q, num_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_M: tl.constexpr):  # fmt: skip
-    """dq [B, Sq, H, D] = scale * acc [B, H, padded_q, BLOCK_D]."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    bh = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    keep = (rows[:, None] < num_q) & (d[None, :] < D)
-    acc = tl.load(acc_ptr + (bh * padded_q + rows[:, None]) * BLOCK_D + d[None, :], mask=keep, other=0.0)
-    out_rows = ((bh // num_heads) * num_q + rows) * num_heads + bh % num_heads
-    tl.store(dq_ptr + out_rows[:, None] * D + d[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=keep)
-
-
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +158,7 @@ def backward(
         dk.copy_(dk_part.sum(0)[..., :dim])
         dv.copy_(dv_part.sum(0)[..., :dim_v])
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
-    _finish_query[(triton.cdiv(num_q, 64), batch * heads)](
-        acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=64
+    hopper_backward.finish_query[(padded_q // block_m, batch * heads)](
+        acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

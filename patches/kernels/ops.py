@@ -103,3 +103,36 @@ def _differentiate(ctx, grad, grad_lse):
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("rehead::decode", mutates_args=())
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    q_offset: Tensor | None,
+    q_offset_number: int | None,
+    kv_end: Tensor | None,
+    kv_end_number: int | None,
+    kv_start: Tensor | None,
+    key_mask: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Arguments as :func:`..decode.decode`; an offset or end is given as a tensor or as a number."""
+    from rehead.patches.kernels.decode import run_decode
+
+    offset = q_offset if q_offset is not None else q_offset_number or 0
+    end = kv_end if kv_end is not None else kv_end_number
+    return run_decode(query, key, value, scale, offset, end, kv_start, key_mask, window, chunk, softcap, alibi_slopes,
+                      sinks, causal)  # fmt: skip
+
+
+@decode.register_fake
+def _(query, key, value, *rules):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

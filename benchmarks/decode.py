@@ -1,0 +1,192 @@
+"""Claim: one decoding step reads the KV cache at close to the speed of a memory copy, padded or static, grouped or MQA.
+
+Every case runs under a padding mask *and* with its fill read from the device, as under StaticCache, in CUDA graphs that
+rotate through enough caches to defeat the L2. The share is (bytes of visible K and V) / time / (bandwidth of a large
+device copy, bytes read plus written, measured in the same run). SDPA stands beside it, with the same mask and without.
+
+    python -m rehead.benchmarks.decode [--only NAME] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from rehead.benchmarks.attention import machine, median_ms, require_cuda
+from rehead.errors import UsageError, unknown_name
+
+HEADS = 32
+DIM = 128
+PEERS = ("rehead", "rehead no mask", "sdpa", "sdpa no mask")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: bf16, 32 query heads of 128, ``length`` cached keys in each of ``batch`` sequences."""
+
+    name: str
+    batch: int
+    kv_heads: int
+    length: int
+    wanted: float
+
+    @property
+    def cache_bytes(self) -> int:
+        """K and V of the whole cache."""
+        return 2 * self.batch * self.kv_heads * self.length * DIM * 2
+
+
+CASES = (
+    Case("b16-kv8-8k", 16, 8, 8192, 0.85),
+    Case("b16-kv1-8k", 16, 1, 8192, 0.75),
+    Case("b1-kv8-32k", 1, 8, 32768, 0.80),
+    Case("b1-kv1-32k", 1, 1, 32768, 0.50),
+)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus written per second by a 2 GiB device-to-device copy (median)."""
+    source = torch.empty(2**31, dtype=torch.int8, device="cuda").random_(0, 100)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (median_ms(lambda: target.copy_(source), 100) / 1e3)
+
+
+def graphed_ms(calls: Sequence[Callable[[], object]], rounds: int = 20) -> float:
+    """Median milliseconds a call takes inside a CUDA graph that runs all of ``calls`` one after the other."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    times = []
+    for _ in range(rounds + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    del kept
+    return statistics.median(times[3:])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    offset: Tensor
+    end: Tensor
+
+
+def _inputs(case: Case) -> Inputs:
+    query = torch.randn(case.batch, 1, HEADS, DIM, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    size = (case.batch, case.kv_heads, case.length, DIM)
+    key, value = (torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    mask = torch.ones(case.batch, case.length, dtype=torch.bool, device="cuda")
+    mask[::2, :64] = False  # every other row is padded on the left
+    end = torch.full((case.batch,), case.length, dtype=torch.int32, device="cuda")
+    return Inputs(query, key, value, mask, end - 1, end)
+
+
+def _call(peer: str, item: Inputs) -> Callable[[], Tensor]:
+    from rehead.patches.kernels import decode
+
+    if peer.startswith("rehead"):
+        mask = None if peer.endswith("no mask") else item.mask
+        return lambda: decode(
+            item.query, item.key, item.value, scale=DIM**-0.5, q_offset=item.offset, kv_end=item.end, key_mask=mask
+        )
+    mask4 = None if peer.endswith("no mask") else item.mask[:, None, None, :]
+    return lambda: torch.nn.functional.scaled_dot_product_attention(
+        item.query, item.key, item.value, attn_mask=mask4, enable_gqa=True
+    ).transpose(1, 2)
+
+
+def measure(case: Case, peer: str, bandwidth: float) -> dict[str, object]:
+    """One row: microseconds a step, bytes of visible cache a second, and its share of ``bandwidth``."""
+    sets = max(2, min(16, int(4 * 60e6 / case.cache_bytes) + 1))
+    inputs = [_inputs(case) for _ in range(sets)]
+    calls = [_call(peer, item) for item in inputs]
+    repeat = max(1, 16 // len(calls))
+    milliseconds = graphed_ms(calls * repeat)
+    visible = case.batch * case.length if peer.endswith("no mask") else int(inputs[0].mask.sum())
+    speed = 2 * visible * case.kv_heads * DIM * 2 / (milliseconds / 1e3)
+    row = {"case": case.name, "peer": peer, "us": milliseconds * 1e3, "bytes_per_s": speed, "share": speed / bandwidth}
+    if peer.startswith("rehead"):
+        mask = None if peer.endswith("no mask") else inputs[0].mask[:, None, None, :]
+        want = torch.nn.functional.scaled_dot_product_attention(
+            inputs[0].query.float(), inputs[0].key.float(), inputs[0].value.float(), attn_mask=mask, enable_gqa=True
+        ).transpose(1, 2)
+        got = calls[0]().float()
+        row["error"] = float((got - want).norm() / want.norm())
+    return row | asdict(case)
+
+
+def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list[dict[str, object]]:
+    """All rows of the table; each also carries ``copy_bytes_per_s`` of the same run.
+
+    Raises:
+        UnsupportedError: no CUDA GPU.
+        UsageError: a case or peer that does not exist.
+    """
+    require_cuda("decode")
+    known = {case.name: case for case in CASES}
+    for name in only or ():
+        if name not in known:
+            raise UsageError(unknown_name("case", name, known))
+    for name in peers:
+        if name not in PEERS:
+            raise UsageError(unknown_name("peer", name, PEERS))
+    bandwidth = copy_bandwidth()
+    rows = [measure(known[name], peer, bandwidth) for name in (only or known) for peer in peers]
+    return [row | {"copy_bytes_per_s": bandwidth} for row in rows]
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """The rows as text, one line each."""
+    lines = [f"{'case':14} {'kernel':16} {'us':>9} {'TB/s':>7} {'share':>7}   wanted"]
+    for row in rows:
+        wanted = f"{row['wanted']:.2f}" if row["peer"] == "rehead" else ""
+        lines.append(
+            f"{row['case']:14} {row['peer']:16} {row['us']:9.1f} {row['bytes_per_s'] / 1e12:7.2f} {row['share']:7.2f}   {wanted}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; ``argv`` as on the command line."""
+    parser = argparse.ArgumentParser(description="Decode attention as a share of the copy bandwidth, beside SDPA")
+    parser.add_argument("--only", action="append", help=f"one of {', '.join(case.name for case in CASES)}; repeatable")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--json", help="also write the rows to this file")
+    args = parser.parse_args(argv)
+    rows = run(args.only, args.peers.split(","))
+    facts = machine()
+    print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"bf16, {HEADS} query heads of {DIM}; device copy {rows[0]['copy_bytes_per_s'] / 1e12:.2f} TB/s; medians")
+    print(table(rows))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"machine": facts, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    from rehead.errors import ReheadError
+
+    try:
+        main()
+    except ReheadError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,146 @@
+"""Decode attention: few query positions, a long cache. Two kernels, flash-decoding style: partial sums, then a merge.
+
+The tile's rows are the query heads of one group times the query positions, so that K and V are read once for all of them.
+The cache is cut into ``splits`` parts of the range that is *really* visible, read from device memory: lengths may change
+between replays of a CUDA graph while the grid stays what it was, and every part has the same work.
+"""
+
+import triton
+import triton.language as tl
+
+from rehead.patches.kernels.masks import LOG2E, scores, visible
+
+
+@triton.jit
+def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi, sinks,
+                      stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                      stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k, kv_end, q_offset,
+                      window, chunk, num_kv, splits,
+                      GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+                      BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                      WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, START: tl.constexpr,
+                      END: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr, ALIBI: tl.constexpr,
+                      SINKS: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
+    base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included."""
+    split = tl.program_id(0)
+    bk = tl.program_id(1)
+    b = (bk // num_kv).to(tl.int64)
+    kv = (bk % num_kv).to(tl.int64)
+    r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    total = num_q * GROUP
+    inside = r < total
+    position = tl.minimum(r // GROUP, num_q - 1)
+    head = kv * GROUP + r % GROUP
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+
+    low = 0
+    high = tl.minimum(kv_end, num_k)
+    offset = q_offset
+    if START:
+        low = tl.maximum(tl.load(start_ptr + b * stride_start).to(tl.int32), 0)
+    if END:
+        high = tl.minimum(tl.load(end_ptr + b * stride_end).to(tl.int32), high)
+    if OFFSET:
+        offset = tl.load(offset_ptr + b * stride_offset).to(tl.int32)
+    row = offset + position
+    first_row = offset + tl.program_id(2) * ROWS // GROUP
+    last_row = offset + tl.minimum((tl.program_id(2) * ROWS + ROWS - 1) // GROUP, num_q - 1)
+    begin = low
+    end = high
+    if CAUSAL:
+        end = tl.minimum(end, last_row + 1)
+    if WINDOW:
+        begin = tl.maximum(begin, first_row - window + 1)
+    if CHUNK:
+        begin = tl.maximum(begin, (first_row // chunk) * chunk)
+        end = tl.minimum(end, (last_row // chunk + 1) * chunk)
+    begin = (begin // BLOCK_N) * BLOCK_N
+    span = tl.maximum(end - begin, 0)
+    part = ((span + splits - 1) // splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    start_n = begin + split * part
+    stop_n = tl.minimum(start_n + part, end)
+
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(alibi + head, mask=inside, other=0.0).to(tl.float32)[:, None]
+    q_rows = b * stride_qb + head * stride_qh + position.to(tl.int64) * stride_qm
+    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    k_base = k_ptr + b * stride_kb + kv * stride_kh
+    v_base = v_ptr + b * stride_vb + kv * stride_vh
+    m_i = tl.full([ROWS], -1.0e30, tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    for n in range(start_n, stop_n, BLOCK_N):
+        key = n + tl.arange(0, BLOCK_N)
+        here = key < stop_n
+        wide = key.to(tl.int64)
+        k = tl.load(k_base + wide[None, :] * stride_kn + d[:, None], mask=here[None, :] & (d[:, None] < D), other=0.0)
+        v = tl.load(
+            v_base + wide[:, None] * stride_vn + dv[None, :], mask=here[:, None] & (dv[None, :] < DV), other=0.0
+        )
+        raw = tl.dot(q, k, input_precision=PRECISION)
+        s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
+        keep = visible(row[:, None], key[None, :], low, stop_n, window, chunk, CAUSAL, WINDOW, CHUNK)
+        if MASK:
+            keep = keep & (tl.load(mask_ptr + b * stride_mask + key, mask=here, other=0) != 0)[None, :]
+        s = tl.where(keep, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        alpha = tl.exp2(m_i - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+    if DIRECT and SINKS:
+        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        m_new = tl.maximum(m_i, sink)
+        alpha = tl.exp2(m_i - m_new)
+        acc = acc * alpha[:, None]
+        l_i = l_i * alpha + tl.exp2(sink - m_new)
+    empty = l_i == 0.0
+    out = acc / tl.where(empty, 1.0, l_i)[:, None]
+    if DIRECT:
+        out_rows = (b * num_q + position) * (num_kv * GROUP) + head
+        tl.store(out_ptr + out_rows[:, None] * DV + dv[None, :], out.to(out_ptr.dtype.element_ty),
+                 mask=inside[:, None] & (dv[None, :] < DV))  # fmt: skip
+    else:
+        # An empty part weighs nothing in the merge; its rows of acc are zeros, not garbage.
+        lse = tl.where(empty, float("-inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
+        rows = (bk.to(tl.int64) * splits + split) * total + r
+        tl.store(lse_ptr + rows, lse, mask=inside)
+        tl.store(acc_ptr + rows[:, None] * BLOCK_DV + dv[None, :], out, mask=inside[:, None])
+
+
+@triton.jit
+def merge_parts(acc_ptr, lse_ptr, out_ptr, sinks, num_q, num_kv, splits, GROUP: tl.constexpr, DV: tl.constexpr,
+                BLOCK_DV: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    """Grid (B*K, rows): out = sum_s 2^(lse_s - m) acc_s / (sum_s 2^(lse_s - m) + 2^(sink - m))."""
+    bk = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1)
+    b = bk // num_kv
+    head = (bk % num_kv) * GROUP + r % GROUP
+    total = num_q * GROUP
+    dv = tl.arange(0, BLOCK_DV)
+    parts = tl.arange(0, PARTS)
+    m_i = -1.0e30
+    l_i = 0.0
+    if SINKS:
+        m_i = tl.load(sinks + head).to(tl.float32) * LOG2E
+        l_i = 1.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for first in range(0, splits, PARTS):
+        there = first + parts < splits
+        rows = (bk * splits + first + parts) * total + r
+        lse = tl.load(lse_ptr + rows, mask=there, other=float("-inf"))
+        part = tl.load(acc_ptr + rows[:, None] * BLOCK_DV + dv[None, :], mask=there[:, None], other=0.0)
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        weight = tl.exp2(lse - m_new)
+        alpha = tl.exp2(m_i - m_new)
+        acc = acc * alpha + tl.sum(part * weight[:, None], 0)
+        l_i = l_i * alpha + tl.sum(weight, 0)
+        m_i = m_new
+    out = acc / tl.where(l_i == 0.0, 1.0, l_i)
+    out_row = (b * num_q + r // GROUP) * (num_kv * GROUP) + head
+    tl.store(out_ptr + out_row * DV + dv, out.to(out_ptr.dtype.element_ty), mask=dv < DV)

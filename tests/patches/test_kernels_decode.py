@@ -1,0 +1,181 @@
+"""The decode kernels against plain float64 attention; see ``test_kernels.py`` for where these tests run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from rehead.errors import UsageError
+from rehead.patches.kernels import decode, reference
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+needs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU or TRITON_INTERPRET=1")
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def holes(batch: int, count: int) -> torch.Tensor:
+    mask = torch.ones(batch, count, dtype=torch.bool, device=DEVICE)
+    mask[0, :9] = False
+    mask[-1, 20:26] = False
+    return mask
+
+
+# name -> (batch, heads, kv_heads, num_q, num_k, dim, dim_v, rules)
+CASES = {
+    "one token": (2, 4, 2, 1, 70, 32, 32, {"q_offset": 69}),
+    "mha": (1, 3, 3, 1, 50, 32, 32, {"q_offset": 49}),
+    "mqa": (2, 8, 1, 1, 90, 16, 16, {"q_offset": 89}),
+    "several tokens": (2, 4, 2, 5, 70, 32, 32, {"q_offset": 65}),
+    "many rows": (1, 12, 1, 16, 60, 32, 32, {"q_offset": 44}),
+    "odd head_dim": (1, 4, 2, 1, 50, 40, 24, {"q_offset": 49}),
+    "static cache, tensors": (2, 4, 2, 1, 96, 32, 32, {"q_offset": ints(40), "kv_end": ints(41)}),
+    "static cache, per row": (2, 4, 2, 3, 96, 32, 32, {"q_offset": ints(40, 7), "kv_end": ints(43, 10)}),
+    "static cache, number": (1, 4, 2, 1, 96, 32, 32, {"q_offset": 30, "kv_end": 31}),
+    "left padding": (2, 4, 1, 1, 60, 32, 32, {"q_offset": 59, "kv_start": ints(0, 33)}),
+    "key mask": (2, 4, 2, 2, 60, 32, 32, {"q_offset": 58, "key_mask": holes(2, 60)}),
+    "window": (2, 4, 2, 2, 80, 32, 32, {"q_offset": 78, "window": 21}),
+    "chunk": (1, 4, 2, 3, 80, 32, 32, {"q_offset": 70, "chunk": 24}),
+    "soft cap": (1, 4, 2, 1, 40, 32, 32, {"q_offset": 39, "softcap": 3.0}),
+    "alibi": (
+        1,
+        4,
+        2,
+        2,
+        40,
+        32,
+        32,
+        {"q_offset": 38, "alibi_slopes": torch.tensor([0.5, 0.2, 0.1, 0.0], device=DEVICE)},
+    ),
+    "sinks": (2, 4, 2, 1, 70, 32, 32, {"q_offset": 69, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
+    "short": (1, 4, 2, 1, 5, 32, 32, {"q_offset": 4, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
+    "not causal": (1, 4, 2, 4, 40, 32, 32, {"q_offset": 0, "causal": False}),
+    "everything": (
+        2,
+        8,
+        2,
+        3,
+        90,
+        32,
+        32,
+        {
+            "q_offset": ints(60, 80),
+            "kv_end": ints(63, 83),
+            "kv_start": ints(3, 40),
+            "key_mask": holes(2, 90),
+            "window": 50,
+            "softcap": 4.0,
+            "alibi_slopes": torch.linspace(0, 0.5, 8, device=DEVICE),
+            "sinks": torch.linspace(-1, 1, 8, device=DEVICE),
+        },
+    ),  # fmt: skip  # noqa: E501
+}
+GPU_CASES = {
+    "8k": (4, 32, 8, 1, 8192, 128, 128, {"q_offset": 8191, "key_mask": holes(4, 8192)}),
+    "32k mqa": (1, 32, 1, 1, 32768, 128, 128, {"q_offset": ints(30000), "kv_end": ints(30001)}),
+    "8k d64": (3, 16, 4, 2, 8192, 64, 64, {"q_offset": 8190, "kv_start": ints(0, 100, 8000)}),
+    "d256": (1, 8, 2, 1, 4096, 256, 256, {"q_offset": 4095, "window": 1000, "softcap": 30.0}),
+    "many splits": (1, 32, 1, 16, 16384, 128, 128, {"q_offset": 16000}),
+}
+
+
+def draw(case: tuple, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict]:
+    batch, heads, kv_heads, num_q, num_k, dim, dim_v, rules = case
+    torch.manual_seed(0)
+    query = torch.randn(batch, num_q, heads, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(batch, kv_heads, num_k, dim, device=DEVICE).to(dtype)
+    value = torch.randn(batch, kv_heads, num_k, dim_v, device=DEVICE).to(dtype)
+    return [query, key, value], {"scale": dim**-0.5, **rules}
+
+
+def exact(inputs: list[torch.Tensor], rules: dict) -> torch.Tensor:
+    rules = {"causal": True, **rules}
+    if isinstance(rules.get("kv_end"), int):
+        rules["kv_end"] = ints(*[rules["kv_end"]] * inputs[0].shape[0])
+    if isinstance(rules.get("kv_end"), torch.Tensor):
+        rules["kv_end"] = rules["kv_end"].expand(inputs[0].shape[0])
+    return reference.attention(*inputs, **rules)
+
+
+def compare(case: tuple, dtype: torch.dtype) -> None:
+    inputs, rules = draw(case, dtype)
+    out = decode(*inputs, **rules)
+    want = exact(inputs, rules)
+    assert out.shape == want.shape
+    assert out.is_contiguous()
+    error = (out.double() - want).norm() / want.norm()
+    assert error < {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], f"{error:.2e}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CASES)
+def test_parity_in_float32(name):
+    compare(CASES[name], torch.float32)
+
+
+@needs_kernels
+def test_what_lies_past_the_end_is_never_used():
+    inputs, rules = draw(CASES["static cache, tensors"], torch.float32)
+    before = decode(*inputs, **rules)
+    for item in inputs[1:]:
+        item[:, :, 41:] = float("nan")
+    assert torch.equal(decode(*inputs, **rules), before)
+
+
+@needs_kernels
+def test_rows_without_keys_are_zero():
+    inputs, rules = draw(CASES["left padding"], torch.float32)
+    out = decode(*inputs, **rules | {"kv_start": ints(0, 60)})
+    assert (out[1] == 0).all()
+    assert (out[0] != 0).any()
+
+
+def test_too_many_positions_name_the_mend():
+    query = torch.randn(1, 2, 17, 8)
+    with pytest.raises(UsageError, match="at most 16 query positions, not 17; call attention"):
+        decode(query, query, query, scale=1.0, q_offset=0)
+    with pytest.raises(UsageError, match="kv_end must be an int or an integer tensor"):
+        decode(query[:, :, :1], query, query, scale=1.0, q_offset=0, kv_end=torch.tensor([1, 2, 3]))
+
+
+def test_split_count_fills_the_gpu_and_no_more():
+    from rehead.patches.kernels.decode import split_count
+
+    assert split_count(128, 8192, 264, 64) == 2
+    assert split_count(8, 32768, 264, 64) * 8 >= 0.9 * 264
+    assert split_count(1, 256, 264, 64) == 2
+    assert split_count(1, 60, 264, 64) == 1
+    assert split_count(5000, 8192, 264, 64) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", [*CASES, *GPU_CASES])
+def test_parity_on_the_gpu(name, dtype):
+    compare((CASES | GPU_CASES)[name], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_captured_graph_follows_the_growing_cache():
+    inputs, rules = draw(
+        (2, 8, 2, 1, 4096, 128, 128, {"q_offset": ints(99, 99), "kv_end": ints(100, 100)}), torch.bfloat16
+    )
+    decode(*inputs, **rules)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(*inputs, **rules)
+    for fill in (100, 1000, 4096, 7):
+        rules["q_offset"].fill_(fill - 1)
+        rules["kv_end"].fill_(fill)
+        graph.replay()
+        want = exact(inputs, rules)
+        assert (out.double() - want).norm() / want.norm() < 1e-2
