@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rehead.convert.contents import INDEX_FILE, MAX_CONFIG_BYTES, gather, parse_config, pick_layout
 from rehead.convert.manifest import MANIFEST_NAME, verify_files
 from rehead.convert.safetensors_io import Header, header_length, parse_header, parse_index, shown
 from rehead.convert.smallfiles import CONFIG_NAME
-from rehead.convert.source import INDEX_FILE, MAX_CONFIG_BYTES, LocalSource, Source, gather, parse_config, pick_layout
+from rehead.convert.source import LocalSource, Source
 from rehead.convert.stream import ResourceError, is_full, write_error
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
 
@@ -367,9 +368,7 @@ def _push_translated(repo_id: str) -> Iterator[None]:
     except ReheadError:
         raise
     except Exception as err:
-        status = next(
-            (r.status_code for e in _chain(err) if (r := getattr(e, "response", None)) is not None), None
-        )
+        status = next((r.status_code for e in _chain(err) if (r := getattr(e, "response", None)) is not None), None)
         if status in (401, 403):
             raise UnsupportedError(
                 f"{repo_id}: the Hub refuses the upload ({status}); log in with a writing token (`hf auth login`)"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rehead.convert.contents import INDEX_FILE, SINGLE_FILE
 from rehead.convert.safetensors_io import DTYPE_BITS, TensorInfo, header_bytes, nbytes_of
-from rehead.convert.source import INDEX_FILE, SINGLE_FILE
 from rehead.errors import UsageError
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "OutputTensor", "Shard", "index_bytes", "parse_size", "plan_shards"]

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rehead.convert.copying import copy_run, give_back_memory, raw_bytes, runs
 from rehead.convert.manifest import MANIFEST_NAME, manifest_bytes, verify_files
 from rehead.convert.shards import (
     DEFAULT_MAX_SHARD_SIZE,
@@ -28,10 +29,9 @@ from rehead.convert.shards import (
     parse_size,
     plan_shards,
 )
-from rehead.convert.source import LocalSource, Source, drop_cache, torch_dtype
+from rehead.convert.source import LocalSource, Source
 from rehead.convert.staging import Staging, check_out, fingerprint_of
 from rehead.convert.stream import (
-    CHUNK,
     HashingWriter,
     ResourceError,
     hash_file,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OutputTensor", "ResourceError", "Target", "parse_size", "plan_shards", "verify_files"]
 
+_LARGE = 1 << 20
 _SPARE = 16 << 20  # room for the small files, the index and the manifest
 
 
@@ -164,6 +165,7 @@ class Target:
         fetch: Callable[[str], torch.Tensor],
         max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
         progress: Callable[[int, int], None] | None = None,
+        check_finite: bool = True,
     ) -> list[str]:
         """Write every weight file, and the index when there is more than one.
 
@@ -175,12 +177,14 @@ class Target:
             fetch: gives a computed tensor by name, of the planned dtype and shape, on any device.
             max_shard_size: bytes of tensor data in one file, or text such as ``"5GB"``.
             progress: called with (bytes of weights done, bytes in all).
+            check_finite: refuse a NaN or an infinity among the copied weights as well; costs a tenth of the hashing.
 
         Returns:
             The weight files' names in order.
 
         Raises:
             UsageError: the plan names a tensor twice, or the size makes no sense.
+            UnsupportedError: a copied weight is not finite, or the source ends early.
             VerificationError: ``fetch`` gave another dtype or shape than planned.
             ResourceError: the disk is full or fails.
         """
@@ -198,7 +202,7 @@ class Target:
                 if shard.file in finished:
                     tick(shard.nbytes)
                     continue
-                writer = self._write_shard(shard, fetch, tick)
+                writer = self._write_shard(shard, fetch, tick, check_finite)
                 # The sync of one file overlaps the writing of the next; a file is journalled only once it is on disk.
                 before = pending
                 pending = syncer.submit(self._sync_shard, writer.fd, shard.file, writer.size, writer.sha256)
@@ -241,19 +245,22 @@ class Target:
                 "free some space or choose another OUT"
             )
 
-    def _write_shard(self, shard: Shard, fetch: Callable[[str], torch.Tensor], tick: _Ticker) -> HashingWriter:
+    def _write_shard(
+        self, shard: Shard, fetch: Callable[[str], torch.Tensor], tick: _Ticker, check: bool
+    ) -> HashingWriter:
         assert self._pool is not None
         writer = HashingWriter(self.path / shard.file, self._pool)
         try:
             writer.write(shard.header)
             tick(len(shard.header))
-            for item in _runs(shard.tensors, self.source):
+            for item in runs(shard.tensors, self.source):
                 if isinstance(item, OutputTensor):
-                    writer.write(_raw(fetch(item.name), item))
+                    writer.write(raw_bytes(fetch(item.name), item))
                     tick(item.nbytes)
+                    if item.nbytes > _LARGE:
+                        give_back_memory()
                 else:
-                    file, start, end = item
-                    self._copy_range(file, start, end, writer, tick)
+                    copy_run(item, self.source, writer, tick, check)
             writer.finish()
         except BaseException:
             writer.abort()
@@ -264,17 +271,6 @@ class Target:
                 f"{shard.file}: {writer.size} bytes written, {shard.nbytes} planned; please report this"
             )
         return writer
-
-    def _copy_range(self, file: str, start: int, end: int, writer: HashingWriter, tick: _Ticker) -> None:
-        fd = self.source.weight_fd(file)
-        while start < end:
-            size = min(CHUNK, end - start)
-            buffer = writer.buffer()
-            self.source.read_range(file, start, memoryview(buffer)[:size])
-            writer.put(buffer, size)
-            drop_cache(fd, start, size)
-            start += size
-            tick(size)
 
     def _sync_shard(self, fd: int, name: str, size: int, sha: str) -> None:
         sync_close(fd, name)
@@ -368,38 +364,6 @@ class _Ticker:
         self._done += nbytes
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-def _runs(tensors: Sequence[OutputTensor], source: Source) -> Iterator[OutputTensor | tuple[str, int, int]]:
-    """Computed tensors, and (file, start, end) ranges in which neighbouring unchanged tensors are joined."""
-    run: tuple[str, int, int] | None = None
-    for t in tensors:
-        info = source.tensors[t.origin] if t.origin is not None else None
-        if run is not None and info is not None and info.file == run[0] and info.start == run[2]:
-            run = (run[0], run[1], info.end)
-            continue
-        if run is not None:
-            yield run
-        run = (info.file, info.start, info.end) if info is not None else None
-        if info is None:
-            yield t
-    if run is not None:
-        yield run
-
-
-def _raw(tensor: torch.Tensor, planned: OutputTensor) -> memoryview:
-    """A computed tensor's bytes, after a check that it is what the plan says."""
-    import torch
-
-    if tensor.dtype != torch_dtype(planned.dtype) or tuple(tensor.shape) != planned.shape:
-        raise VerificationError(
-            f"{planned.name}: computed as {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} but "
-            f"planned as {planned.dtype} {list(planned.shape)}; please report this"
-        )
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _sync_up(folder: Path, root: Path) -> None:

@@ -10,7 +10,14 @@ import torch
 
 from rehead.convert.safetensors_io import header_bytes
 
-CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.float16: "F16"}
+CODES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

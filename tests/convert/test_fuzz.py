@@ -12,6 +12,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from rehead.convert.contents import gather, parse_config
 from rehead.convert.manifest import read_manifest, verify_files
 from rehead.convert.safetensors_io import (
     DTYPE_BITS,
@@ -23,7 +24,6 @@ from rehead.convert.safetensors_io import (
     read_header,
 )
 from rehead.convert.shards import OutputTensor, parse_size, plan_shards
-from rehead.convert.source import gather, parse_config
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 
 many = settings(

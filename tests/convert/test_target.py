@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rehead.convert.manifest import completed, read_manifest, verify_files
+from rehead.convert.safetensors_io import header_bytes
 from rehead.convert.source import LocalSource, open_source
 from rehead.convert.target import OutputTensor, ResourceError, Target
 from rehead.errors import UnsupportedError, UsageError, VerificationError
@@ -191,6 +192,44 @@ def test_progress_reaches_the_total_and_never_falls(tmp_path, model):
         target.commit()
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_copied_weight_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    """Wherever it lies in the pieces that are streamed: pieces of 16 bytes, tensors of two widths, odd sizes."""
+    from rehead.convert import copying
+
+    monkeypatch.setattr(copying, "CHUNK", 16)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    # A computed number comes first, so that the run of copies starts 2 bytes off and its F32 numbers lie across the
+    # ends of the pieces.
+    shapes = {"z": (1,), "layers.7.b": (3, 3), "a": (3, 5), "c": (7,)}
+    dtypes = {"z": torch.bfloat16, "layers.7.b": torch.bfloat16, "a": torch.float32, "c": torch.float32}
+    checked = 0
+
+    def plan(source):
+        copied = [
+            OutputTensor(t.name, t.dtype, t.shape, origin=t.name) for t in source.tensors.values() if t.name != "z"
+        ]
+        return [OutputTensor("z", "BF16", (1,)), *copied], lambda name: torch.zeros(1, dtype=torch.bfloat16)
+
+    for name, shape in list(shapes.items())[1:]:
+        for at in range(torch.Size(shape).numel()):
+            tensors = {n: torch.zeros(s, dtype=dtypes[n]) for n, s in shapes.items()}
+            tensors[name].view(-1)[at] = (float("nan"), float("inf"), float("-inf"))[at % 3]
+            head = header_bytes(((n, checkpoints.CODES[t.dtype], t.shape) for n, t in tensors.items()), {})
+            body = b"".join(t.view(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
+            (folder / "model.safetensors").write_bytes(head + body)
+            index = [int(i) for i in torch.unravel_index(torch.tensor(at), shape)]
+            with pytest.raises(UnsupportedError, match="is not finite") as caught:
+                convert(folder, tmp_path / "out", plan=plan)
+            assert str(caught.value).startswith(name)
+            assert f"element {index}" in str(caught.value)
+            assert ("(layer 7)" in str(caught.value)) == (name == "layers.7.b")
+            checked += 1
+    assert checked == 31
+    assert only(tmp_path) == {"m"}
 
 
 # ---- plans that are not kept
@@ -590,6 +629,7 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path):
     checkpoints.save(folder / "model.safetensors", {f"t{i}": piece for i in range(8)})
     (folder / "config.json").write_text("{}")
     code = f"""
+import torch
 from rehead.convert.source import open_source
 from rehead.convert.target import OutputTensor, Target
 def peak():  # the kernel's high-water mark of this very program; ru_maxrss would start from the parent's
