@@ -143,10 +143,10 @@ def run_backward(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     with torch.cuda.device_of(query):
-        delta = general.row_delta(out, grad)
         if not rules.deterministic and hopper.takes_backward(grad, query, key, value, rules):
-            dq, dk, dv = hopper.backward(grad, query, key, value, lse, delta, rules)
+            dq, dk, dv, delta = hopper.backward(grad, query, key, value, out, lse, rules)
         else:
+            delta = general.row_delta(out, grad)
             dq, dk, dv = general.backward(grad, query, key, value, lse, delta, rules)
     dsinks = None
     if sinks is not None:

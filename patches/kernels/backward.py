@@ -13,20 +13,27 @@ from rehead.patches.kernels.masks import key_bounds, row_bounds, scores, split_r
 
 
 @triton.jit
-def row_delta(o_ptr, do_ptr, delta_ptr, stride_dob, stride_doh, stride_dom, num_q, num_heads, DV: tl.constexpr,
-              BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """delta [B, H, Sq] float32 from O (contiguous [B, Sq, H, DV]) and dO (any strides)."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    bh = tl.program_id(1)
-    b = (bh // num_heads).to(tl.int64)
-    h = (bh % num_heads).to(tl.int64)
-    dv = tl.arange(0, BLOCK_DV)
-    keep = (rows[:, None] < num_q) & (dv[None, :] < DV)
-    o_rows = (b * num_q + rows.to(tl.int64)) * num_heads + h
-    o = tl.load(o_ptr + o_rows[:, None] * DV + dv[None, :], mask=keep, other=0.0).to(tl.float32)
-    do_base = do_ptr + b * stride_dob + h * stride_doh
-    do = tl.load(do_base + rows[:, None].to(tl.int64) * stride_dom + dv[None, :], mask=keep, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + bh.to(tl.int64) * num_q + rows, tl.sum(o * do, 1), mask=rows < num_q)
+def row_delta(o_ptr, do_ptr, delta_ptr, zero_ptr, stride_dob, stride_doh, stride_dom, num_q, padded_q, num_heads,
+              DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+              WIDTH: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
+    """delta [B, H, Sq] float32 from O (contiguous [B, Sq, H, DV]) and dO (any strides). Grid (row blocks, head blocks, B).
+
+    With ZERO it also clears ``zero_ptr`` [B, H, padded_q, WIDTH] float32, the buffer dQ is added up in, on the way."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    b = tl.program_id(2).to(tl.int64)
+    dv = tl.arange(0, BLOCK_DV)[None, None, :]
+    keep = (row < num_q) & (h < num_heads)
+    o_offset = ((b * num_q + row) * num_heads + h) * DV
+    do_offset = b * stride_dob + h.to(tl.int64) * stride_doh + row.to(tl.int64) * stride_dom
+    wide = keep[:, :, None] & (dv < DV)
+    o = tl.load(o_ptr + o_offset[:, :, None] + dv, mask=wide, other=0.0).to(tl.float32)
+    do = tl.load(do_ptr + do_offset[:, :, None] + dv, mask=wide, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + (b * num_heads + h) * num_q + row, tl.sum(o * do, 2), mask=keep)
+    if ZERO:
+        offset = (((b * num_heads + h) * padded_q + row) * WIDTH)[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
+        inside = ((row < padded_q) & (h < num_heads))[:, :, None]
+        tl.store(zero_ptr + offset, tl.zeros([BLOCK_M, BLOCK_H, WIDTH], tl.float32), mask=inside)
 
 
 @triton.jit

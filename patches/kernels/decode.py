@@ -133,6 +133,7 @@ def run_decode(
     row_tiles = triton.cdiv(total, rows)
     splits = split_count(batch * kv_heads * row_tiles, num_k, slots, block_n)
     parts = (batch * kv_heads, splits, total)
+    early = _early_launch(query.device)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
     lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
     start, start_step = _device_number(kv_start, query)
@@ -153,13 +154,16 @@ def run_decode(
             WINDOW=window is not None, CHUNK=chunk is not None, SOFTCAP=softcap is not None, START=kv_start is not None,
             END=isinstance(kv_end, Tensor), MASK=key_mask is not None, OFFSET=isinstance(q_offset, Tensor),
             ALIBI=alibi_slopes is not None, SINKS=sinks is not None, DIRECT=splits == 1,
+            EARLY=early and splits > 1,
             PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if splits > 1:
-            decode_kernels.merge_parts[(batch * kv_heads, total)](
+            columns = min(32, block_dv)
+            decode_kernels.merge_parts[(batch * kv_heads, total, block_dv // columns)](
                 acc, lse, out, query if sinks is None else sinks, num_q, kv_heads, splits, GROUP=group, DV=dim_v,
-                BLOCK_DV=block_dv, PARTS=min(64, triton.next_power_of_2(splits)), SINKS=sinks is not None, num_warps=4,
+                BLOCK_DV=block_dv, COLUMNS=columns, PARTS=min(256, triton.next_power_of_2(splits)),
+                SINKS=sinks is not None, EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
     return out
 
@@ -169,6 +173,12 @@ def _device_number(item: Tensor | int | None, unused: Tensor) -> tuple[Tensor, i
     if not isinstance(item, Tensor):
         return unused, 0
     return item, 0 if item.numel() == 1 else item.reshape(-1).stride(0)
+
+
+@functools.cache
+def _early_launch(device: torch.device) -> bool:
+    """Programmatic dependent launch, which hides the start of the merge kernel, came with compute capability 9.0."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _launch(query: Tensor, block_d: int, rows: int) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ between replays of a CUDA graph while the grid stays what it was, and every part
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rehead.patches.kernels.masks import LOG2E, scores, visible
 
@@ -20,9 +21,11 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
                       BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
                       WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, START: tl.constexpr,
                       END: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr, ALIBI: tl.constexpr,
-                      SINKS: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                      SINKS: tl.constexpr, DIRECT: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
     base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included."""
+    if EARLY:  # let the merge's programs come up while these still read the cache
+        gdc_launch_dependents()
     split = tl.program_id(0)
     bk = tl.program_id(1)
     b = (bk // num_kv).to(tl.int64)
@@ -72,9 +75,16 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     m_i = tl.full([ROWS], -1.0e30, tl.float32)
     l_i = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    columns = tl.arange(0, BLOCK_N)
+    seen = columns
+    if MASK:
+        seen = tl.load(mask_ptr + b * stride_mask + start_n + columns, mask=start_n + columns < stop_n, other=0)
     for n in range(start_n, stop_n, BLOCK_N):
-        key = n + tl.arange(0, BLOCK_N)
+        key = n + columns
         here = key < stop_n
+        ahead = seen
+        if MASK:  # bytes are too small for the asynchronous copies that bring K and V, so they come one block ahead
+            ahead = tl.load(mask_ptr + b * stride_mask + key + BLOCK_N, mask=key + BLOCK_N < stop_n, other=0)
         wide = key.to(tl.int64)
         k = tl.load(k_base + wide[None, :] * stride_kn + d[:, None], mask=here[None, :] & (d[:, None] < D), other=0.0)
         v = tl.load(
@@ -84,7 +94,8 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
         s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
         keep = visible(row[:, None], key[None, :], low, stop_n, window, chunk, CAUSAL, WINDOW, CHUNK)
         if MASK:
-            keep = keep & (tl.load(mask_ptr + b * stride_mask + key, mask=here, other=0) != 0)[None, :]
+            keep = keep & (seen != 0)[None, :]
+        seen = ahead
         s = tl.where(keep, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         alpha = tl.exp2(m_i - m_new)
@@ -115,21 +126,24 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
 
 @triton.jit
 def merge_parts(acc_ptr, lse_ptr, out_ptr, sinks, num_q, num_kv, splits, GROUP: tl.constexpr, DV: tl.constexpr,
-                BLOCK_DV: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
-    """Grid (B*K, rows): out = sum_s 2^(lse_s - m) acc_s / (sum_s 2^(lse_s - m) + 2^(sink - m))."""
+                BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr,
+                EARLY: tl.constexpr):  # fmt: skip
+    """Grid (B*K, rows, column blocks): out = sum_s 2^(lse_s - m) acc_s / (sum_s 2^(lse_s - m) + 2^(sink - m))."""
     bk = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1)
     b = bk // num_kv
     head = (bk % num_kv) * GROUP + r % GROUP
     total = num_q * GROUP
-    dv = tl.arange(0, BLOCK_DV)
+    dv = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     parts = tl.arange(0, PARTS)
     m_i = -1.0e30
     l_i = 0.0
     if SINKS:
         m_i = tl.load(sinks + head).to(tl.float32) * LOG2E
         l_i = 1.0
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    if EARLY:
+        gdc_wait()
+    acc = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, splits, PARTS):
         there = first + parts < splits
         rows = (bk * splits + first + parts) * total + r

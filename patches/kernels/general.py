@@ -182,14 +182,19 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     return out, lse
 
 
-def row_delta(out: Tensor, grad: Tensor) -> Tensor:
-    """sum(out * grad) over the head dimension: [B, H, Sq] float32. ``grad`` is [B, Sq, H, Dv]."""
+def row_delta(out: Tensor, grad: Tensor, clear: Tensor | None = None) -> Tensor:
+    """sum(out * grad) over the head dimension: [B, H, Sq] float32. ``grad`` is [B, Sq, H, Dv].
+
+    ``clear`` [B, H, rows, width] float32, with rows >= Sq, is filled with zeros in the same pass over memory.
+    """
     batch, num_q, heads, dim_v = out.shape
     delta = torch.empty((batch, heads, num_q), dtype=torch.float32, device=out.device)
-    block = 16 if interpreting() else 64
-    bwd.row_delta[(triton.cdiv(num_q, block), batch * heads)](
-        out, grad, delta, grad.stride(0), grad.stride(2), grad.stride(1), num_q, heads,
-        DV=dim_v, BLOCK_DV=_width(dim_v), BLOCK_M=block,
+    rows = num_q if clear is None else clear.shape[2]
+    block_m, block_h = (4, 2) if interpreting() else (16, min(4, triton.next_power_of_2(heads)))
+    bwd.row_delta[(triton.cdiv(rows, block_m), triton.cdiv(heads, block_h), batch)](
+        out, grad, delta, delta if clear is None else clear, grad.stride(0), grad.stride(2), grad.stride(1), num_q, rows,
+        heads, DV=dim_v, BLOCK_DV=_width(dim_v), BLOCK_M=block_m, BLOCK_H=block_h,
+        WIDTH=1 if clear is None else clear.shape[3], ZERO=clear is not None,
     )  # fmt: skip
     return delta
 

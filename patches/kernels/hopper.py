@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from rehead.patches.kernels.general import interpreting, key_splits
+from rehead.patches.kernels.general import interpreting, key_splits, row_delta
 from rehead.patches.kernels.rules import Rules
 
 try:
@@ -116,7 +116,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     tiles = num_m * batch * heads
     hopper_forward.attention_forward[(min(tiles, _processors(query.device)),)](
         _describe(query, 64, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
-        _describe(out.transpose(1, 2), 64, block_dv), lse, query if sinks is None else sinks, start, end, rules.scale,
+        _describe(out.transpose(1, 2), 64, block_dv),
+        torch.zeros(1, dtype=torch.int32, device=query.device), lse, query if sinks is None else sinks, start, end, rules.scale,
         num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
         section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
         D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
@@ -126,9 +127,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
 
 
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv shaped and typed like query, key and value; dq's last bits may differ from run to run."""
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv shaped and typed like query, key and value, and delta; dq's last bits may differ from run to run."""
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
     group = heads // kv_heads
@@ -138,7 +139,8 @@ def backward(
     num_n = triton.cdiv(num_k, block_n)
     splits = key_splits(num_n * batch * kv_heads, group, _processors(query.device))
     padded_q = triton.cdiv(num_q, block_m) * block_m
-    acc = torch.zeros((batch, heads, padded_q, block_d), dtype=torch.float32, device=query.device)
+    acc = torch.empty((batch, heads, padded_q, block_d), dtype=torch.float32, device=query.device)
+    delta = row_delta(out, grad, clear=acc)
     dk = torch.empty((batch, num_k, kv_heads, dim), dtype=query.dtype, device=query.device)
     dv = torch.empty((batch, num_k, kv_heads, dim_v), dtype=query.dtype, device=query.device)
     dk_part = dv_part = acc
@@ -161,4 +163,4 @@ def backward(
     hopper_backward.finish_query[(padded_q // block_m, batch * heads)](
         acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
     )
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), delta

@@ -1,7 +1,8 @@
 """Forward attention for Hopper (compute capability 9.0), in Gluon: the fast path of :func:`rehead.patches.kernels.attention`.
 
-One persistent program per multiprocessor. A producer warp keeps the bulk copy engine busy with blocks of K and V; two or
-three warpgroups of consumers own 64 query rows each. A consumer issues the next block's Q K^T before it turns the current
+One persistent program per multiprocessor, which draws its tiles from a counter in global memory (dealt out beforehand,
+causal tiles of unequal length left some multiprocessors idle for a fifth of the time). A producer warp draws them and keeps
+the bulk copy engine busy with blocks of K and V; two or three warpgroups of consumers own 64 query rows each. A consumer issues the next block's Q K^T before it turns the current
 scores into probabilities, so that the tensor cores work while the exponentials are taken, and the consumers take turns at
 issuing, so that one's softmax runs under the other's products (the schedule of FlashAttention-3, arXiv 2407.08608).
 
@@ -54,14 +55,16 @@ def key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOC
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
              kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh, section,
              NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
              WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * NUM_WG
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_count = 0
     block_count = 0
-    for index in range(gl.program_id(0), num_m * num_bh, gl.num_programs(0)):
+    index = gl.program_id(0)
+    while index < num_m * num_bh:
         m_block, bh = tile_of(index, num_m, num_bh, section)
         b = bh // num_heads
         h = bh % num_heads
@@ -70,11 +73,14 @@ def _produce(q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_
                                       BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGE)  # fmt: skip
         q_stage = tile_count % 2
         mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)
+        tile_smem.index(q_stage).store(gl.full([1], index, gl.int32, ONE))
+        mbarrier.arrive(q_full.index(q_stage), count=1)
         mbarrier.expect(q_full.index(q_stage), NUM_WG * q_desc.block_type.nbytes)
         for wg in gl.static_range(NUM_WG):
             tma.async_copy_global_to_shared(q_desc, [b, h, start_m + wg * 64, 0], q_full.index(q_stage),
                                             q_smem.index(q_stage * NUM_WG + wg))  # fmt: skip
         tile_count += 1
+        index = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         for step in range(last - first):
             start_n = (last - 1 - step) * BLOCK_N
             stage = block_count % STAGES
@@ -90,6 +96,19 @@ def _produce(q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_
                 v_desc, [b, h // group, start_n, 0], v_full.index(stage), v_smem.index(stage)
             )
             block_count += 1
+    # A tile number past the end, and no Q to go with it, sends the consumers home.
+    q_stage = tile_count % 2
+    mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)
+    tile_smem.index(q_stage).store(gl.full([1], index, gl.int32, ONE))
+    mbarrier.arrive(q_full.index(q_stage), count=2)
+
+
+@gluon.jit
+def _next_tile(tile_count, tile_smem, q_full):
+    """Waits for a tile's number and its Q."""
+    stage = tile_count % 2
+    mbarrier.wait(q_full.index(stage), (tile_count // 2) & 1)
+    return gl.sum(tile_smem.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -108,7 +127,7 @@ def _mask(scores, start_n, low, high, q_offset, row, window, BLOCK_N: gl.constex
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
              lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_m, num_bh, section,
              D: gl.constexpr, DV: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
              CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr,
@@ -129,7 +148,8 @@ def _consume(WG: gl.constexpr, o_desc, q_smem, k_smem, v_smem, q_full, q_empty, 
     tile_count = 0
     block_count = 0
     turn_count = 0
-    for index in range(gl.program_id(0), num_m * num_bh, gl.num_programs(0)):
+    index = _next_tile(tile_count, tile_smem, q_full)
+    while index < num_m * num_bh:
         m_block, bh = tile_of(index, num_m, num_bh, section)
         b = bh // num_heads
         start_m = m_block * BLOCK_M
@@ -147,7 +167,6 @@ def _consume(WG: gl.constexpr, o_desc, q_smem, k_smem, v_smem, q_full, q_empty, 
 
         q_stage = tile_count % 2
         q = q_smem.index(q_stage * NUM_WG + WG)
-        mbarrier.wait(q_full.index(q_stage), (tile_count // 2) & 1)
         tile_count += 1
 
         m_i = gl.full([64], -1.0e30, gl.float32, S_ROWS)
@@ -228,16 +247,19 @@ def _consume(WG: gl.constexpr, o_desc, q_smem, k_smem, v_smem, q_full, q_empty, 
         tma.async_copy_shared_to_global(o_desc, [b, bh % num_heads, start_row, 0], o_smem)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_stage), count=1)
+        index = _next_tile(tile_count, tile_smem, q_full)
 
 
 @gluon.jit
-def attention_forward(q_desc, k_desc, v_desc, o_desc, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset,
+def attention_forward(q_desc, k_desc, v_desc, o_desc, counter, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset,
                       window, num_heads, group, num_m, num_bh, section, D: gl.constexpr, DV: gl.constexpr,
                       NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
                       WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
-    """Descriptors: 4-D ``[B, H, S, D]`` views; blocks of 64 query rows and BLOCK_N keys. ``lse`` [B, H, Sq] float32."""
+    """Descriptors: 4-D ``[B, H, S, D]`` views; blocks of 64 query rows and BLOCK_N keys. ``lse`` [B, H, Sq] float32;
+    ``counter`` one int32, zero at the start."""
     gl.static_assert(D >= DV, "the output borrows Q's buffer")
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    tile_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * NUM_WG, 1, 1, 64, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, DV], v_desc.layout)
@@ -249,7 +271,7 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, lse, sinks, kv_start, kv_e
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     turn = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], barrier_layout)
     for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_full.index(i), count=2)  # the copy engine, and the producer for the tile's number
         mbarrier.init(q_empty.index(i), count=NUM_WG)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
@@ -263,28 +285,28 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, lse, sinks, kv_start, kv_e
     # fmt: off
     if NUM_WG == 2:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
                     num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_consume, (gl.constexpr(1), o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
                     num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh, section,
                     NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
                     num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_consume, (gl.constexpr(1), o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
                     num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_consume, (gl.constexpr(2), o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+            (_consume, (gl.constexpr(2), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
                     num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh, section,
                     NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
         ], [4, 4, 1], [160, 160, 24])
