@@ -128,7 +128,8 @@ class HashingWriter:
         before, self._written = self._written, self._written + done
         if before // _WRITEBACK != self._written // _WRITEBACK and hasattr(os, "posix_fadvise"):
             # Starts the write-back of what is dirty, so that the final fsync has little left to wait for.
-            drop_cache(self.fd, 0, self._written)
+            start = max(0, self._written - 4 * _WRITEBACK)
+            drop_cache(self.fd, start, self._written - start)
 
     # ---- the caller's side
 

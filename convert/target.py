@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import queue
 import shutil
@@ -65,6 +66,9 @@ class Target:
     staging folder; with ``resume`` the folder stays after an interruption, a full disk or a lost connection, and a
     killed run's always does.
 
+    Attributes:
+        remembered: what this and the runs it goes on from were told to :meth:`remember`, by key.
+
     Args:
         out: the folder to write.
         source: the checkpoint that unchanged tensors and small files come from.
@@ -101,6 +105,8 @@ class Target:
         self._committed = False
         self._pool: queue.SimpleQueue[bytearray] | None = None
         self._signals: dict[int, Any] = {}
+        self._notes = self._staging.private / "notes.jsonl"
+        self.remembered: dict[str, Any] = self._recall()
         try:
             check_out(self.out, folder, overwrite)  # again, now that no other run can be writing it
         except ReheadError:
@@ -130,6 +136,32 @@ class Target:
         path = self._staging.private / "work"
         path.mkdir(exist_ok=True)
         return path
+
+    def remember(self, key: str, value: Any) -> None:
+        """Keep a fact (JSON types) for the manifest even if this run is killed and another one finishes.
+
+        A resumed run does not recompute the layers of finished files, so what is to be said of them must be kept.
+        """
+        self.remembered[key] = value
+        try:
+            with open(self._notes, "a", encoding="utf-8") as f:
+                f.write("\n" + json.dumps([key, value]) + "\n")  # on a line of its own even after one cut short
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as err:
+            raise write_error(err, str(self.out)) from None
+
+    def _recall(self) -> dict[str, Any]:
+        found = {}
+        try:
+            lines = self._notes.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return found
+        for line in filter(None, lines):
+            with contextlib.suppress(ValueError, TypeError):  # what a kill cut short is computed again
+                key, value = json.loads(line)
+                found[key] = value
+        return found
 
     def __enter__(self) -> Target:
         if threading.current_thread() is threading.main_thread():
@@ -321,7 +353,7 @@ class Target:
                 os.fsync(f.fileno())
         except OSError as err:
             raise write_error(err, name) from None
-        self._staging.record(name, size, sha.hexdigest())
+        self._staging.files[name] = (size, sha.hexdigest())  # not journalled: a resumed run writes it again
         self._written.add(name)
 
     # ---- the end

@@ -1,7 +1,7 @@
 """SIGKILL at random moments: OUT is absent or complete, never half, and a resumed run ends with the same hashes.
 
-A helper process imports everything once and forks for every run, so that the kills fall into the conversion and not
-into the imports. Its children convert in shards of a few kilobytes, each of which is synced and journalled.
+A helper process imports everything once and forks for every `rehead convert`, so that the kills fall into the
+conversion and not into the imports. The shards are of a few kilobytes, and each is synced and journalled.
 """
 
 from __future__ import annotations
@@ -30,34 +30,26 @@ _spec.loader.exec_module(checkpoints)
 HELPER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-import torch
-from checkpoints import pooled_plan
-from rehead.convert.source import open_source
-from rehead.convert.target import Target
+import transformers.models.llama.modeling_llama
+from rehead import cli
+from rehead.convert import commands, execute, verification
 
 def convert(model, out, resume, overwrite):
-    torch.set_num_threads(1)
-    source = open_source(model)
-    entries, fetch = pooled_plan(source)
-    with Target(out, source=source, resume=resume, overwrite=overwrite, fingerprint=source.fingerprint()) as target:
-        for i in range(3):
-            done = target.work_dir / f"layer{i}"
-            if not done.exists():
-                done.write_text(str(i))
-        target.write_weights(entries, fetch, "40KB")
-        target.copy_small_files()
-        target.write_text("config.json", json.dumps(source.config))
-        target.commit({"model": "m"})
+    flags = ["--quiet", "--kv-heads", "1", "--max-shard-size", "40KB"]
+    flags += ["--resume"] * resume + ["--overwrite"] * overwrite
+    sys.argv = ["rehead", "convert", model, out, *flags]
+    cli.main()
 
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         try:
             convert(**json.loads(line))
+        except SystemExit as done:
+            os._exit(done.code or 0)
         except BaseException as err:
             os.write(2, f"{type(err).__name__}: {err}\\n".encode())
             os._exit(1)
-        os._exit(0)
     print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)
 """
@@ -100,7 +92,12 @@ class Runner:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+    """SHA-256 by name; the manifest and the card record the command, flags such as --resume included."""
+    found = {}
+    for path in folder.iterdir():
+        if path.name not in ("rehead.json", "README.md"):
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def hammer(tmp_path: Path, kills: int, seed: int, layers: int) -> tuple[int, int]:

@@ -486,6 +486,8 @@ def test_intermediate_results_survive_an_interruption_and_vanish_at_the_end(tmp_
     def interrupted():
         with Target(tmp_path / "out", source=source, fingerprint="x", resume=True) as target:
             assert not target.resumed
+            target.remember("0", {"error": 0.25})
+            target.remember("1", [1, 2])
             (target.work_dir / "layer0.safetensors").write_bytes(b"result")
             raise Stop
 
@@ -494,6 +496,7 @@ def test_intermediate_results_survive_an_interruption_and_vanish_at_the_end(tmp_
     entries, fetch = checkpoints.pooled_plan(source)
     with Target(tmp_path / "out", source=source, fingerprint="x", resume=True) as target:
         assert target.resumed
+        assert target.remembered == {"0": {"error": 0.25}, "1": [1, 2]}
         assert (target.work_dir / "layer0.safetensors").read_bytes() == b"result"
         target.write_weights(entries, fetch)
         target.commit()
