@@ -65,7 +65,7 @@ def rehost(raw: Mapping[str, Any], tensors: Mapping[str, Any], num_key_value_hea
     model_type = str(raw.get("model_type"))
     if model_type not in REHOSTS:
         raise UnsupportedError(
-            f"{model_type}: no transformers class can stand in for its own; these can be re-hosted: {', '.join(REHOSTS)}"
+            f"{model_type}: no other class can stand in for its own; of these one can: {', '.join(REHOSTS)}"
         )
     return REHOSTS[model_type](raw, tensors, num_key_value_heads)
 

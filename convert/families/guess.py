@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rehead.convert.families.readers import attends
 from rehead.convert.families.spec import (
     Config,
     Family,
@@ -62,7 +61,8 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
         _check_shapes(config, f"{start}{layer}.{attention}", output, tensors)
     norms = next((pair for pair in _NORMS if f"{prefix}{pair[1]}.weight" in tensors), _NORMS[0])
     names = Names(output=output, query_norm=norms[0], key_norm=norms[1])
-    extras = _check_rest(config, prefix, names, tensors)
+    extras = {_check_rest(config, f"{start}{layer}.{attention}", names, tensors) for layer in layers}
+    _check_modules(config, f"{layers[0]}.{attention}".rstrip("."), names)
     pairing = probe_pairing(config)
     # Without its rotation known, a key's basis must not be touched: that is what a LayerNorm's freedom says.
     norm: KeyNorm = "layer" if pairing is None else _guess_norm(config, prefix, names, tensors)
@@ -75,8 +75,8 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
         key_norm=norm,
         pairing=pairing or "half",
         rotary_dims=rotary_partial,
-        has_attention=lambda config, layer: layer in attending and attends(config, layer),
-        query_extras=extras,
+        has_attention=lambda config, layer: layer in attending,
+        query_extras=max(extras, key=len),
         guessed=True,
         notes="inferred from names and shapes",
     )
@@ -108,6 +108,26 @@ def _check_rest(config: Config, prefix: str, names: Names, tensors: Mapping[str,
             continue
         raise _unknown(config, f"has {name} in its attention, whose part is unknown")
     return tuple(extras)
+
+
+def _check_modules(config: Config, suffix: str, names: Names) -> None:
+    """Refuse a class whose attention has parts beside the known ones: a norm may matter without having weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    known = {names.query, names.key, names.value, names.output, names.query_norm, names.key_norm, "rotary_emb"}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _unknown(config, f"has a class that cannot be built from its config ({type(error).__name__})") from None
+    found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{suffix}")]
+    if len(found) != 1:
+        raise _unknown(config, f"has no module {suffix} in its class")
+    for name, part in found[0].named_children():
+        normed = name in (names.query_norm, names.key_norm) and not list(part.parameters())
+        if normed or not (name in known or isinstance(part, (torch.nn.Dropout, torch.nn.Identity))):
+            raise _unknown(config, f"has a part {name} ({type(part).__name__}) in its attention that is unknown")
 
 
 def _guess_norm(config: Config, prefix: str, names: Names, tensors: Mapping[str, Any]) -> KeyNorm:

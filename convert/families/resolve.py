@@ -24,8 +24,8 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
         tensors: the checkpoint's tensors by name; each value has a ``shape``. Only names and shapes are looked at.
 
     Returns:
-        The table's entry, its layer prefix adapted to how this checkpoint spells it, or a guess with ``guessed`` set
-        for an unknown model type with the usual names; whoever takes a guess must prove it on numbers.
+        The table's entry, or a guess with ``guessed`` set for an unknown model type with the usual names; whoever takes
+        a guess must prove it on numbers. Prefixes are the class's: see :func:`with_checkpoint_prefix`.
 
     Raises:
         UnsupportedError: known and declined, encoder-only, encoder-decoder, multimodal, attention-free, or laid out in
@@ -34,7 +34,7 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     model_type = config.model_type
     family = FAMILIES.get(model_type)
     if family is not None:
-        return with_checkpoint_prefix(family, tensors)
+        return family
     reason = _known_reason(config) or _structural_reason(config)
     if reason is not None:
         raise UnsupportedError(f"{model_type}: {reason}")

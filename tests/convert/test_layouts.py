@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rehead.convert.families import FAMILIES, resolve_family
+from rehead.convert.families import FAMILIES
 from rehead.convert.families.layouts import GATE, merge, shared_norm_names, split, tensor_names
+from rehead.convert.families.resolve import with_checkpoint_prefix
 from rehead.convert.heads import Heads
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ def test_entry_describes_its_class(name: str, tmp_path: Path) -> None:
     config = model.config
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    stored = resolve_family(config, saved)
+    stored = with_checkpoint_prefix(family, saved)
     layers = family.attention_layers(config)
     assert layers, "a tiny model has at least one attention layer"
 
@@ -97,7 +98,7 @@ def test_class_takes_fewer_heads(name: str) -> None:
     family = family_of(name)
     config = tiny.tiny_config(name)
     old = family.num_kv_heads(config)
-    raw = config.to_dict()
+    raw = config.to_diff_dict()  # as save_pretrained writes it
     model = _on_meta(config)
     for kv in [k for k in (old, old // 2, 1) if k]:
         refused = family.refusal(config, kv)

@@ -1,0 +1,187 @@
+"""How a checkpoint finds its family: by the table, by a careful guess, or not at all and told why."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rehead.convert.families import FAMILIES, REFUSALS, resolve_family
+from rehead.convert.families.guess import guess_family, probe_pairing
+from rehead.convert.families.layouts import split
+from rehead.convert.families.resolve import with_checkpoint_prefix
+from rehead.convert.freedom import key_freedom
+from rehead.errors import UnsupportedError
+
+HERE = Path(__file__).parent
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _load("tiny")
+NAMES = [*FAMILIES, *tiny.VARIANTS]
+GUESSED = ("llama", "qwen2", "qwen3", "cohere", "glm", "olmo2", "gpt_oss", "starcoder2", "stablelm-plain", "phi")
+
+
+# fmt: off
+ISSUE = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi",
+    "phi3", "stablelm", "starcoder2", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "granite", "granitemoe", "helium",
+    "glm", "glm4", "smollm3", "arcee", "ernie4_5", "nemotron", "seed_oss", "exaone4", "falcon", "gpt_bigcode", "gpt2",
+    "dbrx",
+)
+# fmt: on
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).state_dict()
+
+
+def refusal(config, tensors=None) -> str:
+    with pytest.raises(UnsupportedError) as error:
+        resolve_family(config, tensors or {})
+    line = str(error.value)
+    assert "\n" not in line
+    assert line.startswith(config.model_type)
+    assert ";" in line, "says what to do"
+    return line
+
+
+def declined(config, tensors) -> str | None:
+    try:
+        guess_family(config, tensors)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def test_issue_list_is_in_the_table() -> None:
+    assert set(ISSUE) <= set(FAMILIES)
+    assert len(FAMILIES) >= 40
+    assert not set(FAMILIES) & set(REFUSALS)
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_causal_type_is_converted_or_refused_with_a_reason(model_type: str) -> None:
+    """Whatever transformers knows: no crash, no silence."""
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception:
+        pytest.skip("its config has no defaults")
+    if config.model_type in FAMILIES:
+        assert resolve_family(config, {}) is FAMILIES[config.model_type]
+    else:
+        refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("deepseek_v3", "latent"),
+        ("opt", "one KV head for each query head"),
+        ("mamba2", "no attention"),
+        ("bert", "encoder"),
+        ("t5", "encoder-decoder"),
+        ("bart", "encoder-decoder"),
+        ("vit", "no text generator"),
+        ("gemma3", "multimodal"),
+        ("llava", "multimodal"),
+        ("diffllama", "neighbouring KV heads"),
+        ("persimmon", "one KV head for each query head"),
+    ],
+)
+def test_reasons(model_type: str, says: str) -> None:
+    assert says in refusal(CONFIG_MAPPING[model_type]())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_guess_never_claims_more_than_the_table_knows(name: str) -> None:
+    """Every table entry as if the table lacked it: refused, or guessed with the same heads and no freedom beyond."""
+    if not tiny.available(name):
+        pytest.skip("not in the installed transformers")
+    model_type = tiny.VARIANTS.get(name, (name,))[0]
+    family, model = FAMILIES[model_type], tiny.tiny_model(name)
+    config, state = model.config, model.state_dict()
+    if name not in GUESSED and (reason := declined(config, state)):
+        assert "not in Rehead's table" in reason
+        return
+    guess = guess_family(config, state)
+    assert guess.guessed
+    assert guess.attention_layers(config) == family.attention_layers(config)
+    for layer in family.attention_layers(config):
+        ours, known = (split(each, config, layer, state) for each in (guess, family))
+        assert known.fixed_values <= ours.fixed_values
+        a, b = ours.tensors() | ours.extras, known.tensors() | known.extras
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        mine, true = key_freedom(ours), key_freedom(known)
+        if len(known.pairs):
+            assert torch.equal(ours.pairs, known.pairs)
+            assert not (mine.pair_rotates & ~true.pair_rotates).any()
+            assert not (mine.pair_scales & ~true.pair_scales).any()
+        order = ("none", "orthogonal", "any")
+        if len(ours.free_dims()):
+            assert order.index(mine.rest) <= order.index(true.rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "pairing"), [("llama", "half"), ("cohere", "interleaved"), ("glm", "interleaved"), ("gpt2", None)]
+)
+def test_pairing_is_probed(name: str, pairing: str | None) -> None:
+    assert probe_pairing(tiny.tiny_config(name)) == pairing
+
+
+@pytest.mark.parametrize("name", ["afmoe", "qwen3_next", "nanochat", "bitnet", "falcon", "mpt-like"])
+def test_guess_refuses_what_it_does_not_understand(name: str) -> None:
+    config = tiny.tiny_config("llama" if name == "mpt-like" else name)
+    tensors = {"transformer.blocks.0.attn.Wqkv.weight": torch.zeros(1)} if name == "mpt-like" else on_meta(config)
+    with pytest.raises(UnsupportedError, match="not in Rehead's table"):
+        guess_family(config, tensors)
+
+
+def test_guess_refuses_lying_shapes() -> None:
+    config = tiny.tiny_config("llama")
+    tensors = on_meta(config)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.self_attn\.k_proj\.weight 3x64"):
+        guess_family(config, tensors | {name: torch.empty(3, 64)})
+    with pytest.raises(UnsupportedError, match="secret"):
+        guess_family(config, tensors | {"model.layers.0.self_attn.secret": torch.empty(8)})
+
+
+def test_prefixes_as_checkpoints_spell_them() -> None:
+    llama, hybrid = FAMILIES["llama"], FAMILIES["nemotron_h"]
+    assert with_checkpoint_prefix(llama, {"model.layers.0.x": 0}).prefix(3) == "model.layers.3.self_attn."
+    assert with_checkpoint_prefix(llama, {"layers.0.x": 0}).prefix(3) == "layers.3.self_attn."
+    assert with_checkpoint_prefix(hybrid, {"backbone.layers.0.x": 0}).prefix(1) == "backbone.layers.1.mixer."
+    assert with_checkpoint_prefix(llama, {"other.0.x": 0}) is llama
+
+
+def test_falcon_counts() -> None:
+    """Old decoders by their switch, new ones by their count, and serial blocks not between one and all."""
+    family = FAMILIES["falcon"]
+    old = tiny.tiny_config("falcon-rw")
+    assert family.num_kv_heads(old) == tiny.HEADS
+    assert "serial" in family.refusal(old, 2)
+    assert family.refusal(old, 1) is None
+    raw = old.to_dict()
+    family.set_kv(raw, 1)
+    assert family.num_kv_heads(AutoConfig.for_model(**raw)) == 1
+    parallel = tiny.tiny_config("falcon-mha")
+    raw = parallel.to_dict()
+    family.set_kv(raw, 2)
+    changed = AutoConfig.for_model(**raw)
+    assert (family.num_kv_heads(changed), changed.num_ln_in_parallel_attn) == (2, 1)
