@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rehead.errors import UnsupportedError
-from rehead.patches.cpu.attention import DTYPES, Options, backward, forward
+from rehead.patches.cpu.lanes import DTYPES, Options, backward, forward
 
 
 def _options(

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rehead.errors import UnsupportedError
-from rehead.patches.kernels import reference
 from rehead.patches.cpu import attention
+from rehead.patches.kernels import reference
 
 
 def tensors(b, h, k, sq, skv, d, dv=None, dtype=torch.float64, seed=0):
@@ -110,6 +110,15 @@ def test_more_than_one_block(rules):
     if rules.get("key_mask") == "right":
         rules = {"key_mask": torch.arange(700)[None].expand(2, -1) < torch.tensor([[700], [523]])}
     compare(tensors(2, 2, 1, 700, 700, 8), rules, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "left and right padding", "softcap", "alibi", "holes"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_calls_cut_along_heads(monkeypatch, name, kv_heads):
+    monkeypatch.setattr("rehead.patches.cpu.lanes.STEP_ELEMENTS", 1)
+    compare(tensors(2, 4, kv_heads, 40, 40, 8), RULES[name])
+    bias = torch.randn(1, 4, 40, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    compare(tensors(2, 4, kv_heads, 40, 40, 8), {"bias": bias}, ("bias",))
 
 
 def test_wide_band_is_split_into_edges_and_interior(monkeypatch):

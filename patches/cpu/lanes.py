@@ -19,6 +19,10 @@ from rehead.patches.cpu.tiles import flash_backward, flash_forward, math_backwar
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+STEP_ELEMENTS = 1 << 20
+"""Largest query tensor that one kernel call takes whole; beyond, temporaries are kept small by cutting along heads."""
+
+
 @dataclass
 class Options:
     """Every argument of :func:`attention` besides query, key and value; see there."""
@@ -96,13 +100,23 @@ def _rows(opts: Options, batch: int, n_query: int, n_key: int) -> list[tuple[sli
     return rows
 
 
+def _split_long(rows: list[tuple[slice, Row]], elements: int) -> list[tuple[slice, Row]]:
+    """Long grouped sequences go row by row, which needs no copies; short ones together, which needs fewer calls."""
+    if elements <= STEP_ELEMENTS:
+        return rows
+    return [(slice(b, b + 1), row) for span, row in rows for b in range(span.start, span.stop)]
+
+
 def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: bool) -> Iterator[Lane]:
     batch, heads, n_query, _ = query.shape
     kv_heads, n_key = key.shape[1:3]
     group = heads // kv_heads
     work = torch.promote_types(query.dtype, torch.float32)
     mask_heads = heads if opts.alibi_slopes is not None or (opts.bias is not None and opts.bias.shape[1] > 1) else 1
-    for rows, row in _rows(opts, batch, n_query, n_key):
+    layout = _rows(opts, batch, n_query, n_key)
+    if group > 1:
+        layout = _split_long(layout, query.numel())
+    for rows, row in layout:
         count = rows.stop - rows.start
         q, k, v = query[rows], key[rows], value[rows]
         alibi = opts.alibi_slopes
@@ -129,39 +143,45 @@ def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: b
         yield Lane(rows, q, k, v, plan(row.rects, rules), TileMasks(rules, row, alibi, bias, work))
 
 
-def _lane_forward(lane: Lane, opts: Options) -> tuple[Tensor, Tensor]:
-    """Output ``[N, G, Sq, D]`` and log-sum-exp ``[N, G, Sq]`` of one lane."""
-    n, group, n_query, _ = lane.query.shape
-    work = torch.promote_types(lane.query.dtype, torch.float32)
-    whole = len(lane.calls) == 1 and lane.calls[0].q0 == 0 and lane.calls[0].q1 == n_query
-    out = lse = None
-    if not whole:
-        # Rows merged from several tiles are kept in float32 until they are complete.
-        merged = sum(call.q1 - call.q0 for call in lane.calls) > n_query
-        dtype = work if merged else lane.query.dtype
-        out = lane.query.new_zeros(n, n_query, group, lane.value.shape[-1], dtype=dtype).transpose(1, 2)
-        lse = lane.query.new_full((n, group, n_query), float("-inf"), dtype=work)
-    filled = torch.zeros(n_query, dtype=torch.bool)
+def _head_steps(lane: Lane, call: Call) -> list[slice]:
+    """Cut a large call along its heads, so that the kernel's temporaries stay a fraction of the tensors."""
+    count, group = lane.query.shape[:2]
+    if (call.q1 - call.q0) * lane.query.shape[-1] * count * group <= STEP_ELEMENTS:
+        return [slice(0, group)]
+    step = max(1, -(-torch.get_num_threads() // count))
+    return [slice(start, min(start + step, group)) for start in range(0, group, step)]
+
+
+def _pick(tensor: Tensor | None, heads: slice) -> Tensor | None:
+    """The heads of a tensor whose second dimension may be broadcast."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
+
+
+def _lane_forward(lane: Lane, opts: Options, out: Tensor, lse: Tensor) -> None:
+    """Fill ``out`` ``[N, G, Sq, D]`` (zeros) and ``lse`` ``[N, G, Sq]`` (-inf) of one lane."""
+    filled = torch.zeros(lane.query.shape[2], dtype=torch.bool)
     for call in lane.calls:
-        query = lane.query[:, :, call.q0 : call.q1]
+        rows = slice(call.q0, call.q1)
         key, value = lane.keys(call)
         mask, hidden = lane.mask(call)
-        causal = call.kind == "causal"
-        if opts.softcap is None:
-            part, part_lse = flash_forward(query, key, value, opts.scale, mask, causal, hidden)
-        else:
-            part, part_lse = math_forward(query, key, value, opts.scale, mask, causal, opts.softcap)
-        if out is None or lse is None:
-            return part, part_lse
-        rows = slice(call.q0, call.q1)
-        if bool(filled[rows].any()):
-            merge_(out[:, :, rows], lse[:, :, rows], part, part_lse.to(work))
-        else:
-            out[:, :, rows], lse[:, :, rows] = part, part_lse
+        merge = bool(filled[rows].any())
         filled[rows] = True
-    assert out is not None
-    assert lse is not None
-    return out.to(lane.query.dtype), lse
+        for heads in _head_steps(lane, call):
+            args = (
+                lane.query[:, heads, rows],
+                *(key if key.shape[1] == 1 else key[:, heads], value if value.shape[1] == 1 else value[:, heads]),
+                opts.scale,
+                _pick(mask, heads),
+                call.kind == "causal",
+            )
+            if opts.softcap is None:
+                part, part_lse = flash_forward(*args, _pick(hidden, heads))
+            else:
+                part, part_lse = math_forward(*args, opts.softcap)
+            if merge:
+                merge_(out[:, heads, rows], lse[:, heads, rows], part, part_lse.to(lse.dtype))
+            else:
+                out[:, heads, rows], lse[:, heads, rows] = part, part_lse
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor] | None:
@@ -197,13 +217,21 @@ def forward(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[T
     heads, n_query, dim = query.shape[1:]
     result = _decode(query, key, value, opts) if n_query == 1 else None
     if result is None:
-        outs, lses = [], []
-        for lane in _lanes(query, key, value, opts, tiled=opts.softcap is not None):
-            out, lse = _lane_forward(lane, opts)
-            count = lane.rows.stop - lane.rows.start
-            outs.append(out.reshape(count, heads, n_query, dim).transpose(1, 2))
-            lses.append(lse.reshape(count, heads, n_query))
-        result = (torch.cat(outs), torch.cat(lses)) if len(outs) > 1 else (outs[0].contiguous(), lses[0].contiguous())
+        batch = query.shape[0]
+        work = torch.promote_types(query.dtype, torch.float32)
+        lanes = list(_lanes(query, key, value, opts, tiled=opts.softcap is not None))
+        # Rows merged from several tiles are kept in float32 until they are complete.
+        merged = any(sum(call.q1 - call.q0 for call in lane.calls) > n_query for lane in lanes)
+        out = query.new_zeros(batch, n_query, heads, dim, dtype=work if merged else query.dtype)
+        lse = query.new_full((batch, heads, n_query), float("-inf"), dtype=work)
+        for lane in lanes:
+            whole = out[lane.rows].transpose(1, 2)
+            part = lane.lay_out(whole)
+            _lane_forward(lane, opts, part, lane.lay_out(lse[lane.rows]))
+            if part.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+                # Grouped heads of several batch rows cannot be seen as one lane without a copy.
+                whole.copy_(part.reshape(whole.shape))
+        result = out.to(query.dtype), lse
     if opts.sinks is not None:
         result = _apply_sinks(*result, opts.sinks)
     return result
@@ -226,40 +254,42 @@ def backward(
         lse: ``[B, H, Sq]`` with the sinks included.
         bias_grad: also differentiate with respect to ``opts.bias``.
     """
-    heads = query.shape[1]
     work = torch.promote_types(query.dtype, torch.float32)
     explicit = opts.softcap is not None or bias_grad
-    grads = torch.zeros_like(query, dtype=work), torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
+    grads = [x.new_zeros(x.shape, dtype=work) for x in (query, key, value)]
     grad_bias = query.new_zeros(opts.bias.shape if bias_grad and opts.bias is not None else (0,), dtype=work)
     for lane in _lanes(query, key, value, opts, tiled=explicit):
         grad_lane, out_lane = (lane.lay_out(x[lane.rows].transpose(1, 2)) for x in (grad_out, out))
         lse_lane = lane.lay_out(lse[lane.rows])
-        sums = tuple(torch.zeros_like(x, dtype=work) for x in (lane.query, lane.key, lane.value))
+        # The sums are contiguous, so these are views: tiles add straight into the result.
+        sums = [
+            g[lane.rows].view(like.shape) for g, like in zip(grads, (lane.query, lane.key, lane.value), strict=True)
+        ]
         for call in lane.calls:
             rows, span = slice(call.q0, call.q1), slice(call.k0, call.k1)
             key_part, value_part = lane.keys(call)
             mask, _ = lane.mask(call)
-            args = (
-                grad_lane[:, :, rows],
-                lane.query[:, :, rows],
-                key_part,
-                value_part,
-                out_lane[:, :, rows],
-                lse_lane[:, :, rows],
-                opts.scale,
-                mask,
-                call.kind == "causal",
-            )
-            if explicit:
-                *parts, grad_mask = math_backward(*args, opts.softcap)
-                if bias_grad:
-                    _add_bias_grad(grad_bias, grad_mask, lane, call, heads)
-            else:
-                parts = list(flash_backward(*args))
-            for total, part, where in zip(sums, parts, (rows, span, span), strict=True):
-                total[:, :, where] += part
-        for grad, total in zip(grads, sums, strict=True):
-            grad[lane.rows] = total.reshape(grad[lane.rows].shape)
+            for some in _head_steps(lane, call):
+                own = key_part.shape[1] != 1
+                args = (
+                    grad_lane[:, some, rows],
+                    lane.query[:, some, rows],
+                    key_part[:, some] if own else key_part,
+                    value_part[:, some] if own else value_part,
+                    out_lane[:, some, rows],
+                    lse_lane[:, some, rows],
+                    opts.scale,
+                    _pick(mask, some),
+                    call.kind == "causal",
+                )
+                if explicit:
+                    *parts, grad_mask = math_backward(*args, opts.softcap)
+                    if bias_grad:
+                        _add_bias_grad(grad_bias, grad_mask, lane, call, some)
+                else:
+                    parts = list(flash_backward(*args))
+                for total, part, where in zip(sums, parts, (rows, span, span), strict=True):
+                    _target(total, some)[:, :, where] += part
     grad_sinks = query.new_zeros(0)
     if opts.sinks is not None:
         delta = (grad_out.to(work) * out.to(work)).sum(-1).transpose(1, 2)
@@ -271,14 +301,25 @@ def backward(
     return grad_q, grad_k, grad_v, grad_sinks, grad_bias
 
 
-def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, call: Call, heads: int) -> None:
+def _target(total: Tensor, heads: slice) -> Tensor:
+    """Where the gradient of some heads goes; a KV head that a whole group reads has one place for all."""
+    return total if total.shape[1] == 1 else total[:, heads]
+
+
+def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, call: Call, some: slice) -> None:
     """Add a tile's mask gradient, summed over the dimensions along which the bias is broadcast."""
     count = lane.rows.stop - lane.rows.start
-    part = grad_mask.reshape(count, heads, *grad_mask.shape[-2:])
     target = grad_bias if grad_bias.shape[0] == 1 else grad_bias[lane.rows]
-    for dim, (start, stop) in enumerate(((0, count), (0, heads), (call.q0, call.q1), (call.k0, call.k1))):
+    lane_heads = lane.query.shape[0] * lane.query.shape[1] // count
+    # [rows, KV heads or 1, group, Sq, Skv]: a lane keeps the heads of a group beside each other.
+    part = grad_mask.reshape(count, -1, *grad_mask.shape[1:])
+    if target.shape[1] == 1:
+        part, target = part.sum((1, 2), keepdim=True), target[:, :, None]
+    else:
+        target = target.view(target.shape[0], part.shape[1], lane_heads // part.shape[1], *target.shape[2:])[:, :, some]
+    for dim, (start, stop) in ((0, (0, count)), (3, (call.q0, call.q1)), (4, (call.k0, call.k1))):
         if target.shape[dim] == 1 and part.shape[dim] > 1:
             part = part.sum(dim, keepdim=True)
-        elif dim > 1 and target.shape[dim] > 1:
+        elif dim and target.shape[dim] > 1:
             target = target.narrow(dim, start, stop - start)
     target += part
