@@ -73,6 +73,17 @@ def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]
     return whole, hashes
 
 
+def staging_path(out: Path) -> Path:
+    """The staging folder of an output folder: beside it, so on the same file system, and always the same."""
+    return out.parent / f".{out.name}.rehead-staging"
+
+
+def only_unpublished(out: Path) -> bool:
+    """Whether a killed run left a staging folder that lacks nothing but the rename."""
+    path = staging_path(out)
+    return (path / MANIFEST_NAME).is_file() and not (path / PRIVATE / _JOURNAL).exists()
+
+
 class Staging:
     """The locked staging folder of one run.
 
@@ -94,7 +105,7 @@ class Staging:
 
     def __init__(self, out: Path, fingerprint: str, parts: Mapping[str, str], *, resume: bool) -> None:
         self.out = out
-        self.path = out.parent / f".{out.name}.rehead-staging"
+        self.path = staging_path(out)
         self.retired = out.parent / f".{out.name}.rehead-old"
         self.fingerprint = fingerprint
         self.files: dict[str, tuple[int, str]] = {}
@@ -303,6 +314,8 @@ class Staging:
             ResourceError: a rename failed; OUT is as it was.
         """
         try:
+            # The journal goes first: without it the manifest, complete by now, says what is there.
+            (self.private / _JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(self.private)
             sync_dir(self.path)
             if os.path.lexists(self.out):

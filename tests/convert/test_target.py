@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from rehead.convert.manifest import completed, read_manifest, verify_files
 from rehead.convert.safetensors_io import header_bytes
 from rehead.convert.source import LocalSource, open_source
-from rehead.convert.target import OutputTensor, ResourceError, Target
+from rehead.convert.target import OutputTensor, ResourceError, Target, finish_commit
 from rehead.errors import UnsupportedError, UsageError, VerificationError
 
 HERE = Path(__file__).parent
@@ -516,6 +516,22 @@ def test_a_run_killed_just_before_the_rename_is_resumed_from_its_manifest(tmp_pa
         return checkpoints.pooled_plan(source)[0], fetch
 
     assert hashes(convert(model, tmp_path / "out", plan=never, resume=True)) == expected
+
+
+@pytest.mark.parametrize("left", [(), ("owner.json",), ("notes.jsonl", "work/x")])
+def test_the_last_step_of_a_killed_run_is_done_without_the_rest(tmp_path, model, left):
+    whole = convert(model, tmp_path / "whole", fingerprint={"plan": 1})
+    expected = hashes(whole)
+    staging = tmp_path / ".out.rehead-staging"
+    whole.rename(staging)
+    for name in left:
+        (staging / ".rehead" / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / ".rehead" / name).write_text("x")
+    assert finish_commit(tmp_path / "out", {"plan": 2}) is None
+    assert finish_commit(tmp_path / "out", {"plan": 1})["method"] == "mean"
+    assert hashes(tmp_path / "out") == expected
+    assert only(tmp_path) == {"m", "out"}
+    assert finish_commit(tmp_path / "out", {"plan": 1})["method"] == "mean"
 
 
 def test_a_complete_output_is_recognised(tmp_path, model):
