@@ -1,0 +1,206 @@
+"""The battery: every table entry through the whole conversion, on a tiny random model whose right answer is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rehead.convert import convert
+from rehead.convert.calibration.statistics import LayerStatistics
+from rehead.convert.families import FAMILIES
+from rehead.convert.families.layouts import merge, split
+from rehead.convert.methods.registry import MethodContext
+from rehead.convert.regroup import regroup
+
+HERE = Path(__file__).parent
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny, planted = _load("tiny"), _load("planted")
+NAMES = [*FAMILIES, *tiny.VARIANTS]
+IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
+CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
+
+# Classes that with a cache compute something else than without one, unconverted too.
+CACHE_FLAWED = ("minimax",)
+
+# What other parts of the conversion cannot do yet. Strict: whoever mends one takes it off here.
+FLOATS = "config.json's {'__float__': 'Infinity'} is not decoded before the config is built"
+UNREADY = {
+    ("copy", "bamba"): FLOATS,
+    ("copy", "falcon_h1"): FLOATS,
+    ("copy", "granitemoehybrid"): FLOATS,
+    ("copy", "nemotron_h"): FLOATS,
+    ("mean", "bamba"): FLOATS,
+    ("mean", "falcon_h1"): FLOATS,
+    ("mean", "granitemoehybrid"): FLOATS,
+    ("mean", "nemotron_h"): FLOATS,
+    ("mean", "gpt2"): "the plan does not re-host",
+    ("mean", "stablelm"): "the plan keeps the norms of heads that are no more",
+    ("procrustes", "bamba"): FLOATS,
+    ("procrustes", "falcon_h1"): FLOATS,
+    ("procrustes", "granitemoehybrid"): FLOATS,
+    ("procrustes", "nemotron_h"): FLOATS,
+    ("procrustes", "gpt2"): "the plan does not re-host",
+    ("procrustes", "stablelm"): "the plan keeps the norms of heads that are no more",
+    ("svd", "falcon_h1"): FLOATS,
+    ("svd", "granitemoehybrid"): FLOATS,
+    ("svd", "stablelm"): "the plan keeps the norms of heads that are no more",
+    ("svd", "bamba"): "calibration cannot run layers whose output the model unpacks",
+    ("svd", "gpt2"): "calibration cannot run a re-hosted model",
+    ("svd", "nemotron_h"): "calibration cannot load a checkpoint with an older prefix",
+}
+
+
+def cases(*whats: str) -> list:
+    """(what, name) for every table entry and variant, those of :data:`UNREADY` marked."""
+    return [
+        pytest.param(
+            what,
+            name,
+            id=f"{name}-{what}",
+            marks=[pytest.mark.xfail(strict=True, reason=reason)] if (reason := UNREADY.get((what, name))) else [],
+        )
+        for name in NAMES
+        for what in whats
+    ]
+
+
+def family_of(name: str):
+    if not tiny.available(name):
+        pytest.skip("not in the installed transformers")
+    return FAMILIES[tiny.VARIANTS.get(name, (name,))[0]]
+
+
+def target_of(family, config) -> int:
+    """Half of the KV heads where the class takes them, else one."""
+    kv = family.num_kv_heads(config)
+    for fewer in (kv // 2, 1):
+        if 0 < fewer < kv and not family.refusal(config, fewer):
+            return fewer
+    return kv
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def loaded(folder: Path):
+    """Load as anybody would; nothing may be missing, unexpected or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference relative to the logits' own size."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def cache_error(model) -> float:
+    """How far the logits of greedy generation with a cache are from one pass over what it generated."""
+    generated = model.generate(
+        IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    with torch.no_grad():
+        whole = model(generated.sequences, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
+    return distance(torch.stack(generated.logits, 1), whole)
+
+
+@pytest.mark.parametrize(("what", "name"), cases("copy"))
+def test_same_head_count_copies_bit_for_bit(what: str, name: str, tmp_path: Path) -> None:
+    family = family_of(name)
+    source = tiny.save_tiny(name, tmp_path / "source")
+    kv = family.num_kv_heads(tiny.tiny_config(name))
+    convert(source, tmp_path / "out", num_key_value_heads=kv, method="procrustes")
+    before, after = weights(source), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert old == new
+
+
+@pytest.mark.parametrize(("what", "name"), cases("mean"))
+def test_equal_heads_give_the_same_logits(what: str, name: str, tmp_path: Path) -> None:
+    """Loads plainly, computes what the source did, and generates with a cache what it computes without one."""
+    family = family_of(name)
+    model = tiny.tiny_model(name)
+    kv = target_of(family, model.config)
+    if kv == family.num_kv_heads(model.config):
+        pytest.skip("has one KV head already")
+    planted.change(family, model, planted.equal_heads(kv))
+    before = logits(model)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=kv, method=what)
+    converted = loaded(tmp_path / "out")
+    assert distance(logits(converted), before) < 1e-5
+    for method in ("first", "procrustes", "svd"):
+        assert distance(logits(pooled(family, model, converted, method)), before) < 1e-5, method
+    run = pooled(family, model, converted, "random")
+    assert logits(run).isfinite().all()
+    assert distance(logits(run), before) > 1e-2
+    if name in CACHE_FLAWED:
+        assert cache_error(model) > 1e-4, "the class has been mended; take it off the list"
+    else:
+        assert cache_error(run) < 1e-4
+
+
+@pytest.mark.parametrize(("method", "name"), cases("procrustes", "svd"))
+def test_heads_in_bases_of_their_own_are_recovered(method: str, name: str, tmp_path: Path) -> None:
+    """Heads that are equal up to the method's freedom come out exact where ``mean`` is far off."""
+    family = family_of(name)
+    model = tiny.tiny_model(name)
+    kv = target_of(family, model.config)
+    if kv == family.num_kv_heads(model.config):
+        pytest.skip("has one KV head already")
+    planted.tie_norm_pairs(family, model)
+    planted.change(family, model, planted.equal_heads(kv))
+    if not planted.can_turn(family, model):
+        pytest.skip("nothing may be turned")
+    before = logits(model)
+    planted.change(family, model, planted.rotated_heads(kv, method))
+    assert distance(logits(model), before) < 1e-4, "what is planted leaves the function alone"
+    model.save_pretrained(tmp_path / "source")
+    calibration = CALIBRATION if method == "svd" else {}
+    convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=kv, method=method, **calibration)
+    converted = loaded(tmp_path / "out")
+    assert distance(logits(converted), before) < 1e-4
+    assert distance(logits(pooled(family, model, converted, "mean")), before) > 1e-2
+
+
+def pooled(family, model, converted, method: str):
+    """The converted model with the source's heads pooled by another method, in memory."""
+    state, source = converted.state_dict(), model.state_dict()
+    target = FAMILIES[converted.config.model_type]
+    kv = target.num_kv_heads(converted.config)
+    for layer in family.attention_layers(model.config):
+        heads = split(family, model.config, layer, source)
+        same = torch.eye(heads.q.shape[-1] + 1)
+        statistics = LayerStatistics(same, same.expand(kv, -1, -1), same.expand(kv, -1, -1))
+        result = regroup(heads, kv, method, context=MethodContext(layer, 0, statistics, 0.5))
+        state |= merge(target, layer, result.heads, state)
+    converted.load_state_dict(state)
+    return converted
