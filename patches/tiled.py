@@ -13,6 +13,23 @@ from rehead.patches import cpu
 DECODE_ROWS = 16
 """Most query rows that the decode kernel takes."""
 
+DECODE_RULES = frozenset(
+    [
+        "scale",
+        "causal",
+        "q_offset",
+        "window",
+        "chunk",
+        "kv_start",
+        "kv_end",
+        "key_mask",
+        "softcap",
+        "alibi_slopes",
+        "sinks",
+    ]
+)
+"""Rules that the decode kernel takes."""
+
 
 def attention(
     query: Tensor,
@@ -40,12 +57,22 @@ def attention(
     if bias is not None:
         bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
     rules = dict(rules, scale=scale, bias=bias)
-    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if query.shape[2] <= DECODE_ROWS and not grad and kernels.decode_supported(query, key, value, **rules) is None:
-        return kernels.decode(query, key, value, **rules)
+    if _is_decode(query, key, value, rules):
+        return kernels.decode(
+            query, key, value, **{name: given for name, given in rules.items() if name in DECODE_RULES}
+        )
     if isinstance(rules.get("q_offset"), Tensor):
         rules["q_offset"] = int(rules["q_offset"])
     reason = kernels.supported(query, key, value, **rules)
     if reason is not None:
         raise UnsupportedError(f"rehead_tiled cannot compute this attention: {reason}; use attn_implementation='sdpa'")
     return kernels.attention(query, key, value, deterministic=deterministic, **rules)
+
+
+def _is_decode(query: Tensor, key: Tensor, value: Tensor, rules: dict[str, Any]) -> bool:
+    """Few rows, no gradient, and no rule that the decode kernel lacks."""
+    if query.shape[2] > DECODE_ROWS:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        return False
+    return all(given is None or name in DECODE_RULES for name, given in rules.items())

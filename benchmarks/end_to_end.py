@@ -1,0 +1,261 @@
+"""Decoding with a LLaMA-2-7B-shaped model of random weights and 32, 8 or 1 KV heads: tokens a second, patched and not.
+
+`generate` runs under a StaticCache whose first tokens are already there (random keys and values, as the weights are),
+so that no time goes into a prefill. The decode rate is the slope between a short and a long run. A decoding step has
+to read the weights and the cache once, so the speed-up over 32 KV heads can at best be the ratio of those bytes; the last
+column is the share of it that is reached.
+
+    rehead bench end-to-end
+    python -m rehead.benchmarks.end_to_end --kv-heads 32,8,1 --batch 16 --context 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from rehead.errors import UnsupportedError, UsageError
+from rehead.patches import patch_model
+
+IMPLEMENTATIONS = ("tiled", "sdpa")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Shape of the model and of the run; the defaults are LLaMA-2-7B, batch 16, 8k context, bfloat16."""
+
+    batch: int = 16
+    context: int = 8192
+    steps: int = 96
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    layers: int = 32
+    heads: int = 32
+    vocab_size: int = 32000
+    backend: str = "inductor"
+    padding: int = 0
+
+
+@dataclass
+class Row:
+    """One measurement.
+
+    Attributes:
+        implementation: ``tiled`` or ``sdpa``.
+        kv_heads: KV heads of every layer.
+        tokens_per_second: over the batch, decoding only.
+        milliseconds: of one step.
+        bytes_read: weights and the cache in use, that a step must read.
+        bandwidth: those bytes a second, in TB/s.
+        speedup: over 32 (the most) KV heads under the same implementation.
+        predicted: the ratio of the bytes.
+        share: of the predicted speed-up that is reached.
+    """
+
+    implementation: str
+    kv_heads: int
+    tokens_per_second: float
+    milliseconds: float
+    bytes_read: int
+    bandwidth: float
+    speedup: float = 1.0
+    predicted: float = 1.0
+    share: float = 1.0
+
+
+def build(setting: Setting, kv_heads: int, device: str) -> LlamaForCausalLM:
+    """The model on its device, in bfloat16 on a GPU and float32 on a CPU, with SDPA."""
+    config = LlamaConfig(
+        vocab_size=setting.vocab_size,
+        hidden_size=setting.hidden_size,
+        intermediate_size=setting.intermediate_size,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=setting.context + setting.steps + 64,
+        tie_word_embeddings=False,
+    )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+def filled_cache(model: LlamaForCausalLM, setting: Setting) -> StaticCache:
+    """A static cache that holds ``context - 1`` random tokens."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=setting.context + setting.steps)
+    head_dim = config.hidden_size // config.num_attention_heads
+    parameter = next(model.parameters())
+    cache.early_initialization(setting.batch, config.num_key_value_heads, head_dim, parameter.dtype, parameter.device)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+def rewind(cache: StaticCache, seen: int) -> None:
+    """Say that the first ``seen`` tokens are in the cache, without touching them."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(seen)
+
+
+def _generate(model: LlamaForCausalLM, cache: StaticCache, setting: Setting, steps: int, seed: int) -> float:
+    device = next(model.parameters()).device
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, setting.vocab_size, (setting.batch, setting.context), generator=gen).to(device)
+    mask = torch.ones_like(ids)
+    mask[: setting.batch // 2, : setting.padding] = 0
+    rewind(cache, setting.context - 1)
+    compiled = setting.backend != "none"
+    options = GenerationConfig(
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        disable_compile=not compiled,
+        compile_config=CompileConfig(backend=setting.backend, mode=_mode(setting)) if compiled else None,
+    )
+    _wait(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=options)
+    _wait(device)
+    seconds = time.perf_counter() - start
+    if out.shape[1] != setting.context + steps:
+        raise UnsupportedError(f"generate stopped after {out.shape[1] - setting.context} tokens of {steps}")
+    return seconds
+
+
+def _mode(setting: Setting) -> str | None:
+    return "reduce-overhead" if setting.backend == "inductor" else None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bytes_read(model: nn.Module, setting: Setting, kv_heads: int) -> int:
+    """What one decoding step must read: every weight but the input embedding, and the keys and values in use."""
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    size = next(model.parameters()).element_size()
+    used = setting.context + setting.steps // 2
+    head_dim = setting.hidden_size // setting.heads
+    return weights + setting.batch * used * setting.layers * 2 * kv_heads * head_dim * size
+
+
+def measure(setting: Setting, kv_heads: int, implementations: Sequence[str], device: str) -> list[Row]:
+    """Decode with one model under each implementation."""
+    model = build(setting, kv_heads, device)
+    cache = filled_cache(model, setting)
+    rows = []
+    for name in implementations:
+        with patch_model(model, "tiled") if name == "tiled" else contextlib.nullcontext():
+            _generate(model, cache, setting, 4, 0)  # compiles and captures
+            _generate(model, cache, setting, 8, 0)
+            short, long = max(4, setting.steps // 8), setting.steps
+            spans = [_generate(model, cache, setting, n, n) for n in (short, long, short, long)]
+            step = (min(spans[1], spans[3]) - min(spans[0], spans[2])) / (long - short)
+        # A compiled forward belongs to the implementation it was traced with.
+        torch._dynamo.reset()
+        model.__dict__.pop("_compiled_call", None)
+        model.__dict__.pop("_last_compile_config", None)
+        read = bytes_read(model, setting, kv_heads)
+        rows.append(Row(name, kv_heads, setting.batch / step, 1e3 * step, read, read / step / 1e12))
+        print(f"... {rows[-1]}", file=sys.stderr, flush=True)
+    del model, cache
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def run(
+    setting: Setting, kv_heads: Sequence[int] = (32, 8, 1), implementations: Sequence[str] = IMPLEMENTATIONS
+) -> list[Row]:
+    """Measure every pairing; speed-ups are over the most KV heads.
+
+    Raises:
+        UsageError: an implementation that does not exist.
+        UnsupportedError: KV heads that do not divide the query heads.
+    """
+    for name in implementations:
+        if name not in IMPLEMENTATIONS:
+            raise UsageError(f"unknown implementation {name!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+    for count in kv_heads:
+        if count < 1 or setting.heads % count:
+            raise UnsupportedError(f"{setting.heads} query heads cannot share {count} KV heads; choose a divisor")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ordered = sorted(kv_heads, reverse=True)
+    rows = [row for count in ordered for row in measure(setting, count, implementations, device)]
+    for row in rows:
+        base = next(r for r in rows if r.implementation == row.implementation and r.kv_heads == ordered[0])
+        row.speedup = base.milliseconds / row.milliseconds
+        row.predicted = base.bytes_read / row.bytes_read
+        row.share = row.speedup / row.predicted
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    lines = ["attention  KV heads  tokens/s  ms/step  TB/s  speed-up  by bytes  share"]
+    lines += [
+        f"{r.implementation:<9}  {r.kv_heads:>8}  {r.tokens_per_second:>8.0f}  {r.milliseconds:>7.2f}  "
+        f"{r.bandwidth:>4.2f}  {r.speedup:>8.2f}  {r.predicted:>8.2f}  {r.share:>5.2f}"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; ``argv`` as on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="rehead bench end-to-end", description="Decoding with a 7B-shaped model under a static cache"
+    )
+    defaults = Setting()
+    parser.add_argument("--kv-heads", default="32,8,1")
+    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
+    for name in ("batch", "context", "steps", "layers", "heads", "hidden_size", "intermediate_size", "vocab_size"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    parser.add_argument("--padding", type=int, default=0, help="left padding of half the batch, in tokens")
+    parser.add_argument(
+        "--backend",
+        choices=("inductor", "cudagraphs", "none"),
+        default=defaults.backend if torch.cuda.is_available() else "none",
+        help="how generate compiles its step; cudagraphs starts faster than inductor",
+    )
+    parser.add_argument("--json", help="also write the rows to this file")
+    args = parser.parse_args(argv)
+    names = Setting.__dataclass_fields__
+    setting = Setting(**{name: getattr(args, name) for name in names})
+    rows = run(setting, [int(n) for n in args.kv_heads.split(",")], args.implementations.split(","))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}  torch {torch.__version__}  batch {setting.batch}  context {setting.context}  {setting.backend}")
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({"setting": asdict(setting), "rows": [asdict(r) for r in rows]}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()
