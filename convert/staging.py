@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -321,13 +322,9 @@ class Staging:
             if os.path.lexists(self.out):
                 if not overwrite:
                     raise UsageError(f"{self.out}: has appeared meanwhile; move it away or give --overwrite")
-                os.rename(self.out, self.retired)
-            try:
+                self._replace()
+            else:
                 os.rename(self.path, self.out)
-            except OSError:
-                if os.path.lexists(self.retired) and not os.path.lexists(self.out):
-                    os.rename(self.retired, self.out)
-                raise
             sync_dir(self.out.parent)
         except OSError as err:
             raise write_error(err, str(self.out)) from None
@@ -335,6 +332,18 @@ class Staging:
         if os.path.lexists(self.retired):
             with contextlib.suppress(OSError):
                 _remove(self.retired)
+
+    def _replace(self) -> None:
+        """Put the staging folder in the place of OUT and OUT aside, in one step where the system can."""
+        if _exchange(self.path, self.out):
+            os.rename(self.path, self.retired)
+            return
+        os.rename(self.out, self.retired)
+        try:
+            os.rename(self.path, self.out)
+        except OSError:
+            os.rename(self.retired, self.out)
+            raise
 
     def discard(self) -> None:
         """Remove the staging folder, and the parents of OUT that this run made."""
@@ -348,6 +357,16 @@ class Staging:
     def keep(self) -> None:
         """Leave the staging folder for a later run that resumes."""
         self._unlock()
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders atomically (Linux's renameat2); False where that cannot be done."""
+    at_cwd, swap = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), ctypes.c_uint(swap)) == 0
 
 
 def _alive(pid: int) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rehead.convert.copying import copy_run, give_back_memory, raw_bytes, runs
-from rehead.convert.manifest import MANIFEST_NAME, completed, manifest_bytes, verify_files
+from rehead.convert.manifest import MANIFEST_NAME, manifest_bytes, verify_files
 from rehead.convert.shards import (
     DEFAULT_MAX_SHARD_SIZE,
     INDEX_FILE,
@@ -31,7 +31,8 @@ from rehead.convert.shards import (
     plan_shards,
 )
 from rehead.convert.source import LocalSource, Source
-from rehead.convert.staging import Staging, check_out, fingerprint_of, only_unpublished, staging_path
+from rehead.convert.resume import finish_commit
+from rehead.convert.staging import Staging, check_out, fingerprint_of
 from rehead.convert.stream import (
     HashingWriter,
     ResourceError,
@@ -384,31 +385,6 @@ class Target:
             if name not in self._written and not path.is_relative_to(self._staging.private):
                 with contextlib.suppress(OSError):
                     path.unlink()
-
-
-def finish_commit(out: str | os.PathLike[str], fingerprint: str | Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is left to do for a run that resumes one killed in its very last step: at most the rename, done here.
-
-    Args:
-        out: the output folder.
-        fingerprint: as for :class:`Target`.
-
-    Returns:
-        The manifest when ``out`` is complete now; None when there is work left, for :class:`Target` to go on with.
-
-    Raises:
-        UsageError: another run is writing ``out``.
-        ResourceError: the rename failed.
-    """
-    path, (whole, parts) = Path(os.path.abspath(out)), fingerprint_of(fingerprint)
-    if only_unpublished(path) and not os.path.lexists(path):
-        try:
-            same = verify_files(staging_path(path), allow_extra=True).get("fingerprint") == whole
-        except ReheadError:
-            same = False
-        if same:
-            Staging(path, whole, parts, resume=True).publish(overwrite=False)
-    return completed(path, whole)
 
 
 class _Ticker:

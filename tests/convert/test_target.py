@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from rehead.convert import staging
 from rehead.convert.manifest import completed, read_manifest, verify_files
 from rehead.convert.safetensors_io import header_bytes
 from rehead.convert.source import LocalSource, open_source
@@ -298,7 +299,11 @@ def test_places_where_out_may_not_be(tmp_path, model):
     assert only(tmp_path) == {"m", "link", "file", "photos"}
 
 
-def test_overwriting_replaces_the_old_output_at_the_very_end(tmp_path, model):
+@pytest.mark.parametrize("swap", [True, False])
+def test_overwriting_replaces_the_old_output_at_the_very_end(tmp_path, model, monkeypatch, swap):
+    """In one step where the system can exchange two folders, in two renames elsewhere."""
+    if not swap:
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
     out = convert(model, tmp_path / "out", "20KB")
     old = hashes(out)
 
@@ -417,13 +422,13 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_repeats_no_finished_file(tmp
             model, tmp_path / "out", "20KB", stop_at(count, KeyboardInterrupt()), resume=True, fingerprint={"plan": 1}
         )
     assert only(tmp_path) == {"m", "whole", ".out.rehead-staging"}
-    staging = tmp_path / ".out.rehead-staging"
-    done = [json.loads(line)["file"] for line in (staging / ".rehead" / "journal.jsonl").read_text().splitlines()[1:]]
-    before = {name: (staging / name).stat().st_mtime_ns for name in done}
+    stage = tmp_path / ".out.rehead-staging"
+    done = [json.loads(line)["file"] for line in (stage / ".rehead" / "journal.jsonl").read_text().splitlines()[1:]]
+    before = {name: (stage / name).stat().st_mtime_ns for name in done}
     kept = {}
 
     def plan(source):
-        kept.update({name: (staging / name).stat().st_mtime_ns for name in done})
+        kept.update({name: (stage / name).stat().st_mtime_ns for name in done})
         return checkpoints.pooled_plan(source)
 
     out = convert(model, tmp_path / "out", "20KB", plan, resume=True, fingerprint={"plan": 1})
@@ -522,11 +527,11 @@ def test_a_run_killed_just_before_the_rename_is_resumed_from_its_manifest(tmp_pa
 def test_the_last_step_of_a_killed_run_is_done_without_the_rest(tmp_path, model, left):
     whole = convert(model, tmp_path / "whole", fingerprint={"plan": 1})
     expected = hashes(whole)
-    staging = tmp_path / ".out.rehead-staging"
-    whole.rename(staging)
+    stage = tmp_path / ".out.rehead-staging"
+    whole.rename(stage)
     for name in left:
-        (staging / ".rehead" / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / ".rehead" / name).write_text("x")
+        (stage / ".rehead" / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / ".rehead" / name).write_text("x")
     assert finish_commit(tmp_path / "out", {"plan": 2}) is None
     assert finish_commit(tmp_path / "out", {"plan": 1})["method"] == "mean"
     assert hashes(tmp_path / "out") == expected
