@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rehead.convert.copying import copy_run, give_back_memory, raw_bytes, runs
 from rehead.convert.manifest import MANIFEST_NAME, manifest_bytes, verify_files
+from rehead.convert.resume import finish_commit
 from rehead.convert.shards import (
     DEFAULT_MAX_SHARD_SIZE,
     INDEX_FILE,
@@ -31,7 +32,6 @@ from rehead.convert.shards import (
     plan_shards,
 )
 from rehead.convert.source import LocalSource, Source
-from rehead.convert.resume import finish_commit
 from rehead.convert.staging import Staging, check_out, fingerprint_of
 from rehead.convert.stream import (
     HashingWriter,
