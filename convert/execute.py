@@ -96,9 +96,12 @@ class DirectLayers:
         )
 
 
-def layer_tensors(plan: Plan, layer: int, result: LayerResult) -> dict[str, Tensor]:
-    """A regrouped layer's tensors under the checkpoint's names and in the planned dtypes."""
+def layer_tensors(plan: Plan, layer: int, result: LayerResult, keep_float: bool = False) -> dict[str, Tensor]:
+    """A regrouped layer's tensors under the checkpoint's names and in the planned dtypes (as they are when
+    ``keep_float``)."""
     tensors = merge(plan.model.family, layer, result.heads, plan.model.source.tensors)
+    if keep_float:
+        return tensors
     dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in plan.outputs}
     return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items() if not tensor.is_meta}
 

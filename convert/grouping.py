@@ -46,6 +46,7 @@ def permute(heads: Heads, groups: list[list[int]]) -> Heads:
         v_bias=rows(heads.v_bias, order),
         q_norm=rows(heads.q_norm, queries) if resized else heads.q_norm,
         k_norm=rows(heads.k_norm, order) if resized else heads.k_norm,
+        extras={name: tensor[queries] for name, tensor in heads.extras.items()},
     )
 
 

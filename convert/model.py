@@ -33,12 +33,14 @@ class Model:
         config: transformers' resolved config.
         family: the layout of its attention; its ``layer`` prefix is the checkpoint's own.
         layers: indices of the layers that have attention.
+        module_layer: the layers' prefix in the class, where the checkpoint's may lack the first part.
     """
 
     source: Source
     config: Config
     family: Family
     layers: list[int]
+    module_layer: str = "model.layers.{i}."
 
     @property
     def num_heads(self) -> int:
@@ -109,9 +111,9 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     config = resolve_config(source.config, source.id)
     _refuse_quantised(source)
     family = resolve_family(config, source.tensors)
+    module_layer = family.layer
     family = _with_checkpoint_prefix(family, source)
-    layers = [i for i in range(config.num_hidden_layers) if family.has_attention(config, i)]
-    opened = Model(source, config, family, layers)
+    opened = Model(source, config, family, family.attention_layers(config), module_layer)
     _check_shapes(opened)
     return opened
 

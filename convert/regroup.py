@@ -12,7 +12,7 @@ from rehead.convert.grouping import contiguous_groups, permute, similar_groups
 from rehead.convert.heads import Heads
 from rehead.convert.linalg import sqrt_pair
 from rehead.convert.methods.registry import MethodContext, get_method
-from rehead.convert.methods.svd import augmented
+from rehead.convert.methods.svd import SLOW_TURN, augmented
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def weight_error(old: Tensor, new: Tensor) -> float:
 def reconstruction_error(old: Heads, new: Heads, statistics: LayerStatistics | None = None) -> tuple[float, float]:
     """How far a layer's bilinear forms have moved, whatever basis the heads are in.
 
-    Keys: sum over query heads of |q^T k - q'^T k'|^2, for each rotary pair by itself since fast pairs average out
-    against each other; values: sum of |W_o W_v - W_o' W_v'|^2. In the metric of the inputs where statistics are given.
+    Keys: sum over query heads of |q^T k - q'^T k'|^2, for each rotary pair by itself since they average out against
+    each other, but for those too slow to; values: sum of |W_o W_v - W_o' W_v'|^2. In the metric of the inputs where
+    statistics are given.
     Norms between projection and dot product are left out.
 
     Returns:
@@ -87,11 +88,15 @@ def reconstruction_error(old: Heads, new: Heads, statistics: LayerStatistics | N
     q, k, v = (_per_query(old, name, root) for name in "qkv")
     q2, k2, v2 = (_per_query(new, name, root) for name in "qkv")
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    rest = old.free_dims().to(q.device)
     if old.pairs is not None and len(old.pairs):
-        real, imag = old.pairs.to(q.device).unbind(1)
+        pairs = old.pairs
+        slow = torch.zeros(len(pairs), dtype=torch.bool) if statistics is None else statistics.slow_pairs(SLOW_TURN)
+        if len(slow) == len(pairs) and slow.sum() > 1:
+            rest, pairs = torch.cat([rest, pairs[slow].flatten().to(q.device)]), pairs[~slow]
+        real, imag = pairs.to(q.device).unbind(1)
         turn = lambda t: torch.complex(t[:, real], t[:, imag]).flatten(0, 1)[:, None]  # noqa: E731
         parts.append((turn(q).conj(), turn(k), turn(q2).conj(), turn(k2)))
-    rest = old.free_dims().to(q.device)
     if len(rest):
         parts.append((q[:, rest], k[:, rest], q2[:, rest], k2[:, rest]))
     lost = sum(_gap(*part) for part in parts)

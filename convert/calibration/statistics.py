@@ -74,7 +74,7 @@ class StatisticsGatherer:
 
         Args:
             x: [b, S, w].
-            probabilities: [b, H, S, S].
+            probabilities: of all or some of the queries, [b, H, R, S].
         """
         heads = probabilities.shape[1]
         flat = x.reshape(-1, x.shape[-1])
@@ -85,7 +85,7 @@ class StatisticsGatherer:
             for head in mine.unbind(1):
                 mixed = (head @ x).reshape(-1, x.shape[-1])
                 self._mixed[group] += mixed.T @ mixed
-        self._mixed_count += len(flat) * (heads // self.kv)
+        self._mixed_count += probabilities.shape[0] * probabilities.shape[2] * (heads // self.kv)
 
     def finish(self, angles: Tensor | None, length: int) -> LayerStatistics:
         """The means. Without :meth:`add_attention`, plain input statistics stand in for the weighted ones."""

@@ -32,7 +32,10 @@ def procrustes(heads: Heads, kv: int, context: MethodContext) -> Heads:
     values = _with_bias(heads.v.double(), heads.v_bias)
     # What is averaged is what the norm lets through: rows times the norm's weight stay in step when both are averaged.
     key_turns = torch.stack([_key_turn(keys[g], freedom, heads) for g in _groups(len(keys), size)]).flatten(0, 1)
-    value_turns = torch.stack([align(values[g]) for g in _groups(len(values), size)]).flatten(0, 1)
+    if heads.fixed_values:
+        value_turns = torch.eye(heads.head_dim, dtype=values.dtype, device=values.device).expand(len(values), -1, -1)
+    else:
+        value_turns = torch.stack([align(values[g]) for g in _groups(len(values), size)]).flatten(0, 1)
     return mean(turned(heads, key_turns, value_turns), kv, context)
 
 

@@ -57,8 +57,11 @@ def svd(heads: Heads, kv: int, context: MethodContext) -> Heads:
         key_root = sqrt_pair(statistics.key_inputs[group])
         part = _KeyGroup(q[of_q], k[of_kv], query_root, *key_root, heads, freedom)
         new_q[of_q], new_k[group] = part.solve(slow)
-        root = sqrt_pair(statistics.mixed_inputs[group])
-        new_v[group], new_o[:, of_q] = _values(o[:, of_q], v[of_kv], *root)
+        if heads.fixed_values:
+            new_v[group], new_o[:, of_q] = v[of_kv].mean(0), o[:, of_q]
+        else:
+            root = sqrt_pair(statistics.mixed_inputs[group])
+            new_v[group], new_o[:, of_q] = _values(o[:, of_q], v[of_kv], *root)
     result = replace(heads, o=new_o.to(heads.o))
     for name, weight in (("q", new_q), ("k", new_k), ("v", new_v)):
         _store(result, name, weight)

@@ -1,0 +1,147 @@
+"""The calibrated conversion: original and converted model side by side, one layer of each at a time.
+
+Both are run over the same text. Before a layer is converted, the converted prefix has already run, so a layer is fitted
+to the inputs that it will really get; what it ought to give is what the original gives on its own inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.convert.calibration.layer import LayerHealer
+from rehead.convert.calibration.layerwise import LayerwiseModel
+from rehead.convert.calibration.text import load_calibration
+from rehead.convert.planning import Plan
+from rehead.errors import UsageError
+
+Progress = Callable[[str, float, float], None]
+
+#: Tokens in one forward pass of a layer.
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def calibrate(
+    plan: Plan, work_dir: Path, device: str, report: dict[int, dict[str, Any]], progress: Progress | None
+) -> tuple[Callable[[int], dict[str, Tensor]], dict[str, Any]]:
+    """Convert every layer over calibration text and keep the results in ``work_dir``.
+
+    Args:
+        plan: what to do.
+        work_dir: one file for each finished layer; a run that resumes goes on from them.
+        device: where layers run.
+        report: filled with each layer's groups and errors.
+        progress: called with ("calibrating", layers done, layers).
+
+    Returns:
+        (layer -> its new tensors, facts for the manifest).
+
+    Raises:
+        UsageError: the calibration text or the device cannot be used.
+        UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
+    """
+    from rehead.convert.execute import resolve_device
+
+    where, options, model = resolve_device(device), plan.options, plan.model
+    text = load_calibration(
+        options.calibration,
+        model.source,
+        int(model.config.vocab_size),
+        options.calibration_tokens,
+        min(options.calibration_length, int(getattr(model.config, "max_position_embeddings", None) or 10**9)),
+        options.seed,
+    )
+    tokens = text.tokens
+    batch = max(1, min(_BATCH_TOKENS.get(where.type, 4096) // tokens.shape[1], len(tokens)))
+    tokens = tokens[: len(tokens) // batch * batch]
+    if int(tokens.max()) >= int(model.config.vocab_size):
+        raise UsageError(f"{model.source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
+    with torch.no_grad():
+        original = LayerwiseModel(model, model.config, where)
+        converted = LayerwiseModel(model, plan.config, where)
+        hidden = _placed(original.embed(tokens, batch), where)
+        converted.calls = original.calls
+        healer = LayerHealer(plan, original, converted, batch)
+        ours = hidden.clone()
+        total = model.config.num_hidden_layers
+        for layer in range(total):
+            if progress is not None:
+                progress("calibrating", layer, total)
+            done = _load(work_dir, layer)
+            original.load_layer(layer)
+            if layer not in model.layers:
+                ours, hidden = healer.run(original, layer, ours), healer.run(original, layer, hidden)
+                original.unload_layer(layer)
+                continue
+            if done is None:
+                tensors, facts, hidden = healer.convert(layer, hidden, ours)
+                _save(work_dir, layer, tensors, facts)
+            else:
+                tensors, facts = done
+                hidden = healer.run(original, layer, hidden)
+            report[layer] = facts
+            original.unload_layer(layer)
+            converted.load_layer(layer, tensors)
+            ours = healer.run(converted, layer, ours)
+            converted.unload_layer(layer)
+        if progress is not None:
+            progress("calibrating", total, total)
+    details = {
+        "text": text.names,
+        "tokens": int(tokens.numel()),
+        "length": int(tokens.shape[1]),
+        "device": str(where),
+        "drift": round(float((ours - hidden).norm() / hidden.norm().clamp_min(1e-12)), 6),
+    }
+
+    def provide(layer: int) -> dict[str, Tensor]:
+        found = _load(work_dir, layer)
+        assert found is not None, f"layer {layer} was calibrated but its file is gone"
+        return found[0]
+
+    return provide, details
+
+
+def _placed(hidden: Tensor, device: torch.device) -> Tensor:
+    """Keep the text's hidden states where the layers run, if several copies of them fit there."""
+    if device.type == "cuda" and hidden.nbytes * 8 > torch.cuda.mem_get_info(device)[0]:
+        return hidden.cpu()
+    return hidden
+
+
+def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write a finished layer so that a kill leaves either all of it or nothing."""
+    from safetensors.torch import save_file
+
+    from rehead.convert.stream import write_error
+
+    path, part = folder / f"layer-{layer:05d}.safetensors", folder / "part"
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, {"facts": json.dumps(facts)})
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise write_error(error, path.name) from None
+    except Exception as error:  # safetensors wraps what the system says
+        raise write_error(OSError(28, str(error)), path.name) from None
+
+
+def _load(folder: Path, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / f"layer-{layer:05d}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {})["facts"])
+            return {name: f.get_tensor(name) for name in f.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError):
+        return None
