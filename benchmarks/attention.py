@@ -1,8 +1,8 @@
 """Claim: exact attention on a Hopper GPU, forward and backward, faster than what PyTorch ships.
 
-Prints TFLOP/s of Rehead beside SDPA flash, SDPA cuDNN and FlexAttention for the same tensors in one run, and the error of
-each against float64. Floating-point operations count visible (query, key) pairs only: 4 D a pair forward, 10 D backward.
-Times are medians of CUDA-event timings with the L2 cache flushed between runs.
+Prints TFLOP/s of Rehead beside SDPA flash, SDPA cuDNN and FlexAttention for the same tensors in one run, and the error
+of each against float64. Floating-point operations count visible (query, key) pairs only: 4 D a pair forward, 10 D
+backward. Times are medians of CUDA-event timings with the L2 cache flushed between runs.
 
     python -m rehead.benchmarks.attention [--only NAME] [--peers rehead,flash,cudnn,flex] [--json FILE]
 """
@@ -83,7 +83,7 @@ def machine() -> dict[str, object]:
 
 
 def median_ms(function: Callable[[], object], budget_ms: float = 300.0) -> float:
-    """Median milliseconds of ``function`` on the GPU, warmed up, over about ``budget_ms`` of runs; L2 flushed each time."""
+    """Median milliseconds of ``function`` on the GPU over about ``budget_ms`` of warm runs, L2 flushed each time."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
     def timed(runs: int) -> list[float]:

@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def _call(peer: str, item: Inputs) -> Callable[[], Tensor]:
     ).transpose(1, 2)
 
 
-def measure(case: Case, peer: str, bandwidth: float) -> dict[str, object]:
+def measure(case: Case, peer: str, bandwidth: float) -> dict[str, Any]:
     """One row: microseconds a step, bytes of visible cache a second, and its share of ``bandwidth``."""
     sets = max(2, min(16, int(4 * 60e6 / case.cache_bytes) + 1))
     inputs = [_inputs(case) for _ in range(sets)]
@@ -135,7 +136,7 @@ def measure(case: Case, peer: str, bandwidth: float) -> dict[str, object]:
     return row | asdict(case)
 
 
-def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list[dict[str, object]]:
+def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list[dict[str, Any]]:
     """All rows of the table; each also carries ``copy_bytes_per_s`` of the same run.
 
     Raises:
@@ -155,13 +156,14 @@ def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list
     return [row | {"copy_bytes_per_s": bandwidth} for row in rows]
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, one line each."""
     lines = [f"{'case':14} {'kernel':16} {'us':>9} {'TB/s':>7} {'share':>7}   wanted"]
     for row in rows:
         wanted = f"{row['wanted']:.2f}" if row["peer"] == "rehead" else ""
         lines.append(
-            f"{row['case']:14} {row['peer']:16} {row['us']:9.1f} {row['bytes_per_s'] / 1e12:7.2f} {row['share']:7.2f}   {wanted}"
+            f"{row['case']:14} {row['peer']:16} {row['us']:9.1f} {row['bytes_per_s'] / 1e12:7.2f} "
+            f"{row['share']:7.2f}   {wanted}"
         )
     return "\n".join(lines)
 

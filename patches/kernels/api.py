@@ -93,10 +93,8 @@ def attention(
         UsageError: shapes or rules that contradict each other.
         UnsupportedError: what :func:`supported` names.
     """
-    rules = Rules(
-        float(scale), causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
-        alibi_slopes, bias, deterministic,
-    )  # fmt: skip
+    rules = Rules(float(scale), causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments,
+                  softcap, alibi_slopes, bias, deterministic)  # fmt: skip
     check(query, key, value, rules, sinks)
     reason = unavailable(query.device) or refusal(query, key, value, rules, sinks)
     if reason is not None:

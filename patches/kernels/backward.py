@@ -2,8 +2,8 @@
 
 ``grad_key_value`` owns a block of keys and walks the queries that reach it, over all query heads of the group, so that
 grouped heads need no repeat and no atomics; ``grad_query`` owns a block of queries and walks its keys. ``row_delta``
-prepares delta_i = sum_d dO_id O_id. The formulas are those of FlashAttention-2 (arXiv 2307.08691), with
-ds = p * (dp - delta) * (1 - tanh^2) where scores are soft-capped.
+prepares delta_i = sum_d dO_id O_id. The formulas are those of FlashAttention-2 (arXiv 2307.08691), with ds = p * (dp -
+delta) * (1 - tanh^2) where scores are soft-capped.
 """
 
 import triton
@@ -16,7 +16,7 @@ from rehead.patches.kernels.masks import key_bounds, row_bounds, scores, split_r
 def row_delta(o_ptr, do_ptr, delta_ptr, zero_ptr, stride_dob, stride_doh, stride_dom, num_q, padded_q, num_heads,
               DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
               WIDTH: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
-    """delta [B, H, Sq] float32 from O (contiguous [B, Sq, H, DV]) and dO (any strides). Grid (row blocks, head blocks, B).
+    """delta [B, H, Sq] float32 from O (contiguous [B, Sq, H, DV]) and dO (any strides). Grid: rows, heads, B.
 
     With ZERO it also clears ``zero_ptr`` [B, H, padded_q, WIDTH] float32, the buffer dQ is added up in, on the way."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -78,11 +78,11 @@ def _walk_rows(dk, dv_acc, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_seg_ptr, b
 
 
 @triton.jit
-def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, kv_start, kv_end, key_mask, q_segments,
-                   kv_segments, seg_begin, seg_end, alibi, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb,
-                   stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom, stride_bb,
-                   stride_bh, stride_bm, scale, softcap, num_q, num_k, q_offset, window, chunk, num_heads, num_kv, splits,
-                   D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, kv_start, kv_end, key_mask,
+                   q_segments, kv_segments, seg_begin, seg_end, alibi, bias_ptr, stride_qb, stride_qh, stride_qm,
+                   stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
+                   stride_bb, stride_bh, stride_bm, scale, softcap, num_q, num_k, q_offset, window, chunk, num_heads,
+                   num_kv, splits, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                    CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr,
                    SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
@@ -111,8 +111,8 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
         low = tl.maximum(tl.load(kv_start + b), 0)
         high = tl.minimum(tl.load(kv_end + b), num_k)
     last_key = tl.minimum(start_n + BLOCK_N, num_k) - 1
-    begin, end, clear_begin, clear_end = row_bounds(start_n, last_key, num_q, q_offset, window, chunk,
-                                                    CAUSAL, WINDOW, CHUNK)  # fmt: skip
+    begin, end, clear_begin, clear_end = row_bounds(start_n, last_key, num_q, q_offset, window, chunk, CAUSAL, WINDOW,
+                                                    CHUNK)  # fmt: skip
     kv_seg = key * 0
     key_keep = inside
     if SEGMENTS:
@@ -123,9 +123,9 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
         key_keep = tl.load(key_mask + b * num_k + key, mask=inside, other=0) != 0
     if (start_n >= high) | (last_key < low):  # padding only: nothing reaches this block
         end = begin
-    if KEY_MASK or SEGMENTS:
+    if (start_n < low) | (start_n + BLOCK_N > high):
         clear_begin = num_q
-    elif (start_n < low) | (start_n + BLOCK_N > high):
+    if KEY_MASK or SEGMENTS:
         clear_begin = num_q
     start, clear, masked, stop = split_range(begin, end, clear_begin, clear_end, BLOCK_M)
 
@@ -148,8 +148,8 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
             bias_base = bias_ptr + b * stride_bb + h * stride_bh
         if ALIBI:
             slope = tl.load(alibi + h).to(tl.float32)
-        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, start, clear,
-                                key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom,
+        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, start,
+                                clear, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom,
                                 stride_bm, scale, softcap, slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
                                 CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, True,
                                 PRECISION)  # fmt: skip
@@ -159,8 +159,8 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
                                     stride_dom, stride_bm, scale, softcap, slope, window, chunk, D, DV, BLOCK_D,
                                     BLOCK_DV, BLOCK_M, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS,
                                     False, PRECISION)  # fmt: skip
-        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, masked, stop,
-                                key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom,
+        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, masked,
+                                stop, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom,
                                 stride_bm, scale, softcap, slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
                                 CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, True,
                                 PRECISION)  # fmt: skip
@@ -211,11 +211,11 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, key_mask, kv_seg_ptr, bias_p
 
 
 @triton.jit
-def grad_query(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, kv_start, kv_end, key_mask, q_segments, kv_segments,
-               seg_begin, seg_end, alibi, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-               stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom, stride_bb, stride_bh, stride_bm,
-               scale, softcap, num_q, num_k, q_offset, window, chunk, num_heads, group,
-               D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+def grad_query(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, kv_start, kv_end, key_mask, q_segments,
+               kv_segments, seg_begin, seg_end, alibi, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+               stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom, stride_bb, stride_bh,
+               stride_bm, scale, softcap, num_q, num_k, q_offset, window, chunk, num_heads, group, D: tl.constexpr,
+               DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
                SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
                ALIBI: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -267,19 +267,19 @@ def grad_query(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, kv_start
     k_base = k_ptr + b * stride_kb + (h // group) * stride_kh
     v_base = v_ptr + b * stride_vb + (h // group) * stride_vh
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, start, clear, rows, row, q_seg,
-                    low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, chunk, D,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS,
-                    True, PRECISION)  # fmt: skip
+    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, start, clear, rows, row,
+                    q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
+                    chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+                    SEGMENTS, True, PRECISION)  # fmt: skip
     if not (KEY_MASK or SEGMENTS):
         dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, clear, masked, rows, row,
                         q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
-                        chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS,
-                        KEY_MASK, SEGMENTS, False, PRECISION)  # fmt: skip
-    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, masked, stop, rows, row, q_seg,
-                    low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, chunk, D,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS,
-                    True, PRECISION)  # fmt: skip
+                        chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+                        SEGMENTS, False, PRECISION)  # fmt: skip
+    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, masked, stop, rows, row,
+                    q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
+                    chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+                    SEGMENTS, True, PRECISION)  # fmt: skip
     o_rows = (b * num_q + rows.to(tl.int64)) * num_heads + h
     tl.store(dq_ptr + o_rows[:, None] * D + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < D))  # fmt: skip

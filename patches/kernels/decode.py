@@ -35,8 +35,8 @@ def decode(
 
     ``q_offset`` and ``kv_end`` may be integer tensors on the device, of shape ``[B]`` or with one element: the kernels
     read them there, and the grid depends on shapes alone, so a captured CUDA graph (or a StaticCache whose fill grows)
-    replays correctly and skips what lies past the end. The cache is split evenly over its visible range (flash-decoding)
-    and the parts are merged by log-sum-exp.
+    replays correctly and skips what lies past the end. The cache is split evenly over its visible range
+    (flash-decoding) and the parts are merged by log-sum-exp.
 
     Args:
         query: ``[B, H, Sq, D]``, Sq <= 16, bfloat16, float16 or float32.
@@ -127,13 +127,12 @@ def run_decode(
         return out.zero_()
     group = heads // kv_heads
     total = num_q * group
-    rows = min(64, max(16, triton.next_power_of_2(total)))
     block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
-    block_n, warps, stages, slots = _launch(query, block_d, rows)
+    early = _is_hopper(query.device)
+    rows, block_n, warps, stages, slots = _launch(query, block_d, total)
     row_tiles = triton.cdiv(total, rows)
     splits = split_count(batch * kv_heads * row_tiles, num_k, slots, block_n)
     parts = (batch * kv_heads, splits, total)
-    early = _early_launch(query.device)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
     lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
     start, start_step = _device_number(kv_start, query)
@@ -154,9 +153,9 @@ def run_decode(
             WINDOW=window is not None, CHUNK=chunk is not None, SOFTCAP=softcap is not None, START=kv_start is not None,
             END=isinstance(kv_end, Tensor), MASK=key_mask is not None, OFFSET=isinstance(q_offset, Tensor),
             ALIBI=alibi_slopes is not None, SINKS=sinks is not None, DIRECT=splits == 1,
-            EARLY=early and splits > 1,
+            EARLY=early, SINGLE=num_q == 1,
             PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
         if splits > 1:
             columns = min(32, block_dv)
@@ -176,20 +175,27 @@ def _device_number(item: Tensor | int | None, unused: Tensor) -> tuple[Tensor, i
 
 
 @functools.cache
-def _early_launch(device: torch.device) -> bool:
-    """Programmatic dependent launch, which hides the start of the merge kernel, came with compute capability 9.0."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _launch(query: Tensor, block_d: int, rows: int) -> tuple[int, int, int, int]:
-    """Keys a block, warps, pipeline stages, and program slots of the whole GPU."""
-    from rehead.patches.kernels.general import interpreting
+def _launch(query: Tensor, block_d: int, total: int) -> tuple[int, int, int, int, int]:
+    """Rows a tile, keys a block, warps, pipeline stages, and program slots of the whole GPU.
 
+    Hopper's warpgroup products take 64 rows; padding to them costs nothing that reading the cache does not hide, and
+    keeps each row inside one warp, so that the softmax needs no exchange between warps.
+    """
+    import triton
+
+    from rehead.patches.kernels.general import interpreting, shared_memory
+
+    rows = min(64, max(16, triton.next_power_of_2(total)))
     if interpreting():
-        return 16, 4, 1, 12
-    properties = torch.cuda.get_device_properties(query.device)
-    roomy = properties.shared_memory_per_block_optin > 150_000
-    wide = block_d * query.element_size()  # bytes of a key
-    if wide > 256:
-        return 32, 4, 3 if roomy else 2, 2 * properties.multi_processor_count
-    return 64, 4, 3 if roomy else 2, 2 * properties.multi_processor_count
+        return rows, 16, 4, 1, 12
+    roomy = shared_memory(query.device) > 150_000
+    slots = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
+    if _is_hopper(query.device) and query.element_size() == 2:
+        rows = 64
+    if block_d * query.element_size() > 256:
+        return rows, 32, 4, 3 if roomy else 2, slots
+    return rows, 64, 4, 3 if roomy else 2, slots

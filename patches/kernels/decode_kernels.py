@@ -1,8 +1,8 @@
 """Decode attention: few query positions, a long cache. Two kernels, flash-decoding style: partial sums, then a merge.
 
-The tile's rows are the query heads of one group times the query positions, so that K and V are read once for all of them.
-The cache is cut into ``splits`` parts of the range that is *really* visible, read from device memory: lengths may change
-between replays of a CUDA graph while the grid stays what it was, and every part has the same work.
+The tile's rows are the query heads of one group times the query positions, so that K and V are read once for all of
+them. The cache is cut into ``splits`` parts of the range that is *really* visible, read from device memory: lengths may
+change between replays of a CUDA graph while the grid stays what it was, and every part has the same work.
 """
 
 import triton
@@ -13,18 +13,19 @@ from rehead.patches.kernels.masks import LOG2E, scores, visible
 
 
 @triton.jit
-def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi, sinks,
-                      stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-                      stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k, kv_end, q_offset,
-                      window, chunk, num_kv, splits,
-                      GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-                      BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-                      WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, START: tl.constexpr,
-                      END: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr, ALIBI: tl.constexpr,
-                      SINKS: tl.constexpr, DIRECT: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi,
+                      sinks, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                      stride_vn, stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k,
+                      kv_end, q_offset, window, chunk, num_kv, splits, GROUP: tl.constexpr, D: tl.constexpr,
+                      DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+                      BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+                      SOFTCAP: tl.constexpr, START: tl.constexpr, END: tl.constexpr, MASK: tl.constexpr,
+                      OFFSET: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, DIRECT: tl.constexpr,
+                      EARLY: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
     base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included."""
-    if EARLY:  # let the merge's programs come up while these still read the cache
+    if EARLY:  # come up while the kernel before drains, and let the merge come up while these programs read the cache
+        gdc_wait()
         gdc_launch_dependents()
     split = tl.program_id(0)
     bk = tl.program_id(1)
@@ -37,6 +38,8 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     head = kv * GROUP + r % GROUP
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
+    q_rows = b * stride_qb + head * stride_qh + position.to(tl.int64) * stride_qm
+    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
 
     low = 0
     high = tl.minimum(kv_end, num_k)
@@ -59,6 +62,7 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     if CHUNK:
         begin = tl.maximum(begin, (first_row // chunk) * chunk)
         end = tl.minimum(end, (last_row // chunk + 1) * chunk)
+    first_key = begin
     begin = (begin // BLOCK_N) * BLOCK_N
     span = tl.maximum(end - begin, 0)
     part = ((span + splits - 1) // splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
@@ -68,8 +72,6 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi + head, mask=inside, other=0.0).to(tl.float32)[:, None]
-    q_rows = b * stride_qb + head * stride_qh + position.to(tl.int64) * stride_qm
-    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
     k_base = k_ptr + b * stride_kb + kv * stride_kh
     v_base = v_ptr + b * stride_vb + kv * stride_vh
     m_i = tl.full([ROWS], -1.0e30, tl.float32)
@@ -92,7 +94,10 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
         )
         raw = tl.dot(q, k, input_precision=PRECISION)
         s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
-        keep = visible(row[:, None], key[None, :], low, stop_n, window, chunk, CAUSAL, WINDOW, CHUNK)
+        if SINGLE:  # all rows stand at one position: its bounds say everything
+            keep = ((key >= first_key) & here)[None, :]
+        else:
+            keep = visible(row[:, None], key[None, :], low, stop_n, window, chunk, CAUSAL, WINDOW, CHUNK)
         if MASK:
             keep = keep & (seen != 0)[None, :]
         seen = ahead
@@ -143,6 +148,7 @@ def merge_parts(acc_ptr, lse_ptr, out_ptr, sinks, num_q, num_kv, splits, GROUP: 
         l_i = 1.0
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, splits, PARTS):
         there = first + parts < splits

@@ -1,4 +1,4 @@
-"""Forward attention for every card Triton compiles for: online softmax over blocks of keys, one tile of queries a program.
+"""Forward attention for every card Triton compiles for: online softmax over blocks of keys, a tile of rows a program.
 
 The general path: all mask rules, soft cap, ALiBi, sinks, additive bias, head_dim to 256, values of another width, bf16,
 fp16 and fp32. Blocks that no row of the tile sees are never loaded, blocks that every row sees are never masked.
@@ -12,11 +12,11 @@ from rehead.patches.kernels.masks import LOG2E, key_bounds, scores, split_range,
 
 @triton.jit
 def _blocks(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask, kv_seg, bias_ptr, begin, end, rows, row, q_seg, low, high, num_q,
-            num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, chunk,
-            D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-            ALIBI: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
-            MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, chunk, D: tl.constexpr,
+            DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+            BIAS: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -54,15 +54,14 @@ def _blocks(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask, kv_seg, bias_ptr, begin, e
 
 
 @triton.jit
-def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key_mask, q_segments, kv_segments, seg_begin,
-                      seg_end, alibi, sinks, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-                      stride_vb, stride_vh, stride_vn, stride_bb, stride_bh, stride_bm, scale, softcap, num_q, num_k,
-                      q_offset, window, chunk, num_heads, group,
-                      D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                      CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr,
-                      SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr,
-                      PRECISION: tl.constexpr):  # fmt: skip
+def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key_mask, q_segments, kv_segments,
+                      seg_begin, seg_end, alibi, sinks, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+                      stride_kn, stride_vb, stride_vh, stride_vn, stride_bb, stride_bh, stride_bm, scale, softcap,
+                      num_q, num_k, q_offset, window, chunk, num_heads, group, D: tl.constexpr, DV: tl.constexpr,
+                      BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+                      RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr,
+                      SINKS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (query blocks, B*H). Output [B, Sq, H, DV] contiguous; ``lse_ptr`` [B, H, Sq] float32, base 2, +inf for rows
     that see nothing. Pointers whose flag is off are never read."""
     m_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest causal tiles start first
@@ -118,8 +117,8 @@ def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key
     if not (KEY_MASK or SEGMENTS):
         acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, clear, masked, rows,
                                 row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap,
-                                slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK,
-                                SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, False, PRECISION)  # fmt: skip
+                                slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP,
+                                ALIBI, BIAS, KEY_MASK, SEGMENTS, False, PRECISION)  # fmt: skip
     acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, masked, stop, rows, row,
                             q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope,
                             window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI,

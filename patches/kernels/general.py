@@ -30,10 +30,11 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a block may use; 0 where there is no GPU."""
     if device.type != "cuda":
         return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99_000)
 
 
 def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
@@ -170,7 +171,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=query.device)
     ready = prepare(query, key, value, rules)
     width = max(ready.flags["BLOCK_D"], ready.flags["BLOCK_DV"])
-    tile = tile_for("forward", width, query.element_size(), _shared_memory(query.device))
+    tile = tile_for("forward", width, query.element_size(), shared_memory(query.device))
     pointers = ready.pointers | _segment_pointers(rules.q_segments, rules.kv_segments, query)
     fwd.attention_forward[(triton.cdiv(num_q, tile.block_m), batch * heads)](
         query, key, value, out, lse, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
@@ -192,8 +193,8 @@ def row_delta(out: Tensor, grad: Tensor, clear: Tensor | None = None) -> Tensor:
     rows = num_q if clear is None else clear.shape[2]
     block_m, block_h = (4, 2) if interpreting() else (16, min(4, triton.next_power_of_2(heads)))
     bwd.row_delta[(triton.cdiv(rows, block_m), triton.cdiv(heads, block_h), batch)](
-        out, grad, delta, delta if clear is None else clear, grad.stride(0), grad.stride(2), grad.stride(1), num_q, rows,
-        heads, DV=dim_v, BLOCK_DV=_width(dim_v), BLOCK_M=block_m, BLOCK_H=block_h,
+        out, grad, delta, delta if clear is None else clear, grad.stride(0), grad.stride(2), grad.stride(1), num_q,
+        rows, heads, DV=dim_v, BLOCK_DV=_width(dim_v), BLOCK_M=block_m, BLOCK_H=block_h,
         WIDTH=1 if clear is None else clear.shape[3], ZERO=clear is not None,
     )  # fmt: skip
     return delta
@@ -216,7 +217,7 @@ def backward(
     group = heads // kv_heads
     ready = prepare(query, key, value, rules)
     width = max(ready.flags["BLOCK_D"], ready.flags["BLOCK_DV"])
-    shared = _shared_memory(query.device)
+    shared = shared_memory(query.device)
     grad_strides = (grad.stride(0), grad.stride(2), grad.stride(1))
 
     tile = tile_for("grad_key_value", width, query.element_size(), shared)

@@ -26,8 +26,8 @@ L2_SECTION = 24 * 2**20
 
 # Per padded head_dim: consumer warpgroups (64 query rows each), keys a block, pipeline stages, taking turns.
 FORWARD = {
-    64: {"NUM_WG": 3, "BLOCK_N": 128, "STAGES": 2, "TURNS": True},
-    128: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 2, "TURNS": True},
+    64: {"NUM_WG": 3, "BLOCK_N": 128, "STAGES": 3, "TURNS": True},
+    128: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 2, "TURNS": False},
 }
 # Query rows and keys a tile, pipeline stages, whether P's registers are needed for the next tile's scores.
 BACKWARD = {
@@ -47,7 +47,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _describable(tensor: Tensor) -> bool:
-    """The copy engine wants 16-byte steps between rows, heads and sequences, none of them zero, and an aligned start."""
+    """The copy engine wants an aligned start and 16-byte, non-zero steps between rows, heads and sequences."""
     step = 16 // tensor.element_size()
     strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
     return tensor.data_ptr() % 16 == 0 and tensor.shape[3] % 8 == 0 and all(s > 0 and s % step == 0 for s in strides)
@@ -75,7 +75,7 @@ def takes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rule
 
 
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of ``[B, heads, S, dim]`` with blocks of ``[1, 1, rows, columns]``; what lies outside reads as zero."""
+    """A descriptor of ``[B, heads, S, dim]``, blocks of ``[1, 1, rows, columns]``; outside it reads zeros."""
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[tensor.dtype])
     # A dimension of one element may have any stride; the engine's rule holds for it all the same.
     strides = [s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], tensor.stride()[:3])]
@@ -98,7 +98,7 @@ def _bounds(key: Tensor, rules: Rules) -> tuple[Tensor, Tensor, bool]:
 
 
 def section_heads(num_k: int, row_bytes: int, group: int, heads: int) -> int:
-    """How many query heads share a section: whole groups whose K and V fit in :data:`L2_SECTION`, at least one group."""
+    """How many query heads share a section: whole groups whose K and V fit in :data:`L2_SECTION`, at least one."""
     return max(1, min(L2_SECTION // max(1, num_k * row_bytes), triton.cdiv(heads, group))) * group
 
 
@@ -117,8 +117,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     hopper_forward.attention_forward[(min(tiles, _processors(query.device)),)](
         _describe(query, 64, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
         _describe(out.transpose(1, 2), 64, block_dv),
-        torch.zeros(1, dtype=torch.int32, device=query.device), lse, query if sinks is None else sinks, start, end, rules.scale,
-        num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
+        torch.zeros(1, dtype=torch.int32, device=query.device), lse, query if sinks is None else sinks, start, end,
+        rules.scale, num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
         section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
         D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
         WINDOW=rules.window is not None, RANGE=ranged, SINKS=sinks is not None, num_warps=4,

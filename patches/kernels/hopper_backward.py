@@ -1,10 +1,10 @@
 """Backward attention for Hopper (compute capability 9.0), in Gluon: one pass over the tiles, five products a tile.
 
-A program owns BLOCK_N keys of one KV head and walks the query blocks, of every query head of the group, that reach them.
-A producer warp brings Q, dO, the log-sum-exp and delta through shared memory; two warpgroups hold dK and dV in registers
-and work on transposed tiles (keys by queries), so that P and dS feed the next products from registers. Only dS goes through
-shared memory, for dQ = dS K, which is added to a float32 buffer in the L2 cache. Those additions come in any order, so dQ
-may differ in its last bits from run to run; ``backward.py`` has the deterministic pair of kernels.
+A program owns BLOCK_N keys of one KV head and walks the query blocks, of every query head of the group, that reach
+them. A producer warp brings Q, dO, the log-sum-exp and delta through shared memory; two warpgroups hold dK and dV in
+registers and work on transposed tiles (keys by queries), so that P and dS feed the next products from registers. Only
+dS goes through shared memory, for dQ = dS K, which is added to a float32 buffer in the L2 cache. Those additions come
+in any order, so dQ may differ in its last bits from run to run; ``backward.py`` has the deterministic pair of kernels.
 """
 
 import triton
@@ -23,8 +23,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def row_range(start_n, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
+def row_range(start_n, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M: gl.constexpr,
+              BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
     """The key bounds [low, high) and the blocks of query rows [first, last) that reach the keys from ``start_n`` on."""
     low = 0
     high = num_k
@@ -45,8 +45,8 @@ def row_range(start_n, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOC
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, do_desc, lse, delta, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, kv_full,
-             q_full, do_full, empty, b, kv, first_head, heads, start_n, first, last, num_q, num_heads,
+def _produce(q_desc, k_desc, v_desc, do_desc, lse, delta, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem,
+             kv_full, q_full, do_full, empty, b, kv, first_head, heads, start_n, first, last, num_q, num_heads,
              BLOCK_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -77,7 +77,8 @@ def _produce(q_desc, k_desc, v_desc, do_desc, lse, delta, q_smem, k_smem, v_smem
 
 @gluon.jit
 def _probabilities(s, lse_rows, start_m, start_n, low, high, q_offset, window, scale_log2, BLOCK_M: gl.constexpr,
-                   BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+                   BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+                   LAYOUT: gl.constexpr):  # fmt: skip
     """exp2(s - lse) of a transposed tile [keys, rows], zero where the row must not see the key."""
     masked = (start_n < low) | (start_n + BLOCK_N > high)
     if CAUSAL:
@@ -98,14 +99,14 @@ def _probabilities(s, lse_rows, start_m, start_n, low, high, q_offset, window, s
 
 @gluon.jit
 def _unseen_zero(i):
-    """Zero, as the compiler cannot know: buffers indexed by it get their addresses inside the loop, a few additions there
-    instead of dozens of registers held (and spilled) across it."""
+    """Zero, as the compiler cannot know: buffers indexed by it get their addresses inside the loop, a few additions
+    there instead of dozens of registers held (and spilled) across it."""
     return i >> 30
 
 
 @gluon.jit
-def _issue_scores(i, k_smem, q_smem, q_full, zero, BLOCK_M: gl.constexpr,
-                  BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _issue_scores(i, k_smem, q_smem, q_full, zero, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+                  STAGES: gl.constexpr):  # fmt: skip
     stage = i % STAGES
     mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
     q = q_smem.index(stage).reshape([BLOCK_M, D])
@@ -114,8 +115,8 @@ def _issue_scores(i, k_smem, q_smem, q_full, zero, BLOCK_M: gl.constexpr,
 
 
 @gluon.jit
-def _issue_dp(i, v_smem, do_smem, do_full, zero, BLOCK_M: gl.constexpr,
-              BLOCK_N: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _issue_dp(i, v_smem, do_smem, do_full, zero, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, DV: gl.constexpr,
+              STAGES: gl.constexpr):  # fmt: skip
     stage = i % STAGES
     mbarrier.wait(do_full.index(stage), (i // STAGES) & 1)
     do = do_smem.index(stage).reshape([BLOCK_M, DV])
@@ -129,7 +130,8 @@ def _add_dq(base, dq, D: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constex
     contiguous bytes at a time: from the slowest, (columns / 8, warp, row % 8, column / 2 % 4, row / 8 % 2, column % 2).
     :func:`finish_query` undoes it. Row by row, 8 bytes a lane, the additions took half of the kernel's time again.
 
-    Four consecutive registers (two columns of rows r and r + 8) share one addition; all get the address of the first."""
+    Four consecutive registers (two columns of rows r and r + 8) share one addition; all get the address of the
+    first."""
     WARPS: gl.constexpr = gl.num_warps()
     M_WARPS: gl.constexpr = BLOCK_M // 16
     WIDTH: gl.constexpr = D * M_WARPS // WARPS  # columns of a warp
@@ -150,11 +152,11 @@ def _add_dq(base, dq, D: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constex
 
 
 @gluon.jit
-def _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full, do_full, empty, dq_base, start_m,
-          start_n, low, high, q_offset, window, scale_log2, D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr,
-          BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, S_LAYOUT: gl.constexpr,
-          DK_LAYOUT: gl.constexpr, DV_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, MORE: gl.constexpr,
-          FREE_P: gl.constexpr):  # fmt: skip
+def _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full, do_full, empty, dq_base,
+          start_m, start_n, low, high, q_offset, window, scale_log2, D: gl.constexpr, DV: gl.constexpr,
+          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+          WINDOW: gl.constexpr, S_LAYOUT: gl.constexpr, DK_LAYOUT: gl.constexpr, DV_LAYOUT: gl.constexpr,
+          DQ_LAYOUT: gl.constexpr, MORE: gl.constexpr, FREE_P: gl.constexpr):  # fmt: skip
     """One block of query rows, whose raw scores are in ``s``. With MORE, the next block's scores start as soon as this
     one's registers are free. FREE_P waits for dV first, to get P's registers back too; head_dim 128 needs them."""
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
@@ -194,8 +196,8 @@ def _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, d
 
 @gluon.jit
 def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem,
-             kv_full, q_full, do_full, empty, b, kv, part, first_head, heads, start_n, first, last, low, high,
-             scale, num_q, num_k, q_offset, window, num_heads, num_kv, padded_q, D: gl.constexpr, DV: gl.constexpr,
+             kv_full, q_full, do_full, empty, b, kv, part, first_head, heads, start_n, first, last, low, high, scale,
+             num_q, num_k, q_offset, window, num_heads, num_kv, padded_q, D: gl.constexpr, DV: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
              WINDOW: gl.constexpr, SPLIT: gl.constexpr, FREE_P: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
@@ -218,18 +220,18 @@ def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem,
         s = _issue_scores(0, k_smem, q_smem, q_full, zero_s, BLOCK_M, BLOCK_N, D, STAGES)
         s = warpgroup_mma_wait(0, deps=[s])
         for i in range(count - 1):
-            s, dk, dv = _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full, do_full,
-                                  empty, dq_base, block * BLOCK_M, start_n, low, high, q_offset, window, scale_log2, D, DV,
-                                  BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, S_LAYOUT, DK_LAYOUT, DV_LAYOUT, DQ_LAYOUT,
-                                  True, FREE_P)  # fmt: skip
+            s, dk, dv = _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full,
+                              do_full, empty, dq_base, block * BLOCK_M, start_n, low, high, q_offset, window,
+                              scale_log2, D, DV, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, S_LAYOUT, DK_LAYOUT,
+                              DV_LAYOUT, DQ_LAYOUT, True, FREE_P)  # fmt: skip
             block += 1
             if block == last:
                 block = first
                 dq_base += padded_q * D
         s, dk, dv = _tile(count - 1, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, q_full,
-                              do_full, empty, dq_base, block * BLOCK_M, start_n, low, high, q_offset, window, scale_log2, D,
-                              DV, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, S_LAYOUT, DK_LAYOUT, DV_LAYOUT, DQ_LAYOUT,
-                              False, FREE_P)  # fmt: skip
+                          do_full, empty, dq_base, block * BLOCK_M, start_n, low, high, q_offset, window, scale_log2, D,
+                          DV, BLOCK_M, BLOCK_N, STAGES, CAUSAL, WINDOW, S_LAYOUT, DK_LAYOUT, DV_LAYOUT, DQ_LAYOUT,
+                          False, FREE_P)  # fmt: skip
 
     dk = dk * scale
     if SPLIT:
@@ -252,9 +254,9 @@ def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem,
 
 
 @gluon.jit
-def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_part, dv_part, dq_acc, lse, delta, kv_start,
-                       kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_kv, splits, padded_q, num_n,
-                       D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_part, dv_part, dq_acc, lse, delta,
+                       kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_kv, splits, padded_q,
+                       num_n, D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                        STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr,
                        SPLIT: gl.constexpr, FREE_P: gl.constexpr):  # fmt: skip
     """Grid: key blocks (fastest, the longest causal ones first) by splits of the group by KV heads by batches.

@@ -1,10 +1,12 @@
-"""Forward attention for Hopper (compute capability 9.0), in Gluon: the fast path of :func:`rehead.patches.kernels.attention`.
+"""Forward attention for Hopper (compute capability 9.0), in Gluon: the fast path of
+:func:`rehead.patches.kernels.attention`.
 
 One persistent program per multiprocessor, which draws its tiles from a counter in global memory (dealt out beforehand,
-causal tiles of unequal length left some multiprocessors idle for a fifth of the time). A producer warp draws them and keeps
-the bulk copy engine busy with blocks of K and V; two or three warpgroups of consumers own 64 query rows each. A consumer issues the next block's Q K^T before it turns the current
-scores into probabilities, so that the tensor cores work while the exponentials are taken, and the consumers take turns at
-issuing, so that one's softmax runs under the other's products (the schedule of FlashAttention-3, arXiv 2407.08608).
+causal tiles of unequal length left some multiprocessors idle for a fifth of the time). A producer warp draws them and
+keeps the bulk copy engine busy with blocks of K and V; two or three warpgroups of consumers own 64 query rows each. A
+consumer issues the next block's Q K^T before it turns the current scores into probabilities, so that the tensor cores
+work while the exponentials are taken; with TURNS the consumers also take turns at issuing, so that one's softmax runs
+under the other's products (the schedule of FlashAttention-3, arXiv 2407.08608).
 
 Handles causal masks, a sliding window, per-row key ranges, sinks and grouped heads; everything else takes the general
 kernels of ``forward.py``. Scores are kept in base 2; the log-sum-exp that backward reads is in base 2 as well.
@@ -25,8 +27,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def tile_of(index, num_m, num_bh, section):
-    """Tile number -> (query block, batch*head). The longest tiles of a section of heads come first; a section is as many
-    heads as have K and V in the L2 cache together."""
+    """Tile number -> (query block, batch*head). The longest tiles of a section of heads come first; a section is as
+    many heads as have K and V in the L2 cache together."""
     per_section = num_m * section
     first = (index // per_section) * section
     rest = index % per_section
@@ -35,9 +37,9 @@ def tile_of(index, num_m, num_bh, section):
 
 
 @gluon.jit
-def key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
-    """Keys that a tile of queries may see: the bounds [low, high) of the sequence and the blocks [first, last) to visit."""
+def key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M: gl.constexpr,
+              BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
+    """Keys a tile of queries may see: the bounds [low, high) of the sequence, the blocks [first, last) to visit."""
     low = 0
     high = num_k
     if RANGE:
@@ -55,9 +57,9 @@ def key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOC
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-             kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh, section,
-             NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+             v_full, v_empty, kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh,
+             section, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
              WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * NUM_WG
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -69,8 +71,8 @@ def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem,
         b = bh // num_heads
         h = bh % num_heads
         start_m = m_block * BLOCK_M
-        _, _, first, last = key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end,
-                                      BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGE)  # fmt: skip
+        _, _, first, last = key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M, BLOCK_N,
+                                      CAUSAL, WINDOW, RANGE)  # fmt: skip
         q_stage = tile_count % 2
         mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)
         tile_smem.index(q_stage).store(gl.full([1], index, gl.int32, ONE))
@@ -127,10 +129,10 @@ def _mask(scores, start_n, low, high, q_offset, row, window, BLOCK_N: gl.constex
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-             lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_m, num_bh, section,
-             D: gl.constexpr, DV: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-             CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr,
+def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+             v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_m,
+             num_bh, section, D: gl.constexpr, DV: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr,
+             STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr,
              TURNS: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * NUM_WG
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -153,8 +155,8 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
         m_block, bh = tile_of(index, num_m, num_bh, section)
         b = bh // num_heads
         start_m = m_block * BLOCK_M
-        low, high, first, last = key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end,
-                                           BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGE)  # fmt: skip
+        low, high, first, last = key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M,
+                                           BLOCK_N, CAUSAL, WINDOW, RANGE)  # fmt: skip
         start_row = start_m + WG * 64
         row = q_offset + start_row + gl.arange(0, 64, S_ROWS)
         # Blocks that lie inside these bounds need no mask.
@@ -188,7 +190,7 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
             l_i = gl.sum(p, 1)
             p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
 
-            for step in range(1, last - first):
+            for _ in range(1, last - first):
                 v_stage = stage
                 v_phase = phase
                 block_count += 1
@@ -251,8 +253,8 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
 
 
 @gluon.jit
-def attention_forward(q_desc, k_desc, v_desc, o_desc, counter, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset,
-                      window, num_heads, group, num_m, num_bh, section, D: gl.constexpr, DV: gl.constexpr,
+def attention_forward(q_desc, k_desc, v_desc, o_desc, counter, lse, sinks, kv_start, kv_end, scale, num_q, num_k,
+                      q_offset, window, num_heads, group, num_m, num_bh, section, D: gl.constexpr, DV: gl.constexpr,
                       NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
                       WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
     """Descriptors: 4-D ``[B, H, S, D]`` views; blocks of 64 query rows and BLOCK_N keys. ``lse`` [B, H, Sq] float32;
@@ -285,29 +287,34 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, counter, lse, sinks, kv_st
     # fmt: off
     if NUM_WG == 2:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
-                    num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
-                    num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh, section,
-                    NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
+            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
+                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
+                        TURNS)),
+            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
+                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
+                        TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
+                        k_empty, v_full, v_empty, kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group,
+                        num_m, num_bh, section, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
-                    num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
-                    num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_consume, (gl.constexpr(2), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads,
-                    num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh, section,
-                    NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
+            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
+                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
+                        TURNS)),
+            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
+                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
+                        TURNS)),
+            (_consume, (gl.constexpr(2), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
+                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
+                        TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
+                        k_empty, v_full, v_empty, kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group,
+                        num_m, num_bh, section, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
         ], [4, 4, 1], [160, 160, 24])
     # fmt: on

@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def tanh(x):
-    """tanh without a library call, good to a few float32 ulp: a series near zero, where 1 - 2 / (e^2x + 1) would cancel."""
+    """tanh without a library call, to a few float32 ulp: a series near zero, where 1 - 2 / (e^2x + 1) cancels."""
     t = x * x
     series = x * (1.0 + t * (-1.0 / 3 + t * (2.0 / 15 + t * (-17.0 / 315 + t * (62.0 / 2835)))))
     rest = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
@@ -77,7 +77,7 @@ def key_bounds(first_row, last_row, low, high, window, chunk, CAUSAL: tl.constex
 @triton.jit
 def row_bounds(first_key, last_key, num_q, q_offset, window, chunk, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                CHUNK: tl.constexpr):  # fmt: skip
-    """The transpose of :func:`key_bounds`: query rows (relative) that any, and that all, of first_key..last_key reach."""
+    """The transpose of :func:`key_bounds`: query rows (relative) that any, and all, of first_key..last_key reach."""
     begin = 0
     end = num_q
     clear_begin = 0

@@ -32,10 +32,8 @@ def attention_forward(
     """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32; arguments as :func:`..api.attention`."""
     from rehead.patches.kernels.api import run_forward
 
-    rules = Rules(
-        scale, causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
-        alibi_slopes, bias, deterministic,
-    )  # fmt: skip
+    rules = Rules(scale, causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
+                  alibi_slopes, bias, deterministic)  # fmt: skip
     return run_forward(query, key, value, sinks, rules)
 
 
@@ -73,10 +71,8 @@ def attention_backward(
     """dq, dk, dv laid out [B, S, heads, dim] and dsinks [H] (empty without sinks)."""
     from rehead.patches.kernels.api import run_backward
 
-    rules = Rules(
-        scale, causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
-        alibi_slopes, bias, deterministic,
-    )  # fmt: skip
+    rules = Rules(scale, causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
+                  alibi_slopes, bias, deterministic)  # fmt: skip
     dq, dk, dv, dsinks = run_backward(grad, query, key, value, sinks, out, lse, rules)
     rows = [item.transpose(1, 2).contiguous() for item in (dq, dk, dv)]
     return rows[0], rows[1], rows[2], query.new_empty(0) if dsinks is None else dsinks

@@ -57,7 +57,7 @@ def attention(
     dtype: torch.dtype = torch.float64,
     **mask: object,
 ) -> Tensor:
-    """The function of :func:`rehead.patches.kernels.attention`, computed in ``dtype``: [B, Sq, H, Dv], differentiable."""
+    """The function of :func:`rehead.patches.kernels.attention`, in ``dtype``, differentiable: [B, Sq, H, Dv]."""
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

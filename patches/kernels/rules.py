@@ -65,7 +65,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, rules: Rules, sinks: Tensor
             raise UsageError(f"{name} is {extent}; give a positive number or None")
     if (rules.q_segments is None) != (rules.kv_segments is None):
         raise UsageError("q_segments and kv_segments go together; give both or neither")
-    wanted = {
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "kv_start": (rules.kv_start, (batch,)),
         "kv_end": (rules.kv_end, (batch,)),
         "key_mask": (rules.key_mask, (batch, num_k)),
@@ -97,8 +97,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, rules: Rules, sinks: Tens
             return f"{name} is not contiguous in its last dimension"
     if not math.isfinite(rules.scale):
         return f"scale is {rules.scale}"
-    for name, tensor in (("bias", rules.bias), ("alibi_slopes", rules.alibi_slopes)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+    for name, added in (("bias", rules.bias), ("alibi_slopes", rules.alibi_slopes)):
+        if added is not None and added.requires_grad and torch.is_grad_enabled():
             return f"{name} wants a gradient, which the kernels do not give"
     return None
 
@@ -120,7 +120,7 @@ def segment_bounds(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_bounds(key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """First visible key and last plus one of every row of a ``[B, Skv]`` padding mask, int32 [B]; (Skv, 0) when none."""
+    """First visible key and last plus one in each row of a ``[B, Skv]`` mask, int32 [B]; (Skv, 0) when none."""
     count = key_mask.shape[1]
     position = torch.arange(count, device=key_mask.device, dtype=torch.int32)
     begin = torch.where(key_mask, position, count).amin(1)

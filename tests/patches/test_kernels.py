@@ -76,7 +76,7 @@ CASES = {
         32,
         32,
         {"causal": True, "q_segments": segments([11, 30, 19], 2), "kv_segments": segments([11, 30, 19], 2)},
-    ),  # fmt: skip
+    ),
     "packed, window": (
         1,
         2,
@@ -86,7 +86,7 @@ CASES = {
         32,
         32,
         {"causal": True, "window": 8, "q_segments": segments([25, 35], 1), "kv_segments": segments([25, 35], 1)},
-    ),  # fmt: skip
+    ),
     "soft cap": (1, 2, 1, 40, 40, 32, 32, {"causal": True, "softcap": 5.0}),
     "alibi": (
         1,
@@ -97,7 +97,7 @@ CASES = {
         32,
         32,
         {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.06], device=DEVICE)},
-    ),  # fmt: skip
+    ),
     "sinks": (2, 4, 2, 40, 40, 32, 32, {"causal": True, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "sinks, window, padding": (
         2,
@@ -108,7 +108,7 @@ CASES = {
         32,
         32,
         {"causal": True, "window": 7, "kv_start": lengths(0, 12), "sinks": torch.tensor([0.5, 1.0], device=DEVICE)},
-    ),  # fmt: skip
+    ),
     "float bias": (
         2,
         2,
@@ -118,7 +118,7 @@ CASES = {
         32,
         32,
         {"causal": False, "bias": torch.linspace(-2, 2, 2 * 30 * 34, device=DEVICE).view(1, 2, 30, 34)},
-    ),  # fmt: skip
+    ),
     "bool bias": (
         2,
         2,
@@ -128,7 +128,7 @@ CASES = {
         32,
         32,
         {"causal": False, "bias": (torch.arange(2 * 30 * 34, device=DEVICE) % 3 > 0).view(2, 1, 30, 34)},
-    ),  # fmt: skip
+    ),
     "everything": (
         2,
         4,
@@ -146,7 +146,7 @@ CASES = {
             "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4], device=DEVICE),
             "sinks": torch.tensor([0.1, -0.2, 0.3, 1.0], device=DEVICE),
         },
-    ),  # fmt: skip
+    ),
 }
 GPU_CASES = {
     "long causal 64": (2, 4, 4, 1000, 1000, 64, 64, {"causal": True}),
@@ -165,7 +165,7 @@ GPU_CASES = {
         128,
         128,
         {"causal": True, "kv_start": lengths(0, 250, 599), "kv_end": lengths(600, 600, 600)},
-    ),  # fmt: skip
+    ),
     "long right padding 64": (2, 4, 2, 600, 600, 64, 64, {"causal": True, "kv_end": lengths(600, 130)}),
     "long sinks 64": (
         2,
@@ -176,7 +176,7 @@ GPU_CASES = {
         64,
         64,
         {"causal": True, "window": 128, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)},
-    ),  # fmt: skip
+    ),
     "long sinks 128": (
         1,
         4,
@@ -186,7 +186,7 @@ GPU_CASES = {
         128,
         128,
         {"causal": True, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)},
-    ),  # fmt: skip
+    ),
     "head_dim 80": (1, 4, 4, 500, 500, 80, 80, {"causal": True}),
     "head_dim 96": (1, 4, 2, 500, 500, 96, 96, {"causal": True}),
     "head_dim 192, 128": (1, 2, 2, 400, 400, 192, 128, {"causal": True}),
@@ -200,7 +200,7 @@ GPU_CASES = {
         128,
         128,
         {"causal": True, "q_segments": segments([300, 24, 700], 1), "kv_segments": segments([300, 24, 700], 1)},
-    ),  # fmt: skip
+    ),
     "mqa 128": (1, 16, 1, 512, 512, 128, 128, {"causal": True}),
 }
 
@@ -289,9 +289,10 @@ def test_the_operator_passes_torch_opcheck(name):
     inputs, rules, _ = draw(CASES[name], torch.float32)
     sinks = rules.pop("sinks", None)
     torch.library.opcheck(
-        ops.attention_forward, (*inputs, sinks, *Rules(**rules).values()),
+        ops.attention_forward,
+        (*inputs, sinks, *Rules(**rules).values()),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.gpu

@@ -75,7 +75,7 @@ CASES = {
             "alibi_slopes": torch.linspace(0, 0.5, 8, device=DEVICE),
             "sinks": torch.linspace(-1, 1, 8, device=DEVICE),
         },
-    ),  # fmt: skip  # noqa: E501
+    ),
 }
 GPU_CASES = {
     "8k": (4, 32, 8, 1, 8192, 128, 128, {"q_offset": 8191, "key_mask": holes(4, 8192)}),

@@ -1,4 +1,4 @@
-"""Runs the kernel tests in Triton's interpreter, in a child process: the variable must be set before Triton is imported."""
+"""Runs the kernel tests in Triton's interpreter, in a child process: it must be chosen before Triton is imported."""
 
 from __future__ import annotations
 
