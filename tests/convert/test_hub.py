@@ -72,6 +72,18 @@ def caught(call):
 """
 
 
+COMMANDS = """
+from rehead import cli
+def rehead(*argv):
+    try:
+        cli.main([*argv, "--json"])
+    except SystemExit as done:
+        return done.code or 0
+def convert(model, where, *flags):
+    assert rehead("convert", model, where, "--kv-heads", "1", *flags) == 0
+"""
+
+
 def one_line(error: list, *words: str) -> None:
     assert "\n" not in error[2]
     assert len(error[2]) < 300
@@ -103,7 +115,8 @@ def test_planning_a_70b_model_moves_only_headers(hub, client, tmp_path):
         os.truncate(folder / file, size)  # sparse: nothing but the header takes space
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(checkpoints.llama_config()))
+    config = checkpoints.llama_config(layers=80, hidden=h, heads=64, inner=inner, vocab=32000)
+    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 8}))
     hub.add_folder("big/llama-70b", folder)
     out = client(
         "from rehead.convert.source import open_source\ns = open_source('big/llama-70b')\n"
@@ -114,50 +127,32 @@ def test_planning_a_70b_model_moves_only_headers(hub, client, tmp_path):
     assert out["bytes"] > 130e9
     assert not out["torch"]
     assert 0 < hub.sent < 1_000_000
-
-
-CONVERT = """
-from checkpoints import pooled_plan
-from rehead.convert.target import Target
-def convert(s, where):
-    entries, fetch = pooled_plan(s)
-    with Target(where, source=s, fingerprint=s.fingerprint()) as t:
-        t.write_weights(entries, fetch)
-        t.copy_small_files()
-        t.write_text("config.json", json.dumps(s.config))
-        t.write_text("README.md", "---\\nlicense: apache-2.0\\n---\\n")
-        t.commit({"revision": s.revision})
-"""
+    hub.reset_counts()
+    assert client(COMMANDS + "out['plan'] = rehead('plan', 'big/llama-70b', '--kv-heads', '1')")["plan"] == 0
+    assert 0 < hub.sent < 1_000_000
 
 
 def test_convert_by_revision_push_and_verify_a_fresh_download(hub, client, tmp_path):
-    """An older commit is converted from the Hub as from its folder, pushed, and verifies when downloaded anew."""
+    """The commands: an older commit is converted as from its folder, pushed, and verifies when downloaded anew."""
     old = checkpoints.write_llama(tmp_path / "old", shards=3)
     new = checkpoints.write_llama(tmp_path / "new", shards=2, seed=1)
     sha = hub.add_folder("me/tiny", old)
     hub.add_folder("me/tiny", new)
     out = client(
-        CATCH + CONVERT + f"s = open_source('me/tiny', {sha[:40]!r})\n"
-        f"convert(s, {str(tmp_path / 'out')!r})\n"
-        "from rehead.convert.hub import push_folder\n"
-        f"out['url'] = push_folder({str(tmp_path / 'out')!r}, 'me/converted', private=True)\n"
-        "out['revision'] = s.revision\n"
+        COMMANDS
+        + f"convert('me/tiny', {str(tmp_path / 'out')!r}, '--revision', {sha!r}, '--push-to-hub', 'me/converted')\n"
+        f"convert({str(old)!r}, {str(tmp_path / 'local')!r})\n"
         "from huggingface_hub import snapshot_download\n"
-        f"snapshot_download('me/converted', local_dir={str(tmp_path / 'down')!r})\n"
+        f"folder = snapshot_download('me/converted', local_dir={str(tmp_path / 'down')!r})\n"
+        "out['verify'] = rehead('verify', folder, '--source', 'me/tiny', '--revision', " + repr(sha) + ")\n"
     )
-    assert out["revision"] == sha
-    assert out["url"].startswith(hub.url)
+    assert out["verify"] == 0
     downloaded = verify_files(tmp_path / "down")
-    assert downloaded["revision"] == sha
-
-    source = LocalSource(old)
-    entries, fetch = checkpoints.pooled_plan(source)
-    with Target(tmp_path / "local", source=source, fingerprint="x") as t:
-        t.write_weights(entries, fetch)
-        t.commit({})
+    assert (downloaded["source"], downloaded["revision"]) == ("me/tiny", sha)
     local = verify_files(tmp_path / "local")["files"]
-    assert set(local) < set(downloaded["files"])
-    assert all(downloaded["files"][name] == entry for name, entry in local.items())
+    differ = {name for name in local if downloaded["files"][name] != local[name]}
+    assert differ <= {"README.md"}  # which names the source
+    assert sum(name.endswith(".safetensors") for name in local) == 3
 
 
 def test_each_failure_of_opening_is_one_clear_line(hub, client, tmp_path):
