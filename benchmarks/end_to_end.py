@@ -1,8 +1,8 @@
 """Decoding with a LLaMA-2-7B-shaped model of random weights and 32, 8 or 1 KV heads: tokens a second, patched and not.
 
 `generate` runs under a StaticCache whose first tokens are already there (random keys and values, as the weights are),
-so that no time goes into a prefill. The decode rate is the slope between a short and a long run. A decoding step has
-to read the weights and the cache once, so the speed-up over 32 KV heads can at best be the ratio of those bytes; the last
+so that no time goes into a prefill. The decode rate is the slope between a short and a long run. A decoding step has to
+read the weights and the cache once, so the speed-up over 32 KV heads can at best be the ratio of those bytes; the last
 column is the share of it that is reached.
 
     rehead bench end-to-end

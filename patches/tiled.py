@@ -13,21 +13,8 @@ from rehead.patches import cpu
 DECODE_ROWS = 16
 """Most query rows that the decode kernel takes."""
 
-DECODE_RULES = frozenset(
-    [
-        "scale",
-        "causal",
-        "q_offset",
-        "window",
-        "chunk",
-        "kv_start",
-        "kv_end",
-        "key_mask",
-        "softcap",
-        "alibi_slopes",
-        "sinks",
-    ]
-)
+_MASK_RULES = ("causal", "q_offset", "window", "chunk", "kv_start", "kv_end", "key_mask")
+DECODE_RULES = frozenset((*_MASK_RULES, "scale", "softcap", "alibi_slopes", "sinks"))
 """Rules that the decode kernel takes."""
 
 

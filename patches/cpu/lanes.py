@@ -190,20 +190,45 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[T
     kv_heads, n_key = key.shape[1:3]
     if opts.softcap is not None or opts.alibi_slopes is not None or opts.bias is not None:
         return None
+    low, high = 0, n_key
+    if opts.causal:
+        high = min(high, opts.offset + 1)
+    if opts.window is not None:
+        low = max(low, opts.offset - opts.window + 1)
+    if opts.chunk is not None:
+        start = opts.offset // opts.chunk * opts.chunk
+        low, high = max(low, start), min(high, start + opts.chunk)
+    if low >= high:
+        return None
+    seen = _seen_by_last(opts, low, high)
+    mask = hidden = None
+    if seen is not None and not bool(seen.all()):
+        mask = torch.where(seen, 0.0, float("-inf")).to(torch.promote_types(query.dtype, torch.float32))[:, None, None]
+        hidden = ~seen.any(-1)[:, None, None]
+    span = slice(low, high)
     packed = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    rules = Rules(opts.causal, opts.offset, opts.window, opts.chunk)
-    parts, lses = [], []
-    for rows, row in _rows(opts, batch, 1, n_key):
-        calls = plan(row.rects, rules)
-        if row.irregular or len(calls) != 1 or calls[0].kind == "masked":
-            return None
-        span = slice(calls[0].k0, calls[0].k1)
-        part, lse = flash_forward(packed[rows], key[rows, :, span], value[rows, :, span], opts.scale, None, False, None)
-        parts.append(part)
-        lses.append(lse)
-    out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    lse = torch.cat(lses) if len(lses) > 1 else lses[0]
+    out, lse = flash_forward(packed, key[:, :, span], value[:, :, span], opts.scale, mask, False, hidden)
     return out.reshape(batch, 1, heads, dim).contiguous(), lse.reshape(batch, heads, 1).contiguous()
+
+
+def _seen_by_last(opts: Options, low: int, high: int) -> Tensor | None:
+    """Which of the keys ``[low, high)`` the rows' bounds, padding and segments leave to one query, bool ``[B, n]``."""
+    key = torch.arange(low, high)
+    parts = []
+    if opts.kv_start is not None:
+        parts.append(key >= opts.kv_start[:, None])
+    if opts.kv_end is not None:
+        parts.append(key < opts.kv_end[:, None])
+    if opts.key_mask is not None:
+        parts.append(opts.key_mask[:, low:high])
+    if opts.q_segments is not None and opts.kv_segments is not None:
+        parts.append(opts.kv_segments[:, low:high] == opts.q_segments[:, :1])
+    if not parts:
+        return None
+    seen = parts[0]
+    for part in parts[1:]:
+        seen = seen & part
+    return seen
 
 
 def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,8 +115,10 @@ def _triangle(rect: Rect, offset: int) -> Iterator[Call]:
     q0, q1, k0, k1 = rect.q0, rect.q1, rect.k0, rect.k1
     # Row `k1 - 1 - offset` is the first to see every key; it still fits the square, later rows need no mask at all.
     bend = min(q1, max(q0, k1 - offset))
-    if q0 < bend:
-        first = q0 + offset
+    first = q0 + offset
+    if bend - q0 == 1:
+        yield Call(q0, bend, k0, first + 1, "plain")
+    elif q0 < bend:
         if k0 < first:
             yield Call(q0, bend, k0, first, "plain")
         yield Call(q0, bend, first, first + bend - q0, "causal")
