@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rehead.convert.safetensors_io import DTYPE_BITS, TensorInfo
 from rehead.convert.shards import OutputTensor
 from rehead.convert.source import Source, drop_cache, torch_dtype
-from rehead.convert.stream import CHUNK, HashingWriter
+from rehead.convert.stream import HashingWriter
 from rehead.errors import UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
@@ -52,45 +52,57 @@ def copy_run(
     fd = source.weight_fd(file)
     at = 0  # index of the tensor that the piece starts in
     while start < end:
-        stop = min(start + CHUNK, end)
-        last = at
-        while run[last].end < stop:
-            last += 1
-        if stop < run[last].end:  # no number is cut in two
-            stop -= (stop - run[last].start) % max(1, DTYPE_BITS[run[last].dtype] // 8)
-        buffer = writer.buffer()
-        source.read_range(file, start, memoryview(buffer)[: stop - start])
-        if check:
-            for info in run[at : last + 1]:
-                _check_piece(info, buffer, start, stop)
-        writer.put(buffer, stop - start)
+        space = writer.space()
+        stop = min(start + len(space), end)
+        source.read_range(file, start, space[: stop - start])
+        while check:
+            _check_piece(run[at], space, start, stop, source)
+            if run[at].end >= stop:
+                break
+            at += 1
+        writer.advance(stop - start)
         drop_cache(fd, start, stop - start)
         tick(stop - start)
-        start, at = stop, last
+        start = stop
 
 
-def _check_piece(info: TensorInfo, buffer: bytearray, start: int, stop: int) -> None:
-    """Check the part of one tensor that lies in a buffer which holds the file's bytes [start, stop)."""
+def _check_piece(info: TensorInfo, space: memoryview, start: int, stop: int, source: Source) -> None:
+    """Check the part of one tensor that lies in a buffer which holds the file's bytes [start, stop).
+
+    A number that the end of the piece cuts in two is read by itself.
+    """
     low, high = max(info.start, start), min(info.end, stop)
     if info.dtype not in _CHECKED or low >= high:
         return
+    size = DTYPE_BITS[info.dtype] // 8
+    low += -(low - info.start) % size
+    cut = (high - info.start) % size
+    if low < high - cut:
+        _refuse_nonfinite(info, space[low - start : high - cut - start], (low - info.start) // size)
+    if cut:
+        number = bytearray(size)
+        source.read_range(info.file, high - cut, memoryview(number))
+        _refuse_nonfinite(info, memoryview(number), (high - cut - info.start) // size)
+
+
+def _refuse_nonfinite(info: TensorInfo, data: memoryview, first: int) -> None:
+    """Raise if ``data``, the tensor's numbers from the ``first`` on, hold a NaN or an infinity."""
     import torch
 
     from rehead.convert.finite import first_nonfinite
 
-    size = DTYPE_BITS[info.dtype] // 8
-    part = torch.frombuffer(buffer, dtype=torch_dtype(info.dtype), count=(high - low) // size, offset=low - start)
-    at = first_nonfinite(part)
-    if at is not None:
-        index, flat = [], (low - info.start) // size + at[0]
-        for n in reversed(info.shape):
-            index.append(flat % n)
-            flat //= n
-        layer = re.search(r"\.(\d+)\.", info.name)
-        where = f" (layer {layer[1]})" if layer else ""
-        raise UnsupportedError(
-            f"{info.name}{where}: element {index[::-1]} is not finite; fetch the checkpoint again or mend the weight"
-        )
+    at = first_nonfinite(torch.frombuffer(data, dtype=torch_dtype(info.dtype)))
+    if at is None:
+        return
+    index, flat = [], first + at[0]
+    for n in reversed(info.shape):
+        index.append(flat % n)
+        flat //= n
+    layer = re.search(r"\.(\d+)\.", info.name)
+    where = f" (layer {layer[1]})" if layer else ""
+    raise UnsupportedError(
+        f"{info.name}{where}: element {index[::-1]} is not finite; fetch the checkpoint again or mend the weight"
+    )
 
 
 def raw_bytes(tensor: torch.Tensor, planned: OutputTensor) -> memoryview:

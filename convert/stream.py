@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import queue
 import threading
@@ -20,6 +21,8 @@ from rehead.errors import UnsupportedError
 CHUNK = 4 << 20  # large enough that Python's share is nothing, small enough to stay near the cache
 POOL = 6
 _WRITEBACK = 64 << 20
+
+Pool = queue.SimpleQueue[mmap.mmap]
 
 #: Errors of a disk that cannot take more, and what to say about them.
 _FULL = {
@@ -49,26 +52,29 @@ def write_error(err: OSError, what: str) -> ResourceError:
 
 
 class _Chunk:
-    """A filled buffer on its way through the hashing and the writing thread."""
+    """A filled buffer on its way through the hashing and the writing thread, back to the pool after both."""
 
-    __slots__ = ("_left", "_lock", "_release", "view")
+    __slots__ = ("_left", "_lock", "buffer", "offset", "view")
 
-    def __init__(self, view: memoryview, release: Callable[[], None]) -> None:
-        self.view = view
-        self._release = release
+    def __init__(self, buffer: mmap.mmap, length: int, offset: int) -> None:
+        self.buffer, self.offset = buffer, offset
+        self.view = memoryview(buffer)[:length]
         self._left = 2
         self._lock = threading.Lock()
 
-    def done(self) -> None:
+    def done(self) -> bool:
+        """Whether this was the second of the two."""
         with self._lock:
             self._left -= 1
-            last = self._left == 0
-        if last:
-            self._release()
+            return self._left == 0
 
 
 class HashingWriter:
-    """One output file: feed it with :meth:`put` or :meth:`write`, then :meth:`finish` or :meth:`abort`.
+    """One output file: feed it with :meth:`space` and :meth:`advance`, or :meth:`write`; then :meth:`finish` or
+    :meth:`abort`.
+
+    Full buffers bypass the page cache where the file system allows it (``O_DIRECT``): a copy into the cache costs more
+    processor time than the hash does, and evicts what others keep there. The rest goes through the cache.
 
     Args:
         path: the file, created or emptied.
@@ -78,92 +84,107 @@ class HashingWriter:
         ResourceError: from any method, when the disk does not take the data.
     """
 
-    def __init__(self, path: Path, pool: queue.SimpleQueue[bytearray]) -> None:
+    def __init__(self, path: Path, pool: Pool) -> None:
         self.path = path
         self.size = 0
-        self._written = 0
+        self.sha256 = ""
         self._pool = pool
-        self._behind = (threading.Semaphore(0), 0)  # the latest write() and how many pieces it queued
+        self._buffer: mmap.mmap | None = None
+        self._filled = 0
         self._sha = hashlib.sha256()
         self._error: BaseException | None = None
+        flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
         try:
-            self.fd = os.open(
-                path,
-                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0),
-                0o666,
-            )
+            self.fd = os.open(path, flags | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as err:
             raise write_error(err, path.name) from None
-        # The writing queue is bounded by the pool; a computed tensor's memory is queued in slices of itself.
+        try:
+            self._direct = os.open(path, flags | os.O_DIRECT)
+        except (AttributeError, OSError):  # a system or file system without it
+            self._direct = -1
         self._to_hash: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, args=(self._to_hash, self._hash_one), daemon=True, name="rehead-hash"),
-            threading.Thread(
-                target=self._run, args=(self._to_write, self._write_one), daemon=True, name="rehead-write"
-            ),
+            threading.Thread(target=self._run, args=(inbox, step), daemon=True, name=name)
+            for inbox, step, name in (
+                (self._to_hash, self._hash_one, "rehead-hash"),
+                (self._to_write, self._write_one, "rehead-write"),
+            )
         ]
         for thread in self._threads:
             thread.start()
 
     # ---- the two workers
 
-    def _run(self, inbox: queue.SimpleQueue[_Chunk | None], step: Callable[[memoryview], None]) -> None:
+    def _run(self, inbox: queue.SimpleQueue[_Chunk | None], step: Callable[[_Chunk], None]) -> None:
         while (chunk := inbox.get()) is not None:
             try:
                 if self._error is None:
-                    step(chunk.view)
-            except BaseException as err:  # handed to the caller by the next put() or finish()
+                    step(chunk)
+            except BaseException as err:  # handed to the caller by the next call
                 self._error = err
             finally:
-                chunk.done()
+                if chunk.done():
+                    self._pool.put(chunk.buffer)
 
-    def _hash_one(self, view: memoryview) -> None:
-        self._sha.update(view)
+    def _hash_one(self, chunk: _Chunk) -> None:
+        self._sha.update(chunk.view)
 
-    def _write_one(self, view: memoryview) -> None:
+    def _write_one(self, chunk: _Chunk) -> None:
         done = 0
-        while done < len(view):
-            done += os.write(self.fd, view[done:])
-        before, self._written = self._written, self._written + done
-        if before // _WRITEBACK != self._written // _WRITEBACK and hasattr(os, "posix_fadvise"):
+        if self._direct >= 0 and len(chunk.view) == CHUNK:
+            try:
+                done = os.pwrite(self._direct, chunk.view, chunk.offset)
+            except OSError as err:
+                if err.errno != errno.EINVAL:  # what a file system says that opens so but cannot write so
+                    raise
+            if done < CHUNK:
+                os.close(self._direct)
+                self._direct = -1
+        while done < len(chunk.view):
+            done += os.pwrite(self.fd, chunk.view[done:], chunk.offset + done)
+        end = chunk.offset + done
+        if self._direct < 0 and end % _WRITEBACK < CHUNK:
             # Starts the write-back of what is dirty, so that the final fsync has little left to wait for.
-            start = max(0, self._written - 4 * _WRITEBACK)
-            drop_cache(self.fd, start, self._written - start)
+            start = max(0, end - 4 * _WRITEBACK)
+            drop_cache(self.fd, start, end - start)
 
     # ---- the caller's side
 
-    def buffer(self) -> bytearray:
-        """A free buffer of ``CHUNK`` bytes; waits for one. Give it back with :meth:`put`."""
-        return self._pool.get()
+    def space(self) -> memoryview:
+        """Free space for the bytes that come next, one or more, waiting for a buffer; :meth:`advance` says how much was
+        filled."""
+        self._check()
+        if self._buffer is None:
+            self._buffer = self._pool.get()
+        return memoryview(self._buffer)[self._filled :]
 
-    def put(self, buffer: bytearray, length: int) -> None:
-        """Append the first ``length`` bytes of a buffer got from :meth:`buffer`."""
-        self._send(memoryview(buffer)[:length], lambda: self._pool.put(buffer))
+    def advance(self, length: int) -> None:
+        """Append the first ``length`` bytes of what :meth:`space` gave."""
+        self._filled += length
+        if self._filled == CHUNK:
+            self._flush()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data`` of any length, which must not change before the next call of this, or of :meth:`finish`.
-
-        It returns while ``data`` is still being written, so that the caller computes the next piece meanwhile, and
-        waits for the data of the call before: two are alive at most.
-        """
+        """Append ``data`` of any length; it is copied, so it may change afterwards."""
         view = memoryview(data)
         if view.nbytes == 0:
             return
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
-        gate = threading.Semaphore(0)
-        pieces = 0
-        for at in range(0, len(view), CHUNK):
-            self._send(view[at : at + CHUNK], gate.release)
-            pieces += 1
-        before, self._behind = self._behind, (gate, pieces)
-        for _ in range(before[1]):
-            before[0].acquire()
+        at = 0
+        while at < len(view):
+            space = self.space()
+            length = min(len(space), len(view) - at)
+            space[:length] = view[at : at + length]
+            self.advance(length)
+            at += length
 
-    def _send(self, view: memoryview, release: Callable[[], None]) -> None:
-        self._check()
-        chunk = _Chunk(view, release)
-        self.size += len(view)
+    def _flush(self) -> None:
+        if self._buffer is None:
+            return
+        chunk = _Chunk(self._buffer, self._filled, self.size)
+        self.size += self._filled
+        self._buffer, self._filled = None, 0
         self._to_hash.put(chunk)
         self._to_write.put(chunk)
 
@@ -179,9 +200,13 @@ class HashingWriter:
         self._to_write.put(None)
         for thread in self._threads:
             thread.join()
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
 
     def finish(self) -> tuple[int, str]:
         """Wait until all is written (not yet synced) and return (size in bytes, SHA-256 in hex). ``fd`` stays open."""
+        self._flush()
         self._stop()
         self._check()
         self.sha256 = self._sha.hexdigest()
@@ -194,11 +219,11 @@ class HashingWriter:
         os.close(self.fd)
 
 
-def new_pool(buffers: int = POOL) -> queue.SimpleQueue[bytearray]:
-    """The free buffers that the files written one after the other share."""
-    pool: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+def new_pool(buffers: int = POOL) -> Pool:
+    """The free buffers that the files written one after the other share; page-aligned, as direct writes need them."""
+    pool: Pool = queue.SimpleQueue()
     for _ in range(buffers):
-        pool.put(bytearray(CHUNK))
+        pool.put(mmap.mmap(-1, CHUNK))
     return pool
 
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
 import shutil
 import signal
 import threading
@@ -31,10 +30,11 @@ from rehead.convert.shards import (
     parse_size,
     plan_shards,
 )
-from rehead.convert.source import LocalSource, Source
+from rehead.convert.source import Source
 from rehead.convert.staging import Staging, check_out, fingerprint_of
 from rehead.convert.stream import (
     HashingWriter,
+    Pool,
     ResourceError,
     hash_file,
     is_full,
@@ -97,14 +97,14 @@ class Target:
         self.source = source
         self.overwrite = overwrite
         self.resume = resume
-        folder = source.folder if isinstance(source, LocalSource) else None
+        folder = getattr(source, "folder", None)
         check_out(self.out, folder, overwrite)
         whole, parts = fingerprint_of(fingerprint)
         self._staging = Staging(self.out, whole, parts, resume=resume)
         self._kept: set[str] = set()
         self._written: set[str] = set()
         self._committed = False
-        self._pool: queue.SimpleQueue[bytearray] | None = None
+        self._pool: Pool | None = None
         self._signals: dict[int, Any] = {}
         self._notes = self._staging.private / "notes.jsonl"
         self.remembered: dict[str, Any] = self._recall()

@@ -197,9 +197,9 @@ def test_progress_reaches_the_total_and_never_falls(tmp_path, model):
 
 def test_a_copied_weight_that_is_not_finite_is_named(tmp_path, monkeypatch):
     """Wherever it lies in the pieces that are streamed: pieces of 16 bytes, tensors of two widths, odd sizes."""
-    from rehead.convert import copying
+    from rehead.convert import stream
 
-    monkeypatch.setattr(copying, "CHUNK", 16)
+    monkeypatch.setattr(stream, "CHUNK", 16)
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -610,18 +610,18 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mod
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_disk_that_fills_up_meanwhile(tmp_path, model, monkeypatch, resume):
     """ENOSPC out of the writing thread reaches the caller as one line; a resumable run keeps what it has."""
-    real, written = os.write, []
+    real, written = os.pwrite, []
 
-    def full(fd, data):
+    def full(fd, data, offset):
         if threading.current_thread().name == "rehead-write":
             written.append(len(data))
             if sum(written) > 60_000:
                 raise OSError(28, "No space left on device")
-        return real(fd, data)
+        return real(fd, data, offset)
 
     whole = hashes(convert(model, tmp_path / "whole", "20KB"))
     written.clear()
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(ResourceError, match="the disk is full"):
         convert(model, tmp_path / "out", "20KB", resume=resume)
     monkeypatch.undo()
