@@ -82,20 +82,21 @@ def _check(query, key, value, scale, q_offset, kv_end, kv_start, key_mask, windo
         raise UnsupportedError(f"no decode kernel for this call: {reason}; use attn_implementation='sdpa' or 'eager'")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def split_count(pairs: int, length: int, slots: int, block: int) -> int:
     """Into how many parts to cut each of ``pairs`` (batch x KV head) caches of ``length`` keys.
 
-    The fewest parts, of at least two blocks each, that keep ``slots`` program slots about evenly busy.
+    The fewest parts that keep ``slots`` program slots about evenly busy, given that a part is a whole number of blocks of
+    ``block`` keys, at least two.
     """
-    most = max(1, min(length // (2 * block), 4 * slots))
 
     def evenness(parts: int) -> float:
-        waves = pairs * parts / slots
-        return waves / -(-pairs * parts // slots)
+        blocks = -(-length // (parts * block))
+        busy = -(-length // (blocks * block))
+        return pairs * length / (-(-pairs * busy // slots) * slots * blocks * block)
 
-    best = max(range(1, most + 1), key=lambda parts: (min(evenness(parts), 0.93), -parts))
-    return best
+    most = max(1, min(length // (2 * block), 4 * slots))
+    return max(range(1, most + 1), key=lambda parts: (min(evenness(parts), 0.93), -parts))
 
 
 def run_decode(
@@ -131,7 +132,8 @@ def run_decode(
     early = _is_hopper(query.device)
     rows, block_n, warps, stages, slots = _launch(query, block_d, total)
     row_tiles = triton.cdiv(total, rows)
-    splits = split_count(batch * kv_heads * row_tiles, num_k, slots, block_n)
+    length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256  # a growing cache asks anew every 256 keys only
+    splits = split_count(batch * kv_heads * row_tiles, length, slots, block_n)
     parts = (batch * kv_heads, splits, total)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
     lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
@@ -182,8 +184,8 @@ def _is_hopper(device: torch.device) -> bool:
 def _launch(query: Tensor, block_d: int, total: int) -> tuple[int, int, int, int, int]:
     """Rows a tile, keys a block, warps, pipeline stages, and program slots of the whole GPU.
 
-    Hopper's warpgroup products take 64 rows; padding to them costs nothing that reading the cache does not hide, and
-    keeps each row inside one warp, so that the softmax needs no exchange between warps.
+    Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax needs no exchange
+    between warps: worth padding to, except from 16 rows, which the older instructions take as they are.
     """
     import triton
 
@@ -194,7 +196,7 @@ def _launch(query: Tensor, block_d: int, total: int) -> tuple[int, int, int, int
         return rows, 16, 4, 1, 12
     roomy = shared_memory(query.device) > 150_000
     slots = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
-    if _is_hopper(query.device) and query.element_size() == 2:
+    if rows > 16 and _is_hopper(query.device) and query.element_size() == 2:
         rows = 64
     if block_d * query.element_size() > 256:
         return rows, 32, 4, 3 if roomy else 2, slots
