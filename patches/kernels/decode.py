@@ -86,8 +86,8 @@ def _check(query, key, value, scale, q_offset, kv_end, kv_start, key_mask, windo
 def split_count(pairs: int, length: int, slots: int, block: int) -> int:
     """Into how many parts to cut each of ``pairs`` (batch x KV head) caches of ``length`` keys.
 
-    The fewest parts that keep ``slots`` program slots about evenly busy, given that a part is a whole number of blocks of
-    ``block`` keys, at least two.
+    The fewest parts that keep ``slots`` program slots about evenly busy, given that a part is a whole number of blocks
+    of ``block`` keys, at least two.
     """
 
     def evenness(parts: int) -> float:
