@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.cache_utils import BaseQuantizedLayer
 
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import adapters, proof
@@ -193,12 +192,17 @@ def _cache_layers(cache: Any) -> list[Any]:
     return [layer for part in (cache, *halves) for layer in getattr(part, "layers", None) or ()]
 
 
+def _is_quantised(layer: Any) -> bool:
+    """Whether a cache layer stores keys and values in a quantised form; its base class has another name by version."""
+    return any("Quantized" in cls.__name__ for cls in type(layer).__mro__)
+
+
 def _refuse_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: what a call asks for that no tiled attention can give."""
     if kwargs.get("output_attentions"):
         raise UsageError(NO_WEIGHTS)
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, Cache) and any(isinstance(layer, BaseQuantizedLayer) for layer in _cache_layers(cache)):
+    if isinstance(cache, Cache) and any(_is_quantised(layer) for layer in _cache_layers(cache)):
         raise UnsupportedError(
             "the KV cache is quantised, which rehead_tiled does not read; use a DynamicCache or a StaticCache "
             "(leave cache_implementation='quantized' out)"

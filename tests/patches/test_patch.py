@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
-from transformers.cache_utils import BaseQuantizedLayer
+from transformers.cache_utils import DynamicLayer
 
 import rehead.patches.proof as proof_module
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
@@ -372,18 +372,11 @@ def test_attention_weights(model):
 
 
 def test_a_quantised_cache(model):
-    class Quantised(BaseQuantizedLayer):
-        def __init__(self):
-            self.is_initialized = False
-
-        def _quantize(self, tensor, axis):
-            raise AssertionError("not reached")
-
-        def _dequantize(self, tensor):
-            raise AssertionError("not reached")
+    class QuantizedLayer(DynamicLayer):
+        """Named as transformers' own are; their backends are not installed here."""
 
     cache = DynamicCache(config=model.config)
-    cache.layers[0] = Quantised()
+    cache.layers[0] = QuantizedLayer()
     with patch_model(model, "tiled"), pytest.raises(UnsupportedError, match="quantised") as error:
         model(TOKENS, past_key_values=cache)
     one_line(error)
