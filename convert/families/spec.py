@@ -144,7 +144,8 @@ class Family:
         num_heads, num_kv_heads, head_dim: read the counts off a resolved config.
         set_kv: writes the new count into a raw config.json dict.
         block: "serial" or "parallel", or a function of the config, for `inspect`.
-        post_norm: whether the attention's output passes a norm before it joins the residual stream.
+        post_norm: whether the attention's output passes a norm before it joins the residual stream (MiniMax norms the
+            stream itself once it has joined).
         residual_scale: (config, layer) -> factor on the attention's output before it joins the residual stream.
         refusal: (config, kv_heads) -> why this class cannot hold the result, or None.
         has_attention: (config, layer) -> whether this layer is an attention layer (hybrids interleave others).

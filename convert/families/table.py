@@ -240,10 +240,17 @@ _HYBRID = (
         key_norm="rms",
         rotary_dims=rotary_partial,
         has_attention=r.attends,
+        post_norm=lambda config: bool(config.use_sandwich_norm),
         query_extras=("g_proj.weight", "gate_proj.weight"),
         notes="output gate for each head",
     ),
-    Family("minimax", rotary_dims=rotary_partial, residual_scale=s.minimax_scale, has_attention=r.attends),
+    Family(
+        "minimax",
+        rotary_dims=rotary_partial,
+        post_norm=True,
+        residual_scale=s.minimax_scale,
+        has_attention=r.attends,
+    ),
     Family(
         "nemotron_h",
         layer_aliases=("backbone.layers.{i}.",),

@@ -140,16 +140,15 @@ def _norm(family: Family, config: Any, kind: str, t: Tensor, weight: Tensor | No
     """Norm queries or keys [B, H, T, D]."""
     keys = ("layer_norm_eps", "rms_norm_eps", "norm_eps") if "layer" in kind else ("rms_norm_eps", "norm_eps")
     eps = next(float(getattr(config, key)) for key in keys if hasattr(config, key))
+    if kind == "l2":
+        return t * (t.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    assert weight is not None
+    weight = weight + family.norm_offset
     if kind == "rms_span":
-        assert weight is not None
         size = t.pow(2).mean((1, 3), keepdim=True)
         return t * (size + eps).rsqrt() * weight[:, None]
-    if kind in ("rms", "l2"):
-        t = t * (t.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-        if weight is None:
-            return t
-        return t * (weight + family.norm_offset)
-    assert weight is not None
+    if kind == "rms":
+        return t * (t.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
     t = t - t.mean(-1, keepdim=True)
     t = t * (t.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
     t = t * (weight[:, None] if kind == "layer_own" else weight)

@@ -93,6 +93,55 @@ def _recorder(calls: dict[int, tuple], layer: int):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_output_joins_the_stream_as_documented(name: str) -> None:
+    """``post_norm``, ``residual_scale`` and ``block``, by nudging the attention's output and watching the layer's.
+
+    With the rest of the layer silenced, the nudge comes out scaled, unless a norm lies between; with the rest alive it
+    still does in a parallel block, where nothing else reads the attention's output.
+    """
+    family = family_of(name)
+    model = tiny.tiny_model(name)
+    config = model.config
+    nudge = torch.randn(2, 12, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    for layer in family.attention_layers(config):
+        path = family.layer.format(i=layer)[:-1]
+        attention = model.get_submodule(family.prefix(layer)[:-1])
+        wanted = nudge * family.residual_scale(config, layer)
+        alive = _answer(model, model.get_submodule(path), attention, nudge)
+        others = [
+            parameter
+            for key, parameter in model.get_submodule(path).named_parameters()
+            if not key.startswith(family.attention) and "norm" not in key.rsplit(".", 2)[-2] and "ln_" not in key
+        ]
+        with torch.no_grad():
+            for parameter in others:
+                parameter.zero_()
+        silent = _answer(model, model.get_submodule(path), attention, nudge)
+        assert torch.allclose(silent, wanted, atol=1e-4) is not family.post_norm_of(config)
+        if others:  # some hybrids' layers hold attention and nothing else
+            assert torch.allclose(alive, wanted, atol=1e-4) is (family.block_of(config) == "parallel")
+
+
+def _answer(model, layer, attention, nudge: torch.Tensor) -> torch.Tensor:
+    """How a decoder layer's output changes when ``nudge`` is added to its attention's."""
+    outputs = []
+    for amount in (0.0, 1.0):
+
+        def add(module, args, output, amount=amount):
+            return (output[0] + amount * nudge, *output[1:]) if isinstance(output, tuple) else output + amount * nudge
+
+        handles = [
+            attention.register_forward_hook(add),
+            layer.register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out)),
+        ]
+        with torch.no_grad():
+            model(IDS, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    return outputs[1] - outputs[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_class_takes_fewer_heads(name: str) -> None:
     """``set_kv`` makes a config whose class has exactly the shapes that merging fewer heads gives."""
     family = family_of(name)

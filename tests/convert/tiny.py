@@ -134,7 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": HYBRID},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8, "lru_width": HIDDEN},
     "smollm3": {"no_rope_layers": [1, 0]},
-    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True},
+    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
 }
 
 # Further configs of a type that its one tiny model does not reach, by a name of their own.
