@@ -12,7 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from rehead.patches.kernels.masks import LOG2E, scores, visible
 
 
-@triton.jit
+# Lengths change with every token: a kernel compiled anew for each divisibility of each would stall a generation.
+@triton.jit(do_not_specialize=["stride_mask", "num_k", "kv_end", "q_offset", "splits"])
 def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi,
                       sinks, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                       stride_vn, stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k,
@@ -129,7 +130,7 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
         tl.store(acc_ptr + rows[:, None] * BLOCK_DV + dv[None, :], out, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_parts(acc_ptr, lse_ptr, out_ptr, sinks, num_q, num_kv, splits, GROUP: tl.constexpr, DV: tl.constexpr,
                 BLOCK_DV: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr,
                 EARLY: tl.constexpr):  # fmt: skip

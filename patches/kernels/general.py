@@ -98,9 +98,9 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill_(~bias, float("-inf"))
-        bias = bias.expand(batch, query.shape[1], num_q, num_k)
         if bias.stride(3) != 1 and num_k > 1:
             bias = bias.contiguous()
+        bias = bias.expand(batch, query.shape[1], num_q, num_k)
         bias_strides = (bias.stride(0), bias.stride(1), bias.stride(2))
 
     def integers(tensor: Tensor | None) -> Tensor:
