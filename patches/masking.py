@@ -88,6 +88,11 @@ def _read(function: Callable, rules: _Rules, positions: Tensor | None = None) ->
     return True
 
 
+def _may_wait(tensor: Tensor, q_length: int) -> bool:
+    """Whether reading a tensor's values is free or rare: never in a graph, and not once a token on a GPU."""
+    return not torch.compiler.is_compiling() and not (tensor.is_cuda and q_length <= SYNC_ROWS)
+
+
 def _pad_to(mask: Tensor, start: int, length: int) -> Tensor:
     """``mask[:, start : start + length]`` with hidden keys past its end."""
     short = start + length - mask.shape[-1]
@@ -102,7 +107,7 @@ def _add_padding(mask: TiledMask, padding: Tensor) -> TiledMask:
     mask.kv_start = torch.where(padding, position, mask.kv_length).amin(-1).to(torch.int32)
     mask.kv_end = torch.where(padding, position + 1, 0).amax(-1).to(torch.int32)
     mask.key_mask = padding
-    if torch.compiler.is_compiling() or (padding.is_cuda and mask.q_length <= SYNC_ROWS):
+    if not _may_wait(padding, mask.q_length):
         return mask
     solid = (mask.kv_end - mask.kv_start).clamp(min=0) == padding.sum(-1)
     if bool(solid.all()):
@@ -116,8 +121,8 @@ def _add_chunk(
     mask: TiledMask, size: int, left_padding: Tensor, positions: Tensor | None, q_start: int | Tensor, kv_start: int
 ) -> TiledMask:
     """Chunks that start at position 0 of every row stay a number; shifted ones become segments."""
-    unshifted = not torch.compiler.is_compiling() and not (left_padding.is_cuda and mask.q_length <= SYNC_ROWS)
-    if positions is None and kv_start % size == 0 and unshifted and not bool(left_padding.any()):
+    aligned = positions is None and kv_start % size == 0
+    if aligned and _may_wait(left_padding, mask.q_length) and not bool(left_padding.any()):
         mask.chunk = size if mask.chunk is None else min(size, mask.chunk)
         return mask
     device = left_padding.device
@@ -134,9 +139,7 @@ def _snapshot(offset: int | Tensor, q_length: int) -> int | Tensor:
     """A static cache hands out its own counter, which moves on before attention runs: keep its value instead."""
     if not isinstance(offset, Tensor):
         return offset
-    if torch.compiler.is_compiling() or (offset.is_cuda and q_length <= SYNC_ROWS):
-        return offset.clone()
-    return int(offset)
+    return int(offset) if _may_wait(offset, q_length) else offset.clone()
 
 
 def _describe(mask: TiledMask, function: Callable, padding: Tensor | None, kv_offset: int) -> TiledMask | None:

@@ -99,6 +99,20 @@ def test_caches(kind, cache, padded):
     assert torch.equal(mask.materialize(), dense.expand_as(mask.materialize()))
 
 
+@pytest.mark.parametrize("kind", CREATORS)
+@pytest.mark.parametrize("padding", [None, PAD, HOLES], ids=["full", "padded", "holes"])
+def test_masks_that_may_not_wait_for_the_device(kind, padding, monkeypatch):
+    """Decoding on a GPU keeps positions and padding as tensors; they must say, and compute, the same."""
+    monkeypatch.setattr(masking, "_may_wait", lambda tensor, q_length: False)
+    cache = Cache(17, 0, 20, as_tensor=True)
+    mask, dense = made(CREATORS[kind], 3, padding, past=cache)
+    assert isinstance(mask.q_offset, torch.Tensor)
+    assert (mask.key_mask is None) == (padding is None)
+    assert torch.equal(mask.materialize(), dense.expand_as(mask.materialize()))
+    query = Q[:, :, 17:]
+    same(tiled_attention(MODULE, query, K, V, mask)[0], define(query=query, causal=False, bias=dense))
+
+
 def test_a_static_caches_counter_is_not_kept():
     cache = Cache(7, 0, 32, as_tensor=True)
     mask, _ = made(masking_utils.create_causal_mask, 3, past=cache)
