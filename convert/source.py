@@ -226,6 +226,12 @@ def drop_cache(fd: int, offset: int, length: int) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+def fetch_ahead(fd: int, offset: int, length: int) -> None:
+    """Tell the system that a range will be read next, so that the disk works while this process does."""
+    if length > 0 and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
 class LocalSource(Source):
     """A checkpoint in a local folder.
 
