@@ -68,6 +68,7 @@ class DirectLayers:
 
     def __init__(self, plan: Plan, report: dict[int, dict[str, Any]]) -> None:
         self._plan, self._report = plan, report
+        self._copied = {tensor.name for tensor in plan.outputs if tensor.origin is not None}
         self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def __call__(self, layer: int) -> dict[str, Tensor]:
@@ -83,12 +84,11 @@ class DirectLayers:
         """Regroup one layer."""
         model, options = self._plan.model, self._plan.options
         context = MethodContext(layer, options.seed, None, getattr(model.config, "initializer_range", 0.02) or 0.02)
-        wanted = {change.name for change in self._plan.changes if change.layer == layer}
-        if moves_queries(options):
-            wanted |= set(model.meta_layer(layer))  # norm weights that all heads share bound what may be rotated
-        # What the method leaves alone is copied as bytes and need not be read here.
+        # What the method leaves alone is copied as bytes and need not be read here, but for norm weights that all heads
+        # share: they bound what may be rotated.
+        copied = set() if moves_queries(options) else self._copied
         tensors = {
-            name: model.read(name, layer) if name in wanted else tensor
+            name: tensor if name in copied else model.read(name, layer)
             for name, tensor in model.meta_layer(layer).items()
         }
         return regroup(
@@ -168,6 +168,10 @@ def convert(
     opened = open_model(model, revision)
     with opened.source:
         plan = make_plan(opened, options)
+        if plan.model.family.guessed and num_key_value_heads != plan.model.num_kv_heads:
+            from rehead.convert.gauge import prove_layout
+
+            prove_layout(plan.model)
         result = _execute(plan, out, device, resume, overwrite, progress, command)
     result.seconds = time.monotonic() - started
     if push_to_hub:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from rehead.convert.families import resolve_family
 from rehead.convert.families.layouts import shared_norm_names, split, tensor_names
+from rehead.convert.families.resolve import with_checkpoint_prefix
 from rehead.convert.families.spec import Config, Family
 from rehead.convert.finite import first_nonfinite
 from rehead.convert.heads import Heads
+from rehead.convert.rehost import rehost
+from rehead.convert.rehosted import RehostedSource
 from rehead.convert.source import Source, open_source, torch_dtype
 from rehead.errors import UnsupportedError
 
@@ -111,11 +114,31 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     config = resolve_config(source.config, source.id)
     _refuse_quantised(source)
     family = resolve_family(config, source.tensors)
-    module_layer = family.layer
-    family = _with_checkpoint_prefix(family, source)
-    opened = Model(source, config, family, family.attention_layers(config), module_layer)
+    opened = _opened(source, config, family)
     _check_shapes(opened)
     return opened
+
+
+def rehosted(model: Model) -> Model:
+    """The model under the type that stands in for its own, with a KV head for each query head.
+
+    Raises:
+        UnsupportedError: the stand-in would not compute the same function.
+    """
+    recipe = rehost(model.source.config, model.source.tensors, model.num_heads)
+    source = RehostedSource(model.source, recipe, model.config)
+    return _opened(source, resolve_config(recipe.config, source.id), recipe.target)
+
+
+def _opened(source: Source, config: Config, family: Family) -> Model:
+    found = with_checkpoint_prefix(family, source.tensors)
+    start = found.layer.split("{i}")[0]
+    if not any(name.startswith(start) for name in source.tensors):
+        raise UnsupportedError(
+            f"{source.id}: has no tensor below {start!r}, where {family.model_type} keeps its layers; "
+            "check that config.json belongs to these weights"
+        )
+    return Model(source, config, found, found.attention_layers(config), family.layer)
 
 
 def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
@@ -139,10 +162,19 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
             f"{name}: model type {model_type!r} is not in the installed transformers; upgrade transformers"
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+        return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(raw)))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({first}); mend it") from None
+
+
+def _plain_floats(value: Any) -> Any:
+    """Undo what transformers writes into JSON for infinities and NaN: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain_floats(item) for key, item in value.items()}
+    return [_plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def causal_lm_class(config: Config) -> type[PreTrainedModel]:
@@ -184,19 +216,6 @@ def _refuse_quantised(source: Source) -> None:
             f"{source.id}: is quantised ({method}), and heads cannot be pooled in that form; "
             "convert the unquantised original, then quantise the result"
         )
-
-
-def _with_checkpoint_prefix(family: Family, source: Source) -> Family:
-    """The family with the layer prefix that this checkpoint uses: a base model's has no ``model.`` before it."""
-    if any(name.startswith(family.layer.split("{i}")[0]) for name in source.tensors):
-        return family
-    bare = family.layer.split(".", 1)[1]
-    if any(name.startswith(bare.split("{i}")[0]) for name in source.tensors):
-        return replace(family, layer=bare)
-    raise UnsupportedError(
-        f"{source.id}: has no tensor below {family.layer.format(i=0)!r}, where {family.model_type} keeps its layers; "
-        "check that config.json belongs to these weights"
-    )
 
 
 def _check_shapes(model: Model) -> None:

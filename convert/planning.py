@@ -10,7 +10,7 @@ from rehead.convert.families.layouts import merge
 from rehead.convert.meta import check_loads
 from rehead.convert.methods.mean import mean
 from rehead.convert.methods.registry import MethodContext
-from rehead.convert.model import Model, resolve_config
+from rehead.convert.model import Model, rehosted, resolve_config
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.convert.shards import OutputTensor
 from rehead.errors import UnsupportedError, UsageError
@@ -98,6 +98,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         )
     if old % kv:
         raise UsageError(f"--kv-heads {kv}: does not divide the model's {old} KV heads; choose {_divisors(old)}")
+    if kv != old and model.family.rehost is not None:
+        model = rehosted(model)
     if kv != old and (reason := model.family.refusal(model.config, kv)):
         raise UnsupportedError(f"{model.source.id}: {reason}")
     raw = copy.deepcopy(model.source.config)
@@ -112,13 +114,21 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         raise UnsupportedError(
             f"{model.source.id}: {model.config.model_type}'s config cannot say {kv} KV heads; choose another number"
         )
-    changes = [change for layer in model.layers for change in _layer_changes(model, options, layer)]
+    changes: list[Change] = []
+    dropped: set[str] = set()
+    for layer in model.layers:
+        made, gone = _layer_changes(model, options, layer)
+        changes += made
+        dropped |= gone
     shapes = {change.name: change.new_shape for change in changes}
+    turned = getattr(model.source, "computed", ())
     outputs = []
     for name, info in model.source.tensors.items():
+        if name in dropped:
+            continue
         cast = code is not None and info.dtype in ("F32", "BF16", "F16", "F64")
         dtype = code if cast and code is not None else info.dtype
-        computed = name in shapes or dtype != info.dtype
+        computed = name in shapes or name in turned or dtype != info.dtype
         outputs.append(OutputTensor(name, dtype, shapes.get(name, info.shape), None if computed else name))
     check_loads(
         model.config,
@@ -134,10 +144,11 @@ def moves_queries(options: ConvertOptions) -> bool:
     return options.method not in KV_ONLY or options.grouping != "contiguous" or options.refit or options.fit > 0
 
 
-def _layer_changes(model: Model, options: ConvertOptions, layer: int) -> list[Change]:
+def _layer_changes(model: Model, options: ConvertOptions, layer: int) -> tuple[list[Change], set[str]]:
+    """(tensors that a layer rewrites, tensors that go with the heads they belonged to)."""
     kv = options.num_key_value_heads
     if kv == model.num_kv_heads:
-        return []
+        return [], set()
     heads = model.layer_on_meta(layer)
     pooled = mean(heads, kv, MethodContext())
     after = merge(model.family, layer, pooled, model.source.tensors)
@@ -146,7 +157,7 @@ def _layer_changes(model: Model, options: ConvertOptions, layer: int) -> list[Ch
         old = model.source.tensors[name].shape
         if _is_rewritten(model, options, layer, name) or tuple(tensor.shape) != old:
             changes.append(Change(name, layer, old, tuple(tensor.shape)))
-    return changes
+    return changes, set(model.layer_tensors(layer)) - after.keys()
 
 
 def _is_rewritten(model: Model, options: ConvertOptions, layer: int, name: str) -> bool:

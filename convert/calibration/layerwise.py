@@ -135,6 +135,9 @@ class LayerwiseModel:
                 return self._note_calls(tokens, as_tuple)
             except _WantsTuple:
                 continue
+            except (ValueError, TypeError):  # the model unpacks what a layer returns
+                if as_tuple:
+                    raise
         raise UnsupportedError(
             f"{self.model.source.id}: its layers cannot be run one by one; use a method that needs no calibration"
         )
@@ -215,7 +218,10 @@ class LayerwiseModel:
     def _module_name(self, name: str) -> str:
         """A checkpoint's tensor name as the class has it: a base model's checkpoint lacks the first part."""
         full, bare = self.model.module_layer, self.model.family.layer
-        return full.removesuffix(bare) + name if full.endswith(bare) and full != bare else name
+        if full.endswith(bare):
+            return full.removesuffix(bare) + name
+        old, new = bare.split(".", 1)[0] + ".", full.split(".", 1)[0] + "."
+        return new + name.removeprefix(old) if name.startswith(old) else name
 
     # ---- layers
 

