@@ -42,6 +42,15 @@ def supported(
     return unavailable(query.device) or refusal(query, key, value, made, sinks)
 
 
+def slow_path(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, sinks: Tensor | None = None, **rules: object
+) -> str | None:
+    """Why a supported call runs through the general kernels rather than the Hopper ones, or None when it does not."""
+    from rehead.patches.kernels import hopper
+
+    return hopper.refusal(query, key, value, Rules(scale=scale, **rules))  # type: ignore[arg-type]
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -87,11 +87,13 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
                    CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr,
                    SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (key blocks, B*K, splits). Split s of the group's query heads writes dk, dv of [splits, B, Skv, K, D | DV];
-    the caller adds the splits up. ``seg_begin``/``seg_end`` [B, Skv]: the query rows of each key's segment."""
-    n_block = tl.program_id(0)
-    bk = tl.program_id(1)
-    split = tl.program_id(2)
+    """Grid (key blocks (fastest) x B*K, splits). Split s of the group's query heads writes dk, dv of
+    [splits, B, Skv, K, D | DV]; the caller adds the splits up. ``seg_begin``/``seg_end`` [B, Skv]: the query rows of
+    each key's segment."""
+    num_n = tl.cdiv(num_k, BLOCK_N)
+    n_block = tl.program_id(0) % num_n
+    bk = tl.program_id(0) // num_n
+    split = tl.program_id(1)
     b = (bk // num_kv).to(tl.int64)
     kv = (bk % num_kv).to(tl.int64)
     group = num_heads // num_kv
@@ -165,7 +167,7 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
                                 CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, True,
                                 PRECISION)  # fmt: skip
 
-    batches = (tl.num_programs(1) // num_kv).to(tl.int64)
+    batches = (tl.num_programs(0) // (num_n * num_kv)).to(tl.int64)
     out_rows = ((split * batches + b) * num_k + key.to(tl.int64)) * num_kv + kv
     tl.store(dk_ptr + out_rows[:, None] * D + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < D))  # fmt: skip
@@ -219,9 +221,10 @@ def grad_query(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, kv_start
                BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
                SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
                ALIBI: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (query blocks, B*H). dq is [B, Sq, H, D] contiguous; segment bounds are those of the forward kernel."""
-    m_block = tl.num_programs(0) - 1 - tl.program_id(0)
-    bh = tl.program_id(1)
+    """Grid: query blocks (fastest) x B*H. dq is [B, Sq, H, D] contiguous; segment bounds as in the forward kernel."""
+    num_m = tl.cdiv(num_q, BLOCK_M)
+    m_block = num_m - 1 - tl.program_id(0) % num_m
+    bh = tl.program_id(0) // num_m
     b = (bh // num_heads).to(tl.int64)
     h = (bh % num_heads).to(tl.int64)
     rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -62,10 +62,11 @@ def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key
                       CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
                       RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr,
                       SINKS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (query blocks, B*H). Output [B, Sq, H, DV] contiguous; ``lse_ptr`` [B, H, Sq] float32, base 2, +inf for rows
-    that see nothing. Pointers whose flag is off are never read."""
-    m_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest causal tiles start first
-    bh = tl.program_id(1)
+    """Grid: query blocks (fastest) x B*H. Output [B, Sq, H, DV] contiguous; ``lse_ptr`` [B, H, Sq] float32, base 2,
+    +inf for rows that see nothing. Pointers whose flag is off are never read."""
+    num_m = tl.cdiv(num_q, BLOCK_M)
+    m_block = num_m - 1 - tl.program_id(0) % num_m  # the longest causal tiles start first
+    bh = tl.program_id(0) // num_m
     b = (bh // num_heads).to(tl.int64)
     h = (bh % num_heads).to(tl.int64)
     rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)

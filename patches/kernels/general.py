@@ -173,7 +173,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     width = max(ready.flags["BLOCK_D"], ready.flags["BLOCK_DV"])
     tile = tile_for("forward", width, query.element_size(), shared_memory(query.device))
     pointers = ready.pointers | _segment_pointers(rules.q_segments, rules.kv_segments, query)
-    fwd.attention_forward[(triton.cdiv(num_q, tile.block_m), batch * heads)](
+    fwd.attention_forward[(triton.cdiv(num_q, tile.block_m) * batch * heads,)](
         query, key, value, out, lse, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
         pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
         query if sinks is None else sinks, pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value),
@@ -229,7 +229,7 @@ def backward(
     dv = torch.empty((splits, batch, num_k, kv_heads, dim_v), dtype=kind, device=query.device)
     common = dict(**ready.numbers, **ready.flags, num_heads=heads)
     pointers = ready.pointers | _segment_pointers(rules.kv_segments, rules.q_segments, query)
-    bwd.grad_key_value[(blocks, batch * kv_heads, splits)](
+    bwd.grad_key_value[(blocks * batch * kv_heads, splits)](
         query, key, value, grad, lse, delta, dk, dv, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
         pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
         pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value), *grad_strides, *ready.bias_strides,
@@ -239,7 +239,7 @@ def backward(
     tile = tile_for("grad_query", width, query.element_size(), shared)
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
     pointers = ready.pointers | _segment_pointers(rules.q_segments, rules.kv_segments, query)
-    bwd.grad_query[(triton.cdiv(num_q, tile.block_m), batch * heads)](
+    bwd.grad_query[(triton.cdiv(num_q, tile.block_m) * batch * heads,)](
         query, key, value, grad, lse, delta, dq, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
         pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
         pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value), *grad_strides, *ready.bias_strides,

@@ -12,14 +12,16 @@ from triton import language as tl
 from rehead.patches.kernels.general import interpreting, key_splits, row_delta
 from rehead.patches.kernels.rules import Rules
 
-try:
+# Gluon is Triton's experimental layer and changes between releases; the kernels are proved on these.
+GLUON_RELEASES = ("3.6",)
+READY = ".".join(triton.__version__.split(".")[:2]) in GLUON_RELEASES
+if READY:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from rehead.patches.kernels import hopper_backward, hopper_forward
-except ImportError:  # an older or newer Triton, whose Gluon has another shape: the general kernels take over
-    gl = None
 
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Heads whose K and V fit in this many bytes are worked on together, so that they stay in the 50 MB L2 cache.
 L2_SECTION = 24 * 2**20
 
@@ -57,16 +59,27 @@ def _block(dim: int) -> int:
     return 64 if dim <= 64 else 128
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
-    """Whether the Hopper forward kernel computes this call."""
-    if gl is None or interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
-        return False
-    if query.dtype not in (torch.bfloat16, torch.float16) or not rules.positional_only:
-        return False
+def refusal(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> str | None:
+    """Why the Hopper forward kernel leaves this call to the general kernels (one line), or None when it takes it."""
+    if not READY:
+        return f"Triton {triton.__version__} is not among the releases the Hopper kernels are proved on (3.6)"
+    if interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
+        return "the device is not a Hopper GPU"
+    if query.dtype not in _DTYPES:
+        return f"dtype {query.dtype} is neither bfloat16 nor float16"
+    if not rules.positional_only:
+        return "a chunk, key mask, packed segments, soft cap, ALiBi or bias is given"
     dim, dim_v = query.shape[3], value.shape[3]
     if dim > 128 or _block(dim_v) > _block(dim):
-        return False
-    return all(_describable(item) for item in (query, key, value))
+        return f"head_dim {dim} with values of {dim_v}; up to 128, values no wider than keys"
+    if not all(_describable(item) for item in (query, key, value)):
+        return "a tensor is not laid out in 16-byte steps"
+    return None
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+    """Whether the Hopper forward kernel computes this call."""
+    return refusal(query, key, value, rules) is None
 
 
 def takes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
@@ -80,9 +93,6 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     # A dimension of one element may have any stride; the engine's rule holds for it all the same.
     strides = [s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], tensor.stride()[:3])]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)
-
-
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _bounds(key: Tensor, rules: Rules) -> tuple[Tensor, Tensor, bool]:
@@ -160,7 +170,7 @@ def backward(
         dk.copy_(dk_part.sum(0)[..., :dim])
         dv.copy_(dv_part.sum(0)[..., :dim_v])
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
-    hopper_backward.finish_query[(padded_q // block_m, batch * heads)](
+    hopper_backward.finish_query[(padded_q // block_m * batch * heads,)](
         acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), delta

@@ -313,12 +313,14 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_par
 @triton.jit
 def finish_query(acc_ptr, dq_ptr, scale, num_q, padded_q, num_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_M: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
-    """dq [B, Sq, H, D] = scale * the buffer [B, H, padded_q, BLOCK_D], put back in order. Grid (query blocks, B*H).
-    WARPS is the number of consumer warps that filled the buffer."""
+    """dq [B, Sq, H, D] = scale * the buffer [B, H, padded_q, BLOCK_D], put back in order.
+
+    Grid: query blocks (fastest) x B*H. WARPS is the number of consumer warps that filled the buffer."""
     M_WARPS: tl.constexpr = BLOCK_M // 16
     N_WARPS: tl.constexpr = WARPS // M_WARPS
-    block = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    num_m = tl.cdiv(num_q, BLOCK_M)
+    block = tl.program_id(0) % num_m
+    bh = (tl.program_id(0) // num_m).to(tl.int64)
     base = acc_ptr + (bh * padded_q + block * BLOCK_M) * BLOCK_D
     acc = tl.load(base + tl.arange(0, BLOCK_M * BLOCK_D)) * scale
     acc = tl.reshape(acc, (BLOCK_D // N_WARPS // 8, N_WARPS, M_WARPS, 8, 4, 2, 2))

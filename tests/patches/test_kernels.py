@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rehead.errors import UnsupportedError, UsageError
-from rehead.patches.kernels import attention, reference, supported
+from rehead.patches.kernels import attention, reference, slow_path, supported
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -376,3 +376,20 @@ def test_what_cannot_run_says_why(monkeypatch):
         assert "float64" in supported(*[plain.double()] * 3, scale=1.0, causal=True)
     with pytest.raises(UnsupportedError, match="use attn_implementation='sdpa'"):
         attention(meta, meta, meta, scale=1.0, causal=True)
+
+
+@needs_kernels
+def test_the_slow_path_has_a_reason():
+    plain = torch.randn(1, 2, 40, 32, device=DEVICE)
+    assert slow_path(plain, plain, plain, scale=1.0, causal=True) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "name", ["long causal 64", "long window 128", "long padding 128", "long sinks 64", "head_dim 80"]
+)
+def test_hopper_takes_the_common_calls(name):
+    inputs, rules, _ = draw(GPU_CASES[name], torch.bfloat16)
+    assert slow_path(*inputs, **rules) is None
+    assert "soft cap" in slow_path(*inputs, **rules | {"softcap": 3.0})
