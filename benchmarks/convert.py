@@ -55,9 +55,10 @@ model.save_pretrained(out, max_shard_size="2GB")
 
 @dataclass(frozen=True)
 class Run:
-    """One measured process: wall-clock seconds and peak resident bytes."""
+    """One measured process: wall-clock and processor seconds, and peak resident bytes."""
 
     seconds: float
+    cpu: float
     peak: int
 
 
@@ -168,7 +169,7 @@ def run(command: list[str], folder: Path, cold: bool) -> Run:
         if child.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command[:4])} failed: {log.read().decode(errors='replace')[-2000:]}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def commands(src: Path, out: Path, kv_heads: int, naive: bool) -> dict[str, list[str]]:
@@ -206,13 +207,22 @@ def bench(root: Path, gb: float, args: argparse.Namespace) -> dict[str, object]:
     rows: dict[str, object] = {}
     cache = "warm" if args.warm else "cold"
     print(f"\n{total / 1e9:.2f} GB in {args.repeat} round(s), {cache} page cache")
-    print(f"{'':<30}{'seconds (each run)':<28}{'GB/s':>7}{'of cp':>8}{'peak MB':>10}")
+    print(f"{'':<30}{'seconds (each run)':<28}{'GB/s':>7}{'of cp':>8}{'CPU s':>8}{'peak MB':>10}", flush=True)
     for name, runs in results.items():
         seconds = statistics.median(r.seconds for r in runs)
         peak = max(r.peak for r in runs)
+        cpu = statistics.median(r.cpu for r in runs)
         each = " ".join(f"{r.seconds:.2f}" for r in runs)
-        print(f"{name:<30}{each:<28}{total / seconds / 1e9:>7.2f}{base / seconds:>8.2f}{peak / 1e6:>10.0f}")
-        rows[name] = {"seconds": [r.seconds for r in runs], "share_of_cp": base / seconds, "peak_bytes": peak}
+        print(
+            f"{name:<30}{each:<28}{total / seconds / 1e9:>7.2f}{base / seconds:>8.2f}{cpu:>8.1f}{peak / 1e6:>10.0f}",
+            flush=True,
+        )
+        rows[name] = {
+            "seconds": [r.seconds for r in runs],
+            "share_of_cp": base / seconds,
+            "cpu_seconds": cpu,
+            "peak_bytes": peak,
+        }
     return {"bytes": total, "runs": rows}
 
 
