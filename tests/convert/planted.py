@@ -70,6 +70,21 @@ def equal_heads(kv: int) -> Callable[[int, Heads], Heads]:
     return step
 
 
+def shuffled_heads(kv: int) -> Callable[[int, Heads], Heads]:
+    """A step that deals the KV heads of ``kv`` contiguous groups out in turn, query heads with them: same function."""
+
+    def step(layer: int, heads: Heads) -> Heads:
+        order = torch.arange(heads.num_kv_heads).reshape(kv, -1).T.flatten()
+        queries = (order[:, None] * heads.group_size + torch.arange(heads.group_size)).flatten()
+        names = ["k", "v", "k_bias", "v_bias"]
+        if heads.k_norm is not None and heads.k_norm.ndim == 2:
+            names.append("k_norm")
+        moved = {n: t[order] for n in names if (t := getattr(heads, n)) is not None}
+        return replace(heads.permute_queries(queries), **moved)
+
+    return step
+
+
 def rotated_heads(kv: int, method: str, seed: int = 0) -> Callable[[int, Heads], Heads]:
     """A step after :func:`equal_heads`: puts every head but the first of its group in a basis of its own.
 

@@ -28,14 +28,14 @@ def _load(name: str):
 
 
 tiny, canonical = _load("tiny"), _load("canonical")
-NAMES = [*FAMILIES, *tiny.VARIANTS]
+NAMES = [*FAMILIES, *tiny.VARIANTS, *tiny.CLAMPED]
 IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 
 
 def family_of(name: str):
     if not tiny.available(name):
         pytest.skip("not in the installed transformers")
-    return FAMILIES[tiny.VARIANTS.get(name, (name,))[0]]
+    return FAMILIES[tiny.model_type_of(name)]
 
 
 def same(a: Heads, b: Heads) -> bool:

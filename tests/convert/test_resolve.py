@@ -112,7 +112,7 @@ def test_a_guess_never_claims_more_than_the_table_knows(name: str) -> None:
     """Every table entry as if the table lacked it: refused, or guessed with the same heads and no freedom beyond."""
     if not tiny.available(name):
         pytest.skip("not in the installed transformers")
-    model_type = tiny.VARIANTS.get(name, (name,))[0]
+    model_type = tiny.model_type_of(name)
     family, model = FAMILIES[model_type], tiny.tiny_model(name)
     config, state = model.config, model.state_dict()
     if name not in GUESSED and (reason := declined(config, state)):

@@ -160,15 +160,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
 }
 
+# Variants whose queries, keys and values are really clamped: no change of basis commutes with that, so nothing planted
+# in one comes out exact.
+CLAMPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo-clamped": ("olmo", {"clip_qkv": 0.5}),
+    "olmoe-clamped": ("olmoe", {"clip_qkv": 0.5}),
+    "dbrx-clamped": ("dbrx", {"attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 0.5, "rope_theta": 1e4}}),
+}
+
+
+def model_type_of(name: str) -> str:
+    """The model type of a model type or variant."""
+    return (VARIANTS | CLAMPED).get(name, (name, {}))[0]
+
 
 def available(name: str) -> bool:
     """Whether the installed transformers knows the model type."""
-    return VARIANTS.get(name, (name, {}))[0] in CONFIG_MAPPING
+    return model_type_of(name) in CONFIG_MAPPING
 
 
 def tiny_config(name: str, **overrides: Any) -> Any:
-    """A config of two layers for a model type or one of :data:`VARIANTS`."""
-    model_type, variant = VARIANTS.get(name, (name, {}))
+    """A config of two layers for a model type or a variant."""
+    model_type, variant = (VARIANTS | CLAMPED).get(name, (name, {}))
     cls = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "attribute_map", {}))
     values = {key: value for key, value in COMMON.items() if key in known}
