@@ -24,6 +24,9 @@ logger = logging.getLogger("rehead.patches")
 SYNC_ROWS = 16
 """Masks for more query rows than this (a prefill or a training step) may wait for the device once; decode steps not."""
 
+PLAIN: set[type] = set()
+"""Config classes whose models pass their mask on untouched, as far as has been looked."""
+
 _said: set[str] = set()
 
 
@@ -151,6 +154,9 @@ def _describe(mask: TiledMask, function: Callable, padding: Tensor | None, kv_of
     mask.causal = rules.causal
     mask.window = min(rules.windows) if rules.windows else None
     for packed in rules.packed:
+        # A compiled forward cannot look and always hands positions over; one sequence a row needs no segments.
+        if _may_wait(packed, mask.q_length) and not bool((packed != packed[:, :1]).any()):
+            continue
         mask = mask.with_segments(packed, packed)
     for size, left_padding, positions in rules.chunks:
         mask = _add_chunk(mask, size, left_padding, positions, q_start, kv_offset)
@@ -199,9 +205,28 @@ def tiled_mask(
                 "pass the 2-D attention mask instead"
             )
         return attention_mask
+    # The most common mask needs nothing that a compiled graph cannot do, so it stays inside one.
+    if torch.compiler.is_compiling() and mask_function is masking_utils.causal_mask_function and type(config) in PLAIN:
+        return _causal(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     return _make(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, use_vmap, config
     )  # fmt: skip
+
+
+def _causal(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> TiledMask:
+    """A causal mask with padding at most."""
+    mask = TiledMask(
+        batch_size, q_length, kv_length, torch.device(device), q_offset=_snapshot(q_offset, q_length) - kv_offset
+    )
+    return mask if attention_mask is None else _add_padding(mask, _pad_to(attention_mask.bool(), kv_offset, kv_length))
 
 
 @torch.compiler.disable
@@ -236,6 +261,10 @@ def _make(
         _say_dense(config, "its layers read the mask")
         dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
         return masking_utils.eager_mask(**dense_arguments, dtype=dtype)
+    if style is MaskStyle.PASSED:
+        PLAIN.add(type(config))
+        if mask_function is masking_utils.causal_mask_function:
+            return _causal(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     mask = TiledMask(
         batch_size, q_length, kv_length, torch.device(device), q_offset=_snapshot(q_offset, q_length) - kv_offset
     )

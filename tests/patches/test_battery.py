@@ -10,6 +10,7 @@ import inspect
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 from rehead.patches import patch_model
 from rehead.patches.tiny import tiny_model
@@ -301,3 +302,53 @@ def test_proof_leak_and_revert(arch):
     assert traces(model) == seen
     assert model.config.to_dict() == config
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_training_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    model = shared("llama")
+    theirs = model(TOKENS, attention_mask=LEFT, use_cache=False).logits
+    with patch_model(model, "tiled"):
+        fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+        close(fast(TOKENS, attention_mask=LEFT, use_cache=False).logits, theirs, LEFT)
+        fast(TOKENS, attention_mask=LEFT, use_cache=False).logits.sum().backward()
+        # Without a mask transformers hands over positions, which are looked at outside the graph.
+        plain = torch.compile(model, backend="aot_eager")
+        close(plain(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_oss"])
+def test_compiled_decoding_is_one_graph(arch, monkeypatch):
+    """As `generate` does on a GPU: masks made outside, positions as tensors; every step runs the same graph."""
+    monkeypatch.setattr("rehead.patches.masking._may_wait", lambda tensor, rows: rows > 16)
+    model = shared(arch)
+
+    def run(step):
+        cache = static(model)
+        with torch.no_grad():
+            out = [model(TOKENS[:, :30], attention_mask=LEFT[:, :30], past_key_values=cache, use_cache=True).logits]
+            for i in range(30, 36):
+                blank = torch.empty(2, 1, 0)
+                mask = create_masks_for_generate(model.config, blank, LEFT[:, : i + 1], cache, None)
+                positions = torch.full((2, 1), i)
+                out.append(
+                    step(
+                        TOKENS[:, i : i + 1],
+                        attention_mask=mask,
+                        past_key_values=cache,
+                        use_cache=True,
+                        position_ids=positions,
+                    ).logits
+                )
+        return torch.cat(out, 1)
+
+    theirs = run(model)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with patch_model(model, "tiled"):
+        mine = run(torch.compile(model.__call__, backend="aot_eager"))
+    close(mine, theirs, LEFT[:, :36])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 2
