@@ -130,7 +130,7 @@ def run_decode(
     total = num_q * group
     block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
     early = _is_hopper(query.device)
-    rows, block_n, warps, stages, slots = _launch(query, block_d, total)
+    rows, block_n, warps, stages, slots = _launch(query.device, query.element_size(), block_d, total)
     row_tiles = triton.cdiv(total, rows)
     length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256  # a growing cache asks anew every 256 keys only
     splits = split_count(batch * kv_heads * row_tiles, length, slots, block_n)
@@ -181,7 +181,8 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _launch(query: Tensor, block_d: int, total: int) -> tuple[int, int, int, int, int]:
+@functools.lru_cache(maxsize=256)
+def _launch(device: torch.device, itemsize: int, block_d: int, total: int) -> tuple[int, int, int, int, int]:
     """Rows a tile, keys a block, warps, pipeline stages, and program slots of the whole GPU.
 
     Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax needs no exchange
@@ -194,10 +195,10 @@ def _launch(query: Tensor, block_d: int, total: int) -> tuple[int, int, int, int
     rows = min(64, max(16, triton.next_power_of_2(total)))
     if interpreting():
         return rows, 16, 4, 1, 12
-    roomy = shared_memory(query.device) > 150_000
-    slots = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
-    if rows > 16 and _is_hopper(query.device) and query.element_size() == 2:
+    roomy = shared_memory(device) > 150_000
+    slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    if rows > 16 and _is_hopper(device) and itemsize == 2:
         rows = 64
-    if block_d * query.element_size() > 256:
+    if block_d * itemsize > 256:
         return rows, 32, 4, 3 if roomy else 2, slots
     return rows, 64, 4, 3 if roomy else 2, slots
