@@ -164,6 +164,7 @@ def convert(
         num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens, calibration_length,
         refit, fit, dtype, max_shard_size, seed,
     )  # fmt: skip
+    resolve_device(device)
     started = time.monotonic()
     opened = open_model(model, revision)
     with opened.source:

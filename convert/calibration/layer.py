@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,29 @@ _ATTENTION_TOKENS = {"cpu": 16384, "cuda": 65536}
 
 class _Stop(Exception):
     """What was wanted of a forward pass has been seen."""
+
+
+@dataclass
+class OutputTarget:
+    """What the converted layer's attention ought to give.
+
+    Attributes:
+        clean: the original's attention output [N, S, m].
+        drift: what the prefix has drifted by, in the output's scale, [N, S, m]; None where a norm stands between the
+            output and the residual stream.
+        weight: of each token [N, S], mean 1: the inverse square of what the output is added to (or of itself, before a
+            norm), since the norms after it see nothing but the ratio. Without it, the few tokens on which a model parks
+            its huge activations would decide everything.
+    """
+
+    clean: Tensor
+    drift: Tensor | None
+    weight: Tensor
+
+    def at(self, rows: Any, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(targets, weights) of some sequences, taking back ``share`` of the drift."""
+        wanted = self.clean[rows] if self.drift is None else self.clean[rows] + share * self.drift[rows]
+        return wanted.to(device), self.weight[rows].to(device)
 
 
 class LayerHealer:
@@ -105,7 +128,6 @@ class LayerHealer:
         result = regroup(heads, kv, options.method, "contiguous", context)
         facts: dict[str, Any] = {}
         pooled = result.heads
-        drift = None
         if options.refit and statistics is not None:
             geometry = (rotation, scaling)
             pooled, note = self._refit_logits(layer, pooled, hidden, inputs, geometry, statistics, order)
@@ -114,13 +136,12 @@ class LayerHealer:
         if target is None:
             self.run(self.original, layer, hidden)
         else:
-            clean, drift = target
             if options.refit:
-                pooled = self._refit_output(layer, pooled, groups, ours, clean, drift, 1.0)
+                pooled = self._refit_output(layer, pooled, ours, target)
             if options.fit:
-                pooled, facts["fit_loss"] = self._fit(layer, pooled, inputs, ours, clean, drift)
+                pooled, facts["fit_loss"] = self._fit(layer, pooled, inputs, ours, target)
                 if options.refit:
-                    pooled = self._refit_output(layer, pooled, groups, ours, clean, drift, 1.0)
+                    pooled = self._refit_output(layer, pooled, ours, target)
         final = LayerResult(pooled, groups or result.groups, result.key_error, result.value_error)
         return layer_tensors(self.plan, layer, final), {**final.as_json(), **facts}, hidden
 
@@ -249,13 +270,14 @@ class LayerHealer:
             return pooled, {"logit_error": [round(before, 5), round(before, 5)]}
         return refitted, {"logit_error": [round(before, 5), round(after, 5)]}
 
-    def _run_original(self, layer: int, hidden: Tensor, ours: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Advance ``hidden`` through the original layer; (its attention output, what the prefix has drifted by)."""
+    def _run_original(self, layer: int, hidden: Tensor, ours: Tensor) -> OutputTarget:
+        """Advance ``hidden`` through the original layer and say what the converted attention ought to give."""
         _, _, output = self._modules(self.original, layer)
         family, config = self.model.family, self.model.config
-        drift = None
+        drift, size = None, None
         if not family.post_norm_of(config):
             drift = (hidden - ours) / family.residual_scale(config, layer)
+            size = hidden.square().mean(-1)
         clean: Tensor | None = None
         for rows in self.batches(len(hidden)):
             kept: list[Tensor] = []
@@ -266,30 +288,27 @@ class LayerHealer:
             clean[rows] = kept[0].reshape(clean[rows].shape).to(clean.device)
             hidden[rows] = after.to(hidden.device)
         assert clean is not None
-        return clean, drift
-
-    def _target(self, rows: Any, clean: Tensor, drift: Tensor | None, share: float) -> Tensor:
-        wanted = clean[rows] if drift is None else clean[rows] + share * drift[rows]
-        return wanted.to(self.device)
+        size = clean.square().mean(-1) if size is None else size
+        weight = 1 / (size + 1e-3 * size.median())
+        return OutputTarget(clean, drift, weight / weight.mean())
 
     def _refit_output(
         self,
         layer: int,
         pooled: Heads,
-        groups: list[list[int]] | None,
         ours: Tensor,
-        clean: Tensor,
-        drift: Tensor | None,
-        share: float,
+        goal: OutputTarget,
     ) -> Heads:
         self._load_converted(layer, pooled)
         _, _, output = self._modules(self.converted, layer)
         refit = OutputRefit(pooled)
         for rows in self.batches(len(ours)):
-            target = self._target(rows, clean, drift, share)
+            target, weight = goal.at(rows, 1.0, self.device)
 
-            def count(module: nn.Module, args: tuple[Tensor, ...], target: Tensor = target) -> None:
-                refit.add(args[0].reshape(*target.shape[:-1], -1), target)
+            def count(
+                module: nn.Module, args: tuple[Tensor, ...], target: Tensor = target, weight: Tensor = weight
+            ) -> None:
+                refit.add(args[0].reshape(*target.shape[:-1], -1), target, weight)
                 raise _Stop
 
             with _hooked(output.register_forward_pre_hook(count)):
@@ -301,9 +320,7 @@ class LayerHealer:
         result = LayerResult(pooled, [], 0.0, 0.0)
         self.converted.load_layer(layer, layer_tensors(self.plan, layer, result, keep_float=True))
 
-    def _fit(
-        self, layer: int, pooled: Heads, inputs: Tensor, ours: Tensor, clean: Tensor, drift: Tensor | None
-    ) -> tuple[Heads, float]:
+    def _fit(self, layer: int, pooled: Heads, inputs: Tensor, ours: Tensor, goal: OutputTarget) -> tuple[Heads, float]:
         self._load_converted(layer, pooled)
         attention, reader, output = self._modules(self.converted, layer)
         forward = self._attention_call(layer, attention, reader, ours)
@@ -316,7 +333,7 @@ class LayerHealer:
             moved,
             lambda rows: forward(inputs[rows].to(self.device), output),
             inputs,
-            lambda rows: self._target(rows, clean, drift, DRIFT),
+            lambda rows: goal.at(rows, DRIFT, self.device),
             self.options.fit,
             self.batch,
             self.options.seed + layer,

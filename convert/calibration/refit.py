@@ -251,13 +251,20 @@ class OutputRefit:
         self.gram = torch.zeros(width, width, device=prior.device)
         self.cross = torch.zeros_like(self.prior, dtype=torch.float32)
 
-    def add(self, mixed: Tensor, target: Tensor) -> None:
-        """Count a batch: what goes into the output projection [b, S, H * D], what should come out [b, S, m]."""
+    def add(self, mixed: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            mixed: what goes into the output projection [b, S, H * D].
+            target: what should come out [b, S, m].
+            weight: of each token [b, S].
+        """
         z, y = mixed.flatten(0, 1), target.flatten(0, 1)
         if self.bias:
             z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        self.gram += z.T @ z
-        self.cross += y.T @ z
+        weighted = z * weight.reshape(-1, 1)
+        self.gram += z.T @ weighted
+        self.cross += y.T @ weighted
 
     def solve(self, heads: Heads) -> Heads:
         """``heads`` with the refitted output projection."""

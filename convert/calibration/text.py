@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,14 @@ def load_calibration(
     if list(texts) == [RANDOM]:
         generator = torch.Generator().manual_seed(seed)
         return CalibrationText(torch.randint(0, vocab_size, (wanted, length), generator=generator), ["random tokens"])
-    tokenizer = _tokenizer(source)
     names = list(texts) or ["built in"]
+    contents = [_read(name) for name in names]
+    for name, content in zip(names, contents):
+        if not content.strip():
+            raise UsageError(f"--calibration {name}: is empty; give a file with text")
+    tokenizer = _tokenizer(source)
     share = -(-wanted // len(names))
-    found = [_sequences(name, _read(name), tokenizer, share, length) for name in names]
+    found = [_sequences(content, tokenizer, share, length) for content in contents]
     mixed = [row for rows in zip(*_padded(found)) for row in rows if row is not None][:wanted]
     least = min(MIN_TOKENS, wanted * length)
     if len(mixed) * length < least:
@@ -76,9 +81,8 @@ def _padded(found: list[list[list[int]]]) -> list[list[list[int] | None]]:
     return [[*rows, *[None] * (longest - len(rows))] for rows in found]
 
 
-def _sequences(name: str, text: str, tokenizer, count: int, length: int) -> list[list[int]]:
-    if not text.strip():
-        raise UsageError(f"--calibration {name}: is empty; give a file with text")
+def _sequences(text: str, tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """At most ``count`` sequences of ``length`` tokens, spread evenly over a text."""
     # Excerpts generous enough for a sequence each at up to seven characters a token, evenly spread.
     size = min(7 * length, max(len(text) // count, 1))
     if size < 7 * length:
@@ -99,7 +103,7 @@ def _sequences(name: str, text: str, tokenizer, count: int, length: int) -> list
     return rows
 
 
-def _tokenizer(source: Source):
+def _tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     from rehead.convert.meta import quiet_transformers

@@ -1,0 +1,243 @@
+"""Pooling methods on heads whose right answer is known, without any model around them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rehead.convert.calibration.statistics import LayerStatistics, StatisticsGatherer
+from rehead.convert.grouping import contiguous_groups, permute, similar_groups
+from rehead.convert.heads import Heads, rotary_pairs
+from rehead.convert.linalg import balance, ridge, sqrt_pair
+from rehead.convert.methods.registry import METHOD_MODULES, MethodContext, get_method, register
+from rehead.convert.regroup import reconstruction_error, regroup
+from rehead.errors import UsageError
+
+QUERIES, SIZE, WIDTH, OUT, LENGTH = 8, 8, 24, 20, 40
+
+
+def make_heads(kv: int, pairing: str = "half", dims: int = SIZE, bias: bool = False, seed: int = 0) -> Heads:
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    heads = Heads(
+        draw(QUERIES, SIZE, WIDTH) * 0.4,
+        draw(kv, SIZE, WIDTH) * 0.4,
+        draw(kv, SIZE, WIDTH),
+        draw(OUT, QUERIES, SIZE),
+        pairs=rotary_pairs(pairing, dims),
+    )
+    if bias:
+        heads.q_bias, heads.k_bias, heads.v_bias = draw(QUERIES, SIZE), draw(kv, SIZE), draw(kv, SIZE)
+    return heads
+
+
+def attend(heads: Heads, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output [S, OUT], probabilities [H, S, S]) of plain causal attention in float64."""
+
+    def project(name: str) -> torch.Tensor:
+        states = torch.einsum("hdn,sn->hsd", getattr(heads, name).double(), x)
+        bias = getattr(heads, name + "_bias")
+        states = states if bias is None else states + bias.double()[:, None]
+        return states if name == "q" else states.repeat_interleave(heads.group_size, 0)
+
+    def rotate(states: torch.Tensor) -> torch.Tensor:
+        if not len(heads.pairs):
+            return states
+        real, imag = heads.pairs.unbind(1)
+        turn = torch.exp(1j * torch.arange(len(x)).double()[:, None] * angles(heads))
+        z = torch.complex(states[..., real], states[..., imag]) * turn
+        states = states.clone()
+        states[..., real], states[..., imag] = z.real, z.imag
+        return states
+
+    scores = rotate(project("q")) @ rotate(project("k")).mT * SIZE**-0.5
+    p = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+    return torch.einsum("mhd,hsd->sm", heads.o.double(), p @ project("v")), p
+
+
+def angles(heads: Heads) -> torch.Tensor:
+    count = len(heads.pairs)
+    return 10000 ** (-torch.arange(count).double() / max(count, 1))
+
+
+def gathered(heads: Heads, x: torch.Tensor, kv: int) -> LayerStatistics:
+    gatherer = StatisticsGatherer(WIDTH + 1, kv, torch.device("cpu"))
+    batch = torch.cat([x, torch.ones(len(x), 1)], -1).float()[None]
+    gatherer.add_inputs(batch)
+    gatherer.add_attention(batch, attend(heads, x)[1].float()[None])
+    return gatherer.finish(angles(heads), len(x))
+
+
+def in_own_bases(heads: Heads, kv: int, rigid: bool, seed: int = 1) -> Heads:
+    """Spread each KV head over several, each in a basis of its own that its freedom allows: the same function."""
+    g = torch.Generator().manual_seed(seed)
+    count = heads.num_kv_heads * kv
+    spread = replace(
+        heads,
+        **{
+            name: getattr(heads, name).repeat_interleave(kv, 0)
+            for name in ("k", "v", "k_bias", "v_bias")
+            if getattr(heads, name) is not None
+        },
+    )
+    keys, values = [], []
+    for _ in range(count):
+        key = torch.eye(SIZE, dtype=torch.float64)
+        real, imag = heads.pairs.unbind(1)
+        radius = torch.ones(len(real)) if rigid else torch.rand(len(real), generator=g) + 0.5
+        c = torch.polar(radius.double(), torch.rand(len(real), generator=g).double() * 6)
+        key[real, real], key[imag, imag], key[imag, real], key[real, imag] = c.real, c.real, c.imag, -c.imag
+        rest = heads.free_dims()
+        key[rest[:, None], rest] = basis(len(rest), rigid, g)
+        keys.append(key)
+        values.append(basis(SIZE, rigid, g))
+    return changed(spread, torch.stack(keys), torch.stack(values))
+
+
+def basis(size: int, rigid: bool, g: torch.Generator) -> torch.Tensor:
+    matrix = torch.randn(size, size, generator=g, dtype=torch.float64)
+    return torch.linalg.qr(matrix)[0] if rigid and size else matrix
+
+
+def changed(heads: Heads, keys: torch.Tensor, values: torch.Tensor) -> Heads:
+    """k -> A k with q -> A^-T q, v -> B v with o -> o B^-1."""
+    group = heads.group_size
+    back_k = torch.linalg.inv(keys).mT.repeat_interleave(group, 0)
+    back_v = torch.linalg.inv(values).repeat_interleave(group, 0)
+    apply = lambda m, t: None if t is None else torch.einsum("hij,hj...->hi...", m, t)  # noqa: E731
+    return replace(
+        heads,
+        q=apply(back_k, heads.q),
+        q_bias=apply(back_k, heads.q_bias),
+        k=apply(keys, heads.k),
+        k_bias=apply(keys, heads.k_bias),
+        v=apply(values, heads.v),
+        v_bias=apply(values, heads.v_bias),
+        o=torch.einsum("mhj,hji->mhi", heads.o, back_v),
+    )
+
+
+LAYOUTS = [("half", SIZE), ("interleaved", SIZE), ("half", 4), ("none", 0)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("pairing", "dims"), LAYOUTS)
+@pytest.mark.parametrize(("method", "rigid"), [("procrustes", True), ("svd", True), ("svd", False)])
+def test_heads_in_their_own_bases_are_recovered(method, rigid, pairing, dims, bias) -> None:
+    base = make_heads(2, pairing, dims, bias)
+    heads = in_own_bases(base, 2, rigid)
+    x = torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted, _ = attend(heads, x)
+    assert torch.allclose(wanted, attend(base, x)[0], rtol=1e-6, atol=1e-6)
+    context = MethodContext(statistics=gathered(heads, x, 2))
+    result = regroup(heads, 2, method, context=context)
+    far = attend(get_method("mean").pool(heads, 2, context), x)[0]
+    error = lambda y: float((y - wanted).norm() / wanted.norm())  # noqa: E731
+    assert error(attend(result.heads, x)[0]) < 1e-4
+    assert error(far) > 0.1
+    assert result.key_error < 1e-4
+    assert result.value_error < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in METHOD_MODULES if name != "random"])
+def test_equal_heads_are_kept(method) -> None:
+    base = make_heads(2)
+    heads = replace(base, k=base.k.repeat_interleave(2, 0), v=base.v.repeat_interleave(2, 0))
+    x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    result = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2)))
+    assert torch.allclose(attend(result.heads, x)[0], attend(heads, x)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHOD_MODULES)
+def test_same_number_of_heads_is_untouched(method) -> None:
+    heads = make_heads(4)
+    assert regroup(heads, 4, method).heads is heads
+
+
+def test_svd_beats_every_method_on_what_the_layer_sees() -> None:
+    heads = make_heads(8, seed=4)
+    x = torch.randn(400, WIDTH, dtype=torch.float64) @ torch.diag(torch.logspace(0, -2, WIDTH, dtype=torch.float64))
+    context = MethodContext(statistics=gathered(heads, x, 2))
+    wanted = attend(heads, x)[0]
+    loss = {
+        m: float((attend(regroup(heads, 2, m, context=context).heads, x)[0] - wanted).norm()) for m in METHOD_MODULES
+    }
+    assert min(loss, key=loss.get) == "svd"
+    assert loss["procrustes"] < loss["mean"]
+
+
+def test_svd_gauge_is_balanced() -> None:
+    heads = make_heads(8, seed=2)
+    x = torch.randn(400, WIDTH, dtype=torch.float64) @ torch.diag(torch.logspace(0, -3, WIDTH, dtype=torch.float64))
+    pooled = regroup(heads, 1, "svd", context=MethodContext(statistics=gathered(heads, x, 1))).heads
+    for name in "qkv":
+        old, new = getattr(heads, name).norm(dim=(1, 2)).mean(), getattr(pooled, name).norm(dim=(1, 2)).mean()
+        assert 0.1 < float(new / old) < 10, name
+    assert float(torch.linalg.cond(pooled.v[0].double())) < 1e3
+
+
+def test_random_is_seeded_and_first_is_first() -> None:
+    heads = make_heads(4).to(torch.float32)
+    draw = lambda seed: get_method("random").pool(heads, 2, MethodContext(seed=seed)).k  # noqa: E731
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(get_method("first").pool(heads, 2, MethodContext()).v, heads.v[::2])
+
+
+@pytest.mark.parametrize("method", ["mean", "procrustes", "svd"])
+def test_similar_grouping_finds_the_heads_that_belong_together(method) -> None:
+    base = make_heads(2)
+    heads = in_own_bases(base, 2, rigid=True) if method != "mean" else regrouped_equal(base)
+    mixed = permute(heads, [[0], [2], [1], [3]])
+    x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    context = MethodContext(statistics=gathered(mixed, x, 2))
+    assert similar_groups(mixed, 2, method, context.statistics) == [[0, 2], [1, 3]]
+    result = regroup(mixed, 2, method, "similar", replace(context, statistics=gathered(heads, x, 2)))
+    assert torch.allclose(attend(result.heads, x)[0], attend(mixed, x)[0], atol=1e-3)
+
+
+def regrouped_equal(base: Heads) -> Heads:
+    return replace(base, k=base.k.repeat_interleave(2, 0), v=base.v.repeat_interleave(2, 0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(4)))
+def test_permuting_heads_keeps_the_function(order) -> None:
+    heads = make_heads(4, bias=True)
+    x = torch.randn(12, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    moved = permute(heads, [[i] for i in order])
+    assert torch.allclose(attend(moved, x)[0], attend(heads, x)[0], atol=1e-10)
+    assert sum(reconstruction_error(heads, heads)) < 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_groups_partition_the_heads(size, count) -> None:
+    groups = contiguous_groups(size * count, count)
+    assert sorted(sum(groups, [])) == list(range(size * count))
+    assert {len(group) for group in groups} == {size}
+
+
+def test_square_roots_balance_and_ridge() -> None:
+    a = torch.randn(9, 4, dtype=torch.float64)
+    root, inverse = sqrt_pair(a @ a.T)
+    assert torch.allclose(root @ inverse, torch.eye(9, dtype=torch.float64), atol=1e-6)
+    left, right = torch.randn(12, 4, dtype=torch.float64) * 1e3, torch.randn(4, 9, dtype=torch.float64) * 1e-3
+    x, y = balance(left, right)
+    assert torch.allclose(x @ y, left @ right, atol=1e-9)
+    assert torch.allclose(torch.linalg.svdvals(x), torch.linalg.svdvals(y))
+    z, w = torch.randn(200, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    assert torch.allclose(ridge(z.T @ z, (z @ w.T).T @ z, torch.zeros(3, 5), 1e-9), w, atol=1e-6)
+    prior = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.allclose(ridge(torch.zeros(5, 5), torch.zeros(3, 5), prior, 1.0), prior)
+
+
+def test_registry_rejects_duplicates_and_suggests() -> None:
+    with pytest.raises(ValueError, match="registered already"):
+        get_method("mean") and register("mean", "again")(lambda heads, kv, context: heads)
+    with pytest.raises(UsageError, match="did you mean 'procrustes'"):
+        get_method("procrustis")

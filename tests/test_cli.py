@@ -1,0 +1,214 @@
+"""The command line: every mistake ends in one line and the right exit code; every command speaks JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rehead.cli import main
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "convert" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _load("tiny")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    tiny.save_tiny("llama", folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the CLI in this process: (exit code, standard output, standard error)."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def heads(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def test_bare_call_shows_help(run) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert "convert" in out
+    assert "inspect" in out
+
+
+def test_inspect_and_plan_agree_on_the_cache(run, llama) -> None:
+    code, out, _ = run("inspect", llama, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["num_key_value_heads"] == heads(llama)
+    target = min(map(int, facts["can_convert_to"]))
+    code, out, _ = run("plan", llama, "--kv-heads", target, "--json")
+    plan = json.loads(out)
+    assert plan["kv_bytes_per_token"] == {
+        "before": facts["kv_bytes_per_token"],
+        "after": facts["can_convert_to"][str(target)],
+    }
+    assert {change["name"].split(".")[-2] for change in plan["changes"]} == {"k_proj", "v_proj"}
+    for words in (("inspect", llama), ("plan", llama, "--kv-heads", target), ("families",)):
+        code, out, _ = run(*words)
+        assert code == 0
+        assert len(out.splitlines()) > 3
+
+
+def test_convert_then_verify(run, llama, tmp_path) -> None:
+    out = tmp_path / "out"
+    code, text, _ = run("convert", llama, out, "--kv-heads", 1, "--json")
+    assert code == 0
+    assert json.loads(text)["num_key_value_heads"]["after"] == 1
+    assert heads(out) == 1
+    code, text, _ = run("verify", out, "--source", llama, "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert found["against_source"]["mean_kl"] > 0
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "multi-query-attention" in card
+    victim = out / "model.safetensors"
+    raw = bytearray(victim.read_bytes())
+    raw[-1] ^= 1
+    victim.write_bytes(raw)
+    code, _, err = run("verify", out)
+    assert code == 4
+    assert "model.safetensors" in err
+
+
+def test_same_number_of_heads_is_exact_and_verified_so(run, llama, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", llama, out, "--kv-heads", heads(llama), "--method", "svd")[0] == 0
+    theirs, ours = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    code, text, _ = run("verify", out, "--source", llama, "--json")
+    assert code == 0
+    assert json.loads(text)["against_source"]["max_difference"] == 0
+
+
+def test_dtype_and_shards(run, llama, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", llama, out, "--kv-heads", 1, "--dtype", "bfloat16", "--max-shard-size", "20KB")[0] == 0
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {t.dtype for shard in shards for t in load_file(shard).values()} == {torch.bfloat16}
+    assert run("verify", out)[0] == 0
+
+
+BAD = [
+    # (what is done to a copy of the model, extra arguments, exit code, words of the one line)
+    ("", ["--kv-heads", "3"], 2, "does not divide"),
+    ("", ["--kv-heads", "64"], 2, "cannot add"),
+    ("", ["--kv-heads", "0"], 2, "1 or more"),
+    ("", ["--kv-heads", "two"], 2, "not a valid integer"),
+    ("", [], 2, "--kv-heads"),
+    ("", ["--kv-heads", "1", "--method", "meen"], 2, "did you mean 'mean'"),
+    ("", ["--kv-heads", "1", "--grouping", "simular"], 2, "did you mean 'similar'"),
+    ("", ["--kv-heads", "1", "--dtype", "bf16"], 2, "bfloat16"),
+    ("", ["--kv-heads", "1", "--max-shard-size", "5 bananas"], 2, "bananas"),
+    ("", ["--kv-heads", "1", "--device", "warp"], 2, "warp"),
+    ("", ["--kv-heads", "1", "--method", "svd", "--calibration", "nowhere.txt"], 2, "no such file"),
+    ("empty text", ["--kv-heads", "1", "--method", "svd", "--calibration", "TEXT"], 2, "is empty"),
+    ("nan", ["--kv-heads", "1"], 3, "layers.1.self_attn.k_proj.weight (layer 1)"),
+    ("quantised", ["--kv-heads", "1"], 3, "quantised"),
+    ("pickle", ["--kv-heads", "1"], 3, "pickled"),
+    ("bert", ["--kv-heads", "1"], 3, "encoder"),
+    ("t5", ["--kv-heads", "1"], 3, "encoder"),
+    ("mamba", ["--kv-heads", "1"], 3, "attention"),
+    ("remote", ["--kv-heads", "1"], 3, "remote code"),
+    ("no type", ["--kv-heads", "1"], 3, "model_type"),
+    ("lying heads", ["--kv-heads", "1"], 3, "config.json claims"),
+    ("truncated", ["--kv-heads", "1"], 3, "model.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("harm", "extra", "code", "says"), BAD, ids=[f"{b[0]} {' '.join(b[1])}".strip() for b in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(run, llama, tmp_path, harm, extra, code, says) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    for file in llama.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    harmed(model, harm)
+    text = tmp_path / "TEXT"
+    text.write_text("")
+    found, _, err = run("convert", model, out, *[str(text) if word == "TEXT" else word for word in extra])
+    assert found == code, err
+    assert says in err, err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["TEXT", "model"]
+
+
+def harmed(model: Path, harm: str) -> None:
+    """Break a checkpoint in a named way."""
+    config = json.loads((model / "config.json").read_text())
+    weights = model / "model.safetensors"
+    if harm == "nan":
+        tensors = load_file(weights)
+        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, weights, {"format": "pt"})
+    elif harm == "quantised":
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    elif harm == "pickle":
+        weights.rename(model / "pytorch_model.bin")
+    elif harm in ("bert", "t5", "mamba"):
+        config = {"model_type": harm, "architectures": ["X"]}
+    elif harm == "remote":
+        config |= {"model_type": "brand_new", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    elif harm == "no type":
+        config.pop("model_type")
+    elif harm == "lying heads":
+        config["num_key_value_heads"] = config["num_attention_heads"] // 2 or 1
+        config["num_key_value_heads"] = 2 if heads(model) != 2 else 4
+    elif harm == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def test_outputs_that_must_not_be_written(run, llama, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", llama, out, "--kv-heads", 1, "--quiet")[0] == 0
+    before = (out / "rehead.json").read_bytes()
+    for place in (out, llama, llama / "inside"):
+        code, _, err = run("convert", llama, place, "--kv-heads", 1)
+        assert code == 2, err
+    assert (out / "rehead.json").read_bytes() == before
+    assert not (llama / "inside").exists()
+    assert run("convert", llama, out, "--kv-heads", 2, "--overwrite")[0] == 0
+    assert heads(out) == 2
+
+
+def test_errors_are_json_too(run, llama, tmp_path) -> None:
+    code, out, _ = run("convert", llama, tmp_path / "out", "--kv-heads", 3, "--json")
+    assert code == 2
+    assert json.loads(out)["exit_code"] == 2
+
+
+def test_unknown_command_suggests(run) -> None:
+    code, _, err = run("convret")
+    assert code == 2
+    assert "convert" in err
