@@ -79,7 +79,8 @@ def _masks(case: Case, implementation: str) -> Any:
     """What transformers makes of the case for an attention implementation, by its own functions."""
     from transformers import LlamaConfig, masking_utils
 
-    config = LlamaConfig(sliding_window=case.window)
+    config: Any = LlamaConfig()
+    config.sliding_window = case.window
     config._attn_implementation = implementation
     create = masking_utils.create_sliding_window_causal_mask if case.window else masking_utils.create_causal_mask
     return create(config, torch.empty(1, case.length, 0), _padding(case), None)
@@ -175,7 +176,7 @@ def check(case: Case) -> float:
         out = _forward(short, name, tensors)[keep]
         grads = torch.autograd.grad(out.square().sum(), tensors)
         results.append([out, *grads])
-    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True))
 
 
 def machine(threads: int) -> dict[str, object]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,10 +99,10 @@ def build(setting: Setting, kv_heads: int, device: str) -> LlamaForCausalLM:
     return model.eval()
 
 
-def filled_cache(model: LlamaForCausalLM, setting: Setting) -> StaticCache:
+def filled_cache(model: Any, setting: Setting) -> StaticCache:
     """A static cache that holds ``context - 1`` random tokens."""
     config = model.config
-    cache = StaticCache(config=config, max_cache_len=setting.context + setting.steps)
+    cache: Any = StaticCache(config=config, max_cache_len=setting.context + setting.steps)
     head_dim = config.hidden_size // config.num_attention_heads
     parameter = next(model.parameters())
     cache.early_initialization(setting.batch, config.num_key_value_heads, head_dim, parameter.dtype, parameter.device)
@@ -111,13 +112,13 @@ def filled_cache(model: LlamaForCausalLM, setting: Setting) -> StaticCache:
     return cache
 
 
-def rewind(cache: StaticCache, seen: int) -> None:
+def rewind(cache: Any, seen: int) -> None:
     """Say that the first ``seen`` tokens are in the cache, without touching them."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(seen)
 
 
-def _generate(model: LlamaForCausalLM, cache: StaticCache, setting: Setting, steps: int, seed: int) -> float:
+def _generate(model: Any, cache: Any, setting: Setting, steps: int, seed: int) -> float:
     device = next(model.parameters()).device
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, setting.vocab_size, (setting.batch, setting.context), generator=gen).to(device)
@@ -145,7 +146,7 @@ def _generate(model: LlamaForCausalLM, cache: StaticCache, setting: Setting, ste
     return seconds
 
 
-def _mode(setting: Setting) -> str | None:
+def _mode(setting: Setting) -> Any:
     return "reduce-overhead" if setting.backend == "inductor" else None
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,7 +65,8 @@ def compare(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[dtype]).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[dtype])
+    model.to(device).eval()
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(device)
     length = inputs["input_ids"].shape[1]
 

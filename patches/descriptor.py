@@ -95,7 +95,7 @@ class TiledMask:
                 device = arg.device
         if device is None or torch.device(device) == self.device:
             return self
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, device=torch.device(device), **moved)
 
     def __getitem__(self, index: Any) -> TiledMask:

@@ -66,7 +66,8 @@ def mask_style(config_class: type) -> MaskStyle:
         return MaskStyle.PASSED
     if config_class.__name__ == "FalconConfig":
         return MaskStyle.TAKEN_APART
-    for attribute, cls in vars(module).items():
+    members: dict[str, Any] = vars(module)
+    for attribute, cls in members.items():
         own = isinstance(cls, type) and cls.__module__ == name and _ATTENTION.search(attribute)
         if own and uses_interface(cls) and _READS_MASK.search(_source(cls)):
             return MaskStyle.READ

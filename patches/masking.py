@@ -243,7 +243,7 @@ def _make(
     config: Any,
 ) -> TiledMask | Tensor:
     """:func:`tiled_mask` outside compiled graphs, which cannot read closures."""
-    dense_arguments = {
+    dense_arguments: dict[str, Any] = {
         "batch_size": batch_size,
         "q_length": q_length,
         "kv_length": kv_length,

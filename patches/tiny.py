@@ -202,7 +202,7 @@ def _quiet() -> Any:
 
 
 def _build(config: PreTrainedConfig, extra: dict[str, Any]) -> nn.Module:
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if isinstance(cls, tuple):
         cls = cls[0]
     wanted = getattr(cls, "config_class", None)

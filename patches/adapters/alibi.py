@@ -19,7 +19,7 @@ from rehead.patches.interface import RECORD, tiled_attention
 
 
 @register_adapter("bloom.BloomAttention")
-def bloom(module: nn.Module) -> dict[str, Any]:
+def bloom(module: Any) -> dict[str, Any]:
     """BLOOM: alibi ``[B * H, 1, Skv]`` beside the scaled scores."""
     if module.pretraining_tp > 1 and module.slow_but_exact:
         raise UnsupportedError(

@@ -22,7 +22,7 @@ def _keys_and_values(module: Any, hidden_states: Tensor, key_value_states: Tenso
     if crossing and cache is not None and updated:
         layer = own.layers[module.layer_idx]
         return layer.keys, layer.values
-    source = key_value_states if crossing else hidden_states
+    source = hidden_states if key_value_states is None else key_value_states
     key, value = (
         proj(source).view(source.shape[0], -1, module.num_heads, module.head_dim).transpose(1, 2)
         for proj in (module.k_proj, module.v_proj)
