@@ -67,11 +67,8 @@ def bigcode_refusal(config: Config, kv: int) -> str | None:
 
 
 def set_bigcode_kv(raw: dict[str, Any], kv: int) -> None:
-    """``multi_query`` for one head; a count that equals the number of heads leaves it as it is."""
-    if kv == 1:
-        raw["multi_query"] = True
-    else:
-        raw["multi_query"] = False
+    """``multi_query`` for one head, off for all of them."""
+    raw["multi_query"] = kv == 1
 
 
 def gpt2_refusal(config: Config, kv: int) -> str | None:
@@ -93,7 +90,7 @@ def dbrx_kv_heads(config: Config) -> int:
 
 def set_dbrx_kv(raw: dict[str, Any], kv: int) -> None:
     """``attn_config.kv_n_heads = kv``."""
-    raw.setdefault("attn_config", {})["kv_n_heads"] = kv
+    raw["attn_config"] = {**(raw.get("attn_config") or {}), "kv_n_heads": kv}
 
 
 # ---- Llama 4: keys are normed where they rotate, after the rotation.
