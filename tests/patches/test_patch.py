@@ -350,7 +350,7 @@ def test_nothing_to_patch():
     refused(nn.Linear(2, 2), UnsupportedError, "no softmax attention")
 
 
-@pytest.mark.parametrize("model_type", ["xlnet", "prophetnet", "big_bird", "roformer"])
+@pytest.mark.parametrize("model_type", ["xlnet", "prophetnet", "big_bird", "cpmant"])
 def test_attention_without_an_adapter(model_type):
     refused(tiny_model(model_type), UnsupportedError, "no adapter")
 
