@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rehead.convert import convert
 from rehead.convert.families import FAMILIES, REFUSALS, resolve_family
 from rehead.convert.families.guess import guess_family, probe_pairing
 from rehead.convert.families.layouts import split
@@ -160,6 +162,22 @@ def test_guess_refuses_lying_shapes() -> None:
         guess_family(config, tensors | {name: torch.empty(3, 64)})
     with pytest.raises(UnsupportedError, match="secret"):
         guess_family(config, tensors | {"model.layers.0.self_attn.secret": torch.empty(8)})
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "olmo2"])
+def test_guessed_models_convert_and_wrong_guesses_do_not(name: str, tmp_path: Path, monkeypatch) -> None:
+    """A guess is proved on numbers before it is used: a wrong pairing is found out there."""
+    tiny.save_tiny(name, tmp_path / "source")
+    known = convert(tmp_path / "source", tmp_path / "known", num_key_value_heads=2, method="procrustes").out
+    monkeypatch.delitem(FAMILIES, name)
+    guessed = convert(tmp_path / "source", tmp_path / "guessed", num_key_value_heads=2, method="procrustes").out
+    wanted, found = load_file(known / "model.safetensors"), load_file(guessed / "model.safetensors")
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    if name == "llama":
+        monkeypatch.setattr("rehead.convert.families.guess.probe_pairing", lambda config: "interleaved")
+        with pytest.raises(UnsupportedError, match="llama"):
+            convert(tmp_path / "source", tmp_path / "wrong", num_key_value_heads=2, method="procrustes")
+        assert not (tmp_path / "wrong").exists()
 
 
 def test_prefixes_as_checkpoints_spell_them() -> None:
