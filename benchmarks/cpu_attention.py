@@ -102,23 +102,27 @@ def _forward(case: Case, implementation: str, tensors: Sequence[Tensor]) -> Tens
     return function(_module(case), *tensors, mask, scaling=case.dim**-0.5)[0]
 
 
-def _step(case: Case, implementation: str, tensors: Sequence[Tensor], grad: Tensor) -> list[float]:
+def _step(
+    case: Case, implementation: str, tensors: Sequence[Tensor], grad: Tensor, clock: Callable[[], float]
+) -> list[float]:
     """Seconds of the forward and of the backward."""
-    start = time.perf_counter()
+    start = clock()
     out = _forward(case, implementation, tensors)
-    middle = time.perf_counter()
+    middle = clock()
     torch.autograd.grad(out, tensors, grad)
-    return [middle - start, time.perf_counter() - middle]
+    return [middle - start, clock() - middle]
 
 
-def measure_time(case: Case, implementations: Sequence[str], rounds: int) -> dict[str, list[float]]:
+def measure_time(
+    case: Case, implementations: Sequence[str], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Median seconds, forward and backward, of each implementation, in interleaved rounds."""
     tensors = _inputs(case)
     grad = torch.randn(1, case.length, case.heads, case.dim, generator=torch.Generator().manual_seed(1))
     times: dict[str, list[list[float]]] = {name: [] for name in implementations}
     for index in range(rounds + 1):
         for name in implementations:
-            seconds = _step(case, name, tensors, grad)
+            seconds = _step(case, name, tensors, grad, clock)
             # The first round warms caches and allocators.
             if index or rounds == 1:
                 times[name].append(seconds)
@@ -137,7 +141,7 @@ def _memory_worker(case: Case, implementation: str, threads: int, pipe: Any) -> 
     torch.set_num_threads(threads)
     small = Case("warm-up", 512, case.window and 64, case.padding and 64, case.heads, case.kv_heads, case.dim)
     for _ in range(2):
-        _step(small, implementation, _inputs(small), torch.randn(1, 512, case.heads, case.dim))
+        _step(small, implementation, _inputs(small), torch.randn(1, 512, case.heads, case.dim), time.perf_counter)
     tensors = _inputs(case)
     grad = torch.randn(1, case.length, case.heads, case.dim)
     gc.collect()
@@ -196,6 +200,7 @@ def run(
     threads: int = 2,
     rounds: int = 3,
     memory: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure cases; each row has seconds, ratios, extra MB and the difference on a short version."""
@@ -207,7 +212,7 @@ def run(
         row: dict[str, Any] = {**asdict(case), "difference": check(case)}
         names = ["rehead_tiled", *(["sdpa"] if case.peer else [])]
         if case.timed:
-            times = measure_time(case, names, rounds)
+            times = measure_time(case, names, rounds, clock)
             row |= {f"{name} {part}": s for name in names for part, s in zip(("fwd", "bwd"), times[name], strict=True)}
             if case.peer:
                 row["speedup"] = sum(times["sdpa"]) / sum(times["rehead_tiled"])
@@ -252,6 +257,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each case")
     parser.add_argument("--only", action="append", help="part of a case's name; repeatable")
     parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the process's CPU seconds instead of the clock's, for a machine that is shared; use --threads 1",
+    )
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     chosen = [c for c in CASES if not args.only or any(part in c.name for part in args.only)]
@@ -262,9 +272,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         threads=args.threads,
         rounds=args.rounds,
         memory=not args.no_memory,
+        clock=time.process_time if args.cpu_time else time.perf_counter,
         progress=lambda name: print(f"... {name}", file=sys.stderr, flush=True),
     )
     print("  ".join(f"{name} {value}" for name, value in machine(args.threads).items()))
+    if args.cpu_time:
+        print("seconds are CPU seconds of the process")
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(args.threads), "rows": rows}, indent=2))
