@@ -203,10 +203,11 @@ class LayerwiseModel:
     def _unload_outside(self) -> None:
         for module in self.module.modules():
             module._forward_hooks.clear() if isinstance(module, nn.Embedding) else None
-        for name, _ in list(self.module.named_parameters()):
-            owner, leaf = self._owner(name), name.rpartition(".")[2]
-            if not name.startswith(self.model.module_layer.split("{i}")[0]):
-                owner._parameters[leaf] = nn.Parameter(owner._parameters[leaf].to("meta"), requires_grad=False)
+        inside = self.model.module_layer.split("{i}")[0]
+        for name, parameter in list(self.module.named_parameters(remove_duplicate=False)):  # tied ones twice
+            if not name.startswith(inside) and not parameter.is_meta:
+                leaf = name.rpartition(".")[2]
+                self._owner(name)._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _tied(self, output: nn.Module) -> bool:
         inputs = self.module.get_input_embeddings()

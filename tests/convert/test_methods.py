@@ -218,7 +218,7 @@ def test_permuting_heads_keeps_the_function(order) -> None:
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_groups_partition_the_heads(size, count) -> None:
     groups = contiguous_groups(size * count, count)
-    assert sorted(sum(groups, [])) == list(range(size * count))
+    assert sorted(head for group in groups for head in group) == list(range(size * count))
     assert {len(group) for group in groups} == {size}
 
 

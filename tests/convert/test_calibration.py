@@ -1,0 +1,217 @@
+"""Calibration on tiny models: the layer-by-layer run is the model's own, and each stage of healing heals."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rehead.convert import convert, open_model
+from rehead.convert.calibration import run as calibration_run
+from rehead.convert.calibration.layerwise import LayerwiseModel
+from rehead.convert.calibration.refit import LogitModel, LogitTargets, Rotation, logit_error, refit_logits
+from rehead.convert.calibration.text import load_calibration
+from rehead.convert.gauge import prove_layout
+from rehead.convert.heads import Heads, rotary_pairs
+from rehead.errors import UnsupportedError, UsageError
+
+CPU = torch.device("cpu")
+SMALL = {"calibration": ["random"], "calibration_tokens": 4096, "calibration_length": 32}
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _load("tiny")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    tiny.save_tiny("llama", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "gpt_bigcode", "falcon", "qwen3", "cohere2", "gpt_oss"])
+def test_layer_by_layer_is_the_model_itself(name: str, tmp_path: Path) -> None:
+    if not tiny.available(name):
+        pytest.skip(f"this transformers has no {name}")
+    tiny.save_tiny(name, tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    ids = torch.arange(60).view(3, 20) * 7 % tiny.VOCAB
+    seen: list[torch.Tensor] = []
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    layers = plain.get_submodule(model.module_layer.split("{i}")[0].rstrip("."))
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        plain.base_model(input_ids=ids, use_cache=False)
+        runner = LayerwiseModel(model, model.config, CPU)
+        assert all(parameter.is_meta for parameter in runner.module.parameters())
+        hidden = runner.embed(ids, 2)
+        for layer in range(model.config.num_hidden_layers):
+            runner.load_layer(layer)
+            hidden = torch.cat([runner.run_layer(layer, rows) for rows in hidden.split(2)])
+            assert torch.allclose(hidden, seen[layer], atol=1e-5), layer
+            runner.unload_layer(layer)
+        assert all(parameter.is_meta for parameter in runner.module.parameters())
+
+
+def distance(folder: Path, source: Path) -> float:
+    """Mean KL to the source on random tokens."""
+    ids = torch.randint(0, tiny.VOCAB, (8, 32), generator=torch.Generator().manual_seed(11))
+    logs = []
+    for path in (source, folder):
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        with torch.no_grad():
+            logs.append(model.eval()(input_ids=ids).logits.log_softmax(-1))
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_bigcode"])
+def test_each_stage_heals(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    tiny.save_tiny(name, source)
+    kinds = {
+        "mean": {"method": "mean"},
+        "svd": {"method": "svd", **SMALL},
+        "refit": {"method": "svd", "refit": True, **SMALL},
+        "fit": {"method": "svd", "refit": True, "fit": 30, **SMALL},
+    }
+    kl, facts = {}, {}
+    for kind, options in kinds.items():
+        done = convert(source, tmp_path / kind, num_key_value_heads=1, **options)
+        kl[kind], facts[kind] = distance(tmp_path / kind, source), done.layers
+    if name != "gpt_bigcode":  # its tiny model has one KV head already
+        assert kl["svd"] < kl["mean"]
+        assert kl["refit"] < kl["svd"]
+        assert kl["fit"] < kl["refit"]
+        assert "logit_error" in facts["refit"][0]
+        before, after = facts["refit"][0]["logit_error"]
+        assert after < before
+
+
+def test_a_mean_start_can_be_refitted_and_similar_groups_calibrated(llama: Path, tmp_path: Path) -> None:
+    plain = convert(llama, tmp_path / "a", num_key_value_heads=2, method="mean")
+    assert plain.layers[0]["groups"] == [[0, 1, 2, 3], [4, 5, 6, 7]] or plain.layers[0]["groups"] == [[0, 1], [2, 3]]
+    convert(llama, tmp_path / "b", num_key_value_heads=2, method="mean", refit=True, **SMALL)
+    assert distance(tmp_path / "b", llama) < distance(tmp_path / "a", llama)
+    done = convert(llama, tmp_path / "c", num_key_value_heads=2, method="svd", grouping="similar", refit=True, **SMALL)
+    assert distance(tmp_path / "c", llama) < distance(tmp_path / "a", llama)
+    heads = open_model(llama).num_kv_heads
+    assert sorted(head for group in done.layers[0]["groups"] for head in group) == list(range(heads))
+
+
+def test_a_killed_calibration_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    options = {"num_key_value_heads": 1, "method": "svd", "refit": True, **SMALL}
+    convert(llama, tmp_path / "whole", **options)
+    save = calibration_run._save
+
+    def stop_after_first(folder, layer, tensors, facts):
+        save(folder, layer, tensors, facts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration_run, "_save", stop_after_first)
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, tmp_path / "out", resume=True, **options)
+    assert not (tmp_path / "out").exists()
+    made = []
+    monkeypatch.setattr(
+        calibration_run, "_save", lambda folder, layer, *rest: (made.append(layer), save(folder, layer, *rest))
+    )
+    convert(llama, tmp_path / "out", resume=True, **options)
+    assert 0 not in made
+    theirs, ours = (json.loads((tmp_path / name / "rehead.json").read_text())["files"] for name in ("whole", "out"))
+    assert theirs["model.safetensors"] == ours["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_refit_finds_queries_and_keys_that_give_the_logits() -> None:
+    g = torch.Generator().manual_seed(0)
+    heads, kv, size, width, length = 4, 1, 8, 12, 24
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    true = Heads(draw(heads, size, width), draw(kv, size, width), draw(kv, size, width), draw(width, heads, size))
+    true.pairs = rotary_pairs("half", 4)
+    turn = torch.exp(1j * torch.arange(length)[:, None] * torch.tensor([1.0, 0.01])).to(torch.complex64)
+    model = LogitModel(Rotation(turn, true.pairs), size**-0.5)
+    q, k = model.weights(true)
+    targets = []
+    for _ in range(6):
+        x = torch.cat([draw(4, length, width), torch.ones(4, length, 1)], -1)
+        scores = model.scores(model.states(x, q), model.states(x, k))
+        p = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf")).softmax(-1)
+        rows = torch.arange(length)
+        targets.append(LogitTargets(x, rows, p, scores))
+    inputs = sum(t.x.flatten(0, 1).T @ t.x.flatten(0, 1) for t in targets)
+    start = Heads(
+        true.q + 0.3 * draw(*true.q.shape), true.k + 0.3 * draw(*true.k.shape), true.v, true.o, pairs=true.pairs
+    )
+    assert logit_error(model, targets, true) < 1e-5
+    healed = refit_logits(start, model, targets, inputs)
+    assert logit_error(model, targets, healed) < 0.2 * logit_error(model, targets, start)
+    assert healed.q_bias is None
+
+
+class Letters:
+    """Stands in for a tokenizer: a token for each character, after a start token."""
+
+    def __call__(self, text: str):
+        return type("Ids", (), {"input_ids": [1, *(2 + ord(c) % 60 for c in text)]})
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    monkeypatch.setattr("rehead.convert.calibration.text._tokenizer", lambda source: Letters())
+
+
+def test_texts_share_the_tokens_and_take_turns(letters, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 20000)
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as f:
+        f.write("xyz " * 20000)
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": "qrs " * 50}) for _ in range(200)))
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl")]
+    found = load_calibration(names, None, 64, 12 * 128, 128)
+    assert found.tokens.shape == (12, 128)
+    assert (found.tokens[0] == found.tokens[3]).float().mean() > 0.2
+    sets = [set(row.tolist()) - {1} for row in found.tokens[:3]]
+    assert sets[0] != sets[1] != sets[2]
+    assert found.tokens[0, 0] == 1
+    built_in = load_calibration([], None, 64, 8 * 512, 512)
+    assert built_in.tokens.shape == (8, 512)
+    assert built_in.names == ["built in"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p.write_text("too little"), "too short"),
+        (lambda p: p.write_text(" \n "), "is empty"),
+        (lambda p: p.write_bytes(b"\xff\xfe\x00\x01" * 4000), "not readable as text"),
+    ],
+)
+def test_bad_texts(letters, tmp_path: Path, make, says: str) -> None:
+    make(tmp_path / "t.txt")
+    with pytest.raises(UsageError, match=says):
+        load_calibration([str(tmp_path / "t.txt")], None, 64, 8192, 128)
+
+
+def test_a_guessed_layout_is_proved_on_numbers(llama: Path) -> None:
+    model = open_model(llama)
+    assert prove_layout(model) < 1e-4
+    wrong = type(model.family)(**{**vars(model.family), "pairing": "interleaved"})
+    model.family = wrong
+    with pytest.raises(UnsupportedError, match="not laid out as"):
+        prove_layout(model)
