@@ -128,6 +128,8 @@ def default_length(model: nn.Module) -> int:
 
 
 def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
     out = model(**inputs, use_cache=False)
     found = getattr(out, "logits", None)
     if found is None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
@@ -13,7 +14,7 @@ from rehead.errors import ReheadError, UnsupportedError, UsageError, Verificatio
 from rehead.patches import PATCHES, Patch, patch_model, register_patch
 from rehead.patches.adapters import register_adapter
 from rehead.patches.base import UndoLog
-from rehead.patches.tiny import tiny_model
+from rehead.patches.tiny import randomize, tiny_model
 
 TOKENS = torch.randint(8, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -232,6 +233,33 @@ def test_prove_catches_a_layer_that_ignores_the_patch(model):
         with pytest.raises(VerificationError, match=r"layers\.1\.self_attn ran without calling") as error:
             patch.prove()
         one_line(error)
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart", "Bert"])
+def test_encoders_are_proved_too(name):
+    """Relative position biases, cross-attention and attention in both directions."""
+    sizes = {
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        "Bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+                 "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        "Bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(vocab_size=128, **sizes[name])
+    suffix = "Model" if name == "Bert" else "ForConditionalGeneration"
+    model = randomize(getattr(transformers, f"{name}{suffix}")(config)).eval()
+    mask = torch.ones_like(TOKENS)
+    mask[0, 15:] = 0
+    inputs = {"input_ids": TOKENS, "attention_mask": mask}
+    if name != "Bert":
+        inputs["decoder_input_ids"] = TOKENS[:, :9]
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        with patch_model(model, "tiled") as patch:
+            after = model(**inputs)[0]
+            proof = patch.prove()
+    assert proof.layers == (2 if name == "Bert" else 6)
+    keep = mask.bool() if name == "Bert" else torch.ones(2, 9, dtype=torch.bool)
+    torch.testing.assert_close(after[keep], before[keep], atol=2e-5, rtol=1e-5)
 
 
 def test_prove_needs_an_applied_patch(model):
