@@ -49,6 +49,8 @@ def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
         return Tile(16, 16, 4, 1)
     roomy = shared > 150_000
     if itemsize == 4:
+        if width > 128 and shared < 200_000:
+            return Tile(16, 16, 4, 1)
         side = 64 if width <= 64 else 32
         return Tile(side, 32, 4, 2 if roomy and width <= 128 else 1)
     if kernel == "forward":
@@ -63,7 +65,9 @@ def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
         if not roomy:
             return Tile(32, 64, 4, 1) if kernel == "grad_key_value" else Tile(64, 32, 4, 1)
         return Tile(64, 128, 8, 2) if kernel == "grad_key_value" else Tile(128, 64, 8, 2)
-    return Tile(32, 64, 8, 1) if kernel == "grad_key_value" else Tile(64, 32, 8, 1)
+    if kernel == "grad_query":
+        return Tile(64, 32, 8, 1)
+    return Tile(32, 64, 8, 1) if roomy else Tile(32, 32, 4, 1)
 
 
 @dataclass(frozen=True)
