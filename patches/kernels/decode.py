@@ -130,7 +130,7 @@ def run_decode(
     total = num_q * group
     block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
     early = _is_hopper(query.device)
-    rows, block_n, warps, stages, slots = _launch(query.device, query.element_size(), block_d, total)
+    rows, block_n, warps, stages, slots = _launch(query.device, query.element_size(), max(block_d, block_dv), total)
     row_tiles = triton.cdiv(total, rows)
     length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256  # a growing cache asks anew every 256 keys only
     splits = split_count(batch * kv_heads * row_tiles, length, slots, block_n)
@@ -182,7 +182,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(device: torch.device, itemsize: int, block_d: int, total: int) -> tuple[int, int, int, int, int]:
+def _launch(device: torch.device, itemsize: int, width: int, total: int) -> tuple[int, int, int, int, int]:
     """Rows a tile, keys a block, warps, pipeline stages, and program slots of the whole GPU.
 
     Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax needs no exchange
@@ -192,13 +192,16 @@ def _launch(device: torch.device, itemsize: int, block_d: int, total: int) -> tu
 
     from rehead.patches.kernels.general import interpreting, shared_memory
 
-    rows = min(64, max(16, triton.next_power_of_2(total)))
+    most = 64 if itemsize == 2 or interpreting() else 16  # three-product float32 needs the room
+    rows = min(most, max(16, triton.next_power_of_2(total)))
     if interpreting():
         return rows, 16, 4, 1, 12
     roomy = shared_memory(device) > 150_000
     slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     if rows > 16 and _is_hopper(device) and itemsize == 2:
         rows = 64
-    if block_d * itemsize > 256:
+    if width * itemsize > 512:
+        return rows, 16, 4, 2, slots
+    if width * itemsize > 256:
         return rows, 32, 4, 3 if roomy else 2, slots
     return rows, 64, 4, 3 if roomy else 2, slots

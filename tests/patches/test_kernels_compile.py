@@ -5,12 +5,15 @@ Triton's own ptxas reports register spills, and a C75xx warning when it serialis
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -110,21 +113,43 @@ def test_hopper_backward(hopper, dim, tmp_path):
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_decode(rows, tmp_path):
+    report = assemble_decode(rows, 64, 3, 128, "bf16", 90, tmp_path)
+    assert spilled(report) == 0
+    assert "serialized" not in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(("width", "kind"), [(64, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32"), (256, "fp32")])
+@pytest.mark.parametrize("total", [1, 64])
+def test_decode_fits_every_card(total, width, kind, capability, tmp_path, monkeypatch):
+    module = importlib.import_module("rehead.patches.kernels.decode")
+    general = importlib.import_module("rehead.patches.kernels.general")
+    monkeypatch.setattr(general, "shared_memory", lambda device: SHARED[capability])
+    monkeypatch.setattr(module, "_is_hopper", lambda device: capability == 90)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
+    module._launch.cache_clear()
+    shape = module._launch(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
+    module._launch.cache_clear()
+    rows, block_n, _, stages, _ = shape
+    assert "registers" in assemble_decode(rows, block_n, stages, width, kind, capability, tmp_path)
+
+
+def assemble_decode(rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path) -> str:
     from rehead.patches.kernels import decode_kernels
 
     flags = {
-        "GROUP": 4, "D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128, "ROWS": rows, "BLOCK_N": 64, "CAUSAL": True,
-        "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True, "MASK": True, "OFFSET": True,
-        "ALIBI": False, "SINKS": True, "DIRECT": False, "EARLY": True, "SINGLE": True, "PRECISION": "ieee",
+        "GROUP": 4, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "ROWS": rows, "BLOCK_N": block_n,
+        "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True, "MASK": True,
+        "OFFSET": True, "ALIBI": False, "SINKS": True, "DIRECT": False, "EARLY": capability == 90, "SINGLE": True,
+        "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
     }  # fmt: skip
-    pointers = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "out")}
+    pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}
     pointers |= {f"{name}_ptr": "*i32" for name in ("start", "end", "offset")}
     pointers |= {"acc_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*u8", "alibi": "*fp32", "sinks": "*bf16"}
     signature = pointers | {"scale": FLOAT, "softcap": FLOAT}
-    options = {"num_warps": 4, "num_stages": 3, "launch_pdl": True}
-    report = assemble(decode_kernels.partial_attention, signature, flags, False, tmp_path, **options)
-    assert spilled(report) == 0
-    assert "serialized" not in report
+    options = {"num_warps": 4, "num_stages": stages} | ({"launch_pdl": True} if capability == 90 else {})
+    return assemble(decode_kernels.partial_attention, signature, flags, False, tmp_path, capability, **options)
 
 
 @pytest.mark.parametrize("name", ["forward", "grad_query", "grad_key_value"])
