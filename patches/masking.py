@@ -106,6 +106,8 @@ def _pad_to(mask: Tensor, start: int, length: int) -> Tensor:
 
 def _add_padding(mask: TiledMask, padding: Tensor) -> TiledMask:
     """Add a bool ``[B, Skv]``: as bounds alone where it has no holes and looking is allowed, else with the mask too."""
+    # transformers reads a mask at the rows of the batch; models with several codebooks may hand over more.
+    padding = padding[: mask.batch_size]
     position = torch.arange(mask.kv_length, device=padding.device, dtype=torch.int32)
     mask.kv_start = torch.where(padding, position, mask.kv_length).amin(-1).to(torch.int32)
     mask.kv_end = torch.where(padding, position + 1, 0).amax(-1).to(torch.int32)
@@ -129,6 +131,7 @@ def _add_chunk(
         mask.chunk = size if mask.chunk is None else min(size, mask.chunk)
         return mask
     device = left_padding.device
+    left_padding = left_padding[: mask.batch_size]
     rows = torch.arange(mask.q_length, device=device)[None, :] + q_start if positions is None else positions
     keys = torch.arange(mask.kv_length, device=device)[None, :] + kv_start if positions is None else positions
     shift = left_padding[:, None]
