@@ -63,12 +63,14 @@ def cli(ctx: click.Context) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the CLI and exit with Rehead's codes; a user's mistake never shows a traceback.
 
-    Exit codes: 0 done, 2 usage or recipe, 3 unsupported or unsafe input, 4 verification failed, 5 a quality gate failed,
-    130 interrupted.
+    Exit codes: 0 done, 2 usage or recipe, 3 unsupported or unsafe input, 4 verification failed, 5 a quality gate
+    failed, 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Nothing is phoned home from a conversion tool.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Threads that wait for work by spinning take the cores from those that hash and write.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli.main(args=argv, prog_name="rehead", standalone_mode=False)
     except click.exceptions.Exit as stop:

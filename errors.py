@@ -1,7 +1,7 @@
 """The errors a user can meet.
 
-Each carries one line that names the thing, the reason and the mend, and the exit code the CLI ends with. Library callers
-catch :class:`ReheadError`; the CLI prints the line without a traceback.
+Each carries one line that names the thing, the reason and the mend, and the exit code the CLI ends with. Library
+callers catch :class:`ReheadError`; the CLI prints the line without a traceback.
 """
 
 from __future__ import annotations

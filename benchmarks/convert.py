@@ -107,7 +107,7 @@ def write_model(folder: Path, gb: float) -> int:
         held += nbytes(shape)
 
     folder.mkdir(parents=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     pieces = random_pieces()
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"

@@ -109,7 +109,10 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **options:
     """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT."""
     from rehead.convert import convert
 
-    line = shlex.join(["rehead", *sys.argv[1:]])
+    # How a run was started is no part of what it made: a resumed one ends with the same bytes.
+    line = shlex.join(
+        ["rehead", *(flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite", "--quiet", "-q"))]
+    )
     with progress_bar(quiet) as progress:
         result = convert(model, out, progress=progress, command=line, **options)
     facts = result.as_json()

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
-from rehead.convert.target import Target
+from rehead.convert.target import Target, finish_commit
 
 Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total); stages are "calibrating", "writing"."""
@@ -53,10 +53,8 @@ class Conversion:
         return {"out": str(self.out), "seconds": round(self.seconds, 2), **table, "layer_errors": self.layers}
 
 
-class LayerProvider(Protocol):
-    """Gives the new tensors of a layer; may be asked again for a layer it has given before."""
-
-    def __call__(self, layer: int) -> dict[str, Tensor]: ...
+LayerProvider = Callable[[int], dict[str, Tensor]]
+"""Gives the new tensors of a layer; may be asked again for a layer it has given before."""
 
 
 class DirectLayers:
@@ -66,8 +64,8 @@ class DirectLayers:
     order costs a second computation, never memory.
     """
 
-    def __init__(self, plan: Plan, report: dict[int, dict[str, Any]]) -> None:
-        self._plan, self._report = plan, report
+    def __init__(self, plan: Plan, report: dict[int, dict[str, Any]], target: Target) -> None:
+        self._plan, self._report, self._target = plan, report, target
         self._copied = {tensor.name for tensor in plan.outputs if tensor.origin is not None}
         self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
@@ -75,6 +73,8 @@ class DirectLayers:
         if layer not in self._kept:
             result = self.compute(layer)
             self._report[layer] = result.as_json()
+            # A resumed run does not compute again what stands in finished files.
+            self._target.remember(str(layer), self._report[layer])
             self._kept[layer] = layer_tensors(self._plan, layer, result)
             while len(self._kept) > 2:
                 self._kept.popitem(last=False)
@@ -213,9 +213,14 @@ def _execute(
         "version": [__version__, torch.__version__],
         "device": device if options.needs_calibration else "",
     }
+    finished = finish_commit(out, fingerprint) if resume else None
+    if finished is not None:  # the run that is resumed was killed in its last step
+        result.layers = {int(layer): errors for layer, errors in finished["layers"].items()}
+        return result
     calibrated = options.needs_calibration and options.num_key_value_heads != model.num_kv_heads
     with Target(out, source=model.source, overwrite=overwrite, resume=resume, fingerprint=fingerprint) as target:
-        provider: LayerProvider = DirectLayers(plan, result.layers)
+        result.layers.update({int(layer): errors for layer, errors in target.remembered.items()})
+        provider: LayerProvider = DirectLayers(plan, result.layers, target)
         details: dict[str, Any] = {}
         if calibrated:
             from rehead.convert.calibration.run import calibrate

@@ -74,7 +74,7 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     model_class = causal_lm_class(config)
     with quiet_transformers():
         try:
-            _, info = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=shapes,
@@ -88,6 +88,7 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
                 f"{model_class.__name__} cannot be built from the planned config ({first}); "
                 "choose another number of KV heads or report the model"
             ) from None
+    info = loaded[1]
     return LoadReport(
         frozenset(info["missing_keys"]),
         frozenset(info["unexpected_keys"]),
@@ -104,7 +105,8 @@ def check_loads(source_config: Any, source_tensors: Mapping[str, Any], config: A
     Raises:
         UnsupportedError: the target class would miss, ignore or refuse a planned tensor.
     """
-    extra = load_report(config, tensors).beyond(load_report(source_config, source_tensors))
+    found = load_report(config, tensors)
+    extra = found.beyond(load_report(source_config, source_tensors)) if found else found
     if extra:
         raise UnsupportedError(
             f"{causal_lm_class(config).__name__} would not load the planned checkpoint: {extra.line()}; "

@@ -188,7 +188,8 @@ def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     found = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if found is None:
         raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
-    return found[0] if isinstance(found, (tuple, list)) else found
+    model_class: Any = found[0] if isinstance(found, (tuple, list)) else found
+    return model_class
 
 
 def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:

@@ -52,7 +52,8 @@ def regroup(
     groups = contiguous_groups(heads.num_kv_heads, kv)
     if kv == heads.num_kv_heads:
         return LayerResult(heads, groups, 0.0, 0.0)
-    heads = heads.to(torch.float32)
+    if not get_method(method).any_dtype or grouping == "similar" or context.statistics is not None:
+        heads = heads.to(torch.float32)
     if grouping == "similar":
         groups = similar_groups(heads, kv, method, context.statistics)
         heads = permute(heads, groups)
@@ -69,8 +70,12 @@ def weight_error(old: Tensor, new: Tensor) -> float:
 
     The measure for methods that leave the queries alone; a pass over two small tensors.
     """
-    gap = old.unflatten(0, (len(new), -1)) - new[:, None]
-    return _ratio(float(gap.square().sum(dtype=torch.float64)), float(old.square().sum(dtype=torch.float64)))
+    lost = size = 0.0
+    for one, group in zip(new, old.unflatten(0, (len(new), -1))):
+        for head in group:  # a head at a time: nothing of the layer's size is made
+            lost += float((head - one).square_().sum(dtype=torch.float64))
+            size += float(head.float().square().sum(dtype=torch.float64))
+    return _ratio(lost, size)
 
 
 def reconstruction_error(old: Heads, new: Heads, statistics: LayerStatistics | None = None) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def run(out: Path, calibration_tokens: int = 16384) -> list[dict[str, Any]]:
     source = write_smollm2(out / "smollm2-135m")
     base = measure(source, text)
     print(f"{'original':14}{23040:>15,}{base:>12.2f}{1:>12.2f}{'':>9}", flush=True)
-    rows = [{"name": "original", "perplexity": base, "kv_bytes_per_token": 23040}]
+    rows: list[dict[str, Any]] = [{"name": "original", "perplexity": base, "kv_bytes_per_token": 23040}]
     for name, options in RUNS:
         folder = out / name.replace(" + ", "-")
         start = time.monotonic()
@@ -104,7 +104,7 @@ def run(out: Path, calibration_tokens: int = 16384) -> list[dict[str, Any]]:
         print(f"{name:14}{size:>15,}{value:>12.2f}{value / base:>12.2f}{seconds:>9.0f}", flush=True)
         rows.append({"name": name, "perplexity": value, "kv_bytes_per_token": size, "seconds": seconds})
     (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
-    best = min(rows[1:], key=lambda row: row["perplexity"])
+    best = min(rows[1:], key=lambda row: float(row["perplexity"]))
     print(f"\nA third of the KV cache; before any training, {best['name']} is the one to start from.")
     print(f"Checkpoints that plain transformers loads are in {out}/.")
     return rows

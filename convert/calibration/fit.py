@@ -47,8 +47,8 @@ def fit_attention(
         {"params": [weight], "lr": RELATIVE_RATE * max(float(weight.detach().square().mean().sqrt()), 1e-4)}
         for weight in parameters.values()
     ]
-    for weight in parameters.values():
-        weight.requires_grad_(True)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
@@ -68,9 +68,9 @@ def fit_attention(
             loss.backward()
             optimizer.step()
             recent = [*recent[-9:], loss.detach()]
-    for weight in parameters.values():
-        weight.requires_grad_(False)
-        weight.grad = None
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
     return float(torch.stack(recent).mean()) if recent else 0.0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rehead.convert.calibration.refit import (
     LogitModel,
     LogitTargets,
     OutputRefit,
+    OutputTarget,
     Rotation,
     logit_error,
     refit_logits,
@@ -41,29 +42,6 @@ _ATTENTION_TOKENS = {"cpu": 16384, "cuda": 65536}
 
 class _Stop(Exception):
     """What was wanted of a forward pass has been seen."""
-
-
-@dataclass
-class OutputTarget:
-    """What the converted layer's attention ought to give.
-
-    Attributes:
-        clean: the original's attention output [N, S, m].
-        drift: what the prefix has drifted by, in the output's scale, [N, S, m]; None where a norm stands between the
-            output and the residual stream.
-        weight: of each token [N, S], mean 1: the inverse square of what the output is added to (or of itself, before a
-            norm), since the norms after it see nothing but the ratio. Without it, the few tokens on which a model parks
-            its huge activations would decide everything.
-    """
-
-    clean: Tensor
-    drift: Tensor | None
-    weight: Tensor
-
-    def at(self, rows: Any, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(targets, weights) of some sequences, taking back ``share`` of the drift."""
-        wanted = self.clean[rows] if self.drift is None else self.clean[rows] + share * self.drift[rows]
-        return wanted.to(device), self.weight[rows].to(device)
 
 
 class LayerHealer:
@@ -91,6 +69,13 @@ class LayerHealer:
         for rows in self.batches(len(hidden)):
             hidden[rows] = model.run_layer(layer, hidden[rows].to(self.device)).to(hidden.device)
         return hidden
+
+    def _glimpse(
+        self, model: LayerwiseModel, layer: int, hidden: Tensor, handle: Any, implementation: str | None = None
+    ) -> None:
+        """Run a loaded layer on some sequences until a hook has seen enough and stops it; the hook is removed."""
+        with _hooked(handle), suppress(_Stop):
+            model.run_layer(layer, hidden.to(self.device), implementation)
 
     def _modules(self, model: LayerwiseModel, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         """(attention, the projection that reads its input, the output projection)."""
@@ -158,8 +143,7 @@ class LayerHealer:
                 found[rows] = args[0].to(found.device)
                 raise _Stop
 
-            with _hooked(reader.register_forward_pre_hook(keep)):
-                _until_stop(lambda rows=rows: self.original.run_layer(layer, ours[rows].to(self.device)))
+            self._glimpse(self.original, layer, ours[rows], reader.register_forward_pre_hook(keep))
         return found
 
     def _statistics(
@@ -182,8 +166,8 @@ class LayerHealer:
             def see(seen: Seen, x: Tensor = x, rows_seen: Tensor = rows_seen) -> None:
                 gatherer.add_attention(x, _picked(seen.probabilities, rows_seen, order))
 
-            with observing(see), _hooked(output.register_forward_pre_hook(_stop)):
-                _until_stop(lambda rows=rows: self.original.run_layer(layer, ours[rows].to(self.device), PROBE))
+            with observing(see):
+                self._glimpse(self.original, layer, ours[rows], output.register_forward_pre_hook(_stop), PROBE)
         angles = None
         if rotation is not None and len(rotation.pairs) and len(rotation.factors) > 1:
             angles = (rotation.factors[1] / rotation.factors[0]).angle().cpu()
@@ -228,8 +212,8 @@ class LayerHealer:
         """What the original's attention computes on a few sequences; None where it cannot be observed."""
         _, _, output = self._modules(self.original, layer)
         found: list[Seen] = []
-        with observing(found.append), _hooked(output.register_forward_pre_hook(_stop)):
-            _until_stop(lambda: self.original.run_layer(layer, hidden.to(self.device), PROBE))
+        with observing(found.append):
+            self._glimpse(self.original, layer, hidden, output.register_forward_pre_hook(_stop), PROBE)
         return found[0] if found else None
 
     def _inputs_of(self, layer: int, hidden: Tensor) -> Tensor:
@@ -311,8 +295,7 @@ class LayerHealer:
                 refit.add(args[0].reshape(*target.shape[:-1], -1), target, weight)
                 raise _Stop
 
-            with _hooked(output.register_forward_pre_hook(count)):
-                _until_stop(lambda rows=rows: self.converted.run_layer(layer, ours[rows].to(self.device)))
+            self._glimpse(self.converted, layer, ours[rows], output.register_forward_pre_hook(count))
         self.converted.unload_layer(layer)
         return refit.solve(pooled)
 
@@ -343,7 +326,8 @@ class LayerHealer:
         kv = self.options.num_key_value_heads
         fitted = split(self.model.family, self.plan.config, layer, tensors, kv)
         self.converted.unload_layer(layer)
-        return replace(pooled, **fitted.tensors()), round(loss, 6)
+        moved_weights: dict[str, Any] = fitted.tensors()
+        return replace(pooled, **moved_weights), round(loss, 6)
 
     def _attention_call(
         self, layer: int, attention: nn.Module, reader: nn.Module, ours: Tensor
@@ -355,8 +339,8 @@ class LayerHealer:
             caught.append((args, kwargs))
             raise _Stop
 
-        with _hooked(attention.register_forward_pre_hook(catch, with_kwargs=True)):
-            _until_stop(lambda: self.converted.run_layer(layer, ours[: self.batch].to(self.device)))
+        handle = attention.register_forward_pre_hook(catch, with_kwargs=True)
+        self._glimpse(self.converted, layer, ours[: self.batch], handle)
         args, kwargs = caught[0]
 
         def forward(x: Tensor, output: nn.Module) -> Tensor:
@@ -396,11 +380,6 @@ def _with_one(x: Tensor) -> Tensor:
 
 def _stop(module: nn.Module, args: Any) -> None:
     raise _Stop
-
-
-def _until_stop(run: Callable[[], Any]) -> None:
-    with suppress(_Stop):
-        run()
 
 
 @contextmanager

@@ -143,7 +143,9 @@ class LayerwiseModel:
         )
 
     def _note_calls(self, tokens: Tensor, as_tuple: bool) -> tuple[Tensor, list[Call]]:
-        originals, calls, first = list(self.layers), [], []
+        originals = list(self.layers)
+        calls: list[Call] = []
+        first: list[Tensor] = []
 
         def note(hidden: Tensor, call: Call) -> Any:
             if hidden.ndim != 3:
@@ -274,7 +276,7 @@ class LayerwiseModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        mapping = get_model_conversion_mapping(self.module)
+        mapping: Any = get_model_conversion_mapping(self.module)
         load = LoadStateDictConfig(
             weight_mapping=mapping, device_map={"": self.device}, dtype=torch.float32, ignore_mismatched_sizes=False
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -234,6 +235,29 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
         power, last = (residual * step).sum(), power
         search = step + power / last * search
     return change
+
+
+@dataclass
+class OutputTarget:
+    """What the converted layer's attention ought to give.
+
+    Attributes:
+        clean: the original's attention output [N, S, m].
+        drift: what the prefix has drifted by, in the output's scale, [N, S, m]; None where a norm stands between the
+            output and the residual stream.
+        weight: of each token [N, S], mean 1: the inverse square of what the output is added to (or of itself, before a
+            norm), since the norms after it see nothing but the ratio. Without it, the few tokens on which a model parks
+            its huge activations would decide everything.
+    """
+
+    clean: Tensor
+    drift: Tensor | None
+    weight: Tensor
+
+    def at(self, rows: Any, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(targets, weights) of some sequences, taking back ``share`` of the drift."""
+        wanted = self.clean[rows] if self.drift is None else self.clean[rows] + share * self.drift[rows]
+        return wanted.to(device), self.weight[rows].to(device)
 
 
 class OutputRefit:

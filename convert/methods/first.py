@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rehead.convert.heads import Heads
 from rehead.convert.methods.mean import grouped, kv_fields
 from rehead.convert.methods.registry import MethodContext, register
 
 
-@register("first", "keep the first KV head of a group (Ainslie et al. 2023)")
+@register("first", "keep the first KV head of a group (Ainslie et al. 2023)", any_dtype=True)
 def first(heads: Heads, kv: int, context: MethodContext) -> Heads:
     """Keep every group's first key and value head."""
-    return replace(heads, **{name: grouped(tensor, kv)[:, 0] for name, tensor in kv_fields(heads).items()})
+    kept: dict[str, Any] = {name: grouped(tensor, kv)[:, 0].float() for name, tensor in kv_fields(heads).items()}
+    return replace(heads, **kept)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rehead.convert.heads import Heads
@@ -25,7 +27,17 @@ def grouped(tensor: Tensor, kv: int) -> Tensor:
     return tensor.unflatten(0, (kv, -1))
 
 
-@register("mean", "average the KV heads of a group; needs no data (Ainslie et al. 2023)")
+def averaged(tensor: Tensor, kv: int) -> Tensor:
+    """Float32 average [kv, ...] of every group of [K, ...], without a float32 copy of the whole."""
+    groups = grouped(tensor, kv)
+    total = groups[:, 0].to(torch.float32, copy=True)
+    for i in range(1, groups.shape[1]):
+        total += groups[:, i]
+    return total.div_(groups.shape[1])
+
+
+@register("mean", "average the KV heads of a group; needs no data (Ainslie et al. 2023)", any_dtype=True)
 def mean(heads: Heads, kv: int, context: MethodContext) -> Heads:
     """Average every group's key and value heads; queries and output stay as they are."""
-    return replace(heads, **{name: grouped(tensor, kv).mean(1) for name, tensor in kv_fields(heads).items()})
+    pooled: dict[str, Any] = {name: averaged(tensor, kv) for name, tensor in kv_fields(heads).items()}
+    return replace(heads, **pooled)

@@ -7,6 +7,7 @@ without RoPE and over the values; queries and the output projection turn with th
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def turned(heads: Heads, keys: Tensor, values: Tensor) -> Heads:
     keys, values = keys.to(heads.k.device), values.to(heads.v.device)
     for_q, for_o = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
 
-    def turn(matrix: Tensor, weight: Tensor | None) -> Tensor | None:
+    def turn(matrix: Tensor, weight: Any) -> Any:
         return None if weight is None else torch.einsum("hij,hj...->hi...", matrix, weight.double()).to(weight)
 
     return replace(

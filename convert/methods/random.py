@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from rehead.convert.heads import Heads
-from rehead.convert.methods.mean import grouped, kv_fields
+from rehead.convert.methods.mean import averaged, kv_fields
 from rehead.convert.methods.registry import MethodContext, register
 
 
-@register("random", "draw new key and value heads from scratch, as a control (Ainslie et al. 2023)")
+@register("random", "draw new key and value heads from scratch, as a control (Ainslie et al. 2023)", any_dtype=True)
 def random(heads: Heads, kv: int, context: MethodContext) -> Heads:
     """Draw key and value weights from N(0, initializer_range), biases zero; the same seed gives the same heads.
 
     Norm weights are averaged, since a fresh model would have them at one and the norm's scale is no head's own.
     """
     generator = torch.Generator().manual_seed(context.seed * 1_000_003 + context.layer)
-    fresh = {}
+    fresh: dict[str, Any] = {}
     for name, tensor in kv_fields(heads).items():
-        pooled = grouped(tensor, kv).mean(1)
+        shape = (kv, *tensor.shape[1:])
         if name in ("k", "v"):
-            noise = torch.randn(pooled.shape, generator=generator, dtype=torch.float32)
-            pooled = (noise * context.initializer_range).to(pooled)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+            fresh[name] = noise.mul_(context.initializer_range).to(tensor.device)
         elif name.endswith("_bias"):
-            pooled = torch.zeros_like(pooled)
-        fresh[name] = pooled
+            fresh[name] = torch.zeros(shape, device=tensor.device)
+        else:
+            fresh[name] = averaged(tensor, kv)
     return replace(heads, **fresh)

@@ -42,6 +42,8 @@ class Method:
         name: as in ``--method``.
         pool: (heads, kv, context) -> heads with ``kv`` KV heads. Groups are contiguous and of equal size; weights come
             and go in float32.
+        any_dtype: ``pool`` takes weights as the checkpoint has them and gives float32, so that no float32 copy of a
+            whole layer is ever made.
         summary: one line for the help.
         needs_calibration: whether ``context.statistics`` must be there.
     """
@@ -50,6 +52,7 @@ class Method:
     pool: Pool
     summary: str
     needs_calibration: bool
+    any_dtype: bool = False
 
 
 _METHODS: dict[str, Method] = {}
@@ -60,7 +63,9 @@ METHOD_MODULES: dict[str, str] = {
 }
 
 
-def register(name: str, summary: str, needs_calibration: bool = False) -> Callable[[Pool], Pool]:
+def register(
+    name: str, summary: str, needs_calibration: bool = False, any_dtype: bool = False
+) -> Callable[[Pool], Pool]:
     """Register the decorated function as a pooling method.
 
     Raises:
@@ -70,7 +75,7 @@ def register(name: str, summary: str, needs_calibration: bool = False) -> Callab
     def add(pool: Pool) -> Pool:
         if name in _METHODS:
             raise ValueError(f"a method named {name!r} is registered already; choose another name")
-        _METHODS[name] = Method(name, pool, summary, needs_calibration)
+        _METHODS[name] = Method(name, pool, summary, needs_calibration, any_dtype)
         return pool
 
     return add

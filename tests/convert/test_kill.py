@@ -92,12 +92,7 @@ class Runner:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 by name; the manifest and the card record the command, flags such as --resume included."""
-    found = {}
-    for path in folder.iterdir():
-        if path.name not in ("rehead.json", "README.md"):
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
 
 def hammer(tmp_path: Path, kills: int, seed: int, layers: int) -> tuple[int, int]:
