@@ -1,0 +1,77 @@
+"""The benchmarks of this part run, on sizes that say nothing about speed, and count what they claim to count."""
+
+import pytest
+import torch
+
+from rehead.benchmarks import cpu_attention, end_to_end
+from rehead.errors import UnsupportedError, UsageError
+
+SMALL = end_to_end.Setting(
+    batch=2, context=40, steps=8, hidden_size=32, intermediate_size=48, layers=2, heads=4, vocab_size=64, padding=5
+)
+
+
+@pytest.mark.parametrize("backend", ["graph", "none"])
+def test_end_to_end(backend, capsys):
+    setting = end_to_end.Setting(**{**SMALL.__dict__, "backend": backend})
+    rows = end_to_end.run(setting, [1, 4])
+    assert [(row.kv_heads, row.implementation) for row in rows] == [
+        (4, "tiled"), (4, "sdpa"), (1, "tiled"), (1, "sdpa"),
+    ]  # fmt: skip
+    cache_bytes = 2 * 44 * 2 * 2 * 4 * 8 * 4
+    weights = sum(
+        p.numel() * 4 for n, p in end_to_end.build(setting, 4, "cpu").named_parameters() if "embed_tokens" not in n
+    )
+    assert rows[0].bytes_read == weights + cache_bytes
+    assert rows[0].speedup == rows[0].share == 1.0
+    assert rows[2].predicted == rows[0].bytes_read / rows[2].bytes_read
+    assert "tokens/s" in end_to_end.table(rows)
+
+
+def test_both_ways_of_decoding_write_the_same_tokens():
+    """The replayed step and `generate` are the same computation."""
+    model = end_to_end.build(SMALL, 2, "cpu")
+    cache = end_to_end.filled_cache(model, SMALL)
+    first = torch.randint(10, 64, (2, SMALL.context), generator=torch.Generator().manual_seed(0))
+    end_to_end.rewind(cache, SMALL.context - 1)
+    out = model.generate(
+        first, past_key_values=cache, max_new_tokens=4, do_sample=False, disable_compile=True, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    end_to_end.rewind(cache, SMALL.context - 1)
+    ids, positions = first[:, -1:].clone(), torch.full((2, 1), SMALL.context - 1)
+    mask = torch.ones(2, SMALL.context + SMALL.steps, dtype=torch.long)
+    tokens = []
+    with torch.no_grad():
+        for _ in range(4):
+            logits = model(
+                ids, attention_mask=mask, past_key_values=cache, position_ids=positions, use_cache=True
+            ).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            positions += 1
+            tokens.append(ids)
+    assert torch.equal(torch.cat(tokens, 1), out[:, SMALL.context :])
+
+
+def test_end_to_end_refuses():
+    with pytest.raises(UsageError, match="flash"):
+        end_to_end.run(SMALL, [1], ["flash"])
+    with pytest.raises(UnsupportedError, match="divisor"):
+        end_to_end.run(SMALL, [3])
+
+
+def test_cpu_attention():
+    cases = [
+        cpu_attention.Case("window", 300, 64, heads=2, kv_heads=1, dim=8),
+        cpu_attention.Case("padded", 300, padding=40, heads=2, kv_heads=1, dim=8, peer=False),
+    ]
+    before = torch.get_num_threads()
+    try:
+        rows = cpu_attention.run(cases, threads=1, rounds=1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(row["difference"] < 1e-4 for row in rows)
+    assert rows[0]["speedup"] > 0
+    assert rows[0]["rehead_tiled MB"] is not None
+    assert "sdpa fwd" not in rows[1]
+    assert len(cpu_attention.table(rows).splitlines()) == 3
