@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from rehead.errors import UsageError, VerificationError
 
@@ -30,6 +31,8 @@ class Proof:
         tolerance: what was allowed.
         leak: largest change of earlier logits when later tokens change, patched.
         unpatched_leak: the same for the unpatched model.
+        against: what the logits were compared with: ``"unpatched"``, or ``"eager"`` where the model's own
+            implementation differs from its eager attention and the patch does not.
         unreached: patched layers that neither model calls on this input (cross-attention without an encoder, say).
     """
 
@@ -40,14 +43,16 @@ class Proof:
     leak: float
     unpatched_leak: float
     unreached: list[str]
+    against: str = "unpatched"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
+        note = "" if self.against == "unpatched" else f", against {self.against}: the model's own attention differs"
         return (
             f"proved: {self.layers} layers, {self.calls} calls, difference {self.difference:.1e} "
-            f"(allowed {self.tolerance:.1e}), leak {self.leak:.1e}"
+            f"(allowed {self.tolerance:.1e}), leak {self.leak:.1e}{note}"
         )
 
 
@@ -182,6 +187,45 @@ def _probe(model: nn.Module, input_ids: Tensor | None, length: int | None, paddi
     )
 
 
+@dataclass
+class _Outputs:
+    plain: Tensor
+    changed: Tensor
+    padded: Tensor | None
+
+
+def _run(model: nn.Module, probe: _Probe, plain: Tensor | None = None) -> _Outputs:
+    """Logits of every part of the probe; ``plain`` if they are there already."""
+    return _Outputs(
+        _logits(model, probe.plain) if plain is None else plain,
+        _logits(model, probe.changed),
+        None if probe.padded is None else _logits(model, probe.padded),
+    )
+
+
+def _gap(a: _Outputs, b: _Outputs, probe: _Probe) -> float:
+    """Largest difference on rows that are not padding."""
+    gap = _difference(a.plain, b.plain)
+    if a.padded is not None and b.padded is not None and probe.padded is not None:
+        keep = probe.padded["attention_mask"].bool()
+        gap = max(gap, _difference(a.padded[keep], b.padded[keep]))
+    return gap
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Run an unpatched model with eager attention for a moment."""
+    configs = {id(c): c for m in model.modules() for c in m.__dict__.values() if isinstance(c, PreTrainedConfig)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
 def _difference(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     # Models with capped vocabularies give -inf on both sides.
@@ -201,8 +245,9 @@ def prove(
     """Compare a patched model with itself unpatched, on the same tokens.
 
     Three things are required: every attention layer that the unpatched model runs calls the patched attention; the
-    logits agree on rows that are not padding, without and with left padding; and logits before a changed token do not
-    move (by no more than they do in the unpatched model, where routing of experts can shift rounding).
+    logits agree on rows that are not padding, without and with left padding (with the unpatched model's, or with eager
+    attention's where the model's own implementation differs from that); and logits before a changed token do not move
+    (by no more than they do in the unpatched model, where routing of experts can shift rounding).
 
     Args:
         patch: an applied patch.
@@ -222,38 +267,37 @@ def prove(
     with _frozen(model):
         probe = _probe(model, input_ids, length, padding)
         with unpatched(patch):
-            reference, reached = _called(model, names, lambda: _logits(model, probe.plain))
-            theirs = _logits(model, probe.changed)
-            padded = None if probe.padded is None else _logits(model, probe.padded)
+            theirs, reached = _called(model, names, lambda: _run(model, probe))
         before = {record.name: record.calls for record in patch._records}
-        mine = _logits(model, probe.plain)
+        plain = _logits(model, probe.plain)
         calls = {record.name: record.calls - before[record.name] for record in patch._records}
-        changed = _logits(model, probe.changed)
-        mine_padded = None if probe.padded is None else _logits(model, probe.padded)
-    silent = [name for name in names if name in reached and not calls[name]]
-    if silent:
-        raise VerificationError(
-            f"{silent[0]}{f' and {len(silent) - 1} more layers' if len(silent) > 1 else ''} ran without calling the "
-            "patched attention: the model ignores it; revert the patch"
-        )
-    if not reached:
-        raise VerificationError(
-            "no patched layer ran on the probe, so nothing is proved; pass input_ids that reach them"
-        )
-    limit = (tolerance or TOLERANCE.get(reference.dtype, 1e-5)) * max(
-        1.0, float(reference.abs().nan_to_num(0, 0, 0).max())
-    )
-    gap = _difference(mine, reference)
-    if padded is not None and mine_padded is not None and probe.padded is not None:
-        keep = probe.padded["attention_mask"].bool()
-        gap = max(gap, _difference(mine_padded[keep], padded[keep]))
+        mine = _run(model, probe, plain)
+        silent = [name for name in names if name in reached and not calls[name]]
+        if silent:
+            raise VerificationError(
+                f"{silent[0]}{f' and {len(silent) - 1} more layers' if len(silent) > 1 else ''} ran without calling "
+                "the patched attention: the model ignores it; revert the patch"
+            )
+        if not reached:
+            raise VerificationError(
+                "no patched layer ran on the probe, so nothing is proved; pass input_ids that reach them"
+            )
+        share = TOLERANCE.get(theirs.plain.dtype, 1e-5) if tolerance is None else tolerance
+        limit = share * max(1.0, float(theirs.plain.abs().nan_to_num(0, 0, 0).max()))
+        gap, against = _gap(mine, theirs, probe), "unpatched"
+        if not gap <= limit:
+            # Some attention implementations drop what they cannot do (a soft cap, under SDPA in older transformers).
+            # Eager attention is the definition, so agreement with it is what counts.
+            with unpatched(patch), _eager(model):
+                eager = _run(model, probe)
+            if _gap(mine, eager, probe) <= limit:
+                gap, against, theirs = _gap(mine, eager, probe), "eager", eager
     if not gap <= limit:
         raise VerificationError(
             f"the patched logits differ from the unpatched ones by {gap:.2e}, over the {limit:.2e} allowed; "
             "revert the patch and report the model type"
         )
-    leak = _difference(mine[:, : probe.cut], changed[:, : probe.cut])
-    unpatched_leak = _difference(reference[:, : probe.cut], theirs[:, : probe.cut])
+    leak, unpatched_leak = (_difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs))
     if leak > 4 * unpatched_leak:
         raise VerificationError(
             f"later tokens change earlier logits by {leak:.2e} (unpatched {unpatched_leak:.2e}): causality is lost; "
@@ -267,6 +311,7 @@ def prove(
         leak=leak,
         unpatched_leak=unpatched_leak,
         unreached=[name for name in names if name not in reached],
+        against=against,
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface
 
 import rehead.patches.proof as proof_module
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
@@ -260,6 +261,21 @@ def test_encoders_are_proved_too(name):
     assert proof.layers == (2 if name == "Bert" else 6)
     keep = mask.bool() if name == "Bert" else torch.ones(2, 9, dtype=torch.bool)
     torch.testing.assert_close(after[keep], before[keep], atol=2e-5, rtol=1e-5)
+
+
+def test_an_implementation_that_drops_something_is_held_to_eager(model, monkeypatch):
+    """As SDPA in older transformers drops a soft cap: the patch is right and the unpatched model is not."""
+    sdpa = AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, "lossy", lambda *a, scaling=None, **k: sdpa(*a, scaling=0.9 * scaling, **k)
+    )
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "lossy", AttentionMaskInterface._global_mapping["sdpa"])
+    model.config._attn_implementation_internal = "lossy"
+    with patch_model(model, "tiled") as patch:
+        proof = patch.prove()
+    assert proof.against == "eager"
+    assert "against eager" in str(proof)
+    assert model.config._attn_implementation == "lossy"
 
 
 def test_prove_needs_an_applied_patch(model):
