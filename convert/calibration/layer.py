@@ -238,7 +238,7 @@ class LayerHealer:
         cost = 8 * pooled.num_heads * length * min(_QUERY_ROWS, length)
         count = max(1, min(_LOGIT_BYTES.get(kind, 1 << 30) // cost, _LOGIT_SEQUENCES.get(kind, 24), len(hidden)))
         chosen = torch.linspace(0, len(hidden) - 1, count).long()
-        step = max(1, min(8, count))
+        step = max(1, min(8, count, self.batch))
         targets = []
         for number, rows in enumerate(chosen.split(step)):
             seen = self._seen(layer, hidden[rows])

@@ -115,6 +115,14 @@ def test_a_mean_start_can_be_refitted_and_similar_groups_calibrated(llama: Path,
     assert sorted(head for group in done.layers[0]["groups"] for head in group) == list(range(heads))
 
 
+def test_sequences_longer_than_a_batch_of_tokens_go_one_by_one(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(calibration_run._BATCH_TOKENS, "cpu", 64)
+    options = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 64}
+    convert(llama, tmp_path / "out", num_key_value_heads=1, method="svd", refit=True, fit=2, **options)
+    convert(llama, tmp_path / "mean", num_key_value_heads=1, method="mean")
+    assert distance(tmp_path / "out", llama) < distance(tmp_path / "mean", llama)
+
+
 def test_a_killed_calibration_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, monkeypatch) -> None:
     options = {"num_key_value_heads": 1, "method": "svd", "refit": True, **SMALL}
     convert(llama, tmp_path / "whole", **options)
