@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import time
 from importlib.resources import files
 from importlib.util import find_spec
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--model", default="smollm2", choices=["smollm2"])
     arguments = parser.parse_args(argv)
+    os.environ["TQDM_DISABLE"] = "1"  # the loaders' own bars would run through the table
     run(arguments.out, arguments.calibration_tokens)
 
 

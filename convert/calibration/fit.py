@@ -24,7 +24,7 @@ def fit_attention(
     parameters: dict[str, nn.Parameter],
     forward: Callable[[Tensor], Tensor],
     inputs: Tensor,
-    targets: Callable[[Tensor], tuple[Tensor, Tensor]],
+    targets: Callable[[Tensor], Tensor],
     steps: int,
     batch: int,
     seed: int,
@@ -35,13 +35,13 @@ def fit_attention(
         parameters: what may move.
         forward: rows of calibration sequences -> the module's output on them, differentiable.
         inputs: anything whose first dimension counts the sequences.
-        targets: row indices -> (what the output should be [b, S, m], weight of each token [b, S]).
+        targets: row indices -> what the output should be [b, S, m].
         steps: optimiser steps.
         batch: sequences in a step.
         seed: of the order of the sequences.
 
     Returns:
-        The last steps' mean weighted squared error.
+        The last steps' mean squared error.
     """
     groups = [
         {"params": [weight], "lr": RELATIVE_RATE * max(float(weight.detach().square().mean().sqrt()), 1e-4)}
@@ -62,8 +62,7 @@ def fit_attention(
             pace = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * pace
-            wanted, weight = targets(rows)
-            loss = ((forward(rows) - wanted).square().sum(-1) * weight).mean()
+            loss = (forward(rows) - targets(rows)).square().sum(-1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -258,10 +258,9 @@ class LayerHealer:
         """Advance ``hidden`` through the original layer and say what the converted attention ought to give."""
         _, _, output = self._modules(self.original, layer)
         family, config = self.model.family, self.model.config
-        drift, size = None, None
+        drift = None
         if not family.post_norm_of(config):
             drift = (hidden - ours) / family.residual_scale(config, layer)
-            size = hidden.square().mean(-1)
         clean: Tensor | None = None
         for rows in self.batches(len(hidden)):
             kept: list[Tensor] = []
@@ -272,9 +271,7 @@ class LayerHealer:
             clean[rows] = kept[0].reshape(clean[rows].shape).to(clean.device)
             hidden[rows] = after.to(hidden.device)
         assert clean is not None
-        size = clean.square().mean(-1) if size is None else size
-        weight = 1 / (size + 1e-3 * size.median())
-        return OutputTarget(clean, drift, weight / weight.mean())
+        return OutputTarget(clean, drift)
 
     def _refit_output(
         self,
@@ -287,12 +284,10 @@ class LayerHealer:
         _, _, output = self._modules(self.converted, layer)
         refit = OutputRefit(pooled)
         for rows in self.batches(len(ours)):
-            target, weight = goal.at(rows, 1.0, self.device)
+            target = goal.at(rows, 1.0, self.device)
 
-            def count(
-                module: nn.Module, args: tuple[Tensor, ...], target: Tensor = target, weight: Tensor = weight
-            ) -> None:
-                refit.add(args[0].reshape(*target.shape[:-1], -1), target, weight)
+            def count(module: nn.Module, args: tuple[Tensor, ...], target: Tensor = target) -> None:
+                refit.add(args[0].reshape(*target.shape[:-1], -1), target)
                 raise _Stop
 
             self._glimpse(self.converted, layer, ours[rows], output.register_forward_pre_hook(count))

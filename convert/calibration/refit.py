@@ -245,19 +245,15 @@ class OutputTarget:
         clean: the original's attention output [N, S, m].
         drift: what the prefix has drifted by, in the output's scale, [N, S, m]; None where a norm stands between the
             output and the residual stream.
-        weight: of each token [N, S], mean 1: the inverse square of what the output is added to (or of itself, before a
-            norm), since the norms after it see nothing but the ratio. Without it, the few tokens on which a model parks
-            its huge activations would decide everything.
     """
 
     clean: Tensor
     drift: Tensor | None
-    weight: Tensor
 
-    def at(self, rows: Any, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(targets, weights) of some sequences, taking back ``share`` of the drift."""
+    def at(self, rows: Any, share: float, device: torch.device) -> Tensor:
+        """The targets of some sequences, taking back ``share`` of the drift."""
         wanted = self.clean[rows] if self.drift is None else self.clean[rows] + share * self.drift[rows]
-        return wanted.to(device), self.weight[rows].to(device)
+        return wanted.to(device)
 
 
 class OutputRefit:
@@ -275,20 +271,18 @@ class OutputRefit:
         self.gram = torch.zeros(width, width, device=prior.device)
         self.cross = torch.zeros_like(self.prior, dtype=torch.float32)
 
-    def add(self, mixed: Tensor, target: Tensor, weight: Tensor) -> None:
+    def add(self, mixed: Tensor, target: Tensor) -> None:
         """Count a batch.
 
         Args:
             mixed: what goes into the output projection [b, S, H * D].
             target: what should come out [b, S, m].
-            weight: of each token [b, S].
         """
         z, y = mixed.flatten(0, 1), target.flatten(0, 1)
         if self.bias:
             z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        weighted = z * weight.reshape(-1, 1)
-        self.gram += z.T @ weighted
-        self.cross += y.T @ weighted
+        self.gram += z.T @ z
+        self.cross += y.T @ z
 
     def solve(self, heads: Heads) -> Heads:
         """``heads`` with the refitted output projection."""
