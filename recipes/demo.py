@@ -76,12 +76,12 @@ def measure(folder: Path, text: str, window: int = 512) -> float:
     return perplexity(model, torch.tensor(tokenizer(text).input_ids), window).value
 
 
-def run(out: Path, calibration_tokens: int = 16384) -> list[dict[str, Any]]:
+def run(out: Path, calibration_tokens: int = 8192) -> list[dict[str, Any]]:
     """Convert and measure; prints a line for each model as it is done.
 
     Args:
         out: folder for the checkpoints; an earlier run's are replaced.
-        calibration_tokens: for ``svd``; an eighth of the default, to be quick on a laptop.
+        calibration_tokens: for ``svd``; a sixteenth of the default, to be quick on a laptop.
     """
     from rehead.convert import convert
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``make demo``."""
     parser = argparse.ArgumentParser(description="Convert SmolLM2-135M and measure what it cost.")
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--model", default="smollm2", choices=["smollm2"])
     arguments = parser.parse_args(argv)
     os.environ["TQDM_DISABLE"] = "1"  # the loaders' own bars would run through the table
