@@ -104,8 +104,8 @@ def find_attention(model: nn.Module) -> Found:
             or not _has_children_or_parameters(module)
         ):
             continue
-        interface = uses_interface(cls)
-        if not interface and not is_softmax_attention(cls):
+        interface = uses_interface(cls)  # type: ignore[arg-type]
+        if not interface and not is_softmax_attention(cls):  # type: ignore[arg-type]
             continue
         config = _nearest_config(model, name)
         if wanted and config is not None and id(config) not in wanted and not _same_kind(model, config):

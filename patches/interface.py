@@ -156,7 +156,7 @@ def tiled_attention(
     mask = attention_mask if isinstance(attention_mask, TiledMask) else None
     rules: dict[str, Any]
     if attention_mask is not None and mask is None:
-        rules = {"causal": False, "bias": _as_bias(attention_mask, query, key)}
+        rules = {"causal": False, "bias": _as_bias(attention_mask, query, key)}  # type: ignore[arg-type]
     else:
         if mask is None:
             mask = _no_mask(module, query, key, is_causal, sliding_window)

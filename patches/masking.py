@@ -258,7 +258,7 @@ def _make(
         "use_vmap": use_vmap,
         "device": device,
     }
-    style = mask_style(type(config))
+    style = mask_style(type(config))  # type: ignore[arg-type]
     if style is MaskStyle.READ:
         # The layers choose keys by arithmetic on the mask, so they get the one that eager attention would give them.
         _say_dense(config, "its layers read the mask")

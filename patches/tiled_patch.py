@@ -42,7 +42,7 @@ class TiledPatch(Patch):
         window: int | None = None
         deterministic: bool = False
 
-    options: Options
+    options: Options  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
@@ -105,7 +105,7 @@ class TiledPatch(Patch):
         for config in targets.values():
             # The public setter would hand the name down to sub-configs, and so to towers that are left alone.
             config._attn_implementation_internal = NAME
-            if mask_style(type(config)) is MaskStyle.PASSED:
+            if mask_style(type(config)) is MaskStyle.PASSED:  # type: ignore[arg-type]
                 PLAIN.add(type(config))
 
     def prove(self, **options: Any) -> Any:

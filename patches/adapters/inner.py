@@ -17,7 +17,7 @@ def _attend(
     """Tiled attention in the layout of ``_attn``: ``[B, H, Sq, D]`` in and out."""
     # These models keep queries and keys in float32 for their scores; tiles accumulate in float32 anyway.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    dropout = drop.p if module.training else 0.0  # type: ignore[attr-defined]
+    dropout: Any = drop.p if module.training else 0.0
     out, _ = tiled_attention(module, query, key, value, mask, scaling=scaling, dropout=dropout)
     return out.transpose(1, 2), None
 
