@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Model:
 
     def parameters(self) -> int:
         """Number of weights in the checkpoint."""
-        return sum(_count(info.shape) for info in self.source.tensors.values())
+        return sum(math.prod(info.shape) for info in self.source.tensors.values())
 
 
 def open_model(model: str | os.PathLike[str] | Source, revision: str | None = None) -> Model:
@@ -200,13 +201,6 @@ def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:
         raise UnsupportedError(
             f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or mend the weight"
         )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _refuse_quantised(source: Source) -> None:

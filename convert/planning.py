@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class Plan:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
         model, kv = self.model, self.options.num_key_value_heads
         before = model.parameters()
-        after = sum(_count(tensor.shape) for tensor in self.outputs)
+        after = sum(math.prod(tensor.shape) for tensor in self.outputs)
         return {
             "source": model.source.id,
             "revision": model.source.revision,
@@ -172,10 +173,3 @@ def _is_rewritten(model: Model, options: ConvertOptions, layer: int, name: str) 
 
 def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
