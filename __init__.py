@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from rehead.convert.modeling import install as _install_models
+
 __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
@@ -30,3 +32,7 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return import_module(f"rehead.{name}")
     raise AttributeError(f"module 'rehead' has no attribute {name!r}")
+
+
+# Checkpoints with blocks of ours load by name; what this needs of transformers waits until that is imported.
+_install_models()

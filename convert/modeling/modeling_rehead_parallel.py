@@ -1,0 +1,194 @@
+"""Decoders whose blocks run attention and FFN in parallel: ``z = x + Attn(N1 x) + MLP(N2 x)``.
+
+One self-contained file, so that it can travel beside a checkpoint. Every class is its serial counterpart in
+transformers with the same parameters under the same names; only the decoder layers listed in ``config.parallel_layers``
+(all of them, if it is None) read the block's input in both halves. The form is that of GPT-J and PaLM
+(arXiv 2204.02311), with the norms of the serial model kept apart.
+
+``ParallelLlamaConfig``, ``ParallelLlamaModel``, ``ParallelLlamaForCausalLM`` and so on for every name in ``FAMILIES``
+are made from the installed transformers when they are first asked for.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+FAMILIES = {
+    "arcee": "Arcee",
+    "ernie4_5": "Ernie4_5",
+    "gemma": "Gemma",
+    "glm": "Glm",
+    "granite": "Granite",
+    "helium": "Helium",
+    "llama": "Llama",
+    "ministral": "Ministral",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "nemotron": "Nemotron",
+    "olmo": "Olmo",
+    "olmoe": "Olmoe",
+    "persimmon": "Persimmon",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "seed_oss": "SeedOss",
+    "smollm3": "SmolLM3",
+    "starcoder2": "Starcoder2",
+}
+"""Serial model type -> prefix of its classes. All keep the block in ``input_layernorm``, ``self_attn``,
+``post_attention_layernorm`` and ``mlp``."""
+
+TYPE_PREFIX = "rehead_parallel_"
+"""Put before the serial model type. The type differs, so that nothing can load the weights as a serial model."""
+
+_NO_DROPOUT = nn.Identity()
+
+
+class ParallelBlock(nn.Module):
+    """Mixed into a decoder layer: the parallel form of its forward pass."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """``x + Attn(N1 x) + MLP(N2 x)``, as shape ``[B, S, hidden_size]``; ``kwargs`` are for attention."""
+        scale = getattr(self, "residual_multiplier", 1.0)
+        attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        attention = getattr(self, "resid_attn_dropout", _NO_DROPOUT)(attention)
+        ffn = self.mlp(self.post_attention_layernorm(hidden_states))
+        ffn = getattr(self, "resid_mlp_dropout", getattr(self, "dropout", _NO_DROPOUT))(ffn)
+        if scale != 1.0:
+            attention, ffn = attention * scale, ffn * scale
+        return hidden_states + attention + ffn
+
+
+def parallel_layers(config: Any) -> list[int]:
+    """The layers of ``config`` that are parallel, in order.
+
+    Raises:
+        ValueError: ``config.parallel_layers`` names a layer that the model does not have.
+    """
+    count = config.num_hidden_layers
+    if config.parallel_layers is None:
+        return list(range(count))
+    wrong = [layer for layer in config.parallel_layers if not isinstance(layer, int) or not 0 <= layer < count]
+    if wrong:
+        raise ValueError(f"config.parallel_layers has {wrong[0]!r}, but the layers are 0 to {count - 1}")
+    return sorted(set(config.parallel_layers))
+
+
+@functools.cache
+def _parallel_layer_class(serial: type) -> type:
+    return type(f"Parallel{serial.__name__}", (ParallelBlock, serial), {"__module__": __name__})
+
+
+def _make_parallel(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Give the chosen layers their parallel class; parameters, buffers and hooks stay where they are."""
+    for index in parallel_layers(model.config):
+        layers[index].__class__ = _parallel_layer_class(type(layers[index]))
+    # Placement over devices goes by class names, and must not split these layers either.
+    names = {type(layer).__name__ for layer in layers}
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module._no_split_modules = {*(module._no_split_modules or ()), *names}
+
+
+def _config_class(model_type: str) -> type:
+    serial = getattr(transformers, f"{FAMILIES[model_type]}Config")
+    name = f"Parallel{FAMILIES[model_type]}Config"
+
+    def __post_init__(self, **kwargs: Any) -> None:  # noqa: N807
+        serial.__post_init__(self, **kwargs)
+        parallel_layers(self)
+        _register_models(model_type)
+
+    return type(
+        name,
+        (serial,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{serial.__name__} and ``parallel_layers``: indices of the parallel layers, or None for all.",
+            "__annotations__": {"parallel_layers": list[int] | None},
+            "__post_init__": __post_init__,
+            "model_type": TYPE_PREFIX + model_type,
+            "parallel_layers": None,
+            "_auto_class": "AutoConfig",
+        },
+    )
+
+
+def _model_class(model_type: str, suffix: str) -> type:
+    serial = getattr(transformers, FAMILIES[model_type] + suffix)
+    config_class = getattr(sys.modules[__name__], f"Parallel{FAMILIES[model_type]}Config")
+
+    def __init__(self, config: Any) -> None:  # noqa: N807
+        serial.__init__(self, config)
+        _make_parallel(self, self.base_model.layers)
+
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"{serial.__name__} with parallel blocks in ``config.parallel_layers``.",
+        "__init__": __init__,
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+        "_auto_class": "AutoModel" if suffix == "Model" else "AutoModelForCausalLM",
+    }
+    return type(f"Parallel{FAMILIES[model_type]}{suffix}", (serial,), namespace)
+
+
+def _register_models(model_type: str) -> None:
+    """Tell the auto classes which models go with a config that now exists; importing a model waits until then."""
+    module, prefix = sys.modules[__name__], f"Parallel{FAMILIES[model_type]}"
+    config_class = getattr(module, f"{prefix}Config")
+    for auto, suffix in ((transformers.AutoModel, "Model"), (transformers.AutoModelForCausalLM, "ForCausalLM")):
+        if config_class not in auto._model_mapping:
+            auto.register(config_class, getattr(module, prefix + suffix))
+    _share_weight_conversion(model_type)
+
+
+def _share_weight_conversion(model_type: str) -> None:
+    """Mixtures of experts store one tensor an expert and stack them on loading; that goes by model type."""
+    from transformers import conversion_mapping
+
+    ours = TYPE_PREFIX + model_type
+    theirs = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    if theirs is not None and conversion_mapping.get_checkpoint_conversion_mapping(ours) is None:
+        conversion_mapping.register_checkpoint_conversion_mapping(ours, theirs)
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``Parallel<Prefix>Config``, ``...Model`` or ``...ForCausalLM`` when it is first used (PEP 562)."""
+    for model_type, prefix in FAMILIES.items():
+        for suffix in ("Config", "Model", "ForCausalLM"):
+            if name == f"Parallel{prefix}{suffix}":
+                made = _config_class(model_type) if suffix == "Config" else _model_class(model_type, suffix)
+                return globals().setdefault(name, made)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _OnDemand(type):
+    """Type of what stands for a config class until it is used: importing every serial config would take a second."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(cls._made(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._made()(*args, **kwargs)
+
+    def _made(cls) -> Any:
+        config_class = getattr(sys.modules[__name__], cls.__name__)
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        return config_class
+
+
+def register() -> None:
+    """Make every config known to ``AutoConfig``; the models follow when a config of theirs is made."""
+    for model_type, prefix in FAMILIES.items():
+        if model_type in transformers.CONFIG_MAPPING:
+            stand_in = _OnDemand(f"Parallel{prefix}Config", (), {"__module__": __name__})
+            transformers.AutoConfig.register(TYPE_PREFIX + model_type, stand_in, exist_ok=True)
