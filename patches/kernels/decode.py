@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,10 +131,10 @@ def run_decode(
     total = num_q * group
     block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
     early = _is_hopper(query.device)
-    rows, block_n, warps, stages, slots = _launch(query.device, query.element_size(), max(block_d, block_dv), total)
-    row_tiles = triton.cdiv(total, rows)
+    shape = launch_shape(query.device, query.element_size(), max(block_d, block_dv), total)
+    row_tiles = triton.cdiv(total, shape.rows)
     length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256  # a growing cache asks anew every 256 keys only
-    splits = split_count(batch * kv_heads * row_tiles, length, slots, block_n)
+    splits = split_count(batch * kv_heads * row_tiles, length, shape.slots, shape.block_n)
     parts = (batch * kv_heads, splits, total)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
     lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
@@ -151,20 +152,21 @@ def run_decode(
             0 if key_mask is None else mask.stride(0), offset_step, scale, softcap or 1.0, num_q, num_k,
             kv_end if isinstance(kv_end, int) else num_k, q_offset if isinstance(q_offset, int) else 0,
             window or 0, chunk or 1, kv_heads, splits,
-            GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=rows, BLOCK_N=block_n, CAUSAL=causal,
+            GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=shape.rows,
+            BLOCK_N=shape.block_n, CAUSAL=causal,
             WINDOW=window is not None, CHUNK=chunk is not None, SOFTCAP=softcap is not None, START=kv_start is not None,
             END=isinstance(kv_end, Tensor), MASK=key_mask is not None, OFFSET=isinstance(q_offset, Tensor),
             ALIBI=alibi_slopes is not None, SINKS=sinks is not None, DIRECT=splits == 1,
-            EARLY=early, SINGLE=num_q == 1,
+            EARLY=early, AHEAD=shape.ahead, SINGLE=num_q == 1,
             PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
-            num_warps=warps, num_stages=stages, **({"launch_pdl": True} if early else {}),
+            num_warps=shape.warps, num_stages=shape.stages, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
         if splits > 1:
-            columns = min(32, block_dv)
+            columns, wide = merge_shape(batch * kv_heads * total, splits, block_dv)
             decode_kernels.merge_parts[(batch * kv_heads, total, block_dv // columns)](
                 acc, lse, out, query if sinks is None else sinks, num_q, kv_heads, splits, GROUP=group, DV=dim_v,
-                BLOCK_DV=block_dv, COLUMNS=columns, PARTS=min(256, triton.next_power_of_2(splits)),
-                SINKS=sinks is not None, EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
+                BLOCK_DV=block_dv, COLUMNS=columns, PARTS=wide, SINKS=sinks is not None, EARLY=early,
+                num_warps=max(1, min(4, wide * columns // 512)), **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
     return out
 
@@ -181,9 +183,21 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
+class LaunchShape(NamedTuple):
+    """How the first kernel is cut: query rows a tile, keys a block, warps, pipeline stages, program slots of the whole
+    GPU, and keys that a waiting program prefetches."""
+
+    rows: int
+    block_n: int
+    warps: int
+    stages: int
+    slots: int
+    ahead: int
+
+
 @functools.lru_cache(maxsize=256)
-def _launch(device: torch.device, itemsize: int, width: int, total: int) -> tuple[int, int, int, int, int]:
-    """Rows a tile, keys a block, warps, pipeline stages, and program slots of the whole GPU.
+def launch_shape(device: torch.device, itemsize: int, width: int, total: int) -> LaunchShape:
+    """The shape for ``total`` rows of ``width`` (padded head_dim) elements of ``itemsize`` bytes.
 
     Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax needs no exchange
     between warps: worth padding to, except from 16 rows, which the older instructions take as they are.
@@ -195,13 +209,24 @@ def _launch(device: torch.device, itemsize: int, width: int, total: int) -> tupl
     most = 64 if itemsize == 2 or interpreting() else 16  # three-product float32 needs the room
     rows = min(most, max(16, triton.next_power_of_2(total)))
     if interpreting():
-        return rows, 16, 4, 1, 12
+        return LaunchShape(rows, 16, 4, 1, 12, 1)
     roomy = shared_memory(device) > 150_000
     slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     if rows > 16 and _is_hopper(device) and itemsize == 2:
         rows = 64
     if width * itemsize > 512:
-        return rows, 16, 4, 2, slots
+        return LaunchShape(rows, 16, 4, 2, slots, 32)
     if width * itemsize > 256:
-        return rows, 32, 4, 3 if roomy else 2, slots
-    return rows, 64, 4, 3 if roomy else 2, slots
+        return LaunchShape(rows, 32, 4, 3 if roomy else 2, slots, 64)
+    return LaunchShape(rows, 64, 4, 3 if roomy else 2, slots, 128)
+
+
+def merge_shape(rows: int, splits: int, width: int) -> tuple[int, int]:
+    """Columns and parts that a program of the merge takes at a time, for ``rows`` rows of ``width`` (a power of two).
+
+    Whole rows where there are many of them; where there are few, narrower pieces down to 64 bytes keep a GPU busy.
+    """
+    columns = width
+    while columns > 16 and rows * (width // columns) < 132:
+        columns //= 2
+    return columns, min(256, 1 << (splits - 1).bit_length())

@@ -3,6 +3,9 @@
 The tile's rows are the query heads of one group times the query positions, so that K and V are read once for all of
 them. The cache is cut into ``splits`` parts of the range that is *really* visible, read from device memory: lengths may
 change between replays of a CUDA graph while the grid stays what it was, and every part has the same work.
+
+Both kernels let the next one come up at once (programmatic dependent launch, EARLY). While a program waits for the
+kernels before it, it asks the L2 cache for what it will read: a prefetch returns no value, so it cannot be a stale one.
 """
 
 import triton
@@ -12,48 +15,33 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from rehead.patches.kernels.masks import LOG2E, scores, visible
 
 
-# Lengths change with every token: a kernel compiled anew for each divisibility of each would stall a generation.
-@triton.jit(do_not_specialize=["stride_mask", "num_k", "kv_end", "q_offset", "splits"])
-def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi,
-                      sinks, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                      stride_vn, stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k,
-                      kv_end, q_offset, window, chunk, num_kv, splits, GROUP: tl.constexpr, D: tl.constexpr,
-                      DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-                      BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                      SOFTCAP: tl.constexpr, START: tl.constexpr, END: tl.constexpr, MASK: tl.constexpr,
-                      OFFSET: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, DIRECT: tl.constexpr,
-                      EARLY: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
-    base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included."""
-    if EARLY:  # come up while the kernel before drains, and let the merge come up while these programs read the cache
-        gdc_wait()
-        gdc_launch_dependents()
-    split = tl.program_id(0)
-    bk = tl.program_id(1)
-    b = (bk // num_kv).to(tl.int64)
-    kv = (bk % num_kv).to(tl.int64)
-    r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    total = num_q * GROUP
-    inside = r < total
-    position = tl.minimum(r // GROUP, num_q - 1)
-    head = kv * GROUP + r % GROUP
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    q_rows = b * stride_qb + head * stride_qh + position.to(tl.int64) * stride_qm
-    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+@triton.jit
+def prefetch(address, wanted):
+    """Bring the lines of ``address`` (a tensor of pointers) into the L2 cache, where ``wanted``."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [address.to(tl.uint64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
+
+@triton.jit
+def part_range(b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k,
+               kv_end, q_offset, window, chunk, splits, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+               CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
+               OFFSET: tl.constexpr):  # fmt: skip
+    """The keys [start_n, stop_n) of a part, the first key that any row sees, the lowest visible key and the position of
+    query 0. Lengths are read past the L1 cache, which may hold those of the step before."""
     low = 0
     high = tl.minimum(kv_end, num_k)
     offset = q_offset
     if START:
-        low = tl.maximum(tl.load(start_ptr + b * stride_start).to(tl.int32), 0)
+        low = tl.maximum(tl.load(start_ptr + b * stride_start, cache_modifier=".cg").to(tl.int32), 0)
     if END:
-        high = tl.minimum(tl.load(end_ptr + b * stride_end).to(tl.int32), high)
+        high = tl.minimum(tl.load(end_ptr + b * stride_end, cache_modifier=".cg").to(tl.int32), high)
     if OFFSET:
-        offset = tl.load(offset_ptr + b * stride_offset).to(tl.int32)
-    row = offset + position
-    first_row = offset + tl.program_id(2) * ROWS // GROUP
-    last_row = offset + tl.minimum((tl.program_id(2) * ROWS + ROWS - 1) // GROUP, num_q - 1)
+        offset = tl.load(offset_ptr + b * stride_offset, cache_modifier=".cg").to(tl.int32)
+    first_row = offset + tile * ROWS // GROUP
+    last_row = offset + tl.minimum((tile * ROWS + ROWS - 1) // GROUP, num_q - 1)
     begin = low
     end = high
     if CAUSAL:
@@ -68,13 +56,68 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     span = tl.maximum(end - begin, 0)
     part = ((span + splits - 1) // splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     start_n = begin + split * part
-    stop_n = tl.minimum(start_n + part, end)
+    return start_n, tl.minimum(start_n + part, end), first_key, low, offset
+
+
+# Lengths change with every token: a kernel compiled anew for each divisibility of each would stall a generation.
+@triton.jit(do_not_specialize=["stride_mask", "num_k", "kv_end", "q_offset", "splits"])
+def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi,
+                      sinks, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                      stride_vn, stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k,
+                      kv_end, q_offset, window, chunk, num_kv, splits, GROUP: tl.constexpr, D: tl.constexpr,
+                      DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+                      BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+                      SOFTCAP: tl.constexpr, START: tl.constexpr, END: tl.constexpr, MASK: tl.constexpr,
+                      OFFSET: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, DIRECT: tl.constexpr,
+                      EARLY: tl.constexpr, AHEAD: tl.constexpr, SINGLE: tl.constexpr,
+                      PRECISION: tl.constexpr):  # fmt: skip
+    """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
+    base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included. With EARLY, the first
+    AHEAD keys of a part are prefetched."""
+    split = tl.program_id(0)
+    bk = tl.program_id(1)
+    b = (bk // num_kv).to(tl.int64)
+    kv = (bk % num_kv).to(tl.int64)
+    tile = tl.program_id(2)
+    r = tile * ROWS + tl.arange(0, ROWS)
+    total = num_q * GROUP
+    inside = r < total
+    position = tl.minimum(r // GROUP, num_q - 1)
+    head = kv * GROUP + r % GROUP
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    q_rows = b * stride_qb + head * stride_qh + position.to(tl.int64) * stride_qm
+    k_base = k_ptr + b * stride_kb + kv * stride_kh
+    v_base = v_ptr + b * stride_vb + kv * stride_vh
+    if EARLY:
+        gdc_launch_dependents()
+        # The kernels before may still be writing lengths: these only say what is worth fetching.
+        start_n, stop_n, first_key, low, offset = part_range(
+            b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k,
+            kv_end, q_offset, window, chunk, splits, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW, CHUNK, START, END, OFFSET,
+        )  # fmt: skip
+        LINE: tl.constexpr = 1024 // q_ptr.dtype.element_ty.primitive_bitwidth
+        line = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
+        line_v = tl.arange(0, (BLOCK_DV + LINE - 1) // LINE) * LINE
+        soon = start_n + tl.arange(0, AHEAD)
+        wanted = (soon >= 0) & (soon < stop_n)
+        far = soon.to(tl.int64)[:, None]
+        prefetch(k_base + far * stride_kn + line[None, :], wanted[:, None] & (line < D)[None, :])
+        prefetch(v_base + far * stride_vn + line_v[None, :], wanted[:, None] & (line_v < DV)[None, :])
+        if MASK:
+            prefetch(mask_ptr + b * stride_mask + soon, wanted & ((soon - start_n) % 128 == 0))
+        prefetch(q_ptr + q_rows[:, None] + line[None, :], inside[:, None] & (line < D)[None, :])
+        gdc_wait()
+    start_n, stop_n, first_key, low, offset = part_range(
+        b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k, kv_end,
+        q_offset, window, chunk, splits, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW, CHUNK, START, END, OFFSET,
+    )  # fmt: skip
+    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    row = offset + position
 
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi + head, mask=inside, other=0.0).to(tl.float32)[:, None]
-    k_base = k_ptr + b * stride_kb + kv * stride_kh
-    v_base = v_ptr + b * stride_vb + kv * stride_vh
     m_i = tl.full([ROWS], -1.0e30, tl.float32)
     l_i = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
@@ -142,14 +185,14 @@ def merge_parts(acc_ptr, lse_ptr, out_ptr, sinks, num_q, num_kv, splits, GROUP: 
     total = num_q * GROUP
     dv = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     parts = tl.arange(0, PARTS)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     m_i = -1.0e30
     l_i = 0.0
     if SINKS:
         m_i = tl.load(sinks + head).to(tl.float32) * LOG2E
         l_i = 1.0
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     acc = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, splits, PARTS):
         there = first + parts < splits

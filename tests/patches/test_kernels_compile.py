@@ -128,11 +128,10 @@ def test_decode_fits_every_card(total, width, kind, capability, tmp_path, monkey
     monkeypatch.setattr(general, "shared_memory", lambda device: SHARED[capability])
     monkeypatch.setattr(module, "_is_hopper", lambda device: capability == 90)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
-    module._launch.cache_clear()
-    shape = module._launch(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
-    module._launch.cache_clear()
-    rows, block_n, _, stages, _ = shape
-    assert "registers" in assemble_decode(rows, block_n, stages, width, kind, capability, tmp_path)
+    module.launch_shape.cache_clear()
+    shape = module.launch_shape(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
+    module.launch_shape.cache_clear()
+    assert "registers" in assemble_decode(shape.rows, shape.block_n, shape.stages, width, kind, capability, tmp_path)
 
 
 def assemble_decode(rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path) -> str:
@@ -141,8 +140,8 @@ def assemble_decode(rows: int, block_n: int, stages: int, width: int, kind: str,
     flags = {
         "GROUP": 4, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "ROWS": rows, "BLOCK_N": block_n,
         "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True, "MASK": True,
-        "OFFSET": True, "ALIBI": False, "SINKS": True, "DIRECT": False, "EARLY": capability == 90, "SINGLE": True,
-        "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
+        "OFFSET": True, "ALIBI": False, "SINKS": True, "DIRECT": False, "EARLY": capability == 90, "AHEAD": 128,
+        "SINGLE": True, "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
     }  # fmt: skip
     pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}
     pointers |= {f"{name}_ptr": "*i32" for name in ("start", "end", "offset")}
