@@ -68,7 +68,7 @@ def measure(folder: Path, text: str, window: int = 512) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rehead.convert.meta import quiet_transformers
-    from rehead.recipes.perplexity import perplexity
+    from rehead.recipes.evaluation.perplexity import perplexity
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)

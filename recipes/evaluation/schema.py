@@ -64,7 +64,7 @@ class Conditions(Section):
 
     Attributes:
         device: e.g. ``"cpu"`` or ``"NVIDIA H200"``.
-        dtype: of weights and arithmetic; probabilities are computed in float32 and summed in float64 whatever it is.
+        dtype: of weights and arithmetic; softmax and sums are in float64 whatever it is.
         attention: transformers' attention implementation.
         versions: of python, torch, transformers and rehead.
         seed: of everything that is drawn.

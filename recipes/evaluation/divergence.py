@@ -1,0 +1,188 @@
+"""How far models are from a baseline, token by token: both run over the same text side by side, no logits are stored.
+
+The figures are those that llama.cpp's ``perplexity --kl-divergence`` reports for quantised models, so that the two can
+be read together: mean, median and tails of KL(baseline || model), agreement of the most likely token, and the change of
+the right token's probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rehead.errors import UsageError
+from rehead.recipes.evaluation import schema
+from rehead.recipes.evaluation.bootstrap import Array, interval
+from rehead.recipes.evaluation.perplexity import WindowLosses, counts_of, dtype_name
+from rehead.recipes.evaluation.scoring import (
+    TokenDivergence,
+    batch_size,
+    evaluating,
+    next_logits,
+    require_finite,
+    token_divergence,
+    vocabulary,
+)
+from rehead.recipes.evaluation.windows import batches, cut
+
+#: Edges of the histogram, in nats: everything below the first, then eight to a decade.
+EDGES: tuple[float, ...] = (0.0, *(float(edge) for edge in np.logspace(-6, 2, 65)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model beside the baseline over disjoint windows.
+
+    Attributes:
+        tokens: what each token gave, in the order of the text.
+        window: tokens in a window, of which all but the first are counted.
+        losses, baseline_losses: the two perplexities' parts, from the same forward passes.
+    """
+
+    tokens: TokenDivergence
+    window: int
+    losses: WindowLosses
+    baseline_losses: WindowLosses
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(baseline || model), nats a token."""
+        return float(self.tokens.kl.mean())
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens at which both find the same token most likely."""
+        return float(self.tokens.agree.double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        """The model's."""
+        return self.losses.value
+
+    @property
+    def baseline_perplexity(self) -> float:
+        """The baseline's, on the same windows."""
+        return self.baseline_losses.value
+
+
+def compare(
+    baseline: Any,
+    models: Mapping[str, Any],
+    tokens: Tensor,
+    window: int = 512,
+    *,
+    batch_tokens: int | None = None,
+    names: Mapping[str, str] | None = None,
+    progress: Callable[[float, float], None] | None = None,
+) -> dict[str, Comparison]:
+    """Compare live models with a baseline; each batch goes through the baseline once, however many models there are.
+
+    Models are put into evaluation mode and given back in the mode they were in, so this may be called while one of
+    them is being trained. They may be on different devices.
+
+    Args:
+        baseline: a transformers causal language model.
+        models: others with the same vocabulary, by any name.
+        tokens: int64 [T], a text; what does not fill a window is left out.
+        window: tokens in a window.
+        batch_tokens: tokens in a forward pass; by the device when None.
+        names: what to call the models in messages, by the same keys.
+        progress: called with (windows done, windows).
+
+    Returns:
+        One comparison for each of ``models``.
+
+    Raises:
+        UsageError: the text is shorter than one window, or vocabularies differ.
+        UnsupportedError: a model gives a token no finite probability.
+    """
+    names = names or {}
+    for key, model in models.items():
+        require_same_vocabulary(baseline, model, names.get(key, key), names.get("baseline", "the baseline"))
+    windows = cut("disjoint", len(tokens), window)
+    found: dict[str, list[TokenDivergence]] = {key: [] for key in models}
+    done = 0
+    with evaluating(baseline, *models.values()):
+        size = min(batch_size(model, window, batch_tokens) for model in (baseline, *models.values()))
+        for inputs, targets in batches(tokens, windows, size):
+            right = targets.flatten()
+            theirs = next_logits(baseline, inputs, targets.shape[1]).flatten(0, 1)
+            for key, model in models.items():
+                ours = next_logits(model, inputs, targets.shape[1]).flatten(0, 1)
+                part = token_divergence(theirs, ours, right)
+                require_finite(part.baseline_nll, names.get("baseline", "the baseline"))
+                require_finite(part.kl + part.nll, names.get(key, key))
+                found[key].append(part)
+                del ours
+            done += len(inputs)
+            if progress is not None:
+                progress(done, len(windows))
+    counts = counts_of(windows)
+
+    def losses(model: Any, nll: Tensor) -> WindowLosses:
+        return WindowLosses(
+            nll.view(len(windows), -1).sum(-1).numpy(), counts, "disjoint", window, window, dtype_name(model)
+        )
+
+    result = {}
+    for key, parts in found.items():
+        joined = TokenDivergence(
+            *(torch.cat([getattr(part, field) for part in parts]) for field in TokenDivergence.__dataclass_fields__)
+        )
+        result[key] = Comparison(joined, window, losses(models[key], joined.nll), losses(baseline, joined.baseline_nll))
+    return result
+
+
+def require_same_vocabulary(baseline: Any, model: Any, name: str, baseline_name: str) -> None:
+    """Raise UsageError where two models' logits are not over the same number of tokens."""
+    theirs, ours = vocabulary(baseline), vocabulary(model)
+    if theirs != ours:
+        raise UsageError(
+            f"{name}: has a vocabulary of {ours}, {baseline_name} one of {theirs}, so their predictions cannot be "
+            "compared; give the model that it was made from, or leave the baseline out and compare bits per byte"
+        )
+
+
+def described(found: Comparison, who: schema.Who, data: str, resamples: int = 2000, seed: int = 0) -> schema.Divergence:
+    """A comparison as the document has it; percentiles are exact, of the stored numbers of single tokens."""
+    tokens = found.tokens
+    kl = tokens.kl.numpy()
+    sums = tokens.kl.view(-1, found.window - 1).sum(-1).numpy()
+    counts = np.full(len(sums), float(found.window - 1))
+
+    def mean(total: Array, count: Array) -> Array:
+        return total / count
+
+    bounds = interval(mean, sums, counts, resamples=resamples, seed=seed)
+    median, p99, p999 = np.quantile(kl, [0.5, 0.99, 0.999])
+    change = (torch.exp(-tokens.nll) - torch.exp(-tokens.baseline_nll)).numpy()
+    tails = np.quantile(change, [0.01, 0.05, 0.95, 0.99])
+    edges = [*EDGES[:-1], max(EDGES[-1], float(kl.max()))]
+    return schema.Divergence(
+        who=who,
+        data=data,
+        tokens=len(kl),
+        window=found.window,
+        mean=found.kl,
+        low=bounds[0] if bounds else None,
+        high=bounds[1] if bounds else None,
+        median=float(median),
+        p99=float(p99),
+        p999=float(p999),
+        max=float(kl.max()),
+        top1_agreement=found.top1_agreement,
+        delta_p=schema.DeltaP(
+            mean=float(change.mean()),
+            std=float(change.std()),
+            p1=float(tails[0]),
+            p5=float(tails[1]),
+            p95=float(tails[2]),
+            p99=float(tails[3]),
+        ),
+        histogram=schema.Histogram(edges=edges, counts=np.histogram(kl, bins=edges)[0].tolist()),
+    )
