@@ -1,0 +1,82 @@
+"""Launches the fused loss kernel; :func:`unavailable` says why a loss could not run through it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rehead.patches.kernels import unavailable as device_unavailable
+from rehead.recipes.training.losses.registry import Objective
+
+if TYPE_CHECKING:
+    from rehead.recipes.training.losses.head import Shape
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WEIGHTS = ("cross_entropy", "forward", "reverse", "js")
+
+
+def unavailable(objective: Objective, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why the kernel cannot compute these losses there (one line), or None when it can."""
+    for _, term in objective.of_kind("logits"):
+        if term.fused not in WEIGHTS:
+            return f"{term.name} has no kernel"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"dtype {dtype} is not one of bfloat16, float16, float32"
+    return device_unavailable(device)
+
+
+def token_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    shapes: tuple[Shape, Shape | None],
+    biases: tuple[Tensor | None, Tensor | None],
+    gradient: bool,
+) -> Tensor:
+    """Losses of a chunk of tokens; with ``gradient`` the student's logits are overwritten with their gradient.
+
+    Args:
+        student: raw logits [N, vocabulary], before bias, scale and soft cap; rows contiguous.
+        teacher: the teacher's, or None.
+        labels: int64 [N].
+        objective: its logit terms, all of which must have a kernel.
+        shapes: scale and soft cap of student and teacher.
+        biases: [vocabulary] each, or None.
+        gradient: of the summed loss with respect to the raw logits.
+
+    Returns:
+        float32 [4, N]: weighted loss, KL(teacher || student), cross-entropy, 1 where both have the same top token.
+    """
+    import triton
+
+    from rehead.recipes.training.losses import kernels
+
+    weights = dict.fromkeys(WEIGHTS, 0.0)
+    for weight, term in objective.of_kind("logits"):
+        weights[str(term.fused)] += weight
+    tokens, vocabulary = student.shape
+    rows = torch.empty(4, tokens, dtype=torch.float32, device=student.device)
+    if tokens == 0:
+        return rows
+    shape, other = shapes
+    bias, other_bias = biases
+    scale, cap = (1.0, None) if other is None else (other.scale, other.cap)
+    block = min(4096, max(16, triton.next_power_of_2(vocabulary)))
+    with torch.cuda.device_of(student):
+        kernels.token_losses[(tokens,)](
+            student, student if teacher is None else teacher, labels, rows,
+            student if bias is None else bias, student if other_bias is None else other_bias,
+            student.stride(0), 0 if teacher is None else teacher.stride(0), tokens, vocabulary,
+            float(shape.scale), float(shape.cap or 1.0), float(scale), float(cap or 1.0),
+            1.0 / objective.temperature, float(objective.mix),
+            weights["cross_entropy"], weights["forward"], weights["reverse"], weights["js"],
+            TEACHER=teacher is not None, GRADIENT=gradient, TEMPERED=objective.temperature != 1, JS=weights["js"] != 0,
+            STUDENT_BIAS=bias is not None, STUDENT_CAP=shape.cap is not None,
+            TEACHER_BIAS=other_bias is not None, TEACHER_CAP=cap is not None,
+            BLOCK=block, num_warps=8,
+        )  # fmt: skip
+    return rows
