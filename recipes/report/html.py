@@ -1,0 +1,81 @@
+"""The report as one HTML file that asks for nothing from outside."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from rehead import __version__
+from rehead.recipes.report.plots import DASHES, Key
+from rehead.recipes.report.tables import Table
+
+_TABLE = """<div class="scroll" tabindex="0" role="region" aria-label="{{ item.title }}"><table class="{{ kind }}">
+{% if item.head | join %}
+<thead><tr>{% for cell in item.head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+{% endif %}
+<tbody>
+{% for row in item.rows %}
+<tr><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}<td{% if cell in ("FAILED", "passed") %} class="{{ cell }}"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% if item.note %}
+<p class="note">{{ item.note }}</p>
+{% endif %}"""
+
+
+def html(**content: Any) -> str:
+    """Render the page.
+
+    Args:
+        content: title, verdict, failed, notes, overview, plots, conditions, caveats, details; all its text is escaped.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = files("rehead.recipes.report")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["swatch"] = lambda key: Markup(swatch(key))
+    environment.filters["drawing"] = lambda svg, alt: Markup(described(svg, alt))
+    cell = environment.from_string(_TABLE)
+
+    def table(item: Table, kind: str = "figures") -> Any:
+        return Markup(cell.render(item=item, kind=kind))
+
+    page = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
+    css = Markup((folder / "report.css").read_text(encoding="utf-8"))
+    return page.render(css=css, table=table, version=__version__, **content)
+
+
+def described(svg: str, alt: str) -> str:
+    """A drawing (made by :mod:`rehead.recipes.report.plots`, so trusted) with its words for who cannot see it."""
+    from markupsafe import escape
+
+    return svg.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(alt)}"', 1)
+
+
+def swatch(key: Key) -> str:
+    """A legend's line and marker."""
+    colour = "var(--faint)" if key.colour < 0 else f"var(--c{key.colour})"
+    dash = DASHES[key.dash]
+    pattern = "" if isinstance(dash, str) else f' stroke-dasharray="{" ".join(str(1.6 * x) for x in dash[1])}"'
+    fill = "var(--card)" if key.hollow else colour
+    line = f'<line x1="0" y1="6" x2="28" y2="6" stroke="{colour}" stroke-width="1.8"{pattern}/>'
+    return f'<svg viewBox="0 0 28 12" aria-hidden="true">{line}{_marker(key.marker, colour, fill)}</svg>'
+
+
+def _marker(marker: str, colour: str, fill: str) -> str:
+    style = f'fill="{fill}" stroke="{colour}" stroke-width="1.4"'
+    shapes = {
+        "o": f'<circle cx="14" cy="6" r="3.4" {style}/>',
+        "s": f'<rect x="10.8" y="2.8" width="6.4" height="6.4" {style}/>',
+        "^": f'<path d="M14 2.2 18 9.4H10z" {style}/>',
+        "v": f'<path d="M14 9.8 18 2.6H10z" {style}/>',
+        "<": f'<path d="M9.8 6 17 2V10z" {style}/>',
+        "D": f'<path d="M14 1.8 18.2 6 14 10.2 9.8 6z" {style}/>',
+        "P": f'<path d="M12.7 2.2h2.6v2.5h2.5v2.6h-2.5v2.5h-2.6V7.3h-2.5V4.7h2.5z" {style}/>',
+        "X": f'<path d="M10.6 3.9 12 2.5 14 4.6 16 2.5 17.4 3.9 15.4 6 17.4 8.1 16 9.5 14 7.4 12 9.5 10.6 8.1 12.6 6z" '
+        f"{style}/>",
+    }
+    return shapes.get(marker, "")

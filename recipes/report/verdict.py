@@ -1,0 +1,223 @@
+"""The verdict in plain words: what a conversion saves, what it costs, and against what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rehead.recipes.report.facts import CONVERTED, UPTRAINED, Faster, OnText, Summary, change, how
+from rehead.recipes.report.wording import bytes_of, count, figure, heads, heads_phrase, listed, percent, times
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader should know first.
+
+    Attributes:
+        headline: one sentence.
+        points: the sentences under it, each with what it is about: saves, costs, control, start, gates.
+    """
+
+    headline: str
+    points: list[tuple[str, str]]
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        width = max((len(name) for name, _ in self.points), default=0)
+        return [self.headline, *(f"  {name.ljust(width)}  {text}" for name, text in self.points)]
+
+
+def verdict(summaries: list[Summary]) -> Verdict:
+    """The verdict over a report's entries.
+
+    Args:
+        summaries: at least one.
+    """
+    finals = final(summaries)
+    if len(finals) == 1:
+        return _one(finals[0], summaries)
+    return _several(finals, summaries)
+
+
+def final(summaries: list[Summary]) -> list[Summary]:
+    """The models to decide on: those after uptraining, or all where none was uptrained."""
+    return [s for s in summaries if s.entry.stage != CONVERTED] or summaries
+
+
+def _one(summary: Summary, everything: list[Summary]) -> Verdict:
+    points = [("saves", saves(summary)), ("costs", costs(summary)), ("control", control(summary))]
+    before = [s for s in everything if s.entry.stage == CONVERTED and s.entry is not summary.entry]
+    points += [("start", start(item)) for item in before]
+    points += gates([summary])
+    made = how(summary)
+    return Verdict(f"{change(summary)}{f' ({made})' if made else ''}: {_bargain(summary)}.", points)
+
+
+def _bargain(summary: Summary) -> str:
+    """What is got and what is paid, without a full stop."""
+    got = "a KV cache of unknown size" if not summary.saving else f"a KV cache {_smaller(summary.saving)}"
+    text = summary.worst
+    if text is None:
+        return f"{got}; what it costs was not measured"
+    paid = f" at {times(text.ratio)} the perplexity" if text.ratio is not None else ""
+    same = f"; the most likely token stays the same at {percent(text.top1_agreement)} of positions"
+    return got + paid + (same if text.top1_agreement is not None else "")
+
+
+def _smaller(saving: float) -> str:
+    if saving < 1.005:
+        return "of the same size" if saving > 0.995 else f"{1 / saving:.3g} times as large"
+    return f"{saving:.3g} times smaller"
+
+
+def saves(summary: Summary) -> str:
+    """What the conversion saves, in one sentence."""
+    parts = []
+    if summary.kv_bytes and summary.baseline_kv_bytes:
+        parts.append(
+            f"{bytes_of(summary.baseline_kv_bytes)} of KV cache a token become {bytes_of(summary.kv_bytes)}"
+            + (f" ({summary.saving:.3g} times less)" if summary.saving and summary.saving > 1.005 else "")
+        )
+    fastest = headline_speed(summary)
+    if fastest is not None and fastest.factor is not None:
+        parts.append(
+            f"decoding runs at {times(fastest.factor)} the original's speed (batch {fastest.batch}, "
+            f"{count(fastest.context)} tokens of context)"
+        )
+    else:
+        parts.append("decoding speed was not measured")
+    return "; ".join(parts) + "."
+
+
+def headline_speed(summary: Summary) -> Faster | None:
+    """The largest decoding size that both models were measured at: where a small cache counts."""
+    decode = [item for item in summary.speed if item.phase == "decode" and item.factor is not None]
+    return max(decode, key=lambda item: item.batch * item.context, default=None)
+
+
+def costs(summary: Summary) -> str:
+    """What it costs, in one sentence: on the text where it costs most."""
+    text = summary.worst
+    if text is None:
+        return "not measured."
+    where = f" Measured on {text.name}" + (
+        f", the worst of {len(summary.texts)} texts." if len(summary.texts) > 1 else "."
+    )
+    return f"{_figures(summary)}.{where}"
+
+
+def _interval(text: OnText) -> str:
+    if text.low is None or text.high is None:
+        return ""
+    return f", 95% interval {figure(text.low)} to {figure(text.high)}"
+
+
+def control(summary: Summary) -> str:
+    """The comparison with the control, or why there is none."""
+    text = summary.worst
+    if text is not None and text.control is not None:
+        return (
+            f"the original, uptrained on the same tokens, reaches perplexity {figure(text.control)}: the fair price is "
+            f"{times(text.against_control)}."
+        )
+    if summary.trained_tokens or summary.entry.stage == UPTRAINED:
+        return "none was trained, so the perplexity mixes what the conversion cost with what the text taught."
+    return "none is needed: nothing was trained."
+
+
+def start(summary: Summary) -> str:
+    """The model before its uptraining, in one sentence."""
+    text = summary.worst
+    if text is None:
+        return "not measured."
+    parts = [f"perplexity {figure(text.perplexity)}"] if text.perplexity is not None else []
+    parts += [f"KL {figure(text.kl)}"] if text.kl is not None else []
+    parts += [f"top-1 agreement {percent(text.top1_agreement)}"] if text.top1_agreement is not None else []
+    return f"before uptraining: {', '.join(parts)}."
+
+
+def gates(summaries: list[Summary]) -> list[tuple[str, str]]:
+    """The gates that were set, failed ones first."""
+    found = [(gate, s.name) for s in summaries for gate in s.entry.evaluation.gates]
+    if not found:
+        return []
+    failed = [f"{name}: {gate.name} is {figure(gate.value)}, the limit {figure(gate.limit)}"
+              for gate, name in found if not gate.passed]  # fmt: skip
+    if failed:
+        return [("gates", f"{len(failed)} of {len(found)} failed: {'; '.join(failed)}.")]
+    return [("gates", f"all {len(found)} passed." if len(found) > 1 else "the one that was set passed.")]
+
+
+def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
+    """One point for each size of the cache: the best of its models, and the others beside it."""
+    sizes: dict[tuple[int, ...], list[Summary]] = {}
+    for summary in sorted(finals, key=lambda s: -(s.kv_bytes or 0)):
+        sizes.setdefault(tuple(summary.kv_heads), []).append(summary)
+    points, offers = [], []
+    for group in sizes.values():
+        best = min(group, key=_badness)
+        points.append((heads_phrase(best.kv_heads), _point(best, group, everything)))
+        text = best.worst
+        price = f" at {times(text.ratio)} the perplexity" if text is not None and text.ratio is not None else ""
+        offers.append(
+            f"to {heads(best.kv_heads)}, {'a KV cache ' if not offers else ''}{_smaller(best.saving or 1.0)}{price}"
+        )
+    points += gates(finals)
+    worst = finals[0].worst
+    if worst is not None:
+        more = f", the worst of {len(finals[0].texts)} texts" if len(finals[0].texts) > 1 else ""
+        points.append(("text", f"measured on {worst.name}{more}."))
+    original = heads_phrase(finals[0].baseline_kv_heads) if finals[0].baseline_kv_heads else "The original"
+    return Verdict(f"{original} {'; '.join(offers)}.", points)
+
+
+def _point(best: Summary, group: list[Summary], everything: list[Summary]) -> str:
+    parts = [f"{best.entry.series or best.name}: {_figures(best)}."]
+    text = best.worst
+    if text is not None and text.control is not None:
+        parts.append(
+            f"The control, the original uptrained on the same tokens, has perplexity {figure(text.control)}: against "
+            f"it the price is {times(text.against_control)}."
+        )
+    elif best.trained_tokens:
+        parts.append("There is no control, so the perplexity mixes what the conversion cost with what the text taught.")
+    fastest = headline_speed(best)
+    if fastest is not None:
+        parts.append(f"Decoding at {times(fastest.factor)} the speed (batch {fastest.batch}, context "
+                     f"{count(fastest.context)}).")  # fmt: skip
+    others = [f"{s.entry.series or s.name} {_short(s)}" for s in sorted(group, key=_badness) if s is not best]
+    if others:
+        parts.append(f"Others: {listed(others)}.")
+    before = [s for s in everything if s.entry.stage == CONVERTED and s.kv_heads == best.kv_heads and s not in group]
+    if before:
+        starts = [f"{s.entry.series or s.name} {_short(s)}" for s in sorted(before, key=_badness)]
+        parts.append(f"Before uptraining: {listed(starts)}.")
+    return " ".join(parts)
+
+
+def _figures(summary: Summary) -> str:
+    text = summary.worst
+    if text is None:
+        return "not measured"
+    parts = []
+    if text.perplexity is not None:
+        beside = f" where the original has {figure(text.baseline)} ({times(text.ratio)}{_interval(text)})"
+        parts.append(f"perplexity {figure(text.perplexity)}" + (beside if text.baseline is not None else ""))
+    if text.kl is not None:
+        parts.append(f"KL {figure(text.kl)} nats a token")
+    if text.top1_agreement is not None:
+        parts.append(f"the same most likely token at {percent(text.top1_agreement)} of positions")
+    return ", ".join(parts)
+
+
+def _short(summary: Summary) -> str:
+    text = summary.worst
+    if text is None:
+        return "not measured"
+    return f"KL {figure(text.kl)}" if text.kl is not None else f"perplexity {figure(text.perplexity)}"
+
+
+def _badness(summary: Summary) -> float:
+    text = summary.worst
+    if text is None:
+        return float("inf")
+    return text.kl if text.kl is not None else text.perplexity or float("inf")
