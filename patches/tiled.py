@@ -14,7 +14,7 @@ DECODE_ROWS = 16
 """Most query rows that the decode kernel takes."""
 
 _MASK_RULES = ("causal", "q_offset", "window", "chunk", "kv_start", "kv_end", "key_mask")
-DECODE_RULES = frozenset((*_MASK_RULES, "scale", "softcap", "alibi_slopes", "sinks"))
+DECODE_RULES = frozenset((*_MASK_RULES, "scale", "softcap", "alibi_slopes", "sinks", "bias"))
 """Rules that the decode kernel takes."""
 
 

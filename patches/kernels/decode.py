@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches.kernels.api import unavailable
-from rehead.patches.kernels.rules import Rules, check, refusal
+from rehead.patches.kernels.rules import DecodeRules, Rules, check, refusal
 
 MAX_QUERIES = 16
 
@@ -30,6 +30,7 @@ def decode(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
     """Attention of 1 to 16 new positions over a cache; no gradient. Rules mean what they mean in ``attention``.
@@ -48,7 +49,7 @@ def decode(
         kv_end: visible keys end before it; None for all of them.
         kv_start: int ``[B]``, visible keys start there (left padding).
         key_mask: bool ``[B, Skv]``.
-        window, chunk, softcap, alibi_slopes, sinks: as in ``attention``.
+        window, chunk, softcap, alibi_slopes, sinks, bias: as in ``attention``.
         causal: j <= q_offset + i.
 
     Returns:
@@ -58,27 +59,34 @@ def decode(
         UsageError: shapes or rules that contradict each other, or more than 16 query positions.
         UnsupportedError: a dtype, head_dim or device the kernels do not take.
     """
-    _check(query, key, value, scale, q_offset, kv_end, kv_start, key_mask, window, chunk, softcap, alibi_slopes, sinks)
+    rules = DecodeRules(
+        float(scale), *_number_or_tensor(q_offset), *_number_or_tensor(kv_end), kv_start, key_mask, window, chunk,
+        softcap, alibi_slopes, sinks, bias, causal,
+    )  # fmt: skip
+    _check(query, key, value, rules)
     if torch.compiler.is_compiling():
         from rehead.patches.kernels import ops
 
-        offsets = (q_offset, None) if isinstance(q_offset, Tensor) else (None, q_offset)
-        ends = (kv_end, None) if isinstance(kv_end, Tensor) else (None, kv_end)
-        return ops.decode(query, key, value, float(scale), *offsets, *ends, kv_start, key_mask, window, chunk, softcap,
-                          alibi_slopes, sinks, causal)  # fmt: skip
-    return run_decode(query, key, value, float(scale), q_offset, kv_end, kv_start, key_mask, window, chunk, softcap,
-                      alibi_slopes, sinks, causal)  # fmt: skip
+        return ops.decode(query, key, value, *rules.values())
+    return run_decode(query, key, value, rules)
 
 
-def _check(query, key, value, scale, q_offset, kv_end, kv_start, key_mask, window, chunk, softcap, alibi_slopes, sinks):
-    rules = Rules(float(scale), True, 0, window, chunk, kv_start, None, key_mask, None, None, softcap, alibi_slopes)
-    check(query, key, value, rules, sinks)
+def _number_or_tensor(item: Tensor | int | None) -> tuple[Any, Tensor | None]:
+    return (0, item) if isinstance(item, Tensor) else (item, None)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, rules: DecodeRules) -> None:
+    shared = Rules(
+        rules.scale, True, 0, rules.window, rules.chunk, rules.kv_start, None, rules.key_mask, None, None,
+        rules.softcap, rules.alibi_slopes, rules.bias,
+    )  # fmt: skip
+    check(query, key, value, shared, rules.sinks)
     if query.shape[2] > MAX_QUERIES:
         raise UsageError(f"decode takes at most {MAX_QUERIES} query positions, not {query.shape[2]}; call attention")
-    for name, item in (("q_offset", q_offset), ("kv_end", kv_end)):
-        if isinstance(item, Tensor) and (item.numel() not in (1, query.shape[0]) or item.is_floating_point()):
+    for name, item in (("q_offset", rules.q_offset_tensor), ("kv_end", rules.kv_end_tensor)):
+        if item is not None and (item.numel() not in (1, query.shape[0]) or item.is_floating_point()):
             raise UsageError(f"{name} must be an int or an integer tensor with 1 or {query.shape[0]} elements")
-    reason = unavailable(query.device) or refusal(query, key, value, rules, sinks)
+    reason = unavailable(query.device) or refusal(query, key, value, shared, rules.sinks)
     if reason is not None:
         raise UnsupportedError(f"no decode kernel for this call: {reason}; use attn_implementation='sdpa' or 'eager'")
 
@@ -100,27 +108,12 @@ def split_count(pairs: int, length: int, slots: int, block: int) -> int:
     return max(range(1, most + 1), key=lambda parts: (min(evenness(parts), 0.93), -parts))
 
 
-def run_decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    q_offset: Tensor | int,
-    kv_end: Tensor | int | None,
-    kv_start: Tensor | None,
-    key_mask: Tensor | None,
-    window: int | None,
-    chunk: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    """Launch the kernels of ``decode_kernels.py``; arguments as :func:`decode`, unchecked."""
+def run_decode(query: Tensor, key: Tensor, value: Tensor, rules: DecodeRules) -> Tensor:
+    """Launch the kernels of ``decode_kernels.py``; shapes and rules as :func:`decode`, unchecked."""
     import triton
 
     from rehead.patches.kernels import decode_kernels
-    from rehead.patches.kernels.general import interpreting
+    from rehead.patches.kernels.general import float_bias, interpreting
 
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
@@ -138,42 +131,46 @@ def run_decode(
     parts = (batch * kv_heads, splits, total)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
     lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
-    start, start_step = _device_number(kv_start, query)
-    end, end_step = _device_number(kv_end, query)
-    offset, offset_step = _device_number(q_offset, query)
-    mask = query
+    start, start_step = _device_number(rules.kv_start, query)
+    end, end_step = _device_number(rules.kv_end_tensor, query)
+    offset, offset_step = _device_number(rules.q_offset_tensor, query)
+    mask = key_mask = rules.key_mask
     if key_mask is not None:
         mask = (key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()).view(torch.uint8)
+    bias = None if rules.bias is None else float_bias(rules.bias).expand(batch, heads, num_q, num_k)
+    unused = query  # stands in for pointers that no kernel reads
+    alibi, sinks = (unused if item is None else item for item in (rules.alibi_slopes, rules.sinks))
+    launch: dict[str, Any] = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(query):
         decode_kernels.partial_attention[(splits, batch * kv_heads, row_tiles)](
-            query, key, value, acc, lse, out, start, end, mask, offset,
-            query if alibi_slopes is None else alibi_slopes, query if sinks is None else sinks,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], start_step, end_step,
-            0 if key_mask is None else mask.stride(0), offset_step, scale, softcap or 1.0, num_q, num_k,
-            kv_end if isinstance(kv_end, int) else num_k, q_offset if isinstance(q_offset, int) else 0,
-            window or 0, chunk or 1, kv_heads, splits,
-            GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=shape.rows,
-            BLOCK_N=shape.block_n, CAUSAL=causal,
-            WINDOW=window is not None, CHUNK=chunk is not None, SOFTCAP=softcap is not None, START=kv_start is not None,
-            END=isinstance(kv_end, Tensor), MASK=key_mask is not None, OFFSET=isinstance(q_offset, Tensor),
-            ALIBI=alibi_slopes is not None, SINKS=sinks is not None, DIRECT=splits == 1,
-            EARLY=early, AHEAD=shape.ahead, SINGLE=num_q == 1,
-            PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
-            num_warps=shape.warps, num_stages=shape.stages, **({"launch_pdl": True} if early else {}),
+            query, key, value, acc, lse, out, start, end, unused if mask is None else mask, offset, alibi, sinks,
+            unused if bias is None else bias, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], start_step,
+            end_step, 0 if mask is None else mask.stride(0), offset_step, *((0, 0, 0) if bias is None else
+            bias.stride()[:3]), rules.scale, rules.softcap or 1.0, num_q, num_k,
+            num_k if rules.kv_end is None or rules.kv_end_tensor is not None else rules.kv_end, rules.q_offset,
+            rules.window or 0, rules.chunk or 1, kv_heads, splits,
+            GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=shape.rows, BLOCK_N=shape.block_n,
+            CAUSAL=rules.causal, WINDOW=rules.window is not None, CHUNK=rules.chunk is not None,
+            SOFTCAP=rules.softcap is not None, START=rules.kv_start is not None, END=rules.kv_end_tensor is not None,
+            MASK=mask is not None, OFFSET=rules.q_offset_tensor is not None, ALIBI=rules.alibi_slopes is not None,
+            SINKS=rules.sinks is not None, BIAS=bias is not None, DIRECT=splits == 1, EARLY=early, AHEAD=shape.ahead,
+            SINGLE=num_q == 1, PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
+            # A tile of biases in every stage would not fit beside those of K and V.
+            num_warps=shape.warps, num_stages=shape.stages if bias is None else min(2, shape.stages), **launch,
         )  # fmt: skip
         if splits > 1:
             columns, wide = merge_shape(batch * kv_heads * total, splits, block_dv)
             decode_kernels.merge_parts[(batch * kv_heads, total, block_dv // columns)](
-                acc, lse, out, query if sinks is None else sinks, num_q, kv_heads, splits, GROUP=group, DV=dim_v,
-                BLOCK_DV=block_dv, COLUMNS=columns, PARTS=wide, SINKS=sinks is not None, EARLY=early,
-                num_warps=max(1, min(4, wide * columns // 512)), **({"launch_pdl": True} if early else {}),
+                acc, lse, out, sinks, num_q, kv_heads, splits, GROUP=group, DV=dim_v, BLOCK_DV=block_dv,
+                COLUMNS=columns, PARTS=wide, SINKS=rules.sinks is not None, EARLY=early,
+                num_warps=max(1, min(4, wide * columns // 512)), **launch,
             )  # fmt: skip
     return out
 
 
-def _device_number(item: Tensor | int | None, unused: Tensor) -> tuple[Tensor, int]:
+def _device_number(item: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
     """A pointer to per-batch integers and the step between them (0 when one serves all)."""
-    if not isinstance(item, Tensor):
+    if item is None:
         return unused, 0
     return item, 0 if item.numel() == 1 else item.reshape(-1).stride(0)
 

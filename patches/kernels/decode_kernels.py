@@ -60,17 +60,18 @@ def part_range(b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, str
 
 
 # Lengths change with every token: a kernel compiled anew for each divisibility of each would stall a generation.
-@triton.jit(do_not_specialize=["stride_mask", "num_k", "kv_end", "q_offset", "splits"])
+@triton.jit(do_not_specialize=["stride_mask", "stride_bb", "stride_bh", "stride_bm", "num_k", "kv_end", "q_offset",
+                               "splits"])  # fmt: skip
 def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi,
-                      sinks, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                      stride_vn, stride_start, stride_end, stride_mask, stride_offset, scale, softcap, num_q, num_k,
-                      kv_end, q_offset, window, chunk, num_kv, splits, GROUP: tl.constexpr, D: tl.constexpr,
-                      DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-                      BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                      SOFTCAP: tl.constexpr, START: tl.constexpr, END: tl.constexpr, MASK: tl.constexpr,
-                      OFFSET: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, DIRECT: tl.constexpr,
-                      EARLY: tl.constexpr, AHEAD: tl.constexpr, SINGLE: tl.constexpr,
-                      PRECISION: tl.constexpr):  # fmt: skip
+                      sinks, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb,
+                      stride_vh, stride_vn, stride_start, stride_end, stride_mask, stride_offset, stride_bb, stride_bh,
+                      stride_bm, scale, softcap, num_q, num_k, kv_end, q_offset, window, chunk, num_kv, splits,
+                      GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+                      BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                      WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, START: tl.constexpr,
+                      END: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr, ALIBI: tl.constexpr,
+                      SINKS: tl.constexpr, BIAS: tl.constexpr, DIRECT: tl.constexpr, EARLY: tl.constexpr,
+                      AHEAD: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
     base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included. With EARLY, the first
     AHEAD keys of a part are prefetched."""
@@ -118,6 +119,7 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi + head, mask=inside, other=0.0).to(tl.float32)[:, None]
+    bias_rows = bias_ptr + b * stride_bb + head.to(tl.int64) * stride_bh + position * stride_bm
     m_i = tl.full([ROWS], -1.0e30, tl.float32)
     l_i = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
@@ -136,8 +138,12 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
         v = tl.load(
             v_base + wide[:, None] * stride_vn + dv[None, :], mask=here[:, None] & (dv[None, :] < DV), other=0.0
         )
+        bias = 0.0
+        if BIAS:
+            bias = tl.load(bias_rows[:, None] + key[None, :], mask=inside[:, None] & here[None, :], other=0.0)
+            bias = bias.to(tl.float32)
         raw = tl.dot(q, k, input_precision=PRECISION)
-        s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
+        s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
         if SINGLE:  # all rows stand at one position: its bounds say everything
             keep = ((key >= first_key) & here)[None, :]
         else:

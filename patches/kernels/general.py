@@ -84,6 +84,13 @@ def _width(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def float_bias(bias: Tensor) -> Tensor:
+    """A bias as the kernels read it: what to add to the scores, contiguous along the keys. A bool one hides by -inf."""
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill_(~bias, float("-inf"))
+    return bias.contiguous() if bias.stride(3) != 1 and bias.shape[3] > 1 else bias
+
+
 def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared:
     """Arguments common to the three kernels; segment bounds are left to the caller, whose rows they belong to."""
     batch, _, num_q, dim = query.shape
@@ -100,11 +107,7 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared
     bias = rules.bias
     bias_strides = (0, 0, 0)
     if bias is not None:
-        if bias.dtype == torch.bool:
-            bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill_(~bias, float("-inf"))
-        if bias.stride(3) != 1 and num_k > 1:
-            bias = bias.contiguous()
-        bias = bias.expand(batch, query.shape[1], num_q, num_k)
+        bias = float_bias(bias).expand(batch, query.shape[1], num_q, num_k)
         bias_strides = (bias.stride(0), bias.stride(1), bias.stride(2))
 
     def integers(tensor: Tensor | None) -> Tensor:

@@ -14,8 +14,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
+class Flat:
+    """A dataclass whose fields pass through an operator's flat signature."""
+
+    def values(self) -> tuple:
+        """The fields in order."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class Rules:
+class Rules(Flat):
     """Mask and score rules; the arguments of :func:`rehead.patches.kernels.attention` under their own names."""
 
     scale: float
@@ -33,15 +41,31 @@ class Rules:
     bias: Tensor | None = None
     deterministic: bool = False
 
-    def values(self) -> tuple:
-        """The fields in order, for passing through an operator's flat signature."""
-        return tuple(getattr(self, field.name) for field in fields(self))
-
     @property
     def positional_only(self) -> bool:
         """True when causal, window and key range say it all, which is what the Hopper kernels take."""
         extra = (self.chunk, self.key_mask, self.q_segments, self.softcap, self.alibi_slopes, self.bias)
         return all(item is None for item in extra) and self.scale > 0
+
+
+@dataclass(frozen=True)
+class DecodeRules(Flat):
+    """The same for a decode step; a position or an end is a number, or a tensor on the device that counts instead."""
+
+    scale: float
+    q_offset: int = 0
+    q_offset_tensor: Tensor | None = None
+    kv_end: int | None = None
+    kv_end_tensor: Tensor | None = None
+    kv_start: Tensor | None = None
+    key_mask: Tensor | None = None
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = True
 
 
 def _shape(tensor: Tensor) -> str:

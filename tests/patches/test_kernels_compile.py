@@ -131,19 +131,24 @@ def test_decode_fits_every_card(total, width, kind, capability, tmp_path, monkey
     module.launch_shape.cache_clear()
     shape = module.launch_shape(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
     module.launch_shape.cache_clear()
-    assert "registers" in assemble_decode(shape.rows, shape.block_n, shape.stages, width, kind, capability, tmp_path)
+    for stages, bias in ((shape.stages, False), (min(2, shape.stages), True)):
+        report = assemble_decode(shape.rows, shape.block_n, stages, width, kind, capability, tmp_path, BIAS=bias)
+        assert "registers" in report
 
 
-def assemble_decode(rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path) -> str:
+def assemble_decode(
+    rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path, **changed
+) -> str:
     from rehead.patches.kernels import decode_kernels
 
     flags = {
         "GROUP": 4, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "ROWS": rows, "BLOCK_N": block_n,
         "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True, "MASK": True,
-        "OFFSET": True, "ALIBI": False, "SINKS": True, "DIRECT": False, "EARLY": capability == 90, "AHEAD": 128,
-        "SINGLE": True, "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
+        "OFFSET": True, "ALIBI": False, "SINKS": True, "BIAS": False, "DIRECT": False,
+        "EARLY": capability == 90, "AHEAD": 128, "SINGLE": True, "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
     }  # fmt: skip
-    pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}
+    flags |= changed
+    pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")} | {"bias_ptr": "*fp32"}
     pointers |= {f"{name}_ptr": "*i32" for name in ("start", "end", "offset")}
     pointers |= {"acc_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*u8", "alibi": "*fp32", "sinks": "*bf16"}
     signature = pointers | {"scale": FLOAT, "softcap": FLOAT}

@@ -28,6 +28,10 @@ def holes(batch: int, count: int) -> torch.Tensor:
     return mask
 
 
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+
+
 # name -> (batch, heads, kv_heads, num_q, num_k, dim, dim_v, rules)
 CASES = {
     "one token": (2, 4, 2, 1, 70, 32, 32, {"q_offset": 69}),
@@ -54,6 +58,9 @@ CASES = {
         32,
         {"q_offset": 38, "alibi_slopes": torch.tensor([0.5, 0.2, 0.1, 0.0], device=DEVICE)},
     ),
+    "bias of each key": (2, 4, 2, 1, 70, 32, 32, {"q_offset": ints(69), "bias": noise(1, 4, 1, 70)}),
+    "bias of each row": (2, 4, 1, 3, 70, 32, 32, {"q_offset": 67, "bias": noise(2, 1, 3, 70), "softcap": 5.0}),
+    "dense mask": (2, 4, 2, 2, 70, 32, 32, {"q_offset": 0, "causal": False, "bias": noise(2, 4, 2, 70) > 0}),
     "sinks": (2, 4, 2, 1, 70, 32, 32, {"q_offset": 69, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "short": (1, 4, 2, 1, 5, 32, 32, {"q_offset": 4, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "not causal": (1, 4, 2, 4, 40, 32, 32, {"q_offset": 0, "causal": False}),
@@ -135,6 +142,16 @@ def test_rows_without_keys_are_zero():
     out = decode(*inputs, **rules | {"kv_start": ints(0, 60)})
     assert (out[1] == 0).all()
     assert (out[0] != 0).any()
+
+
+@needs_kernels
+def test_the_operator_passes_torch_opcheck():
+    from rehead.patches.kernels import ops
+    from rehead.patches.kernels.rules import DecodeRules
+
+    inputs, _ = draw(CASES["static cache, tensors"], torch.float32)
+    rules = DecodeRules(0.2, q_offset_tensor=ints(40), kv_end=41, window=30)
+    torch.library.opcheck(ops.decode, (*inputs, *rules.values()), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_too_many_positions_name_the_mend():
