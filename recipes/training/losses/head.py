@@ -89,6 +89,9 @@ def base_model(model: nn.Module) -> nn.Module:
     inner = transformer(model)
     base = getattr(inner, "base_model", None)
     if base is None or base is inner:
+        # Some classes keep it under another name than the one they state.
+        base = getattr(inner, "model", None)
+    if base is None:
         raise UnsupportedError(
             f"{type(inner).__name__}: no base model apart from its head; give a model of AutoModelForCausalLM"
         )
@@ -115,34 +118,47 @@ def find_head(model: nn.Module) -> Head:
     module = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if module is None:
         raise UnsupportedError(f"{name}: has no output embedding; give a model of AutoModelForCausalLM")
-    base, numbers = base_model(model), _numbers(inner.config)
-    with _evaluating(inner), torch.no_grad():
-        entered, raw, logits = _probe(inner, module, None)
-        ids = _ids(inner)
-        hidden = final_hidden(base(input_ids=ids, use_cache=False)).float()
+    base = base_model(model)
+    try:
+        with _evaluating(inner), torch.no_grad():
+            return _find(inner, base, module)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(
+            f"{name}: does not run on token ids alone ({first[:120]}); give a decoder of AutoModelForCausalLM"
+        ) from error
+
+
+def _find(model: Any, base: nn.Module, module: nn.Module) -> Head:
+    name, numbers = type(model).__name__, _numbers(model.config)
+    entered, raw, logits = _probe(model, module, None)
+    hidden = final_hidden(base(input_ids=_ids(model), use_cache=False)).flatten(0, -2).to(entered.dtype)
+    tolerance = 1e-4 if next(module.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
+    hidden_scale = None
+    if hidden.shape == entered.shape:
         fitted = float((entered * hidden).sum() / hidden.square().sum())
-        tolerance = 1e-4 if next(module.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
-        hidden_scale = _named(fitted, _scales(numbers, inner.config), tolerance)
-        if hidden_scale is None or not _same(entered, hidden * hidden_scale, tolerance):
-            raise UnsupportedError(
-                f"{name}: its head does not read its base model's last hidden states; chunked losses cannot be used"
-            )
-        spread = float(raw.std() / entered.std())
-        size = torch.tensor(_LADDER).repeat_interleave(_ROWS)
-        noise = torch.randn(len(size), entered.shape[-1], generator=torch.Generator().manual_seed(0))
-        rung = (noise * size[:, None] / max(spread, 1e-6)).to(entered.device)
-        entered, raw, logits = _probe(inner, module, rung)
-        shape = _shape(raw, logits, numbers, tolerance)
-        head = Head(module, shape, _is_linear(module), hidden_scale) if shape else None
-        if head is None or not _same(head.shape.apply(raw[..., : head.shape.vocabulary]), logits, tolerance):
-            raise UnsupportedError(
-                f"{name}: does something to its logits that no number in its config explains; chunked losses cannot be "
-                "used"
-            )
-        if head.linear:
-            bias = head.bias
-            product = entered @ head.weight.to(entered.dtype).T + (0 if bias is None else bias.to(entered.dtype))
-            head = replace(head, linear=_same(product, raw[..., : shape.vocabulary], tolerance))  # type: ignore[union-attr]
+        hidden_scale = _named(fitted, _scales(numbers, model.config), tolerance)
+    if hidden_scale is None or not _same(entered, hidden * hidden_scale, tolerance):
+        raise UnsupportedError(
+            f"{name}: its head does not read its base model's last hidden states; chunked losses cannot be used"
+        )
+    spread = float(raw.std() / entered.std())
+    size = torch.tensor(_LADDER).repeat_interleave(_ROWS)
+    noise = torch.randn(len(size), entered.shape[-1], generator=torch.Generator().manual_seed(0))
+    rungs = (noise * size[:, None] / max(spread, 1e-6)).to(entered.device)
+    entered, raw, logits = _probe(model, module, rungs)
+    shape = _shape(raw, logits, numbers, tolerance)
+    if shape is None or not _same(shape.apply(raw[..., : shape.vocabulary]), logits, tolerance):
+        raise UnsupportedError(
+            f"{name}: does something to its logits that no number in its config explains; chunked losses cannot be used"
+        )
+    head = Head(module, shape, _is_linear(module), hidden_scale)
+    if head.linear:
+        product = entered @ head.weight.to(entered.dtype).T
+        product = product if head.bias is None else product + head.bias.to(entered.dtype)
+        head = replace(head, linear=_same(product, raw[..., : shape.vocabulary], tolerance))
     return head
 
 
