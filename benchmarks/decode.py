@@ -2,7 +2,12 @@
 
 Every case runs under a padding mask *and* with its fill read from the device, as under StaticCache, in CUDA graphs that
 rotate through enough caches to defeat the L2. The share is (bytes of visible K and V) / time / (bandwidth of a large
-device copy, bytes read plus written, measured in the same run). SDPA stands beside it, with the same mask and without.
+device copy, bytes read plus written, measured in the same run). SDPA stands beside it, with the same mask and without,
+timed in the same ways:
+
+- ``share``: calls one after the other. The start of a call may overlap the end of the one before it.
+- ``in step``: before each call the new token is written into the cache, as a decoding step does, and the time of a
+  graph of the writes alone is subtracted. Nothing of a call can then be read before the write has ended.
 
     python -m rehead.benchmarks.decode [--only NAME] [--json FILE]
 """
@@ -90,6 +95,13 @@ class Inputs:
     mask: Tensor
     offset: Tensor
     end: Tensor
+    token: Tensor
+    place: Tensor
+
+    def write(self) -> None:
+        """Store the step's key and value, as a static cache does."""
+        self.key.index_copy_(2, self.place, self.token)
+        self.value.index_copy_(2, self.place, self.token)
 
 
 def _inputs(case: Case) -> Inputs:
@@ -99,7 +111,16 @@ def _inputs(case: Case) -> Inputs:
     mask = torch.ones(case.batch, case.length, dtype=torch.bool, device="cuda")
     mask[::2, :64] = False  # every other row is padded on the left
     end = torch.full((case.batch,), case.length, dtype=torch.int32, device="cuda")
-    return Inputs(query, key, value, mask, end - 1, end)
+    token = torch.randn(case.batch, case.kv_heads, 1, DIM, dtype=torch.bfloat16, device="cuda")
+    return Inputs(query, key, value, mask, end - 1, end, token, end[:1].long() - 1)
+
+
+def _in_step(item: Inputs, call: Callable[[], object]) -> Callable[[], object]:
+    def step() -> object:
+        item.write()
+        return call()
+
+    return step
 
 
 def _call(peer: str, item: Inputs) -> Callable[[], Tensor]:
@@ -117,15 +138,20 @@ def _call(peer: str, item: Inputs) -> Callable[[], Tensor]:
 
 
 def measure(case: Case, peer: str, bandwidth: float) -> dict[str, Any]:
-    """One row: microseconds a step, bytes of visible cache a second, and its share of ``bandwidth``."""
+    """One row: microseconds a call, bytes of visible cache a second, their share of ``bandwidth``; timed both ways."""
     sets = max(2, min(16, int(4 * 60e6 / case.cache_bytes) + 1))
     inputs = [_inputs(case) for _ in range(sets)]
     calls = [_call(peer, item) for item in inputs]
     repeat = max(1, 16 // len(calls))
     milliseconds = graphed_ms(calls * repeat)
+    steps = [_in_step(item, call) for item, call in zip(inputs, calls)]
+    in_step = graphed_ms(steps * repeat) - graphed_ms([item.write for item in inputs] * repeat)
     visible = case.batch * case.length if peer.endswith("no mask") else int(inputs[0].mask.sum())
-    speed = 2 * visible * case.kv_heads * DIM * 2 / (milliseconds / 1e3)
-    row = {"case": case.name, "peer": peer, "us": milliseconds * 1e3, "bytes_per_s": speed, "share": speed / bandwidth}
+    read = 2 * visible * case.kv_heads * DIM * 2
+    row: dict[str, Any] = {"case": case.name, "peer": peer}
+    for suffix, time in (("", milliseconds), ("_in_step", in_step)):
+        speed = read / (time / 1e3)
+        row |= {f"us{suffix}": time * 1e3, f"bytes_per_s{suffix}": speed, f"share{suffix}": speed / bandwidth}
     if peer.startswith("rehead"):
         mask = None if peer.endswith("no mask") else inputs[0].mask[:, None, None, :]
         want = torch.nn.functional.scaled_dot_product_attention(
@@ -158,12 +184,14 @@ def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, one line each."""
-    lines = [f"{'case':14} {'kernel':16} {'us':>9} {'TB/s':>7} {'share':>7}   wanted"]
+    lines = [
+        f"{'case':14} {'kernel':16} {'us':>9} {'TB/s':>7} {'share':>7} {'wanted':>7} {'us in step':>11} {'share':>7}"
+    ]
     for row in rows:
         wanted = f"{row['wanted']:.2f}" if row["peer"] == "rehead" else ""
         lines.append(
             f"{row['case']:14} {row['peer']:16} {row['us']:9.1f} {row['bytes_per_s'] / 1e12:7.2f} "
-            f"{row['share']:7.2f}   {wanted}"
+            f"{row['share']:7.2f} {wanted:>7} {row['us_in_step']:11.1f} {row['share_in_step']:7.2f}"
         )
     return "\n".join(lines)
 
