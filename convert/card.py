@@ -19,7 +19,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     """Markdown with YAML front matter: ``base_model``, tags, the inherited licence, the command and what it did."""
     source, table = plan.model.source, plan.as_json()
     inherited = front_matter(source.model_card() or "")
-    kind = "multi-query-attention" if plan.options.num_key_value_heads == 1 else "grouped-query-attention"
+    kind = "multi-query-attention" if plan.kv == 1 else "grouped-query-attention"
     metadata: dict[str, Any] = {key: inherited[key] for key in _INHERITED if key in inherited}
     metadata.setdefault("library_name", "transformers")
     hub_id = source.revision is not None

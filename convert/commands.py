@@ -19,7 +19,11 @@ REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, t
 def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
     """The flags that `plan` and `convert` share."""
     options = [
-        click.option("--kv-heads", "num_key_value_heads", type=int, required=True, metavar="N", help="KV heads after."),
+        click.option("--kv-heads", "num_key_value_heads", type=int, metavar="N",
+                     help="KV heads after; not needed where another step is asked for."),
+        click.option("--host", metavar="TYPE",
+                     help="Write the model under another class that computes the same: phi, starcoder2, nemotron, "
+                          "gpt_bigcode or auto."),
         click.option("--method", default="mean", show_default=True, metavar="NAME",
                      help="mean, first, random, procrustes or svd."),
         click.option("--grouping", default="contiguous", show_default=True, metavar="NAME",
@@ -69,6 +73,7 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
         saved = 1 - size / facts["kv_bytes_per_token"]
         rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes a token, {saved:.1%} less"))
     rows += [("cannot", reason) for reason in facts["cannot"]]
+    rows += [("may become", ", ".join(facts["hosts"]))] if facts["hosts"] else []
     _table(facts["model"], rows)
 
 
@@ -85,7 +90,7 @@ def plan_command(model: str, revision: str | None, as_json: bool, **options: Any
     if as_json:
         _print_json(facts)
         return
-    _table(f"{facts['source']} -> {options['num_key_value_heads']} KV heads", _plan_rows(facts))
+    _table(f"{facts['source']} -> {facts['num_key_value_heads']['after']} KV heads", _plan_rows(facts))
     shown: dict[str, list[str]] = {}
     for change in facts["changes"]:
         kind = change["name"].replace(f".{change['layer']}.", ".{i}.", 1)
@@ -198,8 +203,11 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     how = [options["method"], f"{options['grouping']} groups"]
     how += ["refit"] if options["refit"] else []
     how += [f"fit of {options['fit']} steps a layer"] if options["fit"] else []
-    rows = [
-        ("method", ", ".join(how) if not facts["exact"] else "none: the number of KV heads stays, bytes are copied"),
+    rows = []
+    if "host" in facts:
+        rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same"))
+    rows += [
+        ("method", ", ".join(how) if not facts["exact"] else "none: the number of KV heads stays"),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),

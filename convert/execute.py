@@ -91,9 +91,7 @@ class DirectLayers:
             name: tensor if name in copied else model.read(name, layer)
             for name, tensor in model.meta_layer(layer).items()
         }
-        return regroup(
-            model.heads(layer, tensors), options.num_key_value_heads, options.method, options.grouping, context
-        )
+        return regroup(model.heads(layer, tensors), self._plan.kv, options.method, options.grouping, context)
 
 
 def layer_tensors(plan: Plan, layer: int, result: LayerResult, keep_float: bool = False) -> dict[str, Tensor]:
@@ -110,7 +108,7 @@ def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    num_key_value_heads: int,
+    num_key_value_heads: int | None = None,
     method: str = "mean",
     grouping: str = "contiguous",
     calibration: Sequence[str] = (),
@@ -123,18 +121,20 @@ def convert(
     max_shard_size: int | str = "5GB",
     revision: str | None = None,
     seed: int = 0,
+    host: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     push_to_hub: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Conversion:
-    """Convert a checkpoint to fewer KV heads.
+    """Convert a checkpoint: to fewer KV heads, to another class that computes the same, or both.
 
     Args:
         model: a local folder or a Hub id.
         out: the folder to write; must not exist unless ``overwrite`` or ``resume``.
-        num_key_value_heads: KV heads after the conversion; must divide the model's. The same number copies the model.
+        num_key_value_heads: KV heads after the conversion; must divide the model's. The same number copies the model,
+            None leaves them as they are for another step alone.
         method: ``mean``, ``first``, ``random``, ``procrustes``, ``svd``, or any registered one.
         grouping: ``contiguous`` or ``similar``.
         calibration: text files or Hub datasets for ``svd``, ``refit`` and ``fit``; the built-in text when empty.
@@ -147,6 +147,8 @@ def convert(
         max_shard_size: bytes in one weight file, or text such as ``"5GB"``.
         revision: Hub revision of ``model``.
         seed: of everything drawn.
+        host: model type that stands in for the model's own, or ``auto``; chosen by itself where the model's class
+            cannot hold fewer KV heads.
         resume: go on from what a killed run left.
         overwrite: replace an existing checkpoint at ``out``.
         push_to_hub: upload the result to this repository.
@@ -162,14 +164,14 @@ def convert(
     """
     options = ConvertOptions(
         num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens, calibration_length,
-        refit, fit, dtype, max_shard_size, seed,
+        refit, fit, dtype, max_shard_size, seed, host,
     )  # fmt: skip
     resolve_device(device)
     started = time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
         plan = make_plan(opened, options)
-        if plan.model.family.guessed and num_key_value_heads != plan.model.num_kv_heads:
+        if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
             from rehead.convert.gauge import prove_layout
 
             prove_layout(plan.model)
@@ -205,7 +207,7 @@ def _execute(
 ) -> Conversion:
     model, options = plan.model, plan.options
     result = Conversion(Path(out), plan)
-    command = command or f"rehead.convert.convert(..., num_key_value_heads={options.num_key_value_heads})"
+    command = command or f"rehead.convert.convert(..., num_key_value_heads={plan.kv})"
     fingerprint = {
         "source": model.source.fingerprint(),
         "options": options.as_json(),
@@ -217,7 +219,7 @@ def _execute(
     if finished is not None:  # the run that is resumed was killed in its last step
         result.layers = {int(layer): errors for layer, errors in finished["layers"].items()}
         return result
-    calibrated = options.needs_calibration and options.num_key_value_heads != model.num_kv_heads
+    calibrated = options.needs_calibration and plan.kv != model.num_kv_heads
     with Target(out, source=model.source, overwrite=overwrite, resume=resume, fingerprint=fingerprint) as target:
         result.layers.update({int(layer): errors for layer, errors in target.remembered.items()})
         provider: LayerProvider = DirectLayers(plan, result.layers, target)
@@ -260,9 +262,9 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         },
         "command": command,
         **{key: table[key] for key in (
-            "source", "revision", "model_type", "num_attention_heads", "head_dim", "num_key_value_heads",
-            "kv_bytes_per_token", "parameters", "exact", "options", "config_changes",
-        )},
+            "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
+            "kv_bytes_per_token", "parameters", "exact", "rounded", "options", "config_changes",
+        ) if key in table},
         "calibration": details,
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},
         "changed_tensors": [change.name for change in plan.changes],

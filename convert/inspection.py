@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from rehead.convert.families import FAMILIES
+from rehead.convert.hosts import hosts_of
 from rehead.convert.model import open_model
 
 
@@ -19,8 +20,8 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
 
     Returns:
         Plain JSON: model type, layers, heads, ``head_dim``, parameters, bytes, dtypes, block shape, positions, key
-        norm, KV-cache bytes a token (from the real ``head_dim``, over attention layers), and the numbers of KV heads
-        that it can be converted to with the cache each leaves.
+        norm, KV-cache bytes a token (from the real ``head_dim``, over attention layers), the numbers of KV heads that
+        it can be converted to with the cache each leaves, and the classes that may stand in for its own.
 
     Raises:
         UsageError: no such model.
@@ -65,6 +66,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         "kv_bytes_per_token": opened.kv_bytes_per_token(),
         "can_convert_to": choices,
         "cannot": sorted(refusals),
+        "hosts": hosts_of(config.model_type),
     }
 
 

@@ -17,8 +17,7 @@ from rehead.convert.families.resolve import with_checkpoint_prefix
 from rehead.convert.families.spec import Config, Family
 from rehead.convert.finite import first_nonfinite
 from rehead.convert.heads import Heads
-from rehead.convert.rehost import rehost
-from rehead.convert.rehosted import RehostedSource
+from rehead.convert.hosts import HostedSource, find_host
 from rehead.convert.source import Source, open_source, torch_dtype
 from rehead.errors import UnsupportedError
 
@@ -38,6 +37,8 @@ class Model:
         family: the layout of its attention; its ``layer`` prefix is the checkpoint's own.
         layers: indices of the layers that have attention.
         module_layer: the layers' prefix in the class, where the checkpoint's may lack the first part.
+        hosted_from: the checkpoint's own model type, where another stands in for it.
+        rounds: its weights are the checkpoint's up to rounding.
     """
 
     source: Source
@@ -45,6 +46,8 @@ class Model:
     family: Family
     layers: list[int]
     module_layer: str = "model.layers.{i}."
+    hosted_from: str | None = None
+    rounds: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -120,15 +123,22 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     return opened
 
 
-def rehosted(model: Model) -> Model:
+def hosted(model: Model, host: str = "auto") -> Model:
     """The model under the type that stands in for its own, with a KV head for each query head.
 
+    Args:
+        host: a model type, or ``"auto"`` for the first that computes the same function.
+
     Raises:
-        UnsupportedError: the stand-in would not compute the same function.
+        UsageError: no such host.
+        UnsupportedError: it would not compute the same function; says why.
     """
-    recipe = rehost(model.source.config, model.source.tensors, model.num_heads)
-    source = RehostedSource(model.source, recipe, model.config)
-    return _opened(source, resolve_config(recipe.config, source.id), recipe.target)
+    recipe = find_host(host, model.config, model.source.config, model.source.tensors)
+    source = HostedSource(model.source, recipe)
+    result = _opened(source, resolve_config(recipe.config, source.id), recipe.target)
+    result.hosted_from = model.config.model_type
+    result.rounds = model.rounds or recipe.rounds
+    return result
 
 
 def _opened(source: Source, config: Config, family: Family) -> Model:

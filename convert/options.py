@@ -10,6 +10,7 @@ from rehead.convert.shards import parse_size
 from rehead.errors import UsageError, unknown_name
 
 GROUPINGS = ("contiguous", "similar")
+_STEPS = ("host",)
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -18,7 +19,7 @@ class ConvertOptions:
     """What a conversion is asked to do.
 
     Attributes:
-        num_key_value_heads: KV heads after the conversion.
+        num_key_value_heads: KV heads after the conversion; None leaves them as they are, for another step alone.
         method: a registered pooling method.
         grouping: ``"contiguous"``, or ``"similar"`` to choose which heads share a KV head.
         calibration: texts to calibrate on: files or Hub datasets; the text that ships with Rehead when empty.
@@ -29,9 +30,11 @@ class ConvertOptions:
         dtype: of the converted floating-point weights; ``"auto"`` keeps them.
         max_shard_size: bytes in one weight file, or text such as ``"5GB"``.
         seed: of everything that is drawn.
+        host: model type under which the result is written, ``"auto"`` to choose it; None for the model's own unless its
+            class cannot hold the result.
     """
 
-    num_key_value_heads: int
+    num_key_value_heads: int | None = None
     method: str = "mean"
     grouping: str = "contiguous"
     calibration: tuple[str, ...] = ()
@@ -42,6 +45,7 @@ class ConvertOptions:
     dtype: str = "auto"
     max_shard_size: int | str = "5GB"
     seed: int = 0
+    host: str | None = None
 
     def __post_init__(self) -> None:
         get_method(self.method)
@@ -49,7 +53,9 @@ class ConvertOptions:
             raise UsageError(unknown_name("grouping", self.grouping, GROUPINGS))
         if self.dtype not in DTYPES:
             raise UsageError(unknown_name("dtype", self.dtype, DTYPES))
-        if self.num_key_value_heads < 1:
+        if self.num_key_value_heads is None and not self.steps:
+            raise UsageError("nothing to do; say --kv-heads N, or --host for another class with the same heads")
+        if self.num_key_value_heads is not None and self.num_key_value_heads < 1:
             raise UsageError(f"--kv-heads {self.num_key_value_heads}: must be 1 or more")
         if self.fit < 0:
             raise UsageError(f"--fit {self.fit}: must be 0 or more steps")
@@ -63,6 +69,11 @@ class ConvertOptions:
         parse_size(self.max_shard_size)
 
     @property
+    def steps(self) -> list[str]:
+        """Which steps besides pooling are asked for, by the names of their options."""
+        return [name for name in _STEPS if getattr(self, name) is not None]
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the model has to be run over text."""
         return get_method(self.method).needs_calibration or self.refit or self.fit > 0
@@ -70,6 +81,9 @@ class ConvertOptions:
     def as_json(self) -> dict[str, Any]:
         """For the manifest and ``--json``; calibration options only where they count."""
         table = asdict(self)
+        for name in _STEPS:
+            if table[name] is None:
+                table.pop(name)
         if not self.needs_calibration:
             for name in ("calibration", "calibration_tokens", "calibration_length"):
                 table.pop(name)

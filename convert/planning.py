@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rehead.convert.families.layouts import merge
 from rehead.convert.meta import check_loads
 from rehead.convert.methods.mean import mean
 from rehead.convert.methods.registry import MethodContext
-from rehead.convert.model import Model, rehosted, resolve_config
+from rehead.convert.model import Model, hosted, resolve_config
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.convert.shards import OutputTensor
 from rehead.errors import UnsupportedError, UsageError
@@ -35,14 +35,16 @@ class Plan:
     """What a conversion will do.
 
     Attributes:
-        model: the open source.
-        options: what was asked.
+        source: the checkpoint as it was opened.
+        model: the same under the class that it is converted in: its own, or the one that stands in for it.
+        options: what was asked, with the number of KV heads filled in.
         changes: tensors that are computed anew.
         outputs: every tensor of the result, copied or computed, in the source's order.
         raw_config: the result's ``config.json``.
         config: the same, resolved.
     """
 
+    source: Model
     model: Model
     options: ConvertOptions
     changes: list[Change]
@@ -51,31 +53,48 @@ class Plan:
     config: Any
 
     @property
+    def kv(self) -> int:
+        """KV heads after the conversion."""
+        assert self.options.num_key_value_heads is not None
+        return self.options.num_key_value_heads
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights that stand for the same function were computed and stored in less than 32 bits."""
+        return self.model.rounds and any(tensor.dtype in ("BF16", "F16") for tensor in self.outputs)
+
+    @property
     def layer_of(self) -> dict[str, int]:
         """The layer that computes each changed tensor."""
         return {change.name: change.layer for change in self.changes}
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
-        model, kv = self.model, self.options.num_key_value_heads
-        before = model.parameters()
+        model, kv = self.model, self.kv
+        before = self.source.parameters()
         after = sum(math.prod(tensor.shape) for tensor in self.outputs)
+        host = {"host": {"before": model.hosted_from, "after": model.config.model_type}} if model.hosted_from else {}
         return {
             "source": model.source.id,
             "revision": model.source.revision,
-            "model_type": model.config.model_type,
+            "model_type": self.source.config.model_type,
+            **host,
             "layers": len(model.layers),
             "num_attention_heads": model.num_heads,
             "head_dim": model.head_dim,
-            "num_key_value_heads": {"before": model.num_kv_heads, "after": kv},
-            "kv_bytes_per_token": {"before": model.kv_bytes_per_token(), "after": model.kv_bytes_per_token(kv)},
+            "num_key_value_heads": {"before": self.source.num_kv_heads, "after": kv},
+            "kv_bytes_per_token": {
+                "before": self.source.kv_bytes_per_token(),
+                "after": model.kv_bytes_per_token(kv),
+            },
             "parameters": {"before": before, "after": after},
             "exact": kv == model.num_kv_heads,
+            "rounded": self.rounded,
             "options": self.options.as_json(),
             "config_changes": {
-                key: {"before": model.source.config.get(key), "after": value}
+                key: {"before": self.source.source.config.get(key), "after": value}
                 for key, value in self.raw_config.items()
-                if model.source.config.get(key) != value
+                if self.source.source.config.get(key) != value
             },
             "changes": [
                 {"name": c.name, "layer": c.layer, "before": list(c.old_shape), "after": list(c.new_shape)}
@@ -92,15 +111,17 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         UsageError: the number of KV heads does not divide the model's, or exceeds it.
         UnsupportedError: the class cannot express the result, or would not load it.
     """
-    kv, old = options.num_key_value_heads, model.num_kv_heads
+    source, old = model, model.num_kv_heads
+    kv = options.num_key_value_heads or old
+    options = replace(options, num_key_value_heads=kv)
     if kv > old:
         raise UsageError(
             f"--kv-heads {kv}: the model has {old} KV heads and pooling cannot add any; choose {_divisors(old)}"
         )
     if old % kv:
         raise UsageError(f"--kv-heads {kv}: does not divide the model's {old} KV heads; choose {_divisors(old)}")
-    if kv != old and model.family.rehost is not None:
-        model = rehosted(model)
+    if options.host is not None or (kv != old and model.family.hosted):
+        model = hosted(model, options.host or "auto")
     if kv != old and (reason := model.family.refusal(model.config, kv)):
         raise UnsupportedError(f"{model.source.id}: {reason}")
     raw = copy.deepcopy(model.source.config)
@@ -137,7 +158,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         config,
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
     )
-    return Plan(model, options, changes, outputs, raw, config)
+    return Plan(source, model, options, changes, outputs, raw, config)
 
 
 def moves_queries(options: ConvertOptions) -> bool:
@@ -147,7 +168,7 @@ def moves_queries(options: ConvertOptions) -> bool:
 
 def _layer_changes(model: Model, options: ConvertOptions, layer: int) -> tuple[list[Change], set[str]]:
     """(tensors that a layer rewrites, tensors that go with the heads they belonged to)."""
-    kv = options.num_key_value_heads
+    kv = options.num_key_value_heads or model.num_kv_heads
     if kv == model.num_kv_heads:
         return [], set()
     heads = model.layer_on_meta(layer)

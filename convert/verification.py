@@ -17,6 +17,8 @@ from rehead.errors import VerificationError
 
 _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
+#: Where weights that stand for the same function had to be rounded to 16 bits.
+_ROUNDED_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def verify(
     against = None
     if source is not None:
         against = _compare(logits, source, revision, tokens)
-        if manifest.get("exact") and against["max_difference"] > _EXACT_TOLERANCE * float(logits.abs().max()):
+        tolerance = _ROUNDED_TOLERANCE if manifest.get("rounded") else _EXACT_TOLERANCE
+        if manifest.get("exact") and against["max_difference"] > tolerance * float(logits.abs().max()):
             raise VerificationError(
                 f"{out}: the conversion is exact by its manifest, but logits differ from {source}'s by "
                 f"{against['max_difference']:.1e}; check that this is the source it came from"

@@ -95,7 +95,7 @@ class LayerHealer:
         Returns:
             (new tensors in the planned dtypes, facts for the manifest, the original's hidden states after the layer).
         """
-        options, kv = self.options, self.options.num_key_value_heads
+        options, kv = self.options, self.plan.kv
         heads = self.model.heads(layer).to(self.device, torch.float32)
         rotation, scaling = self._geometry(layer, heads, hidden)
         inputs, order = self._inputs(layer, ours), None
@@ -318,7 +318,7 @@ class LayerHealer:
         )
         prefix = self.model.family.prefix(layer)
         tensors = {prefix + name: value.detach().clone() for name, value in attention.state_dict().items()}
-        kv = self.options.num_key_value_heads
+        kv = self.plan.kv
         fitted = split(self.model.family, self.plan.config, layer, tensors, kv)
         self.converted.unload_layer(layer)
         moved_weights: dict[str, Any] = fitted.tensors()

@@ -156,6 +156,9 @@ def _unpack(fused: Tensor | None, packing: str, heads: int, kv: int, size: int) 
         return None, None, None
     if packing == "blocks":
         return tuple(fused.split([heads * size, kv * size, kv * size]))
+    if packing == "quarters":
+        parts = fused.reshape(4, 3, -1, *fused.shape[1:])
+        return parts[:, 0].flatten(0, 1), parts[:, 2].flatten(0, 1), parts[:, 1].flatten(0, 1)
     grouped = fused.reshape(kv, heads // kv + 2, size, *fused.shape[1:])
     return grouped[:, :-2].flatten(0, 2), grouped[:, -2].flatten(0, 1), grouped[:, -1].flatten(0, 1)
 
@@ -164,6 +167,8 @@ def _pack(q: Tensor, k: Tensor, v: Tensor, packing: str) -> Tensor:
     """The inverse of :func:`_unpack`, from tensors [heads, D, ...]."""
     if packing == "blocks":
         return torch.cat([part.flatten(0, 1) for part in (q, k, v)])
+    if packing == "quarters":
+        return torch.stack([part.flatten(0, 1).unflatten(0, (4, -1)) for part in (q, v, k)], 1).flatten(0, 2)
     kv = k.shape[0]
     grouped = torch.cat([q.reshape(kv, -1, *q.shape[1:]), k[:, None], v[:, None]], dim=1)
     return grouped.flatten(0, 2)

@@ -57,6 +57,11 @@ def rotary_by_name(config: Config, layer: int) -> int:
     return head_dim(config) if config.position_embedding_type == "rope" else 0
 
 
+def rotary_by_dims(config: Config, layer: int) -> int:
+    """``rotary_dim`` of the head's dimensions rotate (GPT-J, CodeGen)."""
+    return int(config.rotary_dim or 0)
+
+
 def norm_if(key: str, norm: KeyNorm) -> Callable[[Config, int], KeyNorm]:
     """A reader: ``norm`` where the config's ``key`` is true."""
     return lambda config, layer: norm if getattr(config, key, False) else "none"

@@ -13,7 +13,7 @@ _LATENT = (
 )
 _NO_COUNT = (
     "its transformers class holds one KV head for each query head and nothing else, so no config can load fewer; "
-    "give a model whose class has num_key_value_heads (of those without, only gpt2 can be re-hosted so far)"
+    "and Rehead knows no other class to stand in for it; give a model whose class has num_key_value_heads"
 )
 _ATTENTION_FREE = "has no attention at all, so there are no heads to pool; give a model with attention"
 _ENCODER = "is an encoder, not a causal language model, and has no KV cache to shrink; give a decoder-only model"
@@ -50,23 +50,12 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "youtu",
     ),
     _NO_COUNT: (
-        "biogpt",
-        "bloom",
-        "codegen",
         "cpmant",
         "ctrl",
-        "gpt_neo",
-        "gpt_neox",
         "gpt_neox_japanese",
-        "gptj",
         "hrm_text",
         "imagegpt",
         "modernbert-decoder",
-        "mpt",
-        "openai-gpt",
-        "opt",
-        "persimmon",
-        "xglm",
     ),
     _ATTENTION_FREE: ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
     _ENCODER: (
@@ -110,6 +99,22 @@ _REASONS: dict[str, tuple[str, ...]] = {
 }
 
 _SINGLE = {
+    "bloom": (
+        "its class holds one KV head for each query head only, and Falcon's, the only other with ALiBi, scales it by "
+        "the head size, so positions would not be the same; give a model whose class has num_key_value_heads"
+    ),
+    "mpt": (
+        "its class holds one KV head for each query head only, and Falcon's, the only other with ALiBi, scales it by "
+        "the head size, so positions would not be the same; give a model whose class has num_key_value_heads"
+    ),
+    "openai-gpt": (
+        "its class holds one KV head for each query head only, and norms behind its sublayers, which no class with "
+        "fewer KV heads does; give a model whose class has num_key_value_heads"
+    ),
+    "persimmon": (
+        "its class holds one KV head for each query head only, and no other has its norms on queries and keys in a "
+        "serial block with a plain FFN; give a model whose class has num_key_value_heads"
+    ),
     "blt": "is three byte-level models in one, each with heads of its own; give a model with one stack of layers",
     "diffllama": (
         "subtracts one half of its heads' attention from the other's and reads values across both, so neighbouring KV "

@@ -13,12 +13,13 @@ from typing import Any, Literal
 # A resolved config: a transformers `PretrainedConfig`, read with getattr so that defaults and aliases count.
 Config = Any
 
-Packing = Literal["separate", "blocks", "groups"]
+Packing = Literal["separate", "blocks", "groups", "quarters"]
 """How query, key and value rows share tensors.
 
 ``separate``: three tensors. ``blocks``: one tensor, all queries, then all keys, then all values.
 ``groups``: one tensor, for each KV head its query heads, then its key, then its value; with one query head to a KV head
 this is the per-head interleaving of GPT-NeoX and BLOOM, with one KV head it equals ``blocks``.
+``quarters``: one tensor in four parts, each with a quarter of the heads: queries, then values, then keys (CodeGen).
 """
 
 Pairing = Literal["half", "interleaved", "none"]
@@ -156,7 +157,8 @@ class Family:
             gate, a norm), so the basis of V cannot change; a function of the config where one switches it.
         clip: config -> bound on every query, key and value after projection, or None. Such a clamp commutes with no
             change of basis; methods that change one treat it as inactive, which it is but for outliers.
-        rehost: model type that expresses this one with a single KV head where the class itself cannot.
+        hosted: the class holds one KV head for each query head and nothing else; another class stands in for it
+            (:mod:`rehead.convert.hosts`).
         guessed: not in the table but inferred from names and shapes; its caller must prove it on numbers.
         notes: shown by ``rehead families``.
     """
@@ -186,7 +188,7 @@ class Family:
     gate_in_query: bool = False
     fixed_values: bool | Callable[[Config], bool] = False
     clip: Callable[[Config], float | None] = no_clip
-    rehost: str | None = None
+    hosted: bool = False
     guessed: bool = False
     notes: str = ""
 

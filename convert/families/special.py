@@ -71,13 +71,18 @@ def set_bigcode_kv(raw: dict[str, Any], kv: int) -> None:
     raw["multi_query"] = kv == 1
 
 
-def gpt2_refusal(config: Config, kv: int) -> str | None:
-    """GPT-2's class has no KV head count; one head can be re-hosted."""
+# ---- Classes without a KV head count: others stand in for them.
+
+
+def set_no_kv(raw: dict[str, Any], kv: int) -> None:
+    """There is nothing to set: the class has no count, and its host's family sets its own."""
+
+
+def one_head_refusal(config: Config, kv: int) -> str | None:
+    """GPT-BigCode, which stands in for the model, has a switch for one KV head, not a count."""
     if kv in (1, int(config.num_attention_heads)):
         return None
-    return (
-        f"GPT-2's class holds no {kv} KV heads, and GPT-BigCode, which can stand in for it, one only; use --kv-heads 1"
-    )
+    return f"its class holds no {kv} KV heads, and GPT-BigCode, which can stand in for it, one only; use --kv-heads 1"
 
 
 # ---- DBRX: the count lies in attn_config.

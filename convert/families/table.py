@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from rehead.convert.families import readers as r
 from rehead.convert.families import special as s
-from rehead.convert.families.spec import Family, Names, rotary_none, rotary_partial
+from rehead.convert.families.spec import Family, Names, query_heads, rotary_none, rotary_partial
 
 _QK_LAYERNORM = Names(query_norm="q_layernorm", key_norm="k_layernorm")
 
@@ -204,10 +204,10 @@ _FUSED = (
         names=Names(query="c_attn", output="c_proj"),
         pairing="none",
         rotary_dims=rotary_none,
-        num_kv_heads=lambda config: int(config.num_attention_heads),
-        set_kv=lambda raw, kv: None,
-        refusal=s.gpt2_refusal,
-        rehost="gpt_bigcode",
+        num_kv_heads=query_heads,
+        set_kv=s.set_no_kv,
+        refusal=s.one_head_refusal,
+        hosted=True,
         notes="to one KV head, as gpt_bigcode",
     ),
     Family(
@@ -279,6 +279,71 @@ _HYBRID = (
     ),
 )
 
+# One KV head for each query head and nothing else; other classes stand in for these (rehead.convert.hosts).
+_HOSTED = (
+    Family(
+        "gpt_neox",
+        layer="gpt_neox.layers.{i}.",
+        attention="attention.",
+        packing="groups",
+        names=Names(query="query_key_value", output="dense"),
+        rotary_dims=rotary_partial,
+        num_kv_heads=query_heads,
+        set_kv=s.set_no_kv,
+        block=r.parallel_if("use_parallel_residual"),
+        hosted=True,
+        notes="as phi where its blocks are parallel, else as starcoder2 or nemotron",
+    ),
+    Family(
+        "gptj",
+        layer="transformer.h.{i}.",
+        attention="attn.",
+        names=Names(output="out_proj"),
+        pairing="interleaved",
+        rotary_dims=r.rotary_by_dims,
+        num_kv_heads=query_heads,
+        set_kv=s.set_no_kv,
+        block="parallel",
+        hosted=True,
+        notes="as phi",
+    ),
+    Family(
+        "codegen",
+        layer="transformer.h.{i}.",
+        attention="attn.",
+        packing="quarters",
+        names=Names(query="qkv_proj", output="out_proj"),
+        pairing="interleaved",
+        rotary_dims=r.rotary_by_dims,
+        num_kv_heads=query_heads,
+        set_kv=s.set_no_kv,
+        block="parallel",
+        hosted=True,
+        notes="as phi",
+    ),
+    *(
+        Family(
+            name,
+            layer=layer,
+            attention=attention,
+            names=Names(output="out_proj"),
+            pairing="none",
+            rotary_dims=rotary_none,
+            num_kv_heads=query_heads,
+            set_kv=s.set_no_kv,
+            refusal=s.one_head_refusal,
+            hosted=True,
+            notes="to one KV head, as gpt_bigcode",
+        )
+        for name, layer, attention in (
+            ("gpt_neo", "transformer.h.{i}.", "attn.attention."),
+            ("opt", "model.decoder.layers.{i}.", "self_attn."),
+            ("biogpt", "biogpt.layers.{i}.", "self_attn."),
+            ("xglm", "model.layers.{i}.", "self_attn."),
+        )
+    ),
+)
+
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*_PLAIN, *_INTERLEAVED, *_NORMED, *_FUSED, *_HYBRID)
+    family.model_type: family for family in (*_PLAIN, *_INTERLEAVED, *_NORMED, *_FUSED, *_HYBRID, *_HOSTED)
 }

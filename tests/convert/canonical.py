@@ -77,6 +77,8 @@ def attention(
 
 def scale(module: nn.Module, size: int) -> float:
     """The softmax's scale as the module keeps it."""
+    if type(module).__name__ == "GPTNeoSelfAttention":
+        return 1.0
     for key in ("scaling", "inv_norm_factor"):
         if hasattr(module, key):
             return float(getattr(module, key))
@@ -107,6 +109,11 @@ def rotation(family: Family, model: nn.Module, layer: int) -> tuple[Tensor, floa
         for key in (f"{kinds[layer]}_", ""):
             if isinstance(getattr(module, key + "inv_freq", None), Tensor):
                 return getattr(module, key + "inv_freq"), float(getattr(module, key + "attention_scaling", 1.0))
+    for module in inside:  # GPT-J and CodeGen keep a table of sines and cosines
+        table = getattr(module, "embed_positions", None)
+        if isinstance(table, Tensor):
+            sines, cosines = table[1].chunk(2)
+            return torch.atan2(sines, cosines), 1.0
     raise AssertionError("the model has no rotary module")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.families import FAMILIES
 from rehead.convert.families.layouts import merge, split
 from rehead.convert.methods.registry import MethodContext
+from rehead.convert.model import hosted, open_model
 from rehead.convert.regroup import regroup
 
 HERE = Path(__file__).parent
@@ -158,14 +160,25 @@ def test_heads_in_bases_of_their_own_are_recovered(name: str, method: str, tmp_p
 
 def pooled(family, model, converted, method: str, grouping: str = "contiguous"):
     """The converted model with the source's heads pooled in another way, in memory."""
-    state, source = converted.state_dict(), model.state_dict()
+    state, (family, config, source) = converted.state_dict(), as_hosted(family, model)
     target = FAMILIES[converted.config.model_type]
     kv = target.num_kv_heads(converted.config)
-    for layer in family.attention_layers(model.config):
-        heads = split(family, model.config, layer, source)
+    for layer in family.attention_layers(config):
+        heads = split(family, config, layer, source)
         same = torch.eye(heads.q.shape[-1] + 1)
         statistics = LayerStatistics(same, same.expand(kv, -1, -1), same.expand(kv, -1, -1))
         result = regroup(heads, kv, method, grouping, MethodContext(layer, 0, statistics, 0.5))
         state |= merge(target, layer, result.heads, state)
     converted.load_state_dict(state)
     return converted
+
+
+def as_hosted(family, model):
+    """(family, config, tensors) of a live model as it is pooled: under the class that stands in for its own, if any."""
+    if not family.hosted:
+        return family, model.config, model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        view = hosted(open_model(folder))
+        with view.source:
+            return view.family, view.config, {name: view.source.read(name) for name in view.source.tensors}

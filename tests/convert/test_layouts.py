@@ -151,7 +151,7 @@ def test_class_takes_fewer_heads(name: str) -> None:
     model = _on_meta(config)
     for kv in [k for k in (old, old // 2, 1) if k]:
         refused = family.refusal(config, kv)
-        if refused or (family.rehost and kv != old):
+        if refused or (family.hosted and kv != old):
             continue
         changed = {**raw}
         family.set_kv(changed, kv) if kv != old else None
@@ -198,6 +198,12 @@ def test_packings_place_rows_as_documented() -> None:
     for packing in ("blocks", "groups"):
         parts = [t.reshape(-1, 3, 1) for t in _unpack(fused, packing, 4, 2, 3)]
         assert torch.equal(_pack(*parts, packing), fused)
+    fused = torch.arange(4 * 3 * 2 * 3)[:, None]  # four parts of two heads: queries, values, keys
+    q, k, v = _unpack(fused, "quarters", 8, 8, 3)
+    assert q.flatten().tolist() == [*range(6), *range(18, 24), *range(36, 42), *range(54, 60)]
+    assert v.flatten().tolist()[:6] == list(range(6, 12))
+    assert k.flatten().tolist()[:6] == list(range(12, 18))
+    assert torch.equal(_pack(*(t.reshape(-1, 3, 1) for t in (q, k, v)), "quarters"), fused)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "afmoe", "beam", "bitnet", "qwen3_next", "laguna", "olmo2", "cohere"])

@@ -93,7 +93,7 @@ def test_every_causal_type_is_converted_or_refused_with_a_reason(model_type: str
     ("model_type", "says"),
     [
         ("deepseek_v3", "latent"),
-        ("opt", "one KV head for each query head"),
+        ("ctrl", "one KV head for each query head"),
         ("mamba2", "no attention"),
         ("bert", "encoder"),
         ("t5", "encoder-decoder"),

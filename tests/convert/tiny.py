@@ -61,12 +61,15 @@ COMMON: dict[str, Any] = {
 HYBRID = ["linear_attention", "full_attention"]
 WINDOWS = ["sliding_attention", "full_attention"]
 
+GPT = {"n_positions": 128, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": 48}
+
 # What a model type needs beside it, or instead of it.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "afmoe": {"layer_types": WINDOWS, "num_dense_layers": 1},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "bamba": {"attn_layer_indices": [1]},
     "beam": {"layer_types": WINDOWS, "mlp_layer_types": ["dense", "sparse"]},
+    "codegen": {**GPT, "rotary_dim": 4},
     "cohere": {"use_qk_norm": True},
     "cohere2": {"layer_types": WINDOWS},
     "cohere2_moe": {"layer_types": WINDOWS, "mlp_layer_types": ["dense", "sparse"]},
@@ -88,16 +91,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"layer_types": WINDOWS, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "gemma3_text": {"layer_types": WINDOWS, "query_pre_attn_scalar": 16},
     "glm4_moe": {"use_qk_norm": True},
-    "gpt2": {"n_positions": 128, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": 48},
-    "gpt_bigcode": {
-        "n_positions": 128,
-        "n_embd": HIDDEN,
-        "n_layer": LAYERS,
-        "n_head": HEADS,
-        "n_inner": 48,
-        "multi_query": False,
-    },
+    "gpt2": GPT,
+    "gpt_bigcode": {**GPT, "multi_query": False},
+    "gpt_neo": {"num_layers": LAYERS, "num_heads": HEADS, "attention_types": [[["global"], LAYERS]]},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "gpt_oss": {"layer_types": WINDOWS},
+    "gptj": {**GPT, "rotary_dim": 4},
     "granite_swa": {"layer_types": WINDOWS, "layer_rope_theta": [1e4, 0]},
     "granitemoe_swa": {"layer_types": WINDOWS, "layer_rope_theta": [1e4, 0]},
     "granitemoehybrid": {"layer_types": HYBRID, "position_embedding_type": "rope"},
@@ -127,6 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "olmo3": {"layer_types": WINDOWS},
     "olmo_hybrid": {"layer_types": HYBRID},
     "olmoe": {"clip_qkv": 1e3},
+    "opt": {"ffn_dim": 48},
     "phi": {"qk_layernorm": True},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "qwen3_5_moe_text": {"layer_types": HYBRID},
@@ -134,6 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": HYBRID},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8, "lru_width": HIDDEN},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "xglm": {"d_model": HIDDEN, "attention_heads": HEADS, "num_layers": LAYERS, "ffn_dim": 48},
     "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
 }
 
@@ -149,6 +150,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_kv_heads": HEADS,
             "alibi": True,
             "parallel_attn": False,
+        },
+    ),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox-full": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
         },
     ),
     "gpt_bigcode-mqa": ("gpt_bigcode", {"multi_query": True}),

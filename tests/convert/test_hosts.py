@@ -1,0 +1,198 @@
+"""Models under another class: the same logits before anything is pooled, or a refusal that names the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rehead.convert import convert, inspect, plan, verify
+from rehead.convert.hosts.registry import _PAIRS
+from rehead.convert.safetensors_io import read_header
+from rehead.errors import UnsupportedError, UsageError
+
+HERE = Path(__file__).parent
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _load("tiny")
+IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+# (tiny model, its config's changes, host, whether weights are folded)
+PAIRS = [
+    ("gpt_neox", {}, "phi", True),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}, "phi", True),
+    ("gpt_neox", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}}, "phi", True),
+    ("gpt_neox-full", {}, "starcoder2", False),
+    ("gpt_neox-full", {"attention_bias": True, "tie_word_embeddings": True}, "starcoder2", False),
+    ("gpt_neox-serial", {"layer_norm_eps": 1e-3}, "nemotron", True),
+    ("gptj", {}, "phi", False),
+    ("gptj", {"tie_word_embeddings": True}, "phi", False),
+    ("codegen", {"n_inner": None, "activation_function": "relu"}, "phi", False),
+    ("gpt2", {"activation_function": "relu", "layer_norm_epsilon": 1e-3}, "gpt_bigcode", False),
+    ("gpt2", {"n_inner": None, "tie_word_embeddings": False, "scale_attn_weights": False}, "gpt_bigcode", False),
+    ("gpt_neo", {"intermediate_size": None}, "gpt_bigcode", True),
+    ("opt", {"enable_bias": False}, "gpt_bigcode", False),
+    ("opt", {"tie_word_embeddings": False}, "gpt_bigcode", False),
+    ("biogpt", {}, "gpt_bigcode", True),
+    ("biogpt", {"scale_embedding": False}, "gpt_bigcode", False),
+    ("xglm", {}, "gpt_bigcode", True),
+]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def loaded(folder: Path):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def test_every_pair_is_tried() -> None:
+    assert {(tiny.model_type_of(name), host) for name, _, host, _ in PAIRS} == set(_PAIRS)
+
+
+@pytest.mark.parametrize(("name", "changes", "host", "folded"), PAIRS)
+def test_the_host_computes_the_same(name: str, changes: dict, host: str, folded: bool, tmp_path: Path) -> None:
+    if not tiny.available(name):
+        pytest.skip("not in the installed transformers")
+    source = tiny.tiny_model(name, **changes)
+    source.save_pretrained(tmp_path / "source")
+    done = convert(tmp_path / "source", tmp_path / "out", host=host)
+    assert done.plan.model.rounds is folded
+    facts = done.plan.as_json()
+    assert facts["exact"]
+    assert facts["host"] == {"before": tiny.model_type_of(name), "after": host}
+    hosted = loaded(tmp_path / "out")
+    assert hosted.config.model_type == host
+    torch.testing.assert_close(logits(hosted), logits(source), atol=1e-5, rtol=1e-5)
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0  # positions count from the first real token where the class counts them so
+    ours, theirs = (
+        model.generate(IDS, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        for model in (hosted, source)
+    )
+    assert torch.equal(ours, theirs)
+    found = verify(tmp_path / "out", str(tmp_path / "source"))
+    assert found.against_source["max_difference"] < 1e-5 * float(logits(source).abs().max()) + 1e-6
+
+
+@pytest.mark.parametrize(("name", "host"), [("gpt_neox", "phi"), ("gpt_neox-full", "starcoder2"), ("gptj", "phi")])
+def test_auto_finds_it_and_pools(name: str, host: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny(name, tmp_path / "source")
+    assert plan(source, host="auto").config.model_type == host
+    done = convert(
+        source, tmp_path / "out", num_key_value_heads=2, method="svd", refit=True, grouping="similar",
+        calibration=["random"], calibration_tokens=2048, calibration_length=32,
+    )  # fmt: skip
+    assert done.plan.config.model_type == host
+    before, after = done.layers[0]["logit_error"]
+    assert after <= before
+    assert loaded(tmp_path / "out").config.num_key_value_heads == 2
+    assert verify(tmp_path / "out", str(source)).cache_error < 1e-4
+    manifest = json.loads((tmp_path / "out" / "rehead.json").read_text())
+    assert manifest["host"]["after"] == host
+    assert not manifest["exact"]
+
+
+def test_sixteen_bits_are_said_to_round(tmp_path: Path) -> None:
+    tiny.tiny_model("gpt_neox").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    facts = convert(tmp_path / "source", tmp_path / "out", host="phi").plan.as_json()
+    assert facts["exact"]
+    assert facts["rounded"]
+    assert verify(tmp_path / "out", str(tmp_path / "source")).against_source["mean_kl"] < 1e-3
+    assert not plan(tiny.save_tiny("gptj", tmp_path / "j"), host="phi").rounded
+
+
+def test_copied_tensors_are_streamed_as_bytes(tmp_path: Path) -> None:
+    source = tiny.save_tiny("gptj", tmp_path / "source")
+    made = plan(source, host="phi")
+    copied = {tensor.name for tensor in made.outputs if tensor.origin is not None}
+    assert "model.layers.1.mlp.fc1.weight" in copied
+    assert "model.layers.1.self_attn.q_proj.weight" not in copied
+
+
+def test_old_names_and_buffers(tmp_path: Path) -> None:
+    """The first GPT-2 and GPT-NeoX checkpoints have other prefixes and carry their causal masks."""
+    for name, root in (("gpt2", "transformer."), ("gpt_neox", "gpt_neox.")):
+        model, folder = tiny.tiny_model(name), tmp_path / name
+        model.save_pretrained(folder)
+        tensors = {key.removeprefix(root): t for key, t in load_file(folder / "model.safetensors").items()}
+        if name == "gpt_neox":
+            tensors = {"embed_out.weight" if "lm_head" in key else root + key: t for key, t in tensors.items()}
+            tensors = {key.replace(root + "embed_out", "embed_out"): t for key, t in tensors.items()}
+        stem = "h.{}.attn." if name == "gpt2" else root + "layers.{}.attention."
+        for layer in range(tiny.LAYERS):
+            tensors[stem.format(layer) + "bias"] = torch.ones(1, 1, 128, 128).tril()
+            tensors[stem.format(layer) + "masked_bias"] = torch.tensor(-1e4)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        convert(folder, tmp_path / f"{name}-out", host="auto")
+        assert not any("masked" in t.name for t in read_header(tmp_path / f"{name}-out" / "model.safetensors").tensors)
+        torch.testing.assert_close(logits(loaded(tmp_path / f"{name}-out")), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options", "says"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {"host": "auto"}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"reorder_and_upcast_attn": True}, {"host": "auto"}, "reorder_and_upcast_attn"),
+        ("gpt2", {"add_cross_attention": True}, {"host": "auto"}, "add_cross_attention"),
+        ("gpt2", {}, {"num_key_value_heads": 2}, "--kv-heads 1"),
+        ("gpt_neo", {"attention_layers": ["global", "local"]}, {"host": "auto"}, "attend to 256 positions"),
+        ("opt", {"do_layer_norm_before": False}, {"num_key_value_heads": 1}, "norms behind"),
+        ("opt", {"word_embed_proj_dim": 32}, {"host": "auto"}, "projects its embeddings"),
+        ("gpt_neox", {}, {"host": "starcoder2"}, "parallel"),
+        ("gpt_neox-serial", {}, {"host": "phi"}, "serial"),
+        ("gpt_neox-serial", {}, {"host": "starcoder2"}, "RoPE turns"),
+        ("gpt_neox", {}, {"host": "gpt_bigcode"}, "cannot stand in"),
+        ("llama", {}, {"host": "auto"}, "leave --host out"),
+        ("gptj", {"activation_function": "gelu_new"}, {"host": "phy"}, "'phi'"),
+        ("gptj", {}, {}, "nothing to do"),
+    ],
+)
+def test_refuses_what_would_not_be_exact(name: str, changes: dict, options: dict, says: str, tmp_path: Path) -> None:
+    tiny.tiny_model(name).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((UnsupportedError, UsageError), match=says) as error:
+        plan(tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_without_a_place_and_types_without_a_host(tmp_path: Path) -> None:
+    source = tiny.save_tiny("gpt2", tmp_path / "gpt2")
+    tensors = load_file(source / "model.safetensors") | {"score.weight": torch.zeros(2, 64)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedError, match=r"score\.weight"):
+        plan(source, host="auto")
+    model = AutoModelForCausalLM.from_config(tiny.tiny_config("bloom", n_layer=2, n_head=8))
+    model.save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UnsupportedError, match="ALiBi"):
+        plan(tmp_path / "bloom", host="auto")
+
+
+def test_inspect_names_the_hosts(tmp_path: Path) -> None:
+    facts = inspect(str(tiny.save_tiny("gpt_neox", tmp_path)))
+    assert facts["hosts"] == ["phi", "starcoder2", "nemotron"]
+    assert facts["can_convert_to"]["2"] * 4 == facts["kv_bytes_per_token"]
