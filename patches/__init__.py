@@ -4,9 +4,21 @@ Importing this module registers the attention implementation ``rehead_tiled`` wi
 """
 
 from rehead.patches.base import PATCHES, LayerRecord, Patch, PatchReport, patch_model, register_patch
+from rehead.patches.blocks import ParallelPatch, SerialPatch
 from rehead.patches.interface import NAME, register
 from rehead.patches.tiled_patch import TiledPatch
 
 register()
 
-__all__ = ["NAME", "PATCHES", "LayerRecord", "Patch", "PatchReport", "TiledPatch", "patch_model", "register_patch"]
+__all__ = [
+    "NAME",
+    "PATCHES",
+    "LayerRecord",
+    "ParallelPatch",
+    "Patch",
+    "PatchReport",
+    "SerialPatch",
+    "TiledPatch",
+    "patch_model",
+    "register_patch",
+]
