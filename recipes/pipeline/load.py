@@ -182,16 +182,17 @@ def _placed(value: Any, base: Path, key: str) -> Any:
         return [_placed(item, base, key) for item in value]
     if not isinstance(value, str) or not value:
         return value
-    path = Path(value).expanduser()
+    name, mark, options = (value, "", "") if (base / value).exists() else value.partition("#")
+    path = Path(name).expanduser()
     local = (
         key == "out"
         or path.is_absolute()
-        or value.startswith((".", "~"))
-        or (value.lower().endswith(_TEXT_ENDINGS) and ":" not in value)
+        or name.startswith((".", "~"))
+        or (name.lower().endswith(_TEXT_ENDINGS) and ":" not in name)
         or (base / path).exists()
     )
     # What is no path is a Hub id, a built-in name, or missing; the stage that reads it says which.
-    return os.path.abspath(base / path) if local else value
+    return f"{os.path.abspath(base / path)}{mark}{options}" if local else value
 
 
 def _swept_keys(sweep: Any) -> Iterable[str]:

@@ -52,7 +52,9 @@ class Recipe(Strict):
         requires: what the machine must have.
         launch: uptraining in several processes.
         convert: options of ``rehead convert``; None converts nothing.
-        uptrain: options of ``rehead uptrain``; None trains nothing.
+        uptrain: options of ``rehead uptrain``; None trains nothing. ``tokens`` may be a share of ``pretraining_tokens``,
+            e.g. ``5%``.
+        pretraining_tokens: how many the model was pretrained on, e.g. ``2T``.
         control: whether the unconverted model is uptrained on the same tokens, too, by cross-entropy, so that what the
             conversion cost is told from what the text taught; a mapping changes options of that run.
         evaluate: options of ``rehead evaluate``, and ``before`` (default true): measure the conversion before its
@@ -72,6 +74,7 @@ class Recipe(Strict):
     launch: Launch | None = None
     convert: dict[str, Any] | None = None
     uptrain: dict[str, Any] | None = None
+    pretraining_tokens: str | int | None = None
     control: bool | dict[str, Any] = True
     evaluate: dict[str, Any] | None = None
     sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] | None = None
@@ -105,9 +108,16 @@ def explained(error: ValidationError, where: str, model: type[BaseModel]) -> str
         return f"{where}: {unknown_name('key', '.'.join(steps), ['.'.join([*steps[:-1], name]) for name in known])}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: {'.'.join(steps)} is missing; give it"
+    if not steps:  # a rule over several keys, which names them itself
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}; mend it"
     given = repr(first.get("input"))
     given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{where}: {'.'.join(steps)}: {given}: {first['msg'][:1].lower()}{first['msg'][1:]}; mend it"
+    return f"{where}: {'.'.join(steps)}: {given}: {_sentence(first['msg'])}; mend it"
+
+
+def _sentence(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def _keys_at(model: type[BaseModel], steps: list[str]) -> list[str]:

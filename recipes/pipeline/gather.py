@@ -1,0 +1,106 @@
+"""Evaluations of a recipe's cells -> one report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rehead.errors import UsageError, VerificationError
+from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.pipeline import names
+from rehead.recipes.pipeline.graph import CellPlan
+from rehead.recipes.pipeline.stages import EVALUATION
+from rehead.recipes.report import Entry, ReportPaths, write_report
+
+
+def gather(plans: Sequence[CellPlan], out: Path, folder: Path) -> ReportPaths:
+    """Write one report of the cells' evaluations that are there.
+
+    Args:
+        plans: the cells.
+        out: the recipe's folder.
+        folder: where the report goes.
+
+    Raises:
+        UsageError: no cell has been evaluated.
+        VerificationError: an evaluation is broken.
+    """
+    entries, trainings, missing = [], [], []
+    for plan in plans:
+        found = [(out / name / EVALUATION, stage, label) for name, stage, label in plan.evaluations]
+        absent = [path for path, _, _ in found if not path.is_file()]
+        if absent:
+            missing.append(plan.cell)
+            continue
+        many = len(found) > 1
+        for path, stage, label in found:
+            title = f"{label}, {stage}" if stage and (many or stage == "uptrained") else label
+            entries.append(Entry(title, read_evaluation(path, out), plan.cell.series or _how(plan), stage))
+        trainings += [(plan.cell.label or label, out / name) for label, name in plan.trainings if (out / name).is_dir()]
+    if not entries:
+        raise UsageError(f"{out}: no cell has been evaluated yet; run the recipe, or its cells with --cell K, first")
+    notes = []
+    if missing:
+        listed = ", ".join(f"{cell.index} ({cell.label})" for cell in missing)
+        notes = [f"Not in this report, since they have not been run: {len(missing)} of {len(plans)} cells: {listed}."]
+    recipe = plans[0].recipe
+    title = f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name
+    return write_report(folder, entries, trainings, title=title, notes=notes)
+
+
+def _how(plan: CellPlan) -> str:
+    """A series for a recipe without a sweep: how it converts, without the number of heads."""
+    convert = next((stage for stage in plan.stages.values() if stage.kind == "convert"), None)
+    return convert.title.partition(", ")[2] if convert else plan.recipe.name
+
+
+def read_evaluation(path: Path, out: Path) -> Evaluation:
+    """An evaluation with names that mean something to a reader: no absolute paths.
+
+    Raises:
+        VerificationError: it is broken.
+    """
+    try:
+        found = Evaluation.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise VerificationError(f"{path}: is no evaluation ({reason}); remove its folder and run again") from None
+    return Evaluation.model_validate(_renamed(found.as_json(), out))
+
+
+def _renamed(value: Any, out: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed(item, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, out) for item in value]
+    return shown(value, out) if isinstance(value, str) else value
+
+
+def shown(name: str, out: Path) -> str:
+    """A model's or text's name as a report says it: built-in names, names below the recipe's folder, or file names."""
+    plain, mark, options = name.partition("#")
+    if not plain.startswith("/") and ":\\" not in plain[:3]:
+        return name
+    built_in = {names.text_path(text): text for text in names.TEXTS}
+    if plain in built_in:
+        return f"{built_in[plain]}{mark}{options}"
+    path = Path(plain)
+    if path.is_relative_to(out):
+        return f"{path.relative_to(out).as_posix()}{mark}{options}"
+    return f"{path.name}{mark}{options}"
+
+
+def failed_gates(plans: Sequence[CellPlan], out: Path) -> list[str]:
+    """The quality gates that were not met, one phrase each."""
+    failed = []
+    for plan in plans:
+        for name, _, label in plan.evaluations:
+            path = out / name / EVALUATION
+            gates = json.loads(path.read_bytes()).get("gates", []) if path.is_file() else []
+            failed += [f"{label}: {gate['name']} is {gate['value']:.4g}, the limit {gate['limit']:.4g}"
+                       for gate in gates if not gate["passed"]]  # fmt: skip
+    return failed

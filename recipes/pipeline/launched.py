@@ -1,0 +1,40 @@
+"""What ``accelerate launch`` runs for a recipe with several processes: one uptraining, its arguments from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rehead.errors import EXIT_INTERRUPTED, ReheadError
+
+
+def main(path: str) -> int:
+    """Uptrain; a user's mistake is written beside the arguments, for the process that launched this one.
+
+    Args:
+        path: a JSON file of :func:`rehead.recipes.uptrain`'s arguments.
+
+    Returns:
+        the exit code.
+    """
+    from rehead.recipes.training import uptrain
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        arguments["quiet"] = arguments["quiet"] or not first
+        uptrain(**arguments)
+    except ReheadError as error:
+        if first:
+            table = {"error": str(error), "exit_code": error.exit_code}
+            Path(path).with_name("error.json").write_text(json.dumps(table), encoding="utf-8")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

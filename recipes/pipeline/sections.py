@@ -1,0 +1,114 @@
+"""The sections of a recipe, checked by the same models that make the commands' flags."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from rehead.errors import UsageError
+from rehead.recipes.pipeline.schema import checked
+from rehead.recipes.training.options import parse_count
+
+#: Options that say how a stage is run or watched, not what it makes: they are no part of its identity.
+ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "tracker"})
+
+
+def convert_options(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The ``convert`` section as keyword arguments of :func:`rehead.convert.convert`.
+
+    Raises:
+        UsageError: as :func:`checked`, and whatever :class:`ConvertOptions` refuses.
+    """
+    from rehead.convert.options import ConvertOptions
+
+    calibration = values.get("calibration")
+    values = {**values, "calibration": [calibration]} if isinstance(calibration, str) else values
+    table = checked(_model_of(ConvertOptions), values, where).model_dump()
+    try:
+        ConvertOptions(**table)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+
+
+def uptrain_options(values: dict[str, Any], where: str, device: str) -> dict[str, Any]:
+    """The ``uptrain`` section as keyword arguments of :func:`rehead.recipes.uptrain`; raises as :func:`checked`."""
+    from rehead.recipes.training.options import UptrainOptions
+
+    return checked(UptrainOptions, {"device": device, **values}, where).model_dump(mode="json")
+
+
+def share_of(tokens: Any, pretraining: str | int | None, where: str) -> Any:
+    """``"5%"`` of the pretraining's tokens as a number; anything else as it is.
+
+    Raises:
+        UsageError: no share, or nothing to take it of.
+    """
+    if not isinstance(tokens, str) or not tokens.strip().endswith("%"):
+        return tokens
+    if pretraining is None:
+        raise UsageError(f"{where}: tokens {tokens} is a share of pretraining_tokens, which is missing; give it")
+    text = str(pretraining).strip().lower()
+    number = parse_count(text.removesuffix("t"))
+    try:
+        total = float(number) * (10**12 if text.endswith("t") else 1)
+        count = int(float(tokens.strip().removesuffix("%")) / 100 * total)
+    except ValueError:
+        raise UsageError(f"{where}: {tokens} of pretraining_tokens {pretraining}: no number; write 5% and 2T") from None
+    if count < 1:
+        raise UsageError(f"{where}: {tokens} of {pretraining} tokens is none; give more")
+    return count
+
+
+def control_options(uptrain: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """The control's options: the uptraining's, by cross-entropy and without a teacher, with the section's changes."""
+    plain = {"loss": "ce", "teacher": None, "loss_layers": None, "joint_layers": 0}
+    return uptrain_options({**uptrain, **plain, **changes}, where, str(uptrain["device"]))
+
+
+def evaluate_options(values: dict[str, Any], where: str, device: str) -> tuple[list[str], bool, dict[str, Any]]:
+    """The ``evaluate`` section: texts, whether to evaluate before uptraining too, and the command's options.
+
+    Raises:
+        UsageError: as :func:`checked`, or there is no text.
+    """
+    from rehead.recipes.evaluation.options import EvaluateOptions
+
+    section: Any = create_model("EvaluateSection", __base__=EvaluateOptions, data=(list[str] | str, Field(...)),
+                                before=(bool, True))  # fmt: skip
+    try:
+        options = checked(section, {"device": device, **values}, where).model_dump(mode="json")
+    except UsageError as error:
+        raise UsageError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    data, before = options.pop("data"), options.pop("before")
+    data = [data] if isinstance(data, str) else data
+    if not data:
+        raise UsageError(f"{where}: data is empty; name at least one text to evaluate on")
+    return data, before, options
+
+
+def new_options(values: dict[str, Any], where: str) -> tuple[list[str], dict[str, Any]]:
+    """The ``new`` section: texts for the tokenizer, and the model's shape.
+
+    Raises:
+        UsageError: an unknown key, a value that cannot be meant, or no text.
+    """
+    from rehead.recipes.scratch import NewModel
+
+    values = dict(values)
+    data = values.pop("data", [])
+    data = [data] if isinstance(data, str) else list(data or [])
+    if not data:
+        raise UsageError(f"{where}: data is missing; name the texts that the tokenizer is trained on")
+    return data, checked(_model_of(NewModel), values, where).model_dump()
+
+
+def _model_of(cls: type) -> type[BaseModel]:
+    """A pydantic model with a dataclass's fields, types and defaults, which takes no other key."""
+    hints = get_type_hints(cls)
+    columns: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is MISSING else field.default) for field in fields(cls)
+    }
+    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **columns)

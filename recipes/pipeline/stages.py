@@ -1,0 +1,209 @@
+"""Doing one stage: each kind calls the function behind the command of the same name."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rehead.errors import EXIT_INTERRUPTED, ReheadError, UnsupportedError, UsageError
+from rehead.recipes.files import write_file
+from rehead.recipes.pipeline import graph, names
+from rehead.recipes.pipeline.graph import Place, Stage
+from rehead.recipes.pipeline.record import split_revision
+
+EVALUATION = "evaluation.json"
+Progress = Callable[[str, float, float], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where stages run.
+
+    Attributes:
+        out: the recipe's folder.
+        command: recorded in what stages write.
+        quiet: whether stages that draw their own progress should not.
+        progress: for those that do not.
+    """
+
+    out: Path
+    command: str
+    quiet: bool = True
+    progress: Progress | None = None
+
+    def place(self, place: Place) -> str:
+        """A model as commands take it: a stage's folder, or ``id@revision``."""
+        if place.stage is not None:
+            return str(self.out / place.stage)
+        name, revision = split_revision(place)
+        return f"{name}@{revision}" if revision else name
+
+
+def run_stage(stage: Stage, site: Site) -> None:
+    """Do a stage; its folder is complete when this returns, and resumable when it does not.
+
+    Raises:
+        ReheadError: as the stage's own command.
+    """
+    _RUNNERS[stage.kind](stage, site)
+
+
+def _fetch(stage: Stage, site: Site) -> None:
+    if not (site.out / stage.name / "model.safetensors").is_file():
+        names.write_smollm2(site.out / stage.name)
+
+
+def _new(stage: Stage, site: Site) -> None:
+    from rehead.recipes.data.sources import read_documents
+    from rehead.recipes.scratch import NewModel, new_model
+
+    folder = site.out / stage.name
+    if not folder.is_dir():
+        new_model(folder, read_documents(stage.data["data"], option="new: data"), NewModel(**stage.options))
+
+
+def _convert(stage: Stage, site: Site) -> None:
+    from rehead.convert import convert
+    from rehead.convert.staging import staging_path
+
+    place = stage.models["model"]
+    model, revision = (str(site.out / place.stage), None) if place.stage else split_revision(place)
+    folder = site.out / stage.name
+
+    def go(resume: bool) -> None:
+        convert(
+            model, folder, revision=revision, calibration=stage.data["calibration"], resume=resume,
+            overwrite=folder.exists(), progress=site.progress, command=site.command, **stage.options,
+        )  # fmt: skip
+
+    try:
+        go(resume=True)
+    except UsageError:
+        if not staging_path(folder).exists():
+            raise
+        go(resume=False)  # what lay there was left by another version; there is nothing to go on from
+
+
+def _train(stage: Stage, site: Site) -> None:
+    options = {key: value for key, value in stage.options.items() if key != "launch"}
+    arguments = {
+        "student": site.place(stage.models["student"]),
+        "out": str(site.out / stage.name),
+        "teacher": site.place(stage.models["teacher"]) if "teacher" in stage.models else None,
+        **stage.data,
+        **options,
+        "resume": "auto",
+        "overwrite": (site.out / stage.name).exists(),
+        "command": site.command,
+    }
+    launch = stage.options.get("launch")
+    if launch is None:
+        from rehead.recipes.training import uptrain
+
+        uptrain(**arguments, quiet=site.quiet)
+    else:
+        _launch(arguments, launch, site)
+
+
+def _launch(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> None:
+    """Uptraining in several processes: ``accelerate launch`` of a small module that reads its arguments from a file."""
+    config = accelerate_config(launch["config"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "arguments.json"
+        path.write_text(json.dumps({**arguments, "quiet": site.quiet}), encoding="utf-8")
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+            "--num_processes", str(launch["processes"]), "-m", "rehead.recipes.pipeline.launched", str(path),
+        ]  # fmt: skip
+        done = subprocess.run(command, stderr=subprocess.PIPE if site.quiet else None, text=True)
+        error = Path(folder) / "error.json"
+        if error.is_file():
+            raise _as_error(json.loads(error.read_text(encoding="utf-8")))
+        if done.returncode == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        if done.returncode:
+            last = ((done.stderr or "").strip().splitlines() or ["its output says why"])[-1]
+            raise UnsupportedError(
+                f"{shlex.join(['accelerate', 'launch'])} in {launch['processes']} processes: ended with code "
+                f"{done.returncode} ({last}); run the recipe again to go on from the last checkpoint"
+            )
+
+
+def _as_error(table: dict[str, Any]) -> ReheadError:
+    """The error that a launched process wrote down."""
+    kinds = {kind.exit_code: kind for kind in ReheadError.__subclasses__()}
+    return kinds.get(table["exit_code"], UnsupportedError)(table["error"])
+
+
+def accelerate_config(name: str) -> Path:
+    """The accelerate config file for ``launch.config``: a shipped one by name, or a file.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    shipped = Path(str(files("rehead.recipes.library") / "accelerate" / f"{name}.yaml"))
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        known = sorted(entry.stem for entry in shipped.parent.glob("*.yaml"))
+        raise UsageError(f"launch.config {name}: no such file; give an accelerate config file or {' or '.join(known)}")
+    return path
+
+
+def _evaluate(stage: Stage, site: Site) -> None:
+    from rehead.recipes.evaluation import evaluate
+
+    found = evaluate(
+        site.place(stage.models["model"]),
+        baseline=site.place(stage.models["baseline"]) if "baseline" in stage.models else None,
+        control=site.place(stage.models["control"]) if "control" in stage.models else None,
+        data=stage.data["data"],
+        progress=site.progress,
+        **stage.options,
+    )
+    write_file(site.out / stage.name / EVALUATION, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
+
+
+_RUNNERS: dict[str, Callable[[Stage, Site], None]] = {
+    graph.FETCH: _fetch,
+    graph.NEW: _new,
+    graph.CONVERT: _convert,
+    graph.UPTRAIN: _train,
+    graph.CONTROL: _train,
+    graph.EVALUATE: _evaluate,
+}
+
+
+def require(gpus: int, where: str) -> None:
+    """Refuse a machine with fewer GPUs than a recipe wants.
+
+    Raises:
+        UnsupportedError: there are fewer.
+    """
+    if gpus:
+        import torch
+
+        there = torch.cuda.device_count()
+        if there < gpus:
+            raise UnsupportedError(
+                f"{where}: wants {gpus} GPU{'s' if gpus > 1 else ''} and this machine has {there or 'none'}; run it "
+                "where there are enough, or try it smaller with --set requires.gpus=0 --set launch=null"
+            )
+
+
+def free_memory() -> None:
+    """Give a stage's memory back before the next one starts."""
+    import gc
+
+    torch = sys.modules.get("torch")
+    gc.collect()
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
