@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("rehead.recipes.evaluation.commands", "Measure a model beside the one that it was made from."),
     "run": ("rehead.recipes.commands", "Run a recipe: convert, uptrain, evaluate, report."),
     "recipes": ("rehead.recipes.commands", "List, show, copy and check recipes."),
+    "uptrain": ("rehead.recipes.training.commands", "Win back what a conversion lost, by a short training."),
     "patches": ("rehead.patches.commands", "List the patches; --coverage proves them on every architecture."),
     "bench": ("rehead.patches.commands", "Measure attention, decoding and blocks beside their peers."),
 }

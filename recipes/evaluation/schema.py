@@ -225,7 +225,7 @@ class Speed(Section):
         tokens_per_second: over the batch; the median of the repeats.
         seconds: median time of one pass or one step.
         repeats: how many passes or steps the median is of.
-        peak_memory_bytes: on the device while measuring; None on a CPU.
+        peak_memory_bytes: of cache and activations, beyond the weights; None on a CPU.
     """
 
     who: Who

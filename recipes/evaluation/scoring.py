@@ -18,7 +18,7 @@ from torch import Tensor
 from rehead.errors import UnsupportedError
 
 #: Bytes of one chunk's wide logits: cache-sized on a CPU, large enough to fill a GPU.
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 #: Bytes of one batch's logits in the model's dtype, and tokens of a batch.
 _BATCH_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -86,12 +86,12 @@ def next_logits(model: Any, inputs: Tensor, counted: int) -> Tensor:
         [b, counted, V].
     """
     # The head is spared the positions that only serve as context, by the classes that know how.
-    keep = {"logits_to_keep": counted} if counted < inputs.shape[1] and _keeps(type(model)) else {}
+    keep = {"logits_to_keep": counted} if counted < inputs.shape[1] and keeps_logits(type(model)) else {}
     logits = model(input_ids=inputs.to(next(model.parameters()).device), use_cache=False, **keep).logits
     return logits[:, -counted:]
 
 
-def _keeps(kind: type) -> bool:
+def keeps_logits(kind: type) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
@@ -122,11 +122,13 @@ def token_divergence(baseline: Tensor, logits: Tensor, targets: Tensor) -> Token
     kl, agree, first, second = [], [], [], []
     for theirs, ours, right in _chunks(baseline, logits, targets):
         log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
-        # Entries that both rule out (logits of minus infinity) weigh nothing; rounding must not go below nothing.
-        kl.append(torch.where(theirs > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1).clamp_min(0))
         agree.append(theirs.argmax(-1) == ours.argmax(-1))
         first.append(-log_p.gather(-1, right[:, None])[:, 0])
         second.append(-log_q.gather(-1, right[:, None])[:, 0])
+        p = log_p.exp()
+        terms = log_p.sub_(log_q).mul_(p)
+        # Entries that both rule out (logits of minus infinity) weigh nothing; rounding must not go below nothing.
+        kl.append(torch.where(p > 0, terms, 0.0).sum(-1).clamp_min(0))
     numbers = (torch.cat(part).cpu() for part in (kl, first, second))
     divergence, before, after = (part.double() for part in numbers)
     return TokenDivergence(divergence, torch.cat(agree).cpu(), before, after)

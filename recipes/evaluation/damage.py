@@ -1,0 +1,121 @@
+"""Damage by layer: each layer of the converted model alone in the baseline, everything else as it was.
+
+The layer's whole module is borrowed, with its own config and number of KV heads, so nothing here knows any
+architecture; the baseline gets its own layer back however the measurement ends, and not a bit of it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.errors import UnsupportedError
+from rehead.recipes.evaluation import schema
+from rehead.recipes.evaluation.scoring import batch_size, evaluating, next_logits, require_finite, token_divergence
+from rehead.recipes.evaluation.windows import batches, cut
+
+
+def layer_damage(
+    baseline: Any,
+    model: Any,
+    tokens: Tensor,
+    window: int = 512,
+    *,
+    batch_tokens: int | None = None,
+    name: str = "the model",
+    progress: Callable[[float, float], None] | None = None,
+) -> list[schema.LayerDamage]:
+    """KL(baseline || baseline with one layer of ``model``), for each layer that differs.
+
+    Args:
+        baseline, model: transformers causal language models whose layers are of the same class, on one device.
+        tokens: int64 [T], a sample of text; one pass over it for each layer.
+        window: tokens in a window; the windows are disjoint.
+        batch_tokens: tokens in a forward pass; by the device when None.
+        name: of the model, for messages.
+        progress: called with (passes done, passes).
+
+    Raises:
+        UnsupportedError: layers cannot be found or are of another class or width.
+        UsageError: the text is shorter than one window.
+    """
+    ours, theirs = decoder_layers(model), decoder_layers(baseline)
+    _require_alike(baseline, theirs, ours, name)
+    changed = [i for i, pair in enumerate(zip(theirs, ours)) if _differ(*pair)]
+    windows = cut("disjoint", len(tokens), window)
+    kl = torch.zeros(len(changed), dtype=torch.float64)
+    agree = torch.zeros(len(changed), dtype=torch.float64)
+    counted = sum(part.counted for part in windows)
+    done = 0
+    with evaluating(baseline, model):
+        for inputs, targets in batches(tokens, windows, batch_size(baseline, window, batch_tokens)):
+            right = targets.flatten()
+            whole = next_logits(baseline, inputs, targets.shape[1]).flatten(0, 1)
+            for at, layer in enumerate(changed):
+                with borrowed(theirs, layer, ours[layer]):
+                    logits = next_logits(baseline, inputs, targets.shape[1]).flatten(0, 1)
+                part = token_divergence(whole, logits, right)
+                kl[at] += require_finite(part.kl, f"{name}, layer {layer}").sum()
+                agree[at] += part.agree.sum()
+            done += len(inputs)
+            if progress is not None:
+                progress(done, len(windows))
+    return [
+        schema.LayerDamage(
+            layer=layer, kl=float(kl[at] / counted), top1_agreement=float(agree[at] / counted), tokens=counted
+        )
+        for at, layer in enumerate(changed)
+    ]
+
+
+@contextmanager
+def borrowed(layers: nn.ModuleList, index: int, layer: nn.Module) -> Iterator[None]:
+    """Put another module in a layer's place inside the block."""
+    own = layers[index]
+    layers[index] = layer
+    try:
+        yield
+    finally:
+        layers[index] = own
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of a model's decoder layers: as long as its config says, and the heaviest of those that are.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise UnsupportedError(
+            f"{config.model_type}: its layers cannot be found, so none can be tried alone; leave --damage out"
+        )
+    return max(lists, key=lambda found: sum(parameter.numel() for parameter in found.parameters()))
+
+
+def _require_alike(baseline: Any, theirs: nn.ModuleList, ours: nn.ModuleList, name: str) -> None:
+    if len(theirs) != len(ours):
+        raise UnsupportedError(
+            f"{name}: has {len(ours)} layers and the baseline {len(theirs)}, so none stands for another; "
+            "leave --damage out"
+        )
+    for index, (theirs_i, ours_i) in enumerate(zip(theirs, ours)):
+        if type(theirs_i) is not type(ours_i):
+            raise UnsupportedError(
+                f"{name}: layer {index} is a {type(ours_i).__name__} and the baseline's a {type(theirs_i).__name__}, "
+                "which cannot stand in for one another; leave --damage out"
+            )
+
+
+def _differ(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two layers differ in any parameter or buffer."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    if ours.keys() != theirs.keys():
+        return True
+    return not all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())

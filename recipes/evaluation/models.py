@@ -1,0 +1,171 @@
+"""The compared models: loaded as plain transformers loads them, and described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rehead.errors import UnsupportedError, UsageError
+from rehead.recipes.evaluation import schema
+from rehead.recipes.evaluation.kv_cache import measure_cache
+
+TILED = "tiled"
+
+
+@dataclass
+class Loaded:
+    """A live model with its tokenizer and facts.
+
+    Attributes:
+        who: its part in the comparison.
+        name: as the user wrote it.
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: None where the checkpoint has none.
+        patch: keeps an applied patch alive.
+    """
+
+    who: schema.Who
+    name: str
+    model: Any
+    tokenizer: Any = None
+    patch: Any = field(default=None, repr=False)
+
+    def facts(self) -> schema.ModelFacts:
+        """What the document says of it."""
+        parameters = list(self.model.parameters())
+        cache = measure_cache(self.model)
+        manifest = _manifest(self.name)
+        heads = getattr(self.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+        return schema.ModelFacts(
+            name=self.name,
+            model_type=self.model.config.model_type,
+            parameters=sum(parameter.numel() for parameter in parameters),
+            weight_bytes=sum(parameter.nbytes for parameter in parameters),
+            num_attention_heads=heads if isinstance(heads, int) else None,
+            num_key_value_heads=cache.heads if cache else [],
+            head_dim=cache.head_dim if cache else None,
+            kv_bytes_per_token=cache.bytes_per_token if cache else None,
+            conversion=_conversion(manifest),
+            uptraining=manifest.get("uptraining") if isinstance(manifest.get("uptraining"), dict) else None,
+        )
+
+
+def load_model(
+    who: schema.Who, name: str, *, device: torch.device, dtype: str = "auto", attention: str | None = None
+) -> Loaded:
+    """Load a checkpoint for evaluation.
+
+    Args:
+        who: its part in the comparison.
+        name: a folder, a Hub id, or ``id@revision``.
+        device: where it goes.
+        dtype: ``auto`` is float32 on a CPU and the checkpoint's own elsewhere.
+        attention: transformers' attention implementation, or ``tiled`` for Rehead's; its own choice when None.
+
+    Raises:
+        UsageError: no such model, or an attention implementation that it does not have.
+        UnsupportedError: a checkpoint that plain transformers does not load (pickles, remote code, missing tensors),
+            or one that does not fit into memory.
+    """
+    from rehead.convert.meta import quiet_transformers
+    from rehead.convert.model import causal_lm_class, resolve_config
+    from rehead.convert.source import open_source
+
+    place, _, revision = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    source = open_source(place, revision or None)
+    config = resolve_config(source.config, place)
+    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto" and device.type == "cpu":
+        wanted = torch.float32
+    extra = {} if attention in (None, TILED) else {"attn_implementation": attention}
+    with quiet_transformers():
+        try:
+            model: Any
+            model, report = causal_lm_class(config).from_pretrained(
+                place,
+                revision=source.revision or "main",
+                dtype=wanted,
+                use_safetensors=True,
+                output_loading_info=True,
+                **extra,
+            )
+            model = model.to(device).eval()
+        except torch.OutOfMemoryError:
+            raise UnsupportedError(
+                f"{name}: does not fit on {device}; use --dtype bfloat16 or another device"
+            ) from None
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            if attention is not None and "attn_implementation" in str(error):
+                raise UsageError(f"--attention {attention}: {first}") from None
+            raise UnsupportedError(f"{name}: transformers does not load it ({first}); check the checkpoint") from None
+    if report["missing_keys"] or report.get("mismatched_keys"):
+        lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))[0]
+        raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")
+    loaded = Loaded(who, name, model, load_tokenizer(source))
+    if attention == TILED:
+        from rehead.patches import patch_model
+
+        loaded.patch = patch_model(model, TILED)
+        loaded.patch.apply()
+    return loaded
+
+
+def load_tokenizer(source: Any) -> Any:
+    """A checkpoint's tokenizer without a limit on the length of a text, or None where it has none that loads."""
+    from transformers import AutoTokenizer
+
+    from rehead.convert.meta import quiet_transformers
+
+    folder = getattr(source, "folder", None)
+    if folder is None:
+        for name in source.small_files():
+            source.small_path(name)
+        folder = source.small_path("config.json").parent
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9)
+        except Exception:
+            return None
+
+
+def require_same_tokenizer(baseline: Loaded, other: Loaded) -> None:
+    """Raise UsageError where two models would not read a text as the same tokens."""
+    if other is baseline:
+        return
+    from rehead.recipes.evaluation.divergence import require_same_vocabulary
+
+    require_same_vocabulary(baseline.model, other.model, other.name, baseline.name)
+    if baseline.tokenizer is None or other.tokenizer is None:
+        return
+    if baseline.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise UsageError(
+            f"{other.name}: its tokenizer's vocabulary is not {baseline.name}'s, so their predictions cannot be "
+            "compared; give the model that it was made from, or leave the baseline out and compare bits per byte"
+        )
+
+
+def _manifest(name: str) -> dict[str, Any]:
+    """The manifest of a folder that Rehead wrote; empty for any other model."""
+    from rehead.convert.manifest import MANIFEST_NAME, read_manifest
+    from rehead.errors import ReheadError
+
+    folder = Path(name)
+    if not (folder / MANIFEST_NAME).is_file():
+        return {}
+    try:
+        return read_manifest(folder)
+    except ReheadError:
+        return {}
+
+
+def _conversion(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """What a reader of a report wants to know of a conversion."""
+    found = manifest.get("conversion") or manifest
+    if not isinstance(found, dict) or "options" not in found or "num_key_value_heads" not in found:
+        return None
+    kept = ("source", "revision", "num_key_value_heads", "kv_bytes_per_token", "parameters", "exact", "options")
+    return {key: found[key] for key in kept if key in found}

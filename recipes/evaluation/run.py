@@ -1,0 +1,325 @@
+"""One evaluation from names to a document: loads the models, measures what was asked for, in one readable order."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rehead
+from rehead.convert.execute import resolve_device
+from rehead.errors import UnsupportedError, UsageError
+from rehead.recipes.data.tokens import token_stream
+from rehead.recipes.evaluation import divergence, gates, perplexity, schema
+from rehead.recipes.evaluation.damage import layer_damage
+from rehead.recipes.evaluation.kv_cache import cache_row
+from rehead.recipes.evaluation.models import Loaded, load_model, require_same_tokenizer
+from rehead.recipes.evaluation.needle import needle_cells
+from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
+from rehead.recipes.evaluation.speed import speed_rows
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """A text as the models read it.
+
+    Attributes:
+        name: as the user wrote it.
+        tokens: int64 [T].
+        bytes: UTF-8 bytes that they stand for.
+    """
+
+    name: str
+    tokens: Tensor
+    bytes: int
+
+
+def evaluate(
+    model: str,
+    *,
+    baseline: str | None = None,
+    control: str | None = None,
+    data: Sequence[str] = (),
+    progress: Progress | None = None,
+    **options: Any,
+) -> schema.Evaluation:
+    """Measure what is left of a model beside the one that it was made from.
+
+    ::
+
+        found = evaluate("llama-2-7b-gqa8", baseline="meta-llama/Llama-2-7b-hf", data=["speeches.txt"], damage=True)
+        found.divergence[0].mean, found.perplexity[0].ratio
+
+    With a baseline and data: perplexity under each convention with the ratio to the baseline's, and the divergence from
+    the baseline's predictions. With data alone: perplexity. KV-cache bytes a token always; the rest when asked for.
+
+    Args:
+        model: the model that is judged: a folder, a Hub id, or ``id@revision``.
+        baseline: what it was made from.
+        control: the baseline trained on the same tokens, so that what a text taught does not pass for what was healed.
+        data: texts, as ``rehead.recipes.data.sources.read_documents`` takes them.
+        progress: called with (stage, done, total).
+        **options: the fields of :class:`~rehead.recipes.evaluation.options.EvaluateOptions`.
+
+    Raises:
+        UsageError: an option, a text or a model that cannot be meant; different vocabularies.
+        UnsupportedError: a model that does not load or whose logits are not finite.
+    """
+    chosen = checked_options(options)
+    _check_request(chosen, baseline, data)
+    manager = None
+    if chosen.tasks:
+        from rehead.recipes.evaluation.tasks import require_harness, task_manager
+
+        require_harness()
+        manager = task_manager(chosen.tasks, chosen.tasks_dir)
+    device = resolve_device(chosen.device)
+    loaded = _load({"baseline": baseline, "control": control, "model": model}, chosen, device, progress)
+    texts = _texts(data, loaded[0], chosen)
+    run = _Run(loaded, texts, chosen, progress)
+    facts = {item.who: item.facts() for item in loaded}
+    found = schema.Evaluation(
+        model=facts["model"],
+        baseline=facts.get("baseline"),
+        control=facts.get("control"),
+        conditions=_conditions(device, loaded[0], texts, chosen),
+        kv_cache=[cache_row(item.who, item.model, facts[item.who].kv_bytes_per_token) for item in loaded],
+    )
+    if texts:
+        run.quality(found)
+    if chosen.damage:
+        run.damage(found)
+    if chosen.needle:
+        run.needle(found)
+    if chosen.tasks:
+        run.tasks(found, manager)
+    if chosen.speed:
+        run.speed(found, {who: fact.kv_bytes_per_token for who, fact in facts.items()})
+    found.gates = gates.judge(found, chosen.fail_above, chosen.fail_below)
+    return found
+
+
+def _check_request(chosen: EvaluateOptions, baseline: str | None, data: Sequence[str]) -> None:
+    """Refuse what cannot be measured before anything is loaded."""
+    asked = [("--damage", chosen.damage), ("--needle", bool(chosen.needle))]
+    for flag, wanted in asked:
+        if wanted and not data:
+            raise UsageError(f"{flag}: is measured on a text; give --data")
+    if chosen.damage and baseline is None:
+        raise UsageError("--damage: puts layers into the baseline; give --baseline")
+    measured = {word for word, there in (
+        ("baseline", baseline is not None), ("data", bool(data)), ("damage", chosen.damage),
+        ("needle", bool(chosen.needle)),
+    ) if there}  # fmt: skip
+    gates.missing(chosen.fail_above, chosen.fail_below, measured)
+
+
+def _load(
+    names: Mapping[schema.Who, str | None], chosen: EvaluateOptions, device: torch.device, progress: Progress | None
+) -> list[Loaded]:
+    """The models that are named, in that order; all read a text as the same tokens."""
+    wanted = {who: name for who, name in names.items() if name is not None}
+    loaded: list[Loaded] = []
+    for done, (who, name) in enumerate(wanted.items()):
+        if progress is not None:
+            progress("loading", done, len(wanted))
+        loaded.append(load_model(who, name, device=device, dtype=chosen.dtype, attention=chosen.attention))
+        require_same_tokenizer(loaded[0], loaded[-1])
+    if progress is not None:
+        progress("loading", len(wanted), len(wanted))
+    return loaded
+
+
+def _texts(data: Sequence[str], model: Loaded, chosen: EvaluateOptions) -> list[TokenisedText]:
+    """The texts as tokens of the model's tokenizer."""
+    if not data:
+        return []
+    if model.tokenizer is None:
+        raise UsageError(f"{model.name}: has no tokenizer, and --data needs one; put its files beside the weights")
+    found = []
+    for name in data:
+        tokens = token_stream([name], model.tokenizer, chosen.tokens)
+        if len(tokens) < chosen.window:
+            raise UsageError(
+                f"--data {name}: has {len(tokens)} tokens, less than one window of {chosen.window}; "
+                "give more text or a smaller --window"
+            )
+        text = model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found.append(TokenisedText(name, tokens, len(text.encode("utf-8"))))
+    return found
+
+
+def _conditions(
+    device: torch.device, model: Loaded, texts: list[TokenisedText], chosen: EvaluateOptions
+) -> schema.Conditions:
+    import transformers
+
+    attention = chosen.attention or getattr(model.model.config, "_attn_implementation", None) or "its own"
+    return schema.Conditions(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        dtype=perplexity.dtype_name(model.model),
+        attention=attention,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rehead": rehead.__version__,
+        },
+        seed=chosen.seed,
+        data=[schema.Text(name=text.name, tokens=len(text.tokens), bytes=text.bytes) for text in texts],
+        threads=torch.get_num_threads(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+@dataclass
+class _Run:
+    """The stages of an evaluation over the same models, texts and options; each fills in its section."""
+
+    loaded: list[Loaded]
+    texts: list[TokenisedText]
+    chosen: EvaluateOptions
+    progress: Progress | None
+
+    def _stage(self, name: str) -> Callable[[float, float], None] | None:
+        if self.progress is None:
+            return None
+        progress = self.progress
+        return lambda done, total: progress(name, done, total)
+
+    def _gated(self, name: str) -> bool:
+        """Whether a gate waits for a figure: then it must not be left out with a note."""
+        return name in {gate.lower() for gate in (*self.chosen.fail_above, *self.chosen.fail_below)}
+
+    def _by_who(self) -> dict[schema.Who, Loaded]:
+        return {item.who: item for item in self.loaded}
+
+    def quality(self, found: schema.Evaluation) -> None:
+        """Perplexity and divergence on every text."""
+        for text in self.texts:
+            losses: dict[tuple[str, schema.Who], perplexity.WindowLosses] = {}
+            if "baseline" in self._by_who():
+                losses = self._compare(found, text)
+            for convention in self.chosen.conventions:
+                for item in self.loaded:
+                    if (convention, item.who) not in losses:
+                        losses[convention, item.who] = self._losses(item, text, convention)
+            for convention in self.chosen.conventions:
+                for item in self.loaded:
+                    beside = None if item.who == "baseline" else losses.get((convention, "baseline"))
+                    found.perplexity.append(
+                        perplexity.described(
+                            losses[convention, item.who], item.who, text.name, beside,
+                            text.bytes / len(text.tokens) if text.bytes else None,
+                            self.chosen.resamples, self.chosen.seed,
+                        )
+                    )  # fmt: skip
+
+    def _compare(
+        self, found: schema.Evaluation, text: TokenisedText
+    ) -> dict[tuple[str, schema.Who], perplexity.WindowLosses]:
+        """Divergences of the text; the losses that came with them spare the disjoint windows a second pass."""
+        others = {item.who: item for item in self.loaded if item.who != "baseline"}
+        compared = divergence.compare(
+            self._by_who()["baseline"].model,
+            {who: item.model for who, item in others.items()},
+            text.tokens,
+            self.chosen.window,
+            batch_tokens=self.chosen.batch_tokens,
+            names={item.who: item.name for item in self.loaded},
+            progress=self._stage("divergence"),
+        )
+        losses: dict[tuple[str, schema.Who], perplexity.WindowLosses] = {}
+        for who in others:
+            result = compared[who]
+            found.divergence.append(
+                divergence.described(result, who, text.name, self.chosen.resamples, self.chosen.seed)
+            )
+            losses["disjoint", who] = result.losses
+            losses["disjoint", "baseline"] = result.baseline_losses
+        return losses
+
+    def _losses(self, item: Loaded, text: TokenisedText, convention: str) -> perplexity.WindowLosses:
+        return perplexity.window_losses(
+            item.model,
+            text.tokens,
+            convention,
+            self.chosen.window,
+            self.chosen.stride,
+            prefix=perplexity.prefix_token(item.tokenizer),
+            batch_tokens=self.chosen.batch_tokens,
+            name=item.name,
+            progress=self._stage(f"{convention}, {item.who}"),
+        )
+
+    def damage(self, found: schema.Evaluation) -> None:
+        """Each layer alone in the baseline, on a sample of the first text."""
+        models = self._by_who()
+        sample = self.texts[0].tokens[: max(self.chosen.damage_tokens, self.chosen.window)]
+        try:
+            found.damage = layer_damage(
+                models["baseline"].model,
+                models["model"].model,
+                sample,
+                self.chosen.window,
+                batch_tokens=self.chosen.batch_tokens,
+                name=models["model"].name,
+                progress=self._stage("damage"),
+            )
+        except UnsupportedError as error:
+            if self._gated("damage"):
+                raise
+            found.notes.append(f"damage left out: {error}")
+        if not found.damage and not found.notes:
+            found.notes.append("damage left out: no layer differs from the baseline's")
+
+    def needle(self, found: schema.Evaluation) -> None:
+        """Retrieval at every length and depth, in passages of the first text."""
+        cells, notes = needle_cells(
+            {item.who: item.model for item in self.loaded},
+            self.texts[0].tokens,
+            self.loaded[0].tokenizer,
+            self.chosen.needle,
+            self.chosen.needle_depths,
+            self.chosen.needle_trials,
+            self.chosen.seed,
+            progress=self._stage("needle"),
+        )
+        if not cells and self._gated("needle"):
+            raise UnsupportedError(f"{notes[0]}; give smaller lengths or drop the gate")
+        found.needle, found.notes = cells, [*found.notes, *notes]
+
+    def tasks(self, found: schema.Evaluation, manager: Any) -> None:
+        """The harness's tasks for each model."""
+        from rehead.recipes.evaluation.tasks import task_scores
+
+        for item in self.loaded:
+            found.tasks += task_scores(
+                item,
+                self.chosen.tasks,
+                manager,
+                shots=self.chosen.shots,
+                limit=self.chosen.task_limit,
+                seed=self.chosen.seed,
+                progress=self._stage(f"tasks, {item.who}"),
+            )
+
+    def speed(self, found: schema.Evaluation, sizes: dict[schema.Who, float | None]) -> None:
+        """Prefill and decoding at every size."""
+        rows, notes = speed_rows(
+            {item.who: item.model for item in self.loaded},
+            sizes,
+            self.chosen.speed_batch,
+            self.chosen.speed_context,
+            self.chosen.speed_repeats,
+            self.chosen.seed,
+            progress=self._stage("speed"),
+        )
+        found.speed, found.notes = rows, [*found.notes, *notes]

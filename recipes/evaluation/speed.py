@@ -1,0 +1,153 @@
+"""Prefill and decoding speed, as plain transformers gives it.
+
+Both use the dynamic cache that ``generate`` uses by default, plain eager forward passes and no compilation: this is the
+speed of the checkpoint in transformers, not the ceiling of its architecture, and serving engines will be faster. What
+carries over is the ratio between models with and without shared KV heads, as far as the cache decides it. Models take
+turns within each repeat, so that a machine that slows down does so for all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.recipes.evaluation import schema
+from rehead.recipes.evaluation.needle import position_limit
+from rehead.recipes.evaluation.scoring import evaluating, keeps_logits, vocabulary
+
+#: Decoding steps that are timed after each prefill, behind one that is not.
+STEPS = 8
+
+
+def speed_rows(
+    models: Mapping[schema.Who, Any],
+    kv_bytes_per_token: Mapping[schema.Who, float | None],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    repeats: int = 5,
+    seed: int = 0,
+    *,
+    progress: Callable[[float, float], None] | None = None,
+) -> tuple[list[schema.Speed], list[str]]:
+    """Time every model at every size.
+
+    Args:
+        models: transformers causal language models on one device.
+        kv_bytes_per_token: of each, to leave out what does not fit into a CPU's memory.
+        batches, contexts: sizes; every batch is tried at every context.
+        repeats: prefills of which the median is taken, each followed by :data:`STEPS` timed decoding steps; one more
+            goes before them to warm up.
+        seed: of the tokens, which are random.
+        progress: called with (sizes done, sizes).
+
+    Returns:
+        (rows, notes on sizes that were left out and why).
+    """
+    rows: list[schema.Speed] = []
+    notes: list[str] = []
+    done = 0
+    for context in contexts:
+        for batch in batches:
+            reason = _too_large(models, kv_bytes_per_token, batch, context)
+            if reason is None:
+                try:
+                    rows += _measure(models, batch, context, repeats, seed)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    reason = "out of memory"
+            if reason is not None:
+                notes.append(f"speed at batch {batch}, context {context} left out: {reason}")
+            done += 1
+            if progress is not None:
+                progress(done, len(contexts) * len(batches))
+    return rows, notes
+
+
+def _measure(models: Mapping[schema.Who, Any], batch: int, context: int, repeats: int, seed: int) -> list[schema.Speed]:
+    generator = torch.Generator().manual_seed(seed)
+    prefills: dict[schema.Who, list[float]] = {who: [] for who in models}
+    steps: dict[schema.Who, list[float]] = {who: [] for who in models}
+    peaks: dict[schema.Who, int | None] = dict.fromkeys(models)
+    for repeat in range(repeats + 1):
+        for who, model in models.items():
+            tokens = torch.randint(0, vocabulary(model), (batch, context), generator=generator)
+            prefill, decode, peak = _once(model, tokens)
+            if repeat:
+                prefills[who].append(prefill)
+                steps[who] += decode
+            peaks[who] = peak
+    rows = []
+    for who in models:
+        first, then = statistics.median(prefills[who]), statistics.median(steps[who])
+        size = {"who": who, "batch": batch, "context": context, "peak_memory_bytes": peaks[who]}
+        rows += [
+            schema.Speed(phase="prefill", tokens_per_second=batch * context / first, seconds=first,
+                         repeats=len(prefills[who]), **size),
+            schema.Speed(phase="decode", tokens_per_second=batch / then, seconds=then,
+                         repeats=len(steps[who]), **size),
+        ]  # fmt: skip
+    return rows
+
+
+def _once(model: Any, tokens: Tensor) -> tuple[float, list[float], int | None]:
+    """(seconds of one prefill, seconds of each decoding step after it, bytes taken beyond what was allocated)."""
+    device = next(model.parameters()).device
+    keep = {"logits_to_keep": 1} if keeps_logits(type(model)) else {}
+    tokens = tokens.to(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    steps = []
+    with evaluating(model):
+        start = _now(device)
+        result = model(input_ids=tokens, use_cache=True, **keep)
+        prefill = _now(device) - start
+        for step in range(STEPS + 1):
+            cache, latest = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            start = _now(device)
+            result = model(input_ids=latest, past_key_values=cache, use_cache=True)
+            if step:
+                steps.append(_now(device) - start)
+    return prefill, steps, torch.cuda.max_memory_allocated(device) - before if on_gpu else None
+
+
+def _now(device: torch.device) -> float:
+    """The clock, once the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _too_large(
+    models: Mapping[schema.Who, Any], sizes: Mapping[schema.Who, float | None], batch: int, context: int
+) -> str | None:
+    """Why a size cannot be tried, or None."""
+    free = _available_memory()
+    for who, model in models.items():
+        limit = position_limit(model)
+        if limit is not None and context + STEPS + 1 > limit:
+            return f"the {who} has positions for {limit}"
+        # A CPU has no error to catch: the system would kill the process, or swap until nobody waits any more.
+        if free is not None and next(model.parameters()).device.type == "cpu":
+            need = 2 * batch * (context + STEPS) * (sizes.get(who) or 0.0)
+            if need > free:
+                return f"the {who}'s cache would need {need / 1e9:.1f} GB with room to grow, {free / 1e9:.1f} are free"
+    return None
+
+
+def _available_memory() -> float | None:
+    """Bytes that the system can give without swapping; None where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
