@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "uptrain": "rehead.recipes.training.uptrain",
-    "Uptraining": "rehead.recipes.training.uptrain",
+    "uptrain": "rehead.recipes.training.run",
+    "Uptraining": "rehead.recipes.training.run",
     "UptrainOptions": "rehead.recipes.training.options",
 }
 

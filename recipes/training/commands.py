@@ -1,0 +1,168 @@
+"""The command uptrain: flags made from the options, one function called, facts printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from rehead.recipes.training.options import UptrainOptions, flag
+
+# How a run was started or watched is no part of what it made.
+_UNRECORDED = {"--overwrite", "--quiet", "-q", "--json"}
+
+
+def option_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """One flag for each field of :class:`UptrainOptions`; values are checked by the options themselves."""
+    for name, entry in reversed(UptrainOptions.model_fields.items()):
+        names = [flag(name), name]
+        if flag(name) != "--" + name.replace("_", "-"):
+            names.insert(1, "--" + name.replace("_", "-"))
+        default = entry.get_default(call_default_factory=True)
+        told = f"  [default: {default}]" if not entry.is_required() and default not in (None, (), {}, False) else ""
+        options: dict[str, Any] = {
+            "help": f"{entry.description}{told}",
+            "default": None,
+            "required": entry.is_required(),
+        }
+        kind = entry.annotation
+        if kind is bool:
+            options |= {"is_flag": True}
+        elif name == "betas":
+            options |= {"nargs": 2, "type": float}
+        elif name in ("data", "eval_data", "tracker", "learning_rates"):
+            options |= {"multiple": True, "metavar": "PATTERN=FACTOR" if name == "learning_rates" else "D"}
+        elif typing.get_origin(kind) is typing.Literal:
+            options |= {"metavar": "|".join(typing.get_args(kind))}
+        else:
+            options |= {"metavar": _metavar(kind)}
+        command = click.option(*names, **options)(command)
+    return command
+
+
+def _metavar(kind: Any) -> str:
+    text = str(kind)
+    return "N" if "int" in text else "X" if "float" in text else "NAME"
+
+
+@click.command("uptrain")
+@click.argument("student")
+@click.argument("out")
+@option_flags
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never",
+              help="auto goes on from an interrupted run's newest checkpoint, never starts anew.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
+def uptrain_command(
+    student: str, out: str, as_json: bool, quiet: bool, resume: str, overwrite: bool, **given: Any
+) -> None:
+    """Train STUDENT (a folder or Hub id) briefly, taught by the model it was converted from, and write it to OUT.
+
+    Several GPUs: accelerate launch --config_file fsdp2.yaml -m rehead.cli uptrain ...
+    """
+    from rehead.recipes.training.run import uptrain
+
+    if given["loss_layers"] is not None:
+        given["loss_layers"] = tuple(part.strip() for part in given["loss_layers"].split(","))
+    options = {name: value for name, value in given.items() if value not in (None, (), False)}
+    line = shlex.join(["rehead", *(flag for flag in sys.argv[1:] if flag not in _UNRECORDED)])
+    with training_bar(quiet) as (progress, on_event):
+        done = uptrain(
+            student,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            command=line,
+            progress=progress,
+            on_event=on_event,
+            **options,
+        )
+    import os
+
+    if int(os.environ.get("RANK", "0")):
+        return
+    facts = done.as_json()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif not quiet:
+        _summary(out, facts)
+
+
+@contextmanager
+def training_bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
+    """A progress callback and an event listener that show loss, tokens a second and time left on standard error."""
+    if quiet or not sys.stderr.isatty():
+        yield None, None if quiet else _say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: float, total: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None, figures="")
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] == "step" and "training" in tasks:
+                figures = f"loss {event['loss']:.4g}  {event['tokens_per_second']:,.0f} tokens/s"
+                bars.update(tasks["training"], figures=figures)
+            else:
+                line = _line(event)
+                if line:
+                    bars.console.print(line, markup=False, highlight=False)
+
+        yield show, tell
+
+
+def _say(event: dict[str, Any]) -> None:
+    """Where nobody watches a bar: a line for what is rare, and for every tenth of the steps."""
+    line = _line(event)
+    if line:
+        click.echo(line, err=True)
+
+
+def _line(event: dict[str, Any]) -> str | None:
+    kind = event["event"]
+    if kind == "evaluation":
+        shown = [f"{name} {event[name]:.4g}" for name in ("kl", "top1_agreement", "perplexity") if name in event]
+        return f"step {event['step']}, {event['data']}: {', '.join(shown)}"
+    if kind in ("note", "warning"):
+        return f"{kind}: {event['note']}"
+    if kind == "resume":
+        return f"going on from the checkpoint of step {event['step']}"
+    return None
+
+
+def _summary(out: str, facts: dict[str, Any]) -> None:
+    rows = [
+        ("steps", f"{facts['steps']:,} of {facts['batch_tokens']:,} tokens: {facts['tokens']:,}"),
+        ("time", f"{facts['seconds']:.1f} s, {facts['tokens'] / max(facts['seconds'], 1e-9):,.0f} tokens/s"),
+        ("peak memory", f"{facts['peak_memory_bytes'] / 1e9:.2f} GB"),
+    ]
+    rows += [("teacher", facts["teacher"])] if facts["teacher"] else []
+    rows += [("loss", f"{facts['last']['step']['loss']:.4g}")]
+    for name, figures in facts["last"].items():
+        if name.startswith("evaluation "):
+            shown = [f"{key} {figures[key]:.4g}" for key in ("kl", "top1_agreement", "perplexity") if key in figures]
+            rows.append((figures["data"].rsplit("/", 1)[-1], ", ".join(shown)))
+    click.echo(f"wrote {out}")
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        click.echo(f"  {name.ljust(width)}  {text}")

@@ -1,0 +1,88 @@
+"""What decides the result of a run, and what differs between two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rehead import __version__
+from rehead.convert.smallfiles import MANIFEST_NAME
+from rehead.errors import UsageError
+from rehead.recipes.training.models import Opened
+from rehead.recipes.training.options import UptrainOptions, flag
+
+
+def run_identity(options: UptrainOptions, student: Opened, teacher: Opened | None, data: str) -> dict[str, Any]:
+    """Everything that a resumed run must agree in, in parts that a message can name.
+
+    Args:
+        options: of the run.
+        student, teacher: open checkpoints.
+        data: SHA-256 of the tokens.
+    """
+    return {
+        "options": options.identity(),
+        "student": checkpoint_identity(student),
+        "teacher": None if teacher is None else checkpoint_identity(teacher),
+        "data": data,
+        "code": code_version(),
+    }
+
+
+def checkpoint_identity(opened: Opened) -> str:
+    """What tells a checkpoint from any other: its manifest's hash, or its files' sizes and times."""
+    if opened.conversion:
+        return hashlib.sha256(opened.source.small_path(MANIFEST_NAME).read_bytes()).hexdigest()
+    return opened.source.fingerprint()
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """Versions of what computes, with a hash of the training code's own text."""
+    import transformers
+
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *(root.parent / "data").rglob("*.py")]):
+        digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return {
+        "rehead": f"{__version__}+{digest.hexdigest()[:12]}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def require_same(noted: Mapping[str, Any], identity: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with a run that would become another.
+
+    Raises:
+        UsageError: names what differs, then and now.
+    """
+    now = json.loads(json.dumps(identity))
+    differ = list(_differences(noted, now))
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UsageError(
+            f"{out}: cannot go on with the interrupted run, since {', '.join(differ[:3])}{more} changed; "
+            "give the old values back, or start anew with --resume never"
+        )
+
+
+def _differences(then: Any, now: Any, place: tuple[str, ...] = ()) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            yield from _differences(then.get(key), now.get(key), (*place, key))
+    elif then != now:
+        kind = place[0]
+        if kind == "options":
+            yield f"{flag(place[1])} ({json.dumps(then)} then, {json.dumps(now)} now)"
+        elif kind == "code":
+            yield f"the code's version of {place[1]} ({then} then, {now} now)"
+        else:
+            yield {"data": "the data (other text or tokenizer)"}.get(kind, f"the {kind} checkpoint")

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: finish the step, keep a checkpoint, then stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from rehead.errors import EXIT_INTERRUPTED, ReheadError
+
+
+class Interrupted(ReheadError):
+    """The run was asked to stop and has kept a checkpoint: exit code 130, or 143 for SIGTERM."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+
+
+class StopRequests:
+    """Notes the first SIGINT or SIGTERM inside a ``with`` block; the second acts at once, as it would have.
+
+    Attributes:
+        number: the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,284 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.convert.stream import ResourceError
+from rehead.errors import VerificationError
+from rehead.recipes.data.order import rows_of_step
+from rehead.recipes.data.store import IGNORED, Rows, TokenStore
+from rehead.recipes.training.checkpoints import WorkFolder, save
+from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
+from rehead.recipes.training.interruption import Interrupted, StopRequests
+from rehead.recipes.training.log import RunLog
+from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.options import UptrainOptions
+from rehead.recipes.training.processes import Processes
+from rehead.recipes.training.schedule import rate_factor
+from rehead.recipes.training.weights import Weights
+
+Progress = Callable[[str, float, float], None]
+_CPU_TOKENS = 4096  # of a forward pass: more would leave the caches
+
+
+@dataclass
+class _Pending:
+    """Figures of a step that the device may still be computing."""
+
+    step: int
+    values: Tensor
+    names: list[str]
+    rate: float
+    ready: Any = None
+
+
+@dataclass
+class Loop:
+    """One run: what is trained, on what, and where it is told.
+
+    Attributes:
+        module: the student with its loss.
+        weights: what trains.
+        optimizer: of those.
+        store: the tokens.
+        options: of the run.
+        run: the processes.
+        log: of the main process; the others' writes nothing.
+        work: the checkpoints' folder, in the main process.
+        held_out: texts to evaluate on.
+        progress: called with ("training", steps done, steps).
+        seconds: spent so far, by earlier runs too.
+        last: figures of the last step and of the last evaluation of each text.
+    """
+
+    module: Any
+    weights: Weights
+    optimizer: Optimizer
+    store: TokenStore
+    options: UptrainOptions
+    run: Processes
+    log: RunLog
+    work: WorkFolder | None
+    held_out: Sequence[HeldOut] = ()
+    progress: Progress | None = None
+    seconds: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._pending: deque[_Pending] = deque()
+        self._started = self._ticked = time.monotonic()
+        self._stopping = False
+        self._saved = -1
+        share = self.options.rows_per_step // self.run.world
+        by_default = share if self.run.device.type == "cuda" else max(_CPU_TOKENS // self.options.seq_length, 1)
+        self._micro = min(self.options.micro_batch or by_default, share)
+
+    # ---- the loop
+
+    def train(self, start: int) -> None:
+        """Run the steps from ``start`` on.
+
+        Raises:
+            VerificationError: a loss or gradient that is not finite; names the step and the checkpoint to go back to.
+            Interrupted: SIGINT or SIGTERM; a checkpoint has been kept.
+            ResourceError: memory or disk ran out.
+        """
+        self._saved = start if start else -1
+        self.module.train()
+        with StopRequests() as requests:
+            if start == 0:
+                self._evaluate(0)
+            for step in range(start, self.options.steps):
+                self._step(step, requests.number)
+                if len(self._pending) > (0 if self.optimizer.waits else 1):
+                    self._settle()
+                done = step + 1
+                # First, so that a run which goes on from the checkpoint finds the evaluation done.
+                if self._due(done, self._evaluation_interval()):
+                    self._settle_all()
+                    self._evaluate(done)
+                if self._due(done, self.options.checkpoint_every) and done < self.options.steps:
+                    self._settle_all()
+                    self._checkpoint(done)
+                if self._stopping:
+                    self._stop(done, requests.number or signal.SIGINT)
+            self._settle_all()
+            self._evaluate(self.options.steps)
+
+    def _due(self, done: int, every: int) -> bool:
+        return bool(every) and done % every == 0
+
+    def _evaluation_interval(self) -> int:
+        return self.options.eval_every or -(-self.options.steps // 10)
+
+    def _step(self, step: int, stop: int) -> None:
+        options, run = self.options, self.run
+        # Whatever a step draws, it draws again when it is repeated after a resume.
+        torch.manual_seed((options.seed * 1_000_003 + step) * run.world + run.rank)
+        index = rows_of_step(step, options.rows_per_step, self.store.rows(options.seq_length), options.seed)
+        batch = self.store.read(index, options.seq_length, isolated=options.packing == "isolated")
+        counted = int((batch.labels != IGNORED).sum())
+        share = options.rows_per_step // run.world
+        mine = Rows(*(part[run.rank * share : (run.rank + 1) * share] for part in batch))
+        sums = self._accumulate(mine, max(counted, 1), step)
+        names = sorted(set(sums) - {"loss"})
+        if not run.sharded:
+            run.sum_gradients(self.weights.gradients())
+        values = torch.stack([sums["loss"], *(sums[name] for name in names)]).float() / max(counted, 1)
+        values = run.sum(torch.cat([values, values.new_tensor([float(stop != 0)])]))
+        factor = rate_factor(step, options)
+        norm = self.optimizer.step(factor, values[0])
+        values = torch.cat([norm.to(values)[None], values])
+        pending = _Pending(step, values, ["gradient_norm", "loss", *names, "stop"], self.optimizer.rate())
+        if values.is_cuda:
+            pending.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            pending.values.copy_(values, non_blocking=True)
+            pending.ready = torch.cuda.Event()
+            pending.ready.record()
+        self._pending.append(pending)
+
+    def _accumulate(self, rows: Rows, counted: int, step: int) -> dict[str, Tensor]:
+        """Forward and backward over this process's rows; a GPU that runs out of memory is given fewer at a time."""
+        while True:
+            try:
+                return self._passes(rows, counted)
+            except torch.OutOfMemoryError:
+                self.weights.clear()
+                torch.cuda.empty_cache()
+                if self._micro == 1 or self.run.world > 1 or self.options.micro_batch:
+                    raise ResourceError(
+                        f"out of GPU memory at step {step} with {self._micro} rows of {self.options.seq_length} tokens "
+                        "in a forward pass; give a smaller --micro-batch or --gradient-checkpointing"
+                    ) from None
+                self._micro = -(-self._micro // 2)
+                self.log.write(
+                    "note", step=step, note=f"out of memory; {self._micro} rows in a forward pass from here on"
+                )
+
+    def _passes(self, rows: Rows, counted: int) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        # FSDP2 takes the mean over processes where the sum is meant.
+        scale = self.run.world if self.run.sharded else 1
+        for at in range(0, len(rows.input_ids), self._micro):
+            part = Rows(*(tensor[at : at + self._micro] for tensor in rows))
+            out = self.module(**self._inputs(part))
+            (out.loss_sum * (scale / counted)).backward()
+            self.weights.collect()
+            for name, value in {"loss": out.loss_sum.detach(), **out.metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _inputs(self, part: Rows) -> dict[str, Tensor]:
+        """Arguments of a forward pass; what is the default is left out, which spares the model looking at it."""
+        inputs = {"input_ids": part.input_ids, "labels": part.labels}
+        if bool((part.position_ids[:, 1:] <= part.position_ids[:, :-1]).any()):
+            inputs["position_ids"] = part.position_ids
+        inputs["counted_index"] = (part.labels.flatten() != IGNORED).nonzero().squeeze(-1)
+        if self.run.device.type == "cuda":
+            inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+        return {name: tensor.to(self.run.device, non_blocking=True) for name, tensor in inputs.items()}
+
+    # ---- what has been computed
+
+    def _settle_all(self) -> None:
+        while self._pending:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Read the oldest step's figures, which on a GPU were computed while the next was being launched."""
+        pending = self._pending.popleft()
+        if pending.ready is not None:
+            pending.ready.synchronize()
+        figures = dict(zip(pending.names, pending.values.tolist()))
+        self._stopping |= figures.pop("stop") > 0
+        now = time.monotonic()
+        tokens = self.options.rows_per_step * self.options.seq_length
+        speed, self._ticked = tokens / max(now - self._ticked, 1e-9), now
+        done = pending.step + 1
+        figures = {"loss": figures.pop("loss"), "learning_rate": pending.rate, **figures}
+        self.last["step"] = {"step": done, "tokens": done * tokens, **figures}
+        self.log.write(
+            "step",
+            **self.last["step"],
+            tokens_per_second=round(speed, 1),
+            seconds=round(self.elapsed(), 3),
+            peak_memory_bytes=peak_memory(self.run.device),
+        )
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
+            what = "loss" if not math.isfinite(figures["loss"]) else "gradient"
+            kept = f"the checkpoint of step {self._saved} is kept" if self._saved >= 0 else "there is no checkpoint yet"
+            raise VerificationError(
+                f"the {what} of step {done} is not finite, so training stopped; {kept}; "
+                "start anew with a lower --lr or a longer --warmup (--resume never)"
+            )
+        if self.progress is not None:
+            self.progress("training", done, self.options.steps)
+
+    def elapsed(self) -> float:
+        """Seconds of training, with those of the runs that this one goes on from."""
+        return self.seconds + time.monotonic() - self._started
+
+    def _checkpoint(self, done: int) -> None:
+        started = time.monotonic()
+        position = self.log.position()
+        state = {
+            "log_position": position,
+            "seconds": round(self.elapsed(), 3),
+            "processes": self.run.world,
+            "device": self.run.device.type,
+            "last": self.last,
+        }
+        size = save(self.work, done, self.weights.tensors, self.optimizer.state(), state)
+        self.run.wait()
+        self._saved = done
+        if self.work is not None:
+            self.work.prune(self.options.keep)
+        self.log.write("checkpoint", step=done, bytes=size, seconds=round(time.monotonic() - started, 3))
+        self._ticked = time.monotonic()
+
+    def _evaluate(self, done: int) -> None:
+        for text in self.held_out:
+            if self.last.get(f"evaluation {text.name}", {}).get("step") == done:
+                continue
+            rows = max(self._micro * self.options.seq_length // text.windows.shape[1], 1)
+            facts = {
+                "step": done,
+                "tokens": done * self.options.rows_per_step * self.options.seq_length,
+                "data": text.name,
+                **evaluate_held_out(self.module, text, self.run, rows),
+            }
+            self.last[f"evaluation {text.name}"] = facts
+            self.log.write("evaluation", **facts)
+        self._ticked = time.monotonic()
+
+    def _stop(self, done: int, number: int) -> None:
+        self._settle_all()
+        if done < self.options.steps:
+            if self._saved != done:
+                self._checkpoint(done)
+            raise Interrupted(
+                f"interrupted after step {done} of {self.options.steps}; its checkpoint is kept and the same command "
+                "goes on from it",
+                number,
+            )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a GPU, resident of the process elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource  # not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,194 @@
+"""Student and teacher: found, loaded, checked to fit together, and made ready to train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rehead.convert.meta import quiet_transformers
+from rehead.convert.model import causal_lm_class, resolve_config
+from rehead.convert.smallfiles import MANIFEST_NAME
+from rehead.convert.source import Source, open_source
+from rehead.errors import UnsupportedError, UsageError
+from rehead.recipes.training.options import UptrainOptions
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that is open but not loaded.
+
+    Attributes:
+        name: as the user wrote it.
+        source: its files.
+        config: transformers' config.
+        conversion: its ``rehead.json``, or an empty dict.
+    """
+
+    name: str
+    source: Source
+    config: Any
+    conversion: dict[str, Any]
+
+
+def open_checkpoint(name: str) -> Opened:
+    """Open a folder or a Hub id (``owner/name`` or ``owner/name@revision``); no weight is read.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+        UnsupportedError: it is quantised, in another format, or of a type that transformers does not have.
+    """
+    place, revision = name, None
+    if "@" in name.rsplit("/", 1)[-1] and not name.startswith((".", "/", "~")):
+        place, _, revision = name.rpartition("@")
+    source = open_source(place, revision)
+    if source.config.get("quantization_config"):
+        raise UnsupportedError(f"{name}: is quantised and cannot be trained; give the unquantised checkpoint")
+    conversion = {}
+    if MANIFEST_NAME in source.list_files():
+        try:
+            conversion = json.loads(source.small_path(MANIFEST_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UnsupportedError(f"{name}: its {MANIFEST_NAME} cannot be read; convert it again") from None
+    return Opened(name, source, resolve_config(source.config, name), conversion)
+
+
+def teacher_name(student: Opened, options: UptrainOptions) -> str | None:
+    """Which model teaches: the one asked for, or what the student was converted from where the loss needs one.
+
+    Raises:
+        UsageError: one is needed and none is known.
+    """
+    if options.teacher is not None:
+        return options.teacher
+    if not options.objective().needs_teacher:
+        return None
+    source, revision = student.conversion.get("source"), student.conversion.get("revision")
+    if not source:
+        raise UsageError(
+            f"--loss {options.loss}: needs a teacher, and {student.name} does not say what it was converted from; "
+            "give --teacher, or train with --loss ce"
+        )
+    return f"{source}@{revision}" if revision else str(source)
+
+
+def same_tokens(student: Any, teacher: Any, names: tuple[str, str]) -> None:
+    """Refuse a teacher that reads other tokens.
+
+    Args:
+        student, teacher: their tokenizers.
+        names: what to call the two.
+
+    Raises:
+        UsageError: the vocabularies differ; says where first.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    odd = next((token for token in sorted(ours, key=ours.__getitem__) if theirs.get(token) != ours[token]), None)
+    where = f"token {ours[odd]} is {odd!r} only in the first" if odd is not None else "the second has more tokens"
+    raise UsageError(
+        f"{names[0]} and {names[1]} have different vocabularies ({len(ours)} and {len(theirs)} tokens, {where}); "
+        "give a teacher with the student's tokenizer"
+    )
+
+
+def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a checkpoint with plain transformers, dropout off.
+
+    Pretrained weights are trained on without dropout: a short run needs no regularising, and a distance to the teacher
+    should not hold noise of the student's own.
+
+    Args:
+        opened: the checkpoint.
+        dtype: of the parameters.
+        device: where they go.
+
+    Raises:
+        UnsupportedError: transformers cannot load it, or not all of it.
+    """
+    model_class: Any = causal_lm_class(opened.config)
+    config = resolve_config(opened.source.config, opened.name)
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("_drop") or key.endswith("_pdrop")):
+            setattr(config, key, 0.0)
+    opened.source.materialise()
+    folder = opened.source.small_path("config.json").parent
+    for shard in opened.source.shards:
+        opened.source.weight_path(shard)
+    with quiet_transformers():
+        try:
+            loaded = model_class.from_pretrained(
+                str(folder), config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+            )
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedError(f"{opened.name}: transformers cannot load it ({first[:200]}); verify it") from None
+    model, info = loaded
+    broken = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if broken:
+        raise UnsupportedError(f"{opened.name}: {broken[0]} is missing or of another shape; run `rehead verify` on it")
+    return model.to(device)
+
+
+def set_attention(model: Any, attention: str, name: str) -> str:
+    """Choose the attention implementation of a live model.
+
+    Args:
+        model: changed in place.
+        attention: ``auto`` (tiled where it applies, else what transformers chose), ``tiled``, or transformers' own.
+        name: what to call the model.
+
+    Returns:
+        The implementation in use.
+
+    Raises:
+        UsageError: there is no such implementation.
+        UnsupportedError: ``tiled`` was asked for and the model cannot have it.
+    """
+    from rehead.patches import patch_model
+
+    if attention in ("auto", "tiled"):
+        try:
+            patch_model(model, "tiled").apply()
+            return "tiled"
+        except UnsupportedError:
+            if attention == "tiled":
+                raise
+            return str(model.config._attn_implementation)
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError):
+        raise UsageError(
+            f"--attention {attention}: {name} cannot use it here; choose auto, tiled, sdpa or eager"
+        ) from None
+    return attention
+
+
+def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
+    """Hold tensors once that student and teacher have in common and that do not train.
+
+    Args:
+        student: with ``requires_grad`` set.
+        teacher: its parameters are replaced where the student's of the same name are frozen and equal, byte by byte.
+
+    Returns:
+        Bytes saved.
+    """
+    ours = dict(student.named_parameters(remove_duplicate=False))
+    saved, seen = 0, set()
+    for name, theirs in list(teacher.named_parameters(remove_duplicate=False)):
+        mine = ours.get(name)
+        if mine is None or mine.requires_grad or mine is theirs or mine.shape != theirs.shape:
+            continue
+        if mine.dtype != theirs.dtype or mine.device != theirs.device or not torch.equal(mine, theirs):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        setattr(teacher.get_submodule(owner), leaf, mine)
+        if id(theirs) not in seen:
+            saved += theirs.numel() * theirs.element_size()
+            seen.add(id(theirs))
+    return saved

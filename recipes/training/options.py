@@ -1,0 +1,197 @@
+"""The options of an uptraining: one object behind the API's arguments, the CLI's flags and a recipe's keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rehead.errors import UsageError, unknown_name
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_count(value: Any) -> Any:
+    """``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; anything else as it is."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgb]i?|)", value.strip().replace("_", "").replace(",", "").lower())
+        if match and match[2] in _FACTORS:
+            number = float(match[1]) * _FACTORS[match[2]]
+            return int(number) if number == int(number) else value
+    return value
+
+
+def _pairs(value: Any) -> Any:
+    """``["k_proj=2"]`` as ``{"k_proj": 2.0}``."""
+    if isinstance(value, (list, tuple)):
+        pairs = {}
+        for item in value:
+            name, equals, number = str(item).rpartition("=")
+            if not equals or not name:
+                raise ValueError(f"{item!r} is no PATTERN=FACTOR")
+            pairs[name] = number
+        return pairs
+    return value
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+
+
+class UptrainOptions(BaseModel):
+    """What an uptraining is asked to do. Field descriptions are the help of the flags of the same names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Names = Field(
+        description="Text to train on: file, folder or Hub dataset (repeat for more); NAME#lines takes "
+        "every line as a document, NAME#chars=A:B a part."
+    )
+    streaming: bool = Field(
+        False,
+        description="Read no more of the data than --tokens, in its own order, taking "
+        "documents from the sources in turn.",
+    )
+    packing: Literal["isolated", "joined"] = Field(
+        "isolated",
+        description="Whether documents in a row see each other: "
+        "isolated (positions restart, no attention across) or joined.",
+    )
+    teacher: str | None = Field(
+        None, description="Model to learn from; default: what STUDENT was converted from, where the loss needs one."
+    )
+    loss: str = Field("kd", description="kd (KL to the teacher), ce, or a weighted sum such as kd+0.1*ce+0.5*cosine.")
+    temperature: float = Field(1.0, gt=0, description="Of losses that compare distributions.")
+    loss_layers: tuple[int, ...] | None = Field(None, description="Layers that hidden-state losses compare; all.")
+    tokens: Count = Field(8_000_000, gt=0, description="Tokens to train on, e.g. 8M.")
+    batch_tokens: Count = Field(32768, gt=0, description="Tokens in an optimiser step, over all processes.")
+    seq_length: Count = Field(512, ge=2, description="Tokens in a row.")
+    micro_batch: Annotated[int | None, BeforeValidator(parse_count)] = Field(
+        None, gt=0, description="Rows in a forward pass; default: as many as fit, tried out on a GPU."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    learning_rates: Annotated[dict[str, float], BeforeValidator(_pairs)] = Field(
+        default_factory=dict,
+        description="PATTERN=FACTOR: another learning rate for parameters whose names hold PATTERN "
+        "(a regular expression); repeat for more.",
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="Of the learning rate after warm-up.")
+    warmup: float = Field(0.05, ge=0, description="Linear warm-up: a share of all steps below 1, or so many steps.")
+    decay: float = Field(0.2, gt=0, le=1, description="Share of all steps in which wsd goes down.")
+    final_learning_rate: float = Field(0.0, ge=0, le=1, description="Where the schedule ends, as a share of the peak.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="On matrices only.")
+    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    train: str = Field(
+        "all",
+        description="What trains: all, attention, mlp, norms, embeddings, or regular expressions on "
+        "parameter names, joined by commas.",
+    )
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank adapters of this rank on the chosen matrices instead; they are merged at the end.",
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="Scale of the adapters; twice the rank.")
+    joint_layers: int = Field(
+        0, ge=0, description="First fit windows of so many neighbouring layers to the teacher's hidden states."
+    )
+    joint_tokens: Count = Field(500_000, gt=0, description="Tokens for each window of that stage.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
+    attention: str = Field(
+        "auto", description="auto, tiled, or an implementation of transformers such as sdpa or eager."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the arithmetic; master weights are float32. auto: bfloat16 on a GPU."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, ...")
+    seed: int = Field(0, description="Of the order of the data and of everything drawn.")
+    checkpoint_every: int = Field(
+        100, ge=0, description="Steps between checkpoints; 0 writes one only when interrupted."
+    )
+    keep: int = Field(2, ge=1, description="Checkpoints to keep.")
+    eval_data: Names = Field((), description="Held-out text to evaluate on while training (repeat for more).")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: ten times in all.")
+    eval_tokens: Count = Field(32768, gt=0, description="Tokens of each held-out text.")
+    tracker: Names = Field((), description="tensorboard, wandb or trackio (repeat for more).")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UptrainOptions:
+        if not self.data:
+            raise ValueError("data: name at least one text")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup {self.warmup:g}: is neither a share below 1 nor a number of steps")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas}: must lie in [0, 1)")
+        for pattern in self.learning_rates:
+            _regex(pattern, "learning_rates")
+        for part in self.train.split(","):
+            _regex(part.strip(), "train")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of ``seq_length`` tokens in an optimiser step; at least one."""
+        return max(self.batch_tokens // self.seq_length, 1)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: the fewest that see ``tokens`` tokens."""
+        return -(-self.tokens // (self.rows_per_step * self.seq_length))
+
+    def objective(self) -> Any:
+        """The parsed loss (:class:`rehead.recipes.training.losses.Objective`)."""
+        from rehead.recipes.training.losses import parse_objective
+
+        return parse_objective(self.loss, temperature=self.temperature, layers=self.loss_layers)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what comes out, as JSON; a resumed run must agree in them."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in _ENVIRONMENT}
+
+
+#: Options that change how a run is done or watched but not what it computes; ``device`` may change the last digits.
+_ENVIRONMENT = frozenset(
+    {"device", "checkpoint_every", "keep", "eval_data", "eval_every", "eval_tokens", "tracker", "data", "teacher"}
+)
+
+
+def make_options(values: dict[str, Any]) -> UptrainOptions:
+    """Options out of keyword arguments.
+
+    Raises:
+        UsageError: an unknown option (the nearest is suggested) or a value that cannot be meant.
+    """
+    try:
+        return UptrainOptions(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(step) for step in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UsageError(unknown_name("option", place, UptrainOptions.model_fields)) from None
+        if first["type"] == "missing":
+            raise UsageError(f"{flag(place)}: is missing; give it") from None
+        if not place:
+            raise UsageError(str(first["ctx"]["error"]) if "ctx" in first else first["msg"]) from None
+        what = first["msg"].removeprefix("Value error, ")
+        head = first["loc"][0]
+        raise UsageError(f"{flag(str(head))} {first['input']!r}: {what[:1].lower()}{what[1:]}") from None
+
+
+def flag(name: str) -> str:
+    """The command line's name of an option."""
+    return {"learning_rate": "--lr", "learning_rates": "--lr-for"}.get(name, "--" + name.replace("_", "-"))
+
+
+def _regex(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{flag(where)} {pattern!r}: is no regular expression ({error})") from None

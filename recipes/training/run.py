@@ -1,0 +1,413 @@
+"""Uptraining from beginning to end: open, check, tokenise, load, train, write."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rehead.convert.resume import finish_commit
+from rehead.convert.staging import check_out
+from rehead.errors import UsageError
+from rehead.recipes.data.sources import identity as data_identity
+from rehead.recipes.data.store import TokenStore, write_store
+from rehead.recipes.data.tokens import load_tokenizer, token_stream
+from rehead.recipes.training import checkpoints, lora
+from rehead.recipes.training.balance import warn_if_unbalanced
+from rehead.recipes.training.heldout import HeldOut
+from rehead.recipes.training.identity import code_version, require_same, run_identity
+from rehead.recipes.training.isolation import prove_isolation
+from rehead.recipes.training.layers import decoder_layers
+from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_trackers
+from rehead.recipes.training.loop import Loop, Progress, peak_memory
+from rehead.recipes.training.models import (
+    Opened,
+    load,
+    open_checkpoint,
+    same_tokens,
+    set_attention,
+    share_frozen,
+    teacher_name,
+)
+from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.options import UptrainOptions, make_options
+from rehead.recipes.training.output import Changed, changed_tensors, write_output
+from rehead.recipes.training.processes import Processes, join_processes
+from rehead.recipes.training.selection import choose
+from rehead.recipes.training.sharding import shard
+from rehead.recipes.training.weights import Weights
+
+RESUME = ("auto", "never")
+
+
+@dataclass
+class Uptraining:
+    """What :func:`uptrain` did.
+
+    Attributes:
+        out: the finished folder.
+        steps: optimiser steps.
+        tokens: trained on.
+        seconds: of training, over all runs that it took.
+        last: figures of the last step (``step``) and of the last evaluation of each held-out text.
+        facts: what the manifest records.
+    """
+
+    out: Path
+    steps: int
+    tokens: int
+    seconds: float
+    last: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"out": str(self.out), **self.facts}
+
+
+def uptrain(
+    student: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+    on_event: Listener | None = None,
+    **options: Any,
+) -> Uptraining:
+    """Train a checkpoint briefly, with the model it was converted from as its teacher, and write a plain checkpoint.
+
+    Under ``accelerate launch`` every process calls this with the same arguments; the main one writes.
+
+    Args:
+        student: a folder or Hub id (``owner/name@revision``).
+        out: the folder to write; must not exist unless ``overwrite``.
+        resume: ``auto`` goes on from the newest whole checkpoint of an interrupted run, ``never`` starts anew.
+        overwrite: replace an existing checkpoint at ``out``, at the very end.
+        command: recorded in the manifest and the model card.
+        progress: called with (stage, done, total); stages are "tokenising", "training", "writing".
+        on_event: called with every line of the training log.
+        **options: fields of :class:`~rehead.recipes.training.options.UptrainOptions`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: an argument that cannot be meant, data that cannot be used, models that do not fit together, or an
+            interrupted run that differs.
+        UnsupportedError: a checkpoint that cannot be trained, or a resource that ran out; ``out`` is as it was.
+        VerificationError: a loss or gradient is not finite; the last good checkpoint is kept.
+        Interrupted: SIGINT or SIGTERM; a checkpoint is kept.
+    """
+    chosen = make_options(options)
+    if resume not in RESUME:
+        raise UsageError(f"--resume {resume}: choose auto or never")
+    run = join_processes(chosen.device)
+    return _Run(os.fspath(student), Path(os.path.abspath(out)), chosen, run, resume, overwrite, command)(
+        progress if run.main else None, on_event if run.main else None
+    )
+
+
+# What `help(uptrain)` shows: the options by name rather than "**options".
+uptrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *(p for p in inspect.signature(uptrain).parameters.values() if p.kind is not p.VAR_KEYWORD),
+        *(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=entry.annotation,
+                default=inspect.Parameter.empty
+                if entry.is_required()
+                else entry.get_default(call_default_factory=True),
+            )
+            for name, entry in UptrainOptions.model_fields.items()
+        ),
+    ],
+    return_annotation=Uptraining,
+)
+
+
+@dataclass
+class _Run:
+    """The steps of :func:`uptrain`."""
+
+    student: str
+    out: Path
+    options: UptrainOptions
+    run: Processes
+    resume: str
+    overwrite: bool
+    command: str | None
+
+    def __call__(self, progress: Progress | None, on_event: Listener | None) -> Uptraining:
+        options, run = self.options, self.run
+        if options.rows_per_step % run.world:
+            raise UsageError(
+                f"--batch-tokens {options.batch_tokens}: {options.rows_per_step} rows of {options.seq_length} cannot "
+                f"be shared evenly by {run.world} processes; give a multiple of {run.world * options.seq_length}"
+            )
+        student = open_checkpoint(self.student)
+        name = teacher_name(student, options)
+        teacher = None if name is None else open_checkpoint(name)
+        if not self.overwrite or not os.path.lexists(self.out):
+            finished = self._finished(student, teacher)
+            if finished is not None:
+                return finished
+        check_out(self.out, getattr(student.source, "folder", None), self.overwrite)
+        work = checkpoints.WorkFolder(self.out) if run.main else None
+        try:
+            done = self._train(student, teacher, work, progress, on_event)
+        except BaseException:
+            if work is not None:
+                work.close(remove=not work.steps())  # nothing to go on from
+            raise
+        run.wait()
+        if work is not None:
+            work.close(remove=True)
+        return done
+
+    def _finished(self, student: Opened, teacher: Opened | None) -> Uptraining | None:
+        """The result of this very command, when an earlier run was killed after its last step or has ended."""
+        if self.resume == "never" or not self.run.main or self.run.world > 1:
+            return None
+        table = finish_commit(self.out, self._fingerprint(student, teacher))
+        if table is None:
+            return None
+        facts = table["uptraining"]
+        return Uptraining(self.out, facts["steps"], facts["tokens"], facts["seconds"], facts["last"], facts)
+
+    def _fingerprint(self, student: Opened, teacher: Opened | None) -> dict[str, Any]:
+        """As the run's identity, but known before the data is read."""
+        return run_identity(self.options, student, teacher, str(data_identity(self.options.data)))
+
+    # ---- the stages
+
+    def _train(
+        self,
+        student: Opened,
+        teacher: Opened | None,
+        work: checkpoints.WorkFolder | None,
+        progress: Progress | None,
+        on_event: Listener | None,
+    ) -> Uptraining:
+        options, run = self.options, self.run
+        tokenizer = load_tokenizer(student.source.small_path("config.json").parent)
+        if teacher is not None:
+            same_tokens(tokenizer, _tokenizer_of(teacher, tokenizer), (student.name, teacher.name))
+        store = self._store(student, tokenizer, progress)
+        held_out = [HeldOut(name, _windows(name, tokenizer, options)) for name in options.eval_data]
+        identity = run_identity(options, student, teacher, store.facts.sha256)
+        found = self._earlier(work, identity)
+        dtype = _dtype(options.dtype, run.device)
+        model = load(student, dtype, run.device)
+        mentor = None if teacher is None else load(teacher, dtype, run.device).requires_grad_(False)
+        attention = set_attention(model, options.attention, student.name)
+        if mentor is not None:
+            set_attention(mentor, options.attention, str(teacher.name if teacher else ""))
+        if options.packing == "isolated":
+            prove_isolation(model, student.name)
+        names = choose(model, options.train)
+        adapters = lora.add(model, names, options) if options.lora_rank else None
+        if run.main:
+            warn_if_unbalanced(student, teacher, on_event)
+        shared = share_frozen(model, mentor) if mentor is not None and not run.sharded else 0
+        module = self._module(model, mentor, dtype)
+        weights = Weights({name: p for name, p in model.named_parameters() if p.requires_grad})
+        optimizer = Optimizer(weights, options)
+        log_path = None if work is None else work.path / LOG_NAME
+        trackers = open_trackers(
+            options.tracker, self.out.name, self.out.parent / "runs", options.model_dump(mode="json")
+        )
+        log = RunLog(log_path, trackers if run.main else (), on_event)
+        loop = Loop(module, weights, optimizer, store, options, run, log, work, held_out, progress)
+        try:
+            if found is None:
+                facts = self._start_facts(student, teacher, store, attention, dtype, weights, shared)
+                log.write("start", **facts)
+            else:
+                self._restore(found, loop, log)
+            loop.train(0 if found is None else found.step)
+            facts = self._facts(student, teacher, store, loop, attention, dtype)
+            log.write("end", **{key: facts[key] for key in ("steps", "tokens", "seconds", "last", "peak_memory_bytes")})
+            log.position()
+        finally:
+            log.close()
+        changed: Changed = adapters.changed() if adapters else changed_tensors(model, weights.tensors)
+        write_output(
+            self.out,
+            student,
+            model,
+            changed,
+            main=run.main,
+            fingerprint=self._fingerprint(student, teacher),
+            uptraining=facts,
+            command=self.command or "rehead.recipes.uptrain(...)",
+            log=log_path,
+            overwrite=self.overwrite,
+            progress=progress,
+        )
+        return Uptraining(self.out, options.steps, facts["tokens"], facts["seconds"], loop.last, facts)
+
+    def _store(self, student: Opened, tokenizer: Any, progress: Progress | None) -> TokenStore:
+        """The tokens: written by the main process, mapped by all."""
+        options, folder = self.options, checkpoints.work_path(self.out) / "tokens"
+        limit = options.steps * options.rows_per_step * options.seq_length + 1 if options.streaming else None
+        key = hashlib.sha256(
+            repr([data_identity(options.data), _tokenizer_hash(tokenizer), limit]).encode()
+        ).hexdigest()
+        if self.run.main:
+            size = student.config.get_text_config(decoder=True).vocab_size
+            write_store(
+                folder,
+                options.data,
+                tokenizer,
+                size,
+                key=key,
+                limit=limit,
+                streaming=options.streaming,
+                progress=progress,
+            )
+        self.run.wait()
+        store = TokenStore(folder)
+        if store.rows(options.seq_length) < 1:
+            raise UsageError(
+                f"--data {', '.join(options.data)}: too short, {store.facts.tokens} tokens where a row has "
+                f"{options.seq_length} and one to predict; give more text or a smaller --seq-length"
+            )
+        return store
+
+    def _earlier(self, work: checkpoints.WorkFolder | None, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
+        """The checkpoint to go on from, the same in every process."""
+        step, folder = -1, checkpoints.work_path(self.out)
+        if work is not None:
+            found, _ = (None, []) if self.resume == "never" else work.newest()
+            if found is None:
+                work.clear()
+            else:
+                require_same(work.noted() or {}, identity, self.out)
+                for newer in work.steps():
+                    if newer > found.step:
+                        work.drop(newer)  # its hashes do not hold
+                step = found.step
+            work.begin(identity)
+            folder = work.path
+        step = self.run.agreed(step)
+        if step < 0:
+            return None
+        place = folder / f"step-{step:08d}"
+        return checkpoints.Checkpoint(place, step, checkpoints.read_state(place))
+
+    def _module(self, model: Any, mentor: Any, dtype: torch.dtype) -> Any:
+        from rehead.recipes.training.losses import StudentWithLoss
+
+        options, run = self.options, self.run
+        module = StudentWithLoss(model, mentor, options.objective())
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if options.compile:
+            for one in (model, mentor):
+                for layer in decoder_layers(one) if one is not None else ():
+                    layer.compile()
+        if run.sharded:
+            shard(module, model, mentor, dtype, run)
+        return module
+
+    def _restore(self, found: checkpoints.Checkpoint, loop: Loop, log: RunLog) -> None:
+        checkpoints.restore(found, loop.weights.tensors, loop.optimizer.state())
+        loop.optimizer.set_step(found.step)
+        loop.weights.publish()
+        loop.seconds, loop.last = float(found.state["seconds"]), dict(found.state["last"])
+        log.truncate(int(found.state["log_position"]))
+        log.write("resume", step=found.step, processes=self.run.world, device=self.run.device.type)
+
+    # ---- what is recorded
+
+    def _start_facts(
+        self,
+        student: Opened,
+        teacher: Opened | None,
+        store: TokenStore,
+        attention: str,
+        dtype: torch.dtype,
+        weights: Weights,
+        shared: int,
+    ) -> dict[str, Any]:
+        options = self.options
+        return {
+            "student": student.name,
+            "teacher": None if teacher is None else teacher.name,
+            "options": options.model_dump(mode="json"),
+            "steps": options.steps,
+            "rows_per_step": options.rows_per_step,
+            "data_tokens": store.facts.tokens,
+            "data_documents": store.facts.documents,
+            "data_sha256": store.facts.sha256,
+            "trained_parameters": sum(tensor.numel() for tensor in weights.tensors.values()),
+            "shared_bytes": shared,
+            "attention": attention,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": _device_name(self.run.device),
+            "processes": self.run.world,
+            "sharded": self.run.sharded,
+            "versions": code_version(),
+        }
+
+    def _facts(
+        self, student: Opened, teacher: Opened | None, store: TokenStore, loop: Loop, attention: str, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        options = self.options
+        start = self._start_facts(student, teacher, store, attention, dtype, loop.weights, 0)
+        start.pop("shared_bytes")
+        return {
+            **start,
+            "batch_tokens": options.rows_per_step * options.seq_length,
+            "tokens": options.steps * options.rows_per_step * options.seq_length,
+            "epochs": round(options.steps * options.rows_per_step / store.rows(options.seq_length), 4),
+            "seconds": round(loop.elapsed(), 3),
+            "peak_memory_bytes": peak_memory(self.run.device),
+            "last": loop.last,
+        }
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _windows(name: str, tokenizer: Any, options: UptrainOptions) -> torch.Tensor:
+    tokens = token_stream([name], tokenizer, options.eval_tokens, option="--eval-data")
+    windows = tokens[: len(tokens) // options.seq_length * options.seq_length].view(-1, options.seq_length)
+    if not len(windows):
+        raise UsageError(
+            f"--eval-data {name}: too short, {len(tokens)} tokens where a window has {options.seq_length}; give more "
+            "text"
+        )
+    return windows
+
+
+def _tokenizer_of(teacher: Opened, otherwise: Any) -> Any:
+    """The teacher's tokenizer; the student's where the teacher's folder has none, since then nothing else is known."""
+    if not any(name.startswith("tokenizer") for name in teacher.source.list_files()):
+        return otherwise
+    for name in teacher.source.small_files():
+        teacher.source.small_path(name)
+    return load_tokenizer(teacher.source.small_path("config.json").parent, "--teacher")
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {text}".encode()).hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
