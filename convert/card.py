@@ -36,6 +36,12 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     extras = [f"method `{options['method']}`", f"{options['grouping']} groups"]
     extras += ["least-squares refit"] if options["refit"] else []
     extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
+    rows = []
+    if "host" in table:
+        rows.append(f"| class | {table['host']['before']} | {table['host']['after']} |")
+    if "reinvest" in table:
+        spent = table["reinvest"]
+        rows.append(f"| {spent['key']} | {spent['before']:,} | {spent['after']:,} |")
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
@@ -52,6 +58,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         f"| KV heads | {kv['before']} | {kv['after']} |",
         f"| KV cache, bytes a token | {cache['before']:,} | {cache['after']:,} |",
         f"| parameters | {size['before']:,} | {size['after']:,} |",
+        *rows,
         "",
     ]
     if not table["exact"]:

@@ -24,6 +24,9 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--host", metavar="TYPE",
                      help="Write the model under another class that computes the same: phi, starcoder2, nemotron, "
                           "gpt_bigcode or auto."),
+        click.option("--reinvest", metavar="WHAT",
+                     help="Widen the model by what sharing KV heads frees, keeping its function: ffn or hidden."),
+        click.option("--multiple-of", type=int, metavar="N", help="Of the new width; 128 by default."),
         click.option("--method", default="mean", show_default=True, metavar="NAME",
                      help="mean, first, random, procrustes or svd."),
         click.option("--grouping", default="contiguous", show_default=True, metavar="NAME",
@@ -212,6 +215,9 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
     ]
+    if "reinvest" in facts:
+        spent = facts["reinvest"]
+        rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))
     if "calibration" in options:
         source = ", ".join(options["calibration"])
         rows.append(("calibration", f"{options['calibration_tokens']:,} tokens of {source}"))

@@ -122,6 +122,8 @@ def convert(
     revision: str | None = None,
     seed: int = 0,
     host: str | None = None,
+    reinvest: str | None = None,
+    multiple_of: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     push_to_hub: str | None = None,
@@ -149,6 +151,8 @@ def convert(
         seed: of everything drawn.
         host: model type that stands in for the model's own, or ``auto``; chosen by itself where the model's class
             cannot hold fewer KV heads.
+        reinvest: ``ffn`` or ``hidden``, to widen the model by what shared KV heads free, with the same function.
+        multiple_of: what the new width must be a multiple of; 128 when None.
         resume: go on from what a killed run left.
         overwrite: replace an existing checkpoint at ``out``.
         push_to_hub: upload the result to this repository.
@@ -164,7 +168,7 @@ def convert(
     """
     options = ConvertOptions(
         num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens, calibration_length,
-        refit, fit, dtype, max_shard_size, seed, host,
+        refit, fit, dtype, max_shard_size, seed, host, reinvest, multiple_of,
     )  # fmt: skip
     resolve_device(device)
     started = time.monotonic()
@@ -239,10 +243,11 @@ def _execute(
 def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progress | None) -> None:
     layers, dtypes = plan.layer_of, {tensor.name: torch_dtype(tensor.dtype) for tensor in plan.outputs}
 
+    widened = plan.widening.changes if plan.widening else {}
+
     def fetch(name: str) -> Tensor:
-        if name in layers:
-            return provider(layers[name])[name]
-        return plan.model.read(name).to(dtypes[name])
+        tensor = provider(layers[name])[name] if name in layers else plan.model.read(name).to(dtypes[name])
+        return widened[name](tensor) if name in widened else tensor
 
     tick = None if progress is None else lambda done, total: progress("writing", done, total)
     target.write_weights(plan.outputs, fetch, plan.options.max_shard_size, tick)
@@ -263,7 +268,7 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         "command": command,
         **{key: table[key] for key in (
             "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
-            "kv_bytes_per_token", "parameters", "exact", "rounded", "options", "config_changes",
+            "kv_bytes_per_token", "parameters", "reinvest", "exact", "rounded", "options", "config_changes",
         ) if key in table},
         "calibration": details,
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},

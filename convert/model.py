@@ -65,6 +65,14 @@ class Model:
         """Names of the tensors that hold a layer's heads."""
         return tensor_names(self.family, self.config, layer, self.source.tensors)
 
+    def module_name(self, name: str) -> str:
+        """A checkpoint's tensor name as the class has it: a base model's checkpoint lacks the first part."""
+        full, bare = self.module_layer, self.family.layer
+        if full.endswith(bare):
+            return full.removesuffix(bare) + name
+        old, new = bare.split(".", 1)[0] + ".", full.split(".", 1)[0] + "."
+        return new + name.removeprefix(old) if name.startswith(old) else name
+
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Read the tensors of a layer's attention, checked to be finite.
 

@@ -10,7 +10,9 @@ from rehead.convert.shards import parse_size
 from rehead.errors import UsageError, unknown_name
 
 GROUPINGS = ("contiguous", "similar")
-_STEPS = ("host",)
+REINVESTMENTS = ("ffn", "hidden")
+_STEPS = ("host", "reinvest")
+_OF_STEPS = {"multiple_of": "reinvest"}
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -32,6 +34,8 @@ class ConvertOptions:
         seed: of everything that is drawn.
         host: model type under which the result is written, ``"auto"`` to choose it; None for the model's own unless its
             class cannot hold the result.
+        reinvest: ``"ffn"`` or ``"hidden"``: widen the model by what shared KV heads free.
+        multiple_of: what the new width must be a multiple of; 128 when None.
     """
 
     num_key_value_heads: int | None = None
@@ -46,6 +50,8 @@ class ConvertOptions:
     max_shard_size: int | str = "5GB"
     seed: int = 0
     host: str | None = None
+    reinvest: str | None = None
+    multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         get_method(self.method)
@@ -55,6 +61,16 @@ class ConvertOptions:
             raise UsageError(unknown_name("dtype", self.dtype, DTYPES))
         if self.num_key_value_heads is None and not self.steps:
             raise UsageError("nothing to do; say --kv-heads N, or --host for another class with the same heads")
+        if self.reinvest is not None and self.reinvest not in REINVESTMENTS:
+            raise UsageError(unknown_name("reinvestment", self.reinvest, REINVESTMENTS))
+        if self.reinvest is not None and self.num_key_value_heads is None:
+            raise UsageError(f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads N")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise UsageError(f"--multiple-of {self.multiple_of}: must be 1 or more")
+        for option, step in _OF_STEPS.items():
+            if getattr(self, option) is not None and getattr(self, step) is None:
+                flag = option.replace("_", "-")
+                raise UsageError(f"--{flag}: says nothing without --{step}; give both or leave it out")
         if self.num_key_value_heads is not None and self.num_key_value_heads < 1:
             raise UsageError(f"--kv-heads {self.num_key_value_heads}: must be 1 or more")
         if self.fit < 0:
@@ -81,7 +97,7 @@ class ConvertOptions:
     def as_json(self) -> dict[str, Any]:
         """For the manifest and ``--json``; calibration options only where they count."""
         table = asdict(self)
-        for name in _STEPS:
+        for name in (*_STEPS, *_OF_STEPS):
             if table[name] is None:
                 table.pop(name)
         if not self.needs_calibration:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rehead.convert.families.layouts import merge
 from rehead.convert.meta import check_loads
@@ -15,6 +15,9 @@ from rehead.convert.model import Model, hosted, resolve_config
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.convert.shards import OutputTensor
 from rehead.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from rehead.convert.reinvest import Widening
 
 #: Methods that leave queries and the output projection alone.
 KV_ONLY = ("mean", "first", "random")
@@ -42,6 +45,8 @@ class Plan:
         outputs: every tensor of the result, copied or computed, in the source's order.
         raw_config: the result's ``config.json``.
         config: the same, resolved.
+        layer_config: the config of the model before it is widened, in which layers are converted one by one.
+        widening: what becomes of the tensors after that, or None.
     """
 
     source: Model
@@ -51,6 +56,8 @@ class Plan:
     outputs: list[OutputTensor]
     raw_config: dict[str, Any]
     config: Any
+    layer_config: Any
+    widening: Widening | None = None
 
     @property
     def kv(self) -> int:
@@ -61,7 +68,8 @@ class Plan:
     @property
     def rounded(self) -> bool:
         """Whether weights that stand for the same function were computed and stored in less than 32 bits."""
-        return self.model.rounds and any(tensor.dtype in ("BF16", "F16") for tensor in self.outputs)
+        rounds = self.model.rounds or (self.widening is not None and self.widening.rounds)
+        return rounds and any(tensor.dtype in ("BF16", "F16") for tensor in self.outputs)
 
     @property
     def layer_of(self) -> dict[str, int]:
@@ -90,6 +98,7 @@ class Plan:
             "parameters": {"before": before, "after": after},
             "exact": kv == model.num_kv_heads,
             "rounded": self.rounded,
+            **({"reinvest": self.widening.facts} if self.widening else {}),
             "options": self.options.as_json(),
             "config_changes": {
                 key: {"before": self.source.source.config.get(key), "after": value}
@@ -142,7 +151,28 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         made, gone = _layer_changes(model, options, layer)
         changes += made
         dropped |= gone
-    shapes = {change.name: change.new_shape for change in changes}
+    layer_config, widening = config, None
+    if options.reinvest is not None:
+        from rehead.convert.reinvest import widen
+
+        widening = widen(model, raw, config, kv, options.reinvest, options.multiple_of, options.seed)
+        raw, config = widening.raw_config, widening.config
+    outputs = _outputs(model, changes, dropped, code, widening)
+    check_loads(
+        model.config,
+        {name: (info.dtype, info.shape) for name, info in model.source.tensors.items()},
+        config,
+        {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
+    )
+    return Plan(source, model, options, changes, outputs, raw, config, layer_config, widening)
+
+
+def _outputs(
+    model: Model, changes: list[Change], dropped: set[str], code: str | None, widening: Widening | None
+) -> list[OutputTensor]:
+    """Every tensor of the result; those whose bytes are the source's say so."""
+    shapes: dict[str, tuple[int, ...]] = {change.name: change.new_shape for change in changes}
+    shapes |= {name: shape for name, shape in widening.shapes.items() if name not in dropped} if widening else {}
     turned = getattr(model.source, "computed", ())
     outputs = []
     for name, info in model.source.tensors.items():
@@ -152,13 +182,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         dtype = code if cast and code is not None else info.dtype
         computed = name in shapes or name in turned or dtype != info.dtype
         outputs.append(OutputTensor(name, dtype, shapes.get(name, info.shape), None if computed else name))
-    check_loads(
-        model.config,
-        {name: (info.dtype, info.shape) for name, info in model.source.tensors.items()},
-        config,
-        {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
-    )
-    return Plan(source, model, options, changes, outputs, raw, config)
+    return outputs
 
 
 def moves_queries(options: ConvertOptions) -> bool:

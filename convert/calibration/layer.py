@@ -319,7 +319,7 @@ class LayerHealer:
         prefix = self.model.family.prefix(layer)
         tensors = {prefix + name: value.detach().clone() for name, value in attention.state_dict().items()}
         kv = self.plan.kv
-        fitted = split(self.model.family, self.plan.config, layer, tensors, kv)
+        fitted = split(self.model.family, self.plan.layer_config, layer, tensors, kv)
         self.converted.unload_layer(layer)
         moved_weights: dict[str, Any] = fitted.tensors()
         return replace(pooled, **moved_weights), round(loss, 6)

@@ -192,7 +192,7 @@ class LayerwiseModel:
         }
         tensors = {}
         for name in self.model.source.tensors:
-            if not name.startswith(inside) and (full := self._module_name(name)) in wanted:
+            if not name.startswith(inside) and (full := self.model.module_name(name)) in wanted:
                 tensors[full] = self.model.read(name).to(self.device)
         self._assign(tensors, keep_dtype=True)
         for module in self.module.modules():
@@ -218,14 +218,6 @@ class LayerwiseModel:
     def _owner(self, name: str) -> nn.Module:
         return self.module.get_submodule(name.rpartition(".")[0])
 
-    def _module_name(self, name: str) -> str:
-        """A checkpoint's tensor name as the class has it: a base model's checkpoint lacks the first part."""
-        full, bare = self.model.module_layer, self.model.family.layer
-        if full.endswith(bare):
-            return full.removesuffix(bare) + name
-        old, new = bare.split(".", 1)[0] + ".", full.split(".", 1)[0] + "."
-        return new + name.removeprefix(old) if name.startswith(old) else name
-
     # ---- layers
 
     def load_layer(self, layer: int, new: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -238,7 +230,7 @@ class LayerwiseModel:
         new = new or {}
         names = [name for name in self.model.source.tensors if name.startswith(prefix)]
         tensors = {
-            self._module_name(name): (new[name] if name in new else self.model.read(name, layer)).to(self.device)
+            self.model.module_name(name): (new[name] if name in new else self.model.read(name, layer)).to(self.device)
             for name in names
         }
         self._assign({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})

@@ -64,7 +64,7 @@ def calibrate(
         raise UsageError(f"{model.source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
     with torch.no_grad():
         original = LayerwiseModel(model, model.config, where)
-        converted = LayerwiseModel(model, plan.config, where)
+        converted = LayerwiseModel(model, plan.layer_config, where)
         hidden = _placed(original.embed(tokens, batch), where)
         converted.calls = original.calls
         healer = LayerHealer(plan, original, converted, batch)
