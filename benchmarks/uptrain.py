@@ -1,8 +1,8 @@
 """Uptraining: tokens a second and peak memory of `rehead uptrain`, beside a plain `transformers.Trainer` with its loss.
 
 A student and a teacher of SmolLM2-135M's shape with random weights, written to a folder and trained for a few steps on
-a random text. Rehead's rows are its own log of `rehead.recipes.uptrain`: the real command, reading, packing, logging and
-all, with the layers compiled. The Trainer runs in bf16 with its defaults and a `compute_loss` that takes the KL from
+a random text. Rehead's rows are its own log of `rehead.recipes.uptrain`: the real command, reading, packing, logging
+and all, with the layers compiled. The Trainer runs in bf16 with its defaults and a `compute_loss` that takes the KL from
 both models' whole logits, as one writes it first: over float32 weights (Rehead keeps float32 masters too) and over the
 checkpoint's own bf16, whose small updates are lost to rounding. Micro-batches of several sizes are tried, and the
 fastest Trainer of all is what the ratios are taken over. Every step is an optimiser step of the same number of tokens;
@@ -281,8 +281,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text; ratios over the Trainer's fastest."""
     lines = ["loss  who      weights   micro-batch  tokens/s  peak GiB  speed-up  memory"]
     lines += [
-        f"{r.loss:<4}  {r.who:<7}  {r.weights:<8}  {r.rows or 'own':>11}  {r.tokens_per_second:>8.0f}  {r.peak_bytes / 2**30:>8.2f}  "
-        f"{r.speedup:>8.2f}  {r.memory:>6.2f}"
+        f"{r.loss:<4}  {r.who:<7}  {r.weights:<8}  {r.rows or 'own':>11}  {r.tokens_per_second:>8.0f}  "
+        f"{r.peak_bytes / 2**30:>8.2f}  {r.speedup:>8.2f}  {r.memory:>6.2f}"
         for r in rows
     ]
     return "\n".join(lines)
