@@ -53,6 +53,11 @@ _NO_DROPOUT = nn.Identity()
 class ParallelBlock(nn.Module):
     """Mixed into a decoder layer: the parallel form of its forward pass."""
 
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """``x + Attn(N1 x) + MLP(N2 x)``, as shape ``[B, S, hidden_size]``; ``kwargs`` are for attention."""
         scale = getattr(self, "residual_multiplier", 1.0)
@@ -81,14 +86,15 @@ def parallel_layers(config: Any) -> list[int]:
 
 
 @functools.cache
-def _parallel_layer_class(serial: type) -> type:
+def _parallel_layer_class(serial: Any) -> type:
     return type(f"Parallel{serial.__name__}", (ParallelBlock, serial), {"__module__": __name__})
 
 
 def _make_parallel(model: nn.Module, layers: nn.ModuleList) -> None:
     """Give the chosen layers their parallel class; parameters, buffers and hooks stay where they are."""
     for index in parallel_layers(model.config):
-        layers[index].__class__ = _parallel_layer_class(type(layers[index]))
+        serial: Any = type(layers[index])
+        layers[index].__class__ = _parallel_layer_class(serial)
     # Placement over devices goes by class names, and must not split these layers either.
     names = {type(layer).__name__ for layer in layers}
     for module in model.modules():

@@ -70,7 +70,7 @@ class Block:
 
 @dataclass
 class _Call:
-    """One call of a module: its first tensor in (the very object, for identity) and out (a copy; sums may be in place)."""
+    """One call of a module: its first tensor in (itself, for identity) and out (a copy: sums may be in place)."""
 
     module: nn.Module
     given: Tensor
@@ -219,7 +219,7 @@ def _close(a: Tensor, b: Tensor, added: Tensor) -> bool:
 
 def _factor(whole: Tensor, part: Tensor) -> float:
     """The number that comes closest to ``whole = number * part``."""
-    whole, part = whole.double().flatten(), part.double().flatten()
+    whole, part = whole.detach().double().flatten(), part.double().flatten()
     square = float(part @ part)
     return float(whole @ part) / square if square > 0 else 1.0
 

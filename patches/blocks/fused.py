@@ -5,7 +5,7 @@ then one product of the normalised input, and both outputs one product of what a
 block they are q, k, v in one product, and the FFN's inputs in another.
 
 The block's own code keeps running: the norm makes the product, the matrices that it replaces hand out their share, and
-in a parallel block attention's output matrix keeps its input for the joint product, which the FFN's output matrix makes.
+in a parallel block attention's output matrix keeps its input for the joint product, made by the FFN's output matrix.
 """
 
 from __future__ import annotations
@@ -266,15 +266,26 @@ class Fusion:
         biases = [bias for _, bias in rows if bias is not None]
         return torch.cat([w for w, _ in rows], dim=1), sum(biases[1:], biases[0]) if biases else None
 
-    def apply(self, undo: UndoLog) -> None:
-        """Put the fused matrices in, logging every replacement in ``undo``."""
+    def fused(self) -> dict[str, FusedLinear]:
+        """The fused matrices that are in place, by their names in the layer."""
+        modules = self.block.layer._modules
+        found = {name: modules.get(name) for name in (*self.inputs(), FUSED_OUT)}
+        return {name: matrix for name, matrix in found.items() if isinstance(matrix, FusedLinear)}
+
+    def apply(self, undo: UndoLog, ready: dict[str, FusedLinear] | None = None) -> None:
+        """Put the fused matrices in, logging every replacement in ``undo``.
+
+        Args:
+            undo: takes the way back.
+            ready: matrices fused before from the same parameters: the same objects, which an optimizer may hold.
+        """
         block, layer, exchange = self.block, self.block.layer, self._exchange
         trains = any(p.requires_grad for m in self.matrices() for p in m.parameters())
         norms: dict[str, NormAndProduct] = {}
         with torch.no_grad():
             for attribute, keys in self.inputs().items():
                 weight, bias, own, sizes = self.fold_input(keys)
-                matrix = FusedLinear(weight, bias, trains, own)
+                matrix = ready[attribute] if ready else FusedLinear(weight, bias, trains, own)
                 _put(layer, attribute, matrix, undo)
                 norms[attribute] = NormAndProduct(
                     exchange,
@@ -295,7 +306,7 @@ class Fusion:
                 _put(reader.part, reader.name, Piece(exchange, key), undo)
             if self.form == PARALLEL:
                 weight, bias = self.fold_output()
-                matrix = FusedLinear(weight, bias, trains)
+                matrix = ready[FUSED_OUT] if ready else FusedLinear(weight, bias, trains)
                 _put(layer, FUSED_OUT, matrix, undo)
                 _put(block.attention, str(block.attention_writer), Hold(exchange, len(weight)), undo)
                 _put(block.ffn, str(block.ffn_writer), Join(exchange, matrix), undo)
@@ -309,9 +320,7 @@ class Fusion:
         Raises:
             UnsupportedError: they were trained, and the block has no parameter for the bias that was folded in.
         """
-        layer = self.block.layer
-        now = {name: layer._modules[name] for name in (*self.inputs(), FUSED_OUT) if name in layer._modules}
-        matrices: dict[str, FusedLinear] = {n: m for n, m in now.items() if isinstance(m, FusedLinear)}
+        matrices = self.fused()
         place = matrices[FUSED_IN].weight
         changed = False
         with torch.no_grad():
@@ -382,7 +391,7 @@ def _put(parent: nn.Module, name: str, module: nn.Module, undo: UndoLog) -> None
         before = modules[last]
         undo.add(lambda: modules.__setitem__(last, before))
     else:
-        undo.add(lambda: modules.pop(last) and None)
+        undo.add(lambda: modules.__delitem__(last))
     # In eval and train mode alike, and without a shuffle of the order in which modules are listed.
     module.train(owner.training)
     modules[last] = module

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from rehead.errors import UnsupportedError, UsageError, VerificationError
 from rehead.patches import proof
 from rehead.patches.base import LayerRecord, Patch, PatchReport, UndoLog, register_patch
 from rehead.patches.blocks.anatomy import PARALLEL, SERIAL, Block, check_live, find_blocks
-from rehead.patches.blocks.fused import Fusion
+from rehead.patches.blocks.fused import FusedLinear, Fusion
 from rehead.patches.blocks.measure import BlockMeasure, batches, block_errors, divergence
 from rehead.patches.blocks.redirect import redirect
 
@@ -102,6 +103,7 @@ class BlockPatch(Patch):
         self._measured_on = ""
         self._fusions: list[Fusion] = []
         self._chosen: list[int] | None = None
+        self._ready: dict[str, dict[str, FusedLinear]] | None = None
 
     @property
     def exact(self) -> bool:
@@ -128,8 +130,8 @@ class BlockPatch(Patch):
         self._fusions, records = [], []
         for block in picked:
             how = "fused" if self.options.fused else "redirected"
-            names = {"name": block.name, "module": type(block.layer).__name__}
-            records.append(BlockRecord(**names, was=block.form, now=self.form, how=how, index=block.index))
+            module = type(block.layer).__name__
+            records.append(BlockRecord(block.name, module, block.form, self.form, how, index=block.index))
         self._records = list(records)
         changed = [(b, r) for b, r in zip(picked, records) if b.form != self.form]
         if not self.options.fused:
@@ -141,7 +143,7 @@ class BlockPatch(Patch):
         fusions = [Fusion(block, self.form, record) for block, record in zip(picked, records)]
         want = self._unfused_logits(changed)
         for fusion in fusions:
-            fusion.apply(undo)
+            fusion.apply(undo, (self._ready or {}).get(fusion.block.name))
         self._fusions = fusions
         self._check_fusion(want)
         for record in records:
@@ -215,11 +217,26 @@ class BlockPatch(Patch):
         pending: list[Callable[[], None] | None] = []
         if self.applied:
             pending = [fusion.trained() for fusion in self._fusions]
+        if self._ready is not None:
+            self._ready = {fusion.block.name: fusion.fused() for fusion in self._fusions}
         super().revert()
         for write_back in pending:
             if write_back is not None:
                 write_back()
         self._fusions = []
+
+    @contextmanager
+    def _same_parameters(self) -> Iterator[None]:
+        """Lets the patch be taken off and put back with the very fused parameters that an optimizer may hold."""
+        if any(fusion.trained() is not None for fusion in self._fusions):
+            raise UsageError(
+                "weights were changed while fused, so there is no unfused model to compare with; revert() first"
+            )
+        self._ready = {}
+        try:
+            yield
+        finally:
+            self._ready = None
 
     def report(self, input_ids: Tensor | None = None) -> BlockReport:
         """Block by block: form before and after, calls, and how far off each is and the model are.
@@ -238,7 +255,9 @@ class BlockPatch(Patch):
         """The same change of form, unfused."""
         return type(self)(self.model, layers=self.layers)
 
-    def measure(self, *, input_ids: Tensor | None = None, length: int | None = None) -> BlockMeasure:
+    def measure(  # type: ignore[override]
+        self, *, input_ids: Tensor | None = None, length: int | None = None
+    ) -> BlockMeasure:
         """How far the changed model is from the original; kept for :meth:`report`.
 
         ``residual`` is what is left with the change switched off, or, for fused blocks, what fusing adds to it.
@@ -261,7 +280,7 @@ class BlockPatch(Patch):
         device = next(self.model.parameters()).device
         parts = [part.to(device) for part in batches(given)]
         fused = self.options.fused
-        with proof._frozen(self.model):
+        with self._same_parameters(), proof._frozen(self.model):
             variants = [self._logits(part) for part in parts] if fused else []
             with proof.unpatched(self):
                 references = [self._logits(part) for part in parts]
@@ -292,9 +311,9 @@ class BlockPatch(Patch):
             updates=update,
             tokens=int(given.numel()),
         )
-        for record in self._records:
-            if isinstance(record, BlockRecord):
-                record.error, record.update_error = share.get(record.index, 0.0), update.get(record.index, 0.0)
+        for mine in self._records:
+            if isinstance(mine, BlockRecord):
+                mine.error, mine.update_error = share.get(mine.index, 0.0), update.get(mine.index, 0.0)
         self._measured, self._measured_on = measured, on
         return measured
 
@@ -311,7 +330,8 @@ class BlockPatch(Patch):
         if not self.applied:
             raise UsageError(f"patch {self.name!r} is not applied; prove it inside `with patch_model(...)`")
         if self.exact:
-            return proof.prove(self, **options)
+            with self._same_parameters():
+                return proof.prove(self, **options)
         if not self.options.fused:
             return super().prove(**options)
         return self._prove_fusion(**options)
@@ -324,7 +344,7 @@ class BlockPatch(Patch):
         tolerance: float | None = None,
         padding: bool = True,
     ) -> proof.Proof:
-        with proof._frozen(self.model):
+        with self._same_parameters(), proof._frozen(self.model):
             probe = proof._probe(self.model, input_ids, length, padding)
             before = {record.name: record.calls for record in self._records}
             mine = proof._run(self.model, probe)
