@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,9 +60,14 @@ def run_command(
     def bars() -> AbstractContextManager[Callable[[str, float, float], None] | None]:
         return progress_bar(quiet)
 
+    def watch() -> AbstractContextManager[tuple[Any, Any]]:
+        from rehead.recipes.training.commands import training_bar
+
+        return training_bar(quiet) if not quiet else nullcontext((None, None))
+
     result = run_recipe(
         recipe, settings=settings, out=out, cell=cell, gather=gather, quiet=quiet or not sys.stderr.isatty(),
-        say=None if quiet else _say, progress=bars,
+        say=None if quiet else _say, progress=bars, watch=watch,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))

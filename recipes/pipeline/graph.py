@@ -14,6 +14,7 @@ from rehead.recipes.pipeline.sweep import Cell
 from rehead.recipes.report.wording import short
 
 FETCH, NEW, CONVERT, UPTRAIN, CONTROL, EVALUATE = "fetch", "new", "convert", "uptrain", "control", "evaluate"
+TRAININGS = (UPTRAIN, CONTROL)
 #: Version of what stages mean; raised when a stage of the same options would make something else.
 FORMAT = 1
 

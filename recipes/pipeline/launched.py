@@ -7,34 +7,37 @@ import os
 import sys
 from pathlib import Path
 
-from rehead.errors import EXIT_INTERRUPTED, ReheadError
+from rehead.errors import ReheadError
 
 
-def main(path: str) -> int:
+def main(path: str, quiet: bool = False) -> int:
     """Uptrain; a user's mistake is written beside the arguments, for the process that launched this one.
 
     Args:
         path: a JSON file of :func:`rehead.recipes.uptrain`'s arguments.
+        quiet: draw nothing.
 
     Returns:
         the exit code.
     """
     from rehead.recipes.training import uptrain
+    from rehead.recipes.training.commands import training_bar
 
     first = os.environ.get("RANK", "0") == "0"
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))
-        arguments["quiet"] = arguments["quiet"] or not first
-        uptrain(**arguments)
+        if quiet or not first:
+            uptrain(**arguments)
+        else:
+            with training_bar(False) as (progress, on_event):
+                uptrain(**arguments, progress=progress, on_event=on_event)
     except ReheadError as error:
         if first:
             table = {"error": str(error), "exit_code": error.exit_code}
             Path(path).with_name("error.json").write_text(json.dumps(table), encoding="utf-8")
         return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], "--quiet" in sys.argv[2:]))

@@ -7,18 +7,18 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rehead.errors import QualityError, ReheadError, UsageError
+from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UsageError
 from rehead.recipes.files import write_file
-from rehead.recipes.pipeline.graph import CellPlan, Stage, plan_cell
+from rehead.recipes.pipeline.graph import TRAININGS, CellPlan, Stage, plan_cell
 from rehead.recipes.pipeline.load import Loaded, load_recipe
 from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
 from rehead.recipes.pipeline.schema import Recipe, checked
-from rehead.recipes.pipeline.stages import Progress, Site, free_memory, require, run_stage
+from rehead.recipes.pipeline.stages import Site, error_of, free_memory, require, run_stage
 from rehead.recipes.pipeline.sweep import cells
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def run_recipe(
     quiet: bool = True,
     say: Say | None = None,
     progress: Callable[[], Any] | None = None,
+    watch: Callable[[], Any] | None = None,
 ) -> RecipeRun:
     """Run a recipe: convert -> uptrain -> evaluate -> report.
 
@@ -136,9 +137,10 @@ def run_recipe(
         out: the folder to write to; the recipe's own when None.
         cell: run one cell of a sweep only; several processes or machines may run cells of one folder at once.
         gather: run nothing; make the report of the cells that have been run.
-        quiet: whether uptraining should not draw its progress.
+        quiet: whether launched processes should say nothing.
         say: told about every stage.
         progress: gives a context manager for each stage, whose value is called with (what, done, total).
+        watch: the same for uptrainings, whose value is (progress, event listener).
 
     Raises:
         UsageError: the recipe cannot be meant.
@@ -157,12 +159,12 @@ def run_recipe(
     if not gather:
         require(planned.recipe.requires.gpus, planned.recipe.name)
         write_cells(planned, settings, out)
-        runner = _Runner(planned, settings, quiet, say or (lambda *_: None), progress, result)
+        runner = _Runner(planned, settings, quiet, say or (lambda *_: None), progress, watch, result)
         for plan in chosen:
             try:
                 runner.cell(plan)
             except ReheadError as error:
-                if len(chosen) == 1:
+                if len(chosen) == 1 or error.exit_code >= EXIT_INTERRUPTED:
                     raise
                 runner.say("fail", "cell", f"{plan.cell.label}: {error}")
                 result.failures.append((plan.cell.label, error))
@@ -172,7 +174,8 @@ def run_recipe(
             result.report = write_gathered(chosen, planned.out, folder)
     if result.failures:
         label, error = result.failures[0]
-        raise type(error)(f"{len(result.failures)} of {len(chosen)} cells failed, the first ({label}): {error}")
+        message = f"{len(result.failures)} of {len(chosen)} cells failed, the first ({label}): {error}"
+        raise error_of(message, error.exit_code)
     failed = failed_gates(chosen, planned.out)
     if failed and result.report is not None:
         raise QualityError(f"{'; '.join(failed)}; the report is {result.report.html}")
@@ -228,9 +231,12 @@ class _Runner:
         quiet: bool,
         say: Say,
         progress: Callable[[], Any] | None,
+        watch: Callable[[], Any] | None,
         result: RecipeRun,
     ) -> None:
-        self.out, self.quiet, self.say, self.progress, self.result = planned.out, quiet, say, progress, result
+        self.out, self.quiet, self.say, self.result = planned.out, quiet, say, result
+        self.progress = progress or nullcontext
+        self.watch = watch or (lambda: nullcontext((None, None)))
         self.contents: dict[str, str] = {}
         words = ["rehead", "run", planned.recipe.name, *(w for setting in settings for w in ("--set", setting))]
         self.command = shlex.join(words)
@@ -253,22 +259,14 @@ class _Runner:
             self.say("run", stage.kind, stage.title)
             drop(stage, self.out)
             started = time.monotonic()
-            with self.drawn() as progress:
-                run_stage(stage, Site(self.out, self.command, self.quiet, progress))
+            with self.progress() if stage.kind not in TRAININGS else nullcontext() as progress:
+                run_stage(stage, Site(self.out, self.command, self.quiet, progress, self.watch))
             seconds = time.monotonic() - started
             content = write_record(stage, self.out, inputs, around, seconds)
         free_memory()
         self.say("done", stage.kind, f"{stage.title}  {seconds:.1f} s")
         self.result.stages.append(Outcome(stage.name, stage.kind, stage.title, "done", found.reason, round(seconds, 2)))
         return content
-
-    @contextmanager
-    def drawn(self) -> Iterator[Progress | None]:
-        if self.progress is None:
-            yield None
-        else:
-            with self.progress() as callback:
-                yield callback
 
     @contextmanager
     def locked(self, stage: Stage) -> Iterator[None]:

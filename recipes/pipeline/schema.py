@@ -52,7 +52,7 @@ class Recipe(Strict):
         requires: what the machine must have.
         launch: uptraining in several processes.
         convert: options of ``rehead convert``; None converts nothing.
-        uptrain: options of ``rehead uptrain``; None trains nothing. ``tokens`` may be a share of ``pretraining_tokens``,
+        uptrain: options of ``rehead uptrain``; None trains nothing. ``tokens`` may be a share of pretraining_tokens,
             e.g. ``5%``.
         pretraining_tokens: how many the model was pretrained on, e.g. ``2T``.
         control: whether the unconverted model is uptrained on the same tokens, too, by cross-entropy, so that what the

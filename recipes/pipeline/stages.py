@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rehead.errors import EXIT_INTERRUPTED, ReheadError, UnsupportedError, UsageError
+from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes.files import write_file
 from rehead.recipes.pipeline import graph, names
 from rehead.recipes.pipeline.graph import Place, Stage
@@ -31,14 +31,16 @@ class Site:
     Attributes:
         out: the recipe's folder.
         command: recorded in what stages write.
-        quiet: whether stages that draw their own progress should not.
-        progress: for those that do not.
+        quiet: whether launched processes should say nothing.
+        progress: told how far a stage is.
+        watch: gives a context manager for an uptraining, whose value is its progress callback and event listener.
     """
 
     out: Path
     command: str
     quiet: bool = True
     progress: Progress | None = None
+    watch: Callable[[], AbstractContextManager[tuple[Any, Any]]] = lambda: nullcontext((None, None))
 
     def place(self, place: Place) -> str:
         """A model as commands take it: a stage's folder, or ``id@revision``."""
@@ -94,54 +96,75 @@ def _convert(stage: Stage, site: Site) -> None:
 
 
 def _train(stage: Stage, site: Site) -> None:
-    options = {key: value for key, value in stage.options.items() if key != "launch"}
+    from rehead.recipes.training.checkpoints import work_path
+
+    out = site.out / stage.name
     arguments = {
         "student": site.place(stage.models["student"]),
-        "out": str(site.out / stage.name),
+        "out": str(out),
         "teacher": site.place(stage.models["teacher"]) if "teacher" in stage.models else None,
         **stage.data,
-        **options,
+        **{key: value for key, value in stage.options.items() if key != "launch"},
         "resume": "auto",
-        "overwrite": (site.out / stage.name).exists(),
         "command": site.command,
     }
     launch = stage.options.get("launch")
-    if launch is None:
-        from rehead.recipes.training import uptrain
+    go = _in_this_process if launch is None else _launched
+    try:
+        # A run that was killed after its last step has written its folder; what else lies there is to be replaced.
+        try:
+            go({**arguments, "overwrite": False}, launch, site)
+        except UsageError:
+            if not out.exists():
+                raise
+            go({**arguments, "overwrite": True}, launch, site)
+    except UsageError as error:
+        # The command's mend is a flag that a recipe does not have.
+        raise UsageError(str(error).replace("--resume never", f"removing {work_path(out)}")) from None
 
-        uptrain(**arguments, quiet=site.quiet)
-    else:
-        _launch(arguments, launch, site)
+
+def _in_this_process(arguments: dict[str, Any], launch: None, site: Site) -> None:
+    from rehead.recipes.training import uptrain
+
+    with site.watch() as (progress, on_event):
+        uptrain(**arguments, progress=progress, on_event=on_event)
 
 
-def _launch(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> None:
-    """Uptraining in several processes: ``accelerate launch`` of a small module that reads its arguments from a file."""
+def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> None:
+    """In several processes: ``accelerate launch`` of a small module that reads its arguments from a file."""
     config = accelerate_config(launch["config"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "arguments.json"
-        path.write_text(json.dumps({**arguments, "quiet": site.quiet}), encoding="utf-8")
+        path.write_text(json.dumps(arguments), encoding="utf-8")
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
             "--num_processes", str(launch["processes"]), "-m", "rehead.recipes.pipeline.launched", str(path),
+            *(["--quiet"] if site.quiet else []),
         ]  # fmt: skip
-        done = subprocess.run(command, stderr=subprocess.PIPE if site.quiet else None, text=True)
+        # Its words go to a file: a pipe that nobody empties would stop it.
+        with open(Path(folder) / "words", "w+", encoding="utf-8", errors="replace") as words:
+            done = subprocess.run(command, stderr=words if site.quiet else None)
+            words.seek(0)
+            last = (words.read().strip().splitlines() or ["see its output"])[-1]
         error = Path(folder) / "error.json"
         if error.is_file():
-            raise _as_error(json.loads(error.read_text(encoding="utf-8")))
-        if done.returncode == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt
+            table = json.loads(error.read_text(encoding="utf-8"))
+            raise error_of(table["error"], table["exit_code"])
         if done.returncode:
-            last = ((done.stderr or "").strip().splitlines() or ["its output says why"])[-1]
             raise UnsupportedError(
-                f"{shlex.join(['accelerate', 'launch'])} in {launch['processes']} processes: ended with code "
-                f"{done.returncode} ({last}); run the recipe again to go on from the last checkpoint"
+                f"accelerate launch of {launch['processes']} processes: ended with code {done.returncode} ({last}); "
+                "run the recipe again to go on from the last checkpoint"
             )
 
 
-def _as_error(table: dict[str, Any]) -> ReheadError:
-    """The error that a launched process wrote down."""
-    kinds = {kind.exit_code: kind for kind in ReheadError.__subclasses__()}
-    return kinds.get(table["exit_code"], UnsupportedError)(table["error"])
+def error_of(message: str, exit_code: int) -> ReheadError:
+    """An error of the class that an exit code stands for."""
+    if exit_code >= 128:
+        from rehead.recipes.training.interruption import Interrupted
+
+        return Interrupted(message, 2 if exit_code == EXIT_INTERRUPTED else exit_code - 128)
+    kinds = {kind.exit_code: kind for kind in (UsageError, VerificationError, QualityError)}
+    return kinds.get(exit_code, UnsupportedError)(message)
 
 
 def accelerate_config(name: str) -> Path:

@@ -159,7 +159,7 @@ def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
         text = best.worst
         price = f" at {times(text.ratio)} the perplexity" if text is not None and text.ratio is not None else ""
         offers.append(
-            f"to {heads(best.kv_heads)}, {'a KV cache ' if not offers else ''}{_smaller(best.saving or 1.0)}{price}"
+            f"to {heads(best.kv_heads)}: {'a KV cache ' if not offers else ''}{_smaller(best.saving or 1.0)}{price}"
         )
     points += gates(finals)
     worst = finals[0].worst
