@@ -9,6 +9,7 @@ from.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,9 @@ from rehead.recipes.training.models import Opened
 
 logger = logging.getLogger("rehead.recipes.training")
 
-#: A factor that is off by more than this, for a tenth of a layer's dimensions, trains badly: AdamW moves every element
-#: by about the learning rate, whatever its size.
-LIMIT = 8.0
+#: Factors that are off by more than this train badly: AdamW moves every element by about the learning rate, whatever
+#: its size. Closed-form starts in the balanced gauge are off by 25 at most.
+LIMIT = 50.0
 _LAYERS = 8
 
 
@@ -36,7 +37,7 @@ class Imbalance:
     Attributes:
         layer: which.
         factors: ``"k/q"`` or ``"v/o"``.
-        ratio: by how much the ratio of their row norms is off, at the 90th percentile over dimensions; 1 is balanced.
+        ratio: by how much the ratio of their norms is off, a typical factor; 1 is balanced.
     """
 
     layer: int
@@ -95,40 +96,49 @@ def measure(student: Model, teacher: Model | None) -> Imbalance | None:
     return worst
 
 
-def _key_query(heads: Heads) -> Tensor:
-    """Root mean square norm of key rows over that of query rows, for each dimension of a head, [D]."""
-    return _pooled(heads, _rms(heads.k, (0, 2)) / _rms(heads.q, (0, 2)))
+def _key_query(heads: Heads) -> tuple[Tensor, Tensor]:
+    """Norms of key rows and of query rows for each dimension of a head, over all heads, [D] each."""
+    return _paired(heads, _norms(heads.k, (0, 2))), _paired(heads, _norms(heads.q, (0, 2)))
 
 
-def _value_output(heads: Heads) -> Tensor:
-    """The same for value rows and the columns of the output projection that read them, [D]."""
-    return _rms(heads.v, (0, 2)) / _rms(heads.o, (0, 1))
+def _value_output(heads: Heads) -> tuple[Tensor, Tensor]:
+    """The same for value rows and for the columns of the output projection that read them."""
+    return _norms(heads.v, (0, 2)), _norms(heads.o, (0, 1))
 
 
-def _rms(tensor: Tensor, dims: tuple[int, int]) -> Tensor:
-    return tensor.square().sum(dims).sqrt().clamp_min(1e-20)
+def _norms(tensor: Tensor, dims: tuple[int, int]) -> Tensor:
+    """Root mean square over heads of a dimension's norm."""
+    heads = tensor.shape[0] if dims == (0, 2) else tensor.shape[1]
+    return (tensor.square().sum(dims) / heads).sqrt().clamp_min(1e-20)
 
 
-def _pooled(heads: Heads, ratio: Tensor) -> Tensor:
+def _paired(heads: Heads, norms: Tensor) -> Tensor:
     """Both halves of a rotary pair share a scale."""
     if heads.pairs is None or not len(heads.pairs):
-        return ratio
-    ratio = ratio.clone()
-    both = ratio[heads.pairs].log().mean(1).exp()
-    ratio[heads.pairs[:, 0]] = ratio[heads.pairs[:, 1]] = both
-    return ratio
+        return norms
+    norms = norms.clone()
+    norms[heads.pairs] = norms[heads.pairs].square().mean(1, keepdim=True).sqrt()
+    return norms
 
 
-def _off(mine: Tensor, other: Tensor | None) -> float:
-    """90th percentile of how far ratios are from where they should be, as a factor.
+def _off(mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None) -> float:
+    """How far the ratios of two factors' norms are from where they should be: a typical factor, 1 or more.
 
-    Dimensions of keys stay what they were only up to their basis, so each is compared with the teacher's typical ratio;
-    what varies inside the teacher's own layer is no fault of the student's.
+    Dimensions are weighed by the product of the norms, which no gauge changes: one that carries little may have any
+    scale. They need not be the teacher's dimensions, so all are compared with the teacher's typical ratio, less what
+    varies in the teacher itself.
     """
-    logs = mine.log()
+    usual, spread = _typical(*(mine if other is None else other))
+    weight = mine[0] * mine[1]
+    logs = (mine[0] / mine[1]).log()
     if other is None:
-        return float((logs - logs.median()).abs().quantile(0.9).exp())
-    theirs = other.log()
-    usual = (theirs - theirs.median()).abs().quantile(0.9)
-    far = (logs - theirs.median()).abs().quantile(0.9)
-    return float((far - usual).clamp_min(0).exp())
+        return math.exp(spread)
+    far = float(((logs - usual).abs() * weight).sum() / weight.sum())
+    return math.exp(max(far - spread, 0.0))
+
+
+def _typical(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Weighted mean of the log ratios, and their mean distance from it."""
+    weight, logs = first * second, (first / second).log()
+    mean = float((logs * weight).sum() / weight.sum())
+    return mean, float(((logs - mean).abs() * weight).sum() / weight.sum())

@@ -1,0 +1,116 @@
+"""Tokens, the store they are kept in, and rows that respect documents."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rehead.errors import UsageError
+from rehead.recipes.data import tokens as tokens_module
+from rehead.recipes.data.store import IGNORED, TokenStore, write_store
+from rehead.recipes.data.tokens import token_pieces, token_stream
+from rehead.recipes.scratch import train_tokenizer
+
+TEXTS = [f"Speech {i}: " + "the commerce of the union and the peace of nations. " * (1 + i % 7) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 280)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "speeches.txt"
+    path.write_text("\n".join(TEXTS))
+    return f"{path}#lines"
+
+
+def test_documents_are_joined_with_eos(tokenizer, text: str) -> None:
+    eos = tokenizer.eos_token_id
+    wanted = [token for line in TEXTS for token in (*tokenizer(line).input_ids, eos)][:-1]
+    stream = token_stream([text], tokenizer)
+    assert stream.dtype == torch.int64
+    assert stream.tolist() == wanted
+    assert token_stream([text], tokenizer, 37).tolist() == wanted[:37]
+    whole = text.removesuffix("#lines")
+    assert token_stream([whole, whole], tokenizer).tolist().count(eos) == 1
+
+
+def test_long_documents_are_cut_where_the_tokenizer_cuts(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = "\n".join(TEXTS)
+    whole = tokenizer(document).input_ids
+    monkeypatch.setattr(tokens_module, "PIECE", 500)
+    pieces = list(token_pieces([document, "another"], tokenizer))
+    assert len(pieces) > 10
+    assert [begins for _, begins in pieces] == [True] + [False] * (len(pieces) - 2) + [True]
+    assert np.concatenate([ids for ids, _ in pieces[:-1]]).tolist() == [*whole, tokenizer.eos_token_id]
+    # Without a line's end, too.
+    flat = document.replace("\n", " ")
+    found = np.concatenate([ids for ids, _ in token_pieces([flat], tokenizer)])
+    assert found.tolist()[:-1] == tokenizer(flat).input_ids
+
+
+def test_too_little_text(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(tokenizer.decode([5]))
+    with pytest.raises(UsageError, match="too short, 1 tokens"):
+        token_stream([str(path)], tokenizer)
+
+
+def _store(folder: Path, text: str, tokenizer, **options) -> TokenStore:
+    return write_store(folder, [text], tokenizer, 280, key=options.pop("key", "a"), **options)
+
+
+def test_rows_respect_documents(tokenizer, text: str, tmp_path: Path) -> None:
+    store, length = _store(tmp_path / "store", text, tokenizer), 32
+    stream = [token for line in TEXTS for token in (*tokenizer(line).input_ids, tokenizer.eos_token_id)]
+    assert (store.facts.tokens, store.facts.documents, store.facts.dtype) == (len(stream), len(TEXTS), "uint16")
+    count = store.rows(length)
+    assert count == (len(stream) - 1) // length
+    rows = store.read(np.arange(count), length)
+    assert rows.input_ids.flatten().tolist() == stream[: count * length]
+    starts = {0}
+    for line in TEXTS:
+        starts.add(max(starts) + len(tokenizer(line).input_ids) + 1)
+    for at, (position, label) in enumerate(zip(rows.position_ids.flatten().tolist(), rows.labels.flatten().tolist())):
+        begin = max([*(start for start in starts if start <= at), at // length * length])
+        assert position == at - begin
+        assert label == (IGNORED if at + 1 in starts else stream[at + 1])
+    joined = store.read(np.array([1, 0]), length, isolated=False)
+    assert joined.position_ids.tolist() == [list(range(length))] * 2
+    assert joined.labels[1].tolist() == stream[1 : length + 1]
+
+
+def test_a_store_is_written_once(tokenizer, text: str, tmp_path: Path) -> None:
+    first = _store(tmp_path / "store", text, tokenizer).facts
+    written = (tmp_path / "store" / "tokens.raw").stat().st_mtime_ns
+    assert _store(tmp_path / "store", text, tokenizer).facts == first
+    assert (tmp_path / "store" / "tokens.raw").stat().st_mtime_ns == written
+    assert _store(tmp_path / "store", text, tokenizer, key="b").facts.sha256 == first.sha256
+    short = _store(tmp_path / "store", text, tokenizer, key="c", limit=200).facts
+    assert 200 <= short.tokens < first.tokens
+    assert short.sha256 != first.sha256
+    # One that a kill cut short is not taken for whole.
+    with open(tmp_path / "store" / "tokens.raw", "r+b") as file:
+        file.truncate(10)
+    assert _store(tmp_path / "store", text, tokenizer, key="c", limit=200).facts == short
+
+
+def test_a_limit_takes_sources_in_turn(tokenizer, tmp_path: Path) -> None:
+    names = []
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text("\n".join(f"{letter} {i} peace" for i in range(50)))
+        names.append(f"{tmp_path / letter}.txt#lines")
+    store = write_store(tmp_path / "store", names, tokenizer, 280, key="k", limit=80)
+    told = tokenizer.decode(store.read(np.array([0]), 60).input_ids[0]).split("<|endoftext|>")
+    assert all(one[:1] != other[:1] for one, other in pairwise(told[:6]))
+
+
+def test_a_tokenizer_that_is_too_large(tokenizer, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the model has 100"):
+        write_store(tmp_path / "store", [text], tokenizer, 100, key="k")
