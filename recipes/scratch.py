@@ -30,6 +30,7 @@ class NewModel:
         max_position_embeddings: the longest context.
         rope_theta: base of the rotary frequencies.
         tie_word_embeddings: one matrix for tokens in and out.
+        dtype: the weights are stored in; training keeps float32 copies of its own.
         seed: of the weights.
     """
 
@@ -42,6 +43,7 @@ class NewModel:
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
+    dtype: str = "bfloat16"
     seed: int = 0
 
 
@@ -106,6 +108,8 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel = NewModel())
             f"{shape.num_attention_heads} query and {shape.num_key_value_heads} KV heads: do not divide a hidden size "
             f"of {shape.hidden_size} evenly; choose divisors"
         )
+    if shape.dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype {shape.dtype!r}: is not known; choose float32, bfloat16 or float16")
     tokenizer = train_tokenizer(documents, shape.vocab_size)
     numbers = asdict(shape)
     theta, seed = numbers.pop("rope_theta"), numbers.pop("seed")
@@ -115,11 +119,10 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel = NewModel())
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
-        dtype="float32",
     )
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
         part = out.with_name(out.name + ".part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -49,6 +49,7 @@ def test_a_plain_checkpoint_comes_out(tmp_path: Path):
     out = new_model(tmp_path / "model", TEXT, TINY)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.num_key_value_heads == 4
+    assert model.dtype == torch.bfloat16
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(out)) == 320
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     again = new_model(tmp_path / "again", TEXT, TINY)
@@ -65,6 +66,11 @@ def test_an_impossible_shape_is_an_error(tmp_path: Path, changes: dict[str, int]
     with pytest.raises(UsageError, match="choose divisors"):
         new_model(tmp_path / "model", TEXT, replace(TINY, **changes))
     assert not (tmp_path / "model").exists()
+
+
+def test_an_unknown_dtype_is_an_error(tmp_path: Path):
+    with pytest.raises(UsageError, match="choose float32"):
+        new_model(tmp_path / "model", TEXT, NewModel(dtype="int7"))
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path):
