@@ -28,13 +28,11 @@ from rehead.convert.commands import JSON, QUIET, progress_bar
     "conventions",
     multiple=True,
     metavar="NAME",
-    help="disjoint, strided, or rolling as lm-evaluation-harness has it; repeat.  [default: disjoint, strided]",
+    help="disjoint, strided, or rolling as the harness has it; repeat.  [default: disjoint, strided]",
 )
 @click.option("--damage", is_flag=True, help="Each layer of MODEL alone in the baseline.")
 @click.option("--needle", metavar="LENGTHS", help="Retrieval at these context lengths, e.g. 512,2048.")
-@click.option(
-    "--tasks", metavar="NAMES", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa (extra: rehead[tasks])."
-)
+@click.option("--tasks", metavar="NAMES", help="lm-evaluation-harness tasks: arc_easy,piqa (extra: rehead[tasks]).")
 @click.option("--tasks-dir", metavar="DIR", help="Task files of your own, which need no network.")
 @click.option("--task-limit", metavar="N", help="Samples of each task.")
 @click.option("--shots", type=int, metavar="N", help="Examples before each question.  [default: the task's own]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rehead.errors import QualityError, UsageError, unknown_name
 
@@ -85,7 +85,8 @@ def judge(found: Evaluation, above: Mapping[str, float], below: Mapping[str, flo
     from rehead.recipes.evaluation.schema import Gate
 
     gates = []
-    for direction, limits in (("above", above), ("below", below)):
+    sides: list[tuple[Literal["above", "below"], Mapping[str, float]]] = [("above", above), ("below", below)]
+    for direction, limits in sides:
         for name, limit in limits.items():
             read, needs = GATES[name.lower()]
             values = read(found)

@@ -87,17 +87,14 @@ def computed_bytes_per_token(config: Any, itemsize: int) -> float | None:
     return float(2 * config.num_hidden_layers * kv * head_dim * itemsize)
 
 
-def cache_row(who: schema.Who, model: Any, measured: float | None) -> schema.KVCache:
-    """Both figures, side by side.
-
-    Args:
-        measured: bytes a token, as :func:`measure_cache` found them.
-    """
+def cache_row(who: schema.Who, model: Any) -> schema.KVCache:
+    """Both figures side by side, in the dtype that the model is loaded in."""
+    measured = measure_cache(model)
     dtype = next(model.parameters()).dtype
     return schema.KVCache(
         who=who,
         computed_bytes_per_token=computed_bytes_per_token(model.config, dtype.itemsize),
-        measured_bytes_per_token=measured,
+        measured_bytes_per_token=measured.bytes_per_token if measured else None,
         dtype=str(dtype).removeprefix("torch."),
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rehead.convert.source import Source, open_source, torch_dtype
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.kv_cache import measure_cache
@@ -23,6 +25,8 @@ class Loaded:
         who: its part in the comparison.
         name: as the user wrote it.
         model: a transformers causal language model in evaluation mode.
+        dtype: of the checkpoint's weights.
+        weight_bytes: of its tensors.
         tokenizer: None where the checkpoint has none.
         patch: keeps an applied patch alive.
     """
@@ -30,6 +34,8 @@ class Loaded:
     who: schema.Who
     name: str
     model: Any
+    dtype: torch.dtype
+    weight_bytes: int
     tokenizer: Any = None
     patch: Any = field(default=None, repr=False)
 
@@ -37,17 +43,19 @@ class Loaded:
         """What the document says of it."""
         parameters = list(self.model.parameters())
         cache = measure_cache(self.model)
+        scale = self.dtype.itemsize / next(self.model.parameters()).element_size()
         manifest = _manifest(self.name)
         heads = getattr(self.model.config.get_text_config(decoder=True), "num_attention_heads", None)
         return schema.ModelFacts(
             name=self.name,
             model_type=self.model.config.model_type,
+            dtype=str(self.dtype).removeprefix("torch."),
             parameters=sum(parameter.numel() for parameter in parameters),
-            weight_bytes=sum(parameter.nbytes for parameter in parameters),
+            weight_bytes=self.weight_bytes,
             num_attention_heads=heads if isinstance(heads, int) else None,
             num_key_value_heads=cache.heads if cache else [],
             head_dim=cache.head_dim if cache else None,
-            kv_bytes_per_token=cache.bytes_per_token if cache else None,
+            kv_bytes_per_token=scale * cache.bytes_per_token if cache else None,
             conversion=_conversion(manifest),
             uptraining=manifest.get("uptraining") if isinstance(manifest.get("uptraining"), dict) else None,
         )
@@ -72,7 +80,6 @@ def load_model(
     """
     from rehead.convert.meta import quiet_transformers
     from rehead.convert.model import causal_lm_class, resolve_config
-    from rehead.convert.source import open_source
 
     place, _, revision = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
     source = open_source(place, revision or None)
@@ -80,11 +87,10 @@ def load_model(
     wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device.type == "cpu":
         wanted = torch.float32
-    extra = {} if attention in (None, TILED) else {"attn_implementation": attention}
+    extra: dict[str, Any] = {} if attention in (None, TILED) else {"attn_implementation": attention}
     with quiet_transformers():
         try:
-            model: Any
-            model, report = causal_lm_class(config).from_pretrained(
+            found: Any = causal_lm_class(config).from_pretrained(
                 place,
                 revision=source.revision or "main",
                 dtype=wanted,
@@ -92,7 +98,7 @@ def load_model(
                 output_loading_info=True,
                 **extra,
             )
-            model = model.to(device).eval()
+            model, report = found[0].to(device).eval(), found[1]
         except torch.OutOfMemoryError:
             raise UnsupportedError(
                 f"{name}: does not fit on {device}; use --dtype bfloat16 or another device"
@@ -105,13 +111,22 @@ def load_model(
     if report["missing_keys"] or report.get("mismatched_keys"):
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))[0]
         raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")
-    loaded = Loaded(who, name, model, load_tokenizer(source))
+    size = sum(info.nbytes for info in source.tensors.values())
+    loaded = Loaded(who, name, model, _dtype_of(source), size, load_tokenizer(source))
     if attention == TILED:
         from rehead.patches import patch_model
 
         loaded.patch = patch_model(model, TILED)
         loaded.patch.apply()
     return loaded
+
+
+def _dtype_of(source: Source) -> torch.dtype:
+    """The dtype of most of a checkpoint's weights."""
+    sizes: Counter[str] = Counter()
+    for info in source.tensors.values():
+        sizes[info.dtype] += info.nbytes
+    return torch_dtype(sizes.most_common(1)[0][0])
 
 
 def load_tokenizer(source: Any) -> Any:

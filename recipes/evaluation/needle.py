@@ -1,9 +1,12 @@
 """Retrieval by length and depth: can the model still look up what stood far behind?
 
 Base models cannot be asked questions, so the test is the form that they all learn: a key and a value, words drawn at
-random, stand somewhere in running text; at its end the key is repeated, and the value has to follow::
+random, stand on a line of their own somewhere in running text; at its end the key is repeated, and the value follows::
 
-    ... text ... lantern Quebec marble violin harbour seven ... text ... lantern Quebec marble -> violin harbour seven
+    ... running text
+     lantern Quebec marble violin harbour seven
+    running text ...
+     lantern Quebec marble violin -> harbour seven
 
 It takes the induction heads that copying, quoting and retrieval are made of (Olsson et al. 2022, arXiv 2209.11895), and
 those are what sharing KV heads may cost. A trial is a hit when greedy decoding gives the whole value. That is read off
@@ -25,7 +28,7 @@ from rehead.errors import UsageError
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import batch_size, evaluating, next_logits
 
-KEY, VALUE = 3, 3
+KEY, VALUE = 4, 2
 
 
 def needle_cells(
@@ -100,8 +103,8 @@ def prompt(tokens: Tensor, words: Tensor, tokenizer: Any, length: int, depth: fl
         seed: of what is drawn.
     """
     draw = np.random.default_rng(list(seed))
-    first = _beginning(tokenizer)
-    room = length - 2 * KEY - VALUE - len(first)
+    first, line = _beginning(tokenizer), _line_end(tokenizer)
+    room = length - 2 * KEY - VALUE - len(first) - 3 * len(line)
     start = int(draw.integers(0, len(tokens) - room + 1))
     passage = tokens[start : start + room]
     fresh = words[~torch.isin(words, passage)]
@@ -109,7 +112,7 @@ def prompt(tokens: Tensor, words: Tensor, tokenizer: Any, length: int, depth: fl
     drawn = pool[torch.from_numpy(draw.choice(len(pool), KEY + VALUE, replace=False))]
     key, value = drawn[:KEY], drawn[KEY:]
     at = round(depth * room)
-    return torch.cat([first, passage[:at], key, value, passage[at:], key, value])
+    return torch.cat([first, passage[:at], line, key, value, line, passage[at:], line, key, value])
 
 
 def count_hits(model: Any, rows: Tensor) -> int:
@@ -158,6 +161,12 @@ def position_limit(model: Any) -> int | None:
 def _begins_word(piece: str | None) -> bool:
     """Whether a token begins a word, by the marks that byte-pair and sentencepiece tokenizers put there."""
     return piece is not None and piece[:1] in ("Ġ", "▁", " ")
+
+
+def _line_end(tokenizer: Any) -> Tensor:
+    """The tokens of a line's end, int64 [0 or more]."""
+    ids = tokenizer("\n", add_special_tokens=False).input_ids if tokenizer is not None else []
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _beginning(tokenizer: Any) -> Tensor:

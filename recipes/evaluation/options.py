@@ -11,6 +11,8 @@ from rehead.errors import UsageError, unknown_name
 from rehead.recipes.evaluation.gates import check_gates
 
 CONVENTIONS = ("disjoint", "strided", "rolling")
+#: A needle, its line ends and its repeated key take about half of this.
+MIN_NEEDLE = 32
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _FACTORS = {"": 1, "k": 1000, "m": 1_000_000}
@@ -109,8 +111,8 @@ class EvaluateOptions(BaseModel):
             raise UsageError(f"--stride {self.stride}: is more than the window of {self.window}, and would skip tokens")
         if self.tokens < self.window:
             raise UsageError(f"--tokens {self.tokens}: is less than one window of {self.window}; give more")
-        if self.needle and min(self.needle) < 16:
-            raise UsageError(f"--needle {min(self.needle)}: must be 16 or more tokens")
+        if self.needle and min(self.needle) < MIN_NEEDLE:
+            raise UsageError(f"--needle {min(self.needle)}: must be {MIN_NEEDLE} or more tokens")
         check_gates(self.fail_above, self.fail_below)
         return self
 

@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT = 1
-
 Who = Literal["model", "baseline", "control"]
 Convention = Literal["disjoint", "strided", "rolling"]
 
@@ -30,17 +28,19 @@ class ModelFacts(Section):
         name: the folder or Hub id as the user wrote it.
         model_type: as in its config.
         parameters: weights, tied ones counted once.
-        weight_bytes: of the parameters in the evaluation's dtype.
+        dtype: of the checkpoint's weights, which the sizes below are given for, whatever it was evaluated in.
+        weight_bytes: of the checkpoint's tensors.
         num_attention_heads: query heads; None where the config has no one number.
         num_key_value_heads: by attention layer, as the cache really holds them.
         head_dim: width of a key head in the first attention layer; None without attention.
-        kv_bytes_per_token: cache bytes that each further token takes, in the evaluation's dtype.
+        kv_bytes_per_token: cache bytes that each further token takes, measured.
         conversion: what ``rehead.json`` says the conversion did (method, KV heads, refit, ...); None without one.
         uptraining: what it says of the uptraining; None without one.
     """
 
     name: str
     model_type: str
+    dtype: str = "float32"
     parameters: int
     weight_bytes: int
     num_attention_heads: int | None = None
@@ -251,7 +251,7 @@ class Gate(Section):
 class Evaluation(Section):
     """Everything that was found; see the module's text."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     model: ModelFacts
     baseline: ModelFacts | None = None
     control: ModelFacts | None = None

@@ -86,13 +86,14 @@ def next_logits(model: Any, inputs: Tensor, counted: int) -> Tensor:
         [b, counted, V].
     """
     # The head is spared the positions that only serve as context, by the classes that know how.
-    keep = {"logits_to_keep": counted} if counted < inputs.shape[1] and keeps_logits(type(model)) else {}
+    keep = {"logits_to_keep": counted} if counted < inputs.shape[1] and keeps_logits(model) else {}
     logits = model(input_ids=inputs.to(next(model.parameters()).device), use_cache=False, **keep).logits
     return logits[:, -counted:]
 
 
-def keeps_logits(kind: type) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+def keeps_logits(model: Any) -> bool:
+    """Whether a model can be asked for the logits of its last positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

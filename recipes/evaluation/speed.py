@@ -85,7 +85,7 @@ def _measure(models: Mapping[schema.Who, Any], batch: int, context: int, repeats
     rows = []
     for who in models:
         first, then = statistics.median(prefills[who]), statistics.median(steps[who])
-        size = {"who": who, "batch": batch, "context": context, "peak_memory_bytes": peaks[who]}
+        size: dict[str, Any] = {"who": who, "batch": batch, "context": context, "peak_memory_bytes": peaks[who]}
         rows += [
             schema.Speed(phase="prefill", tokens_per_second=batch * context / first, seconds=first,
                          repeats=len(prefills[who]), **size),
@@ -98,7 +98,7 @@ def _measure(models: Mapping[schema.Who, Any], batch: int, context: int, repeats
 def _once(model: Any, tokens: Tensor) -> tuple[float, list[float], int | None]:
     """(seconds of one prefill, seconds of each decoding step after it, bytes taken beyond what was allocated)."""
     device = next(model.parameters()).device
-    keep = {"logits_to_keep": 1} if keeps_logits(type(model)) else {}
+    keep = {"logits_to_keep": 1} if keeps_logits(model) else {}
     tokens = tokens.to(device)
     on_gpu = device.type == "cuda"
     if on_gpu:

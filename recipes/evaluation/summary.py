@@ -5,6 +5,7 @@ Words, cells and headings are the report's, so that the two never disagree.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def show(found: Evaluation, report: str | None = None, console: Console | None =
         report: path of the report, to be named last.
         console: where to; standard output by default.
     """
-    console = console or Console(highlight=False)
+    # What goes to a file or a pipe is read later, at any width.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     entry = Entry(Path(found.model.name).name or found.model.name, found)
     for line in verdict([summarise(entry)]).lines():
         console.print(escape(line), soft_wrap=True)
@@ -55,6 +57,7 @@ def show(found: Evaluation, report: str | None = None, console: Console | None =
 
 def _models(found: Evaluation) -> Table:
     table = _table(["", "name", "parameters", "KV heads", "KV bytes a token"], left=2)
+    table.title = "Models"
     facts = found.facts()
     for who in _ORDER:
         if who in facts:
@@ -69,13 +72,14 @@ def _quality(found: Evaluation) -> Table:
     conventions = list(dict.fromkeys(row.convention for row in found.perplexity))
     head = ["text", "of"]
     for name in conventions:
-        head += [f"perplexity, {name}", "× baseline"] if found.baseline else [f"perplexity, {name}"]
-    head += ["KL", "99%", "top-1"] if found.divergence else []
+        head += [name, "×"] if found.baseline else [name]
+    head += ["KL", "KL 99%", "top-1"] if found.divergence else []
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in found.perplexity:
         cells.setdefault((row.data, row.who), {})[row.convention] = row
-    distances = {(row.data, row.who): row for row in found.divergence}
+    distances: dict[tuple[str, str], Any] = {(row.data, row.who): row for row in found.divergence}
     table = _table(head, left=2)
+    table.title = "Perplexity by convention" + (", × the baseline's; KL in nats a token" if found.divergence else "")
     for data in dict.fromkeys(row.data for row in found.perplexity):
         for who in _ORDER:
             if (data, who) not in cells:
@@ -83,8 +87,7 @@ def _quality(found: Evaluation) -> Table:
             line = [escape(Path(data).name), who]
             for name in conventions:
                 one = cells[data, who].get(name)
-                bounds = f" [{figure(one.low)}, {figure(one.high)}]" if one and one.low is not None else ""
-                line.append(escape(f"{figure(one.value)}{bounds}") if one else "–")
+                line.append(figure(one.value if one else None))
                 if found.baseline:
                     line.append(times(one.ratio.value if one and one.ratio else None))
             if found.divergence:

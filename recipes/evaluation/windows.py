@@ -46,6 +46,7 @@ def strided(total: int, window: int, stride: int) -> list[Window]:
     found, reached = [], 1  # the first token has nothing to be predicted from
     for start in range(0, total, stride):
         end = min(start + window, total)
+        reached = max(reached, start + 1)  # where windows do not overlap, each has a first token
         if end > reached:
             found.append(Window(start, end, end - reached))
             reached = end

@@ -1,0 +1,82 @@
+"""KV bytes a token computed and measured; speed's bookkeeping (its figures are the machine's)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rehead.patches.tiny import tiny_model
+from rehead.recipes.evaluation import speed
+from rehead.recipes.evaluation.kv_cache import computed_bytes_per_token, measure_cache
+
+DENSE = ["llama", "gpt2", "falcon", "gpt_bigcode", "qwen3", "gemma2", "phi3", "opt", "mistral", "gpt_neox", "glm4"]
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_the_config_promises_what_is_kept(kind):
+    model = tiny_model(kind)
+    found = measure_cache(model)
+    computed = computed_bytes_per_token(model.config, 4)
+    assert found.bytes_per_token == computed > 0
+    assert computed_bytes_per_token(model.config, 2) == computed / 2
+
+
+def test_states_of_fixed_size_are_no_bytes_a_token():
+    hybrid = measure_cache(tiny_model("jamba"))
+    assert hybrid.bytes_per_token > 0
+    assert len(hybrid.heads) < tiny_model("jamba").config.num_hidden_layers
+    assert measure_cache(tiny_model("mamba")) is None or measure_cache(tiny_model("mamba")).bytes_per_token == 0
+
+
+def test_a_conversion_keeps_a_quarter(load, original, converted):
+    before, after = measure_cache(load(original)), measure_cache(load(converted))
+    assert before.heads == [4, 4, 4]
+    assert after.heads == [1, 1, 1]
+    assert before.bytes_per_token == 3 * 2 * 4 * 8 * 4
+    assert after.bytes_per_token == before.bytes_per_token / 4
+    assert before.head_dim == after.head_dim == 8
+
+
+def test_speed_takes_turns_and_counts_tokens(load, original, converted, monkeypatch):
+    order = []
+    clock = iter(range(10**6))
+    monkeypatch.setattr(speed, "_now", lambda device: float(next(clock)))
+    models = {"model": load(converted), "baseline": load(original)}
+    for who, model in models.items():
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs, who=who: order.append((who, tuple(kwargs["input_ids"].shape))),
+            with_kwargs=True,
+        )
+    rows, notes = speed.speed_rows(models, {}, [1, 2], [16], repeats=3)
+    assert not notes
+    assert {(row.who, row.phase, row.batch, row.context) for row in rows} == {
+        (who, phase, batch, 16) for who in models for phase in ("prefill", "decode") for batch in (1, 2)
+    }
+    for row in rows:  # a clock that ticks once for each look at it: every pass takes one second
+        assert row.seconds == 1
+        assert row.tokens_per_second == (row.batch * 16 if row.phase == "prefill" else row.batch)
+        assert row.repeats == (3 if row.phase == "prefill" else 3 * speed.STEPS)
+    prefills = [who for who, shape in order if shape == (2, 16)]
+    assert prefills == ["model", "baseline"] * 4  # one round to warm up
+    assert order.count(("model", (2, 1))) == 4 * (speed.STEPS + 1)
+
+
+def test_sizes_that_do_not_fit_are_noted(load, original, monkeypatch):
+    models = {"model": load(original)}
+    rows, notes = speed.speed_rows(models, {}, [1], [16, 510], repeats=1)
+    assert {row.context for row in rows} == {16}
+    assert notes == ["speed at batch 1, context 510 left out: the model has positions for 512"]
+    monkeypatch.setattr(speed, "_available_memory", lambda: 1e6)
+    rows, notes = speed.speed_rows(models, {"model": 768.0}, [1, 64], [16], repeats=1)
+    assert {row.batch for row in rows} == {1}
+    assert "cache would need" in notes[0]
+
+
+def test_running_out_of_memory_is_noted(load, original, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(speed, "_once", refuse)
+    rows, notes = speed.speed_rows({"model": load(original)}, {}, [1], [16])
+    assert rows == []
+    assert notes == ["speed at batch 1, context 16 left out: out of memory"]

@@ -1,0 +1,205 @@
+"""`rehead evaluate` from names to verdict, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rehead.cli import main
+from rehead.recipes import evaluate
+from rehead.recipes.evaluation.output import read
+from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.scratch import NewModel, new_model
+
+SMALL = ("--window", 64, "--tokens", 1024)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the CLI in this process: (exit code, standard output, standard error)."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def found(original, converted, control, text) -> Evaluation:
+    """Everything that can be measured offline, once."""
+    return evaluate(
+        str(converted), baseline=str(original), control=str(control), data=[str(text)], window=64, tokens=1024,
+        conventions=("disjoint", "strided", "rolling"), damage=True, damage_tokens=256, needle=(48, 96),
+        needle_depths=(0.0, 1.0), needle_trials=2, speed=True, speed_batch=(1,), speed_context=(32,), speed_repeats=1,
+        fail_above={"KL": 100.0}, fail_below={"top1-agreement": 1.0}, resamples=200,
+    )  # fmt: skip
+
+
+def test_every_section_is_there_for_everybody(found):
+    whos = {"model", "baseline", "control"}
+    assert {(row.who, row.convention) for row in found.perplexity} == {
+        (who, convention) for who in whos for convention in ("disjoint", "strided", "rolling")
+    }
+    assert {row.who for row in found.divergence} == {"model", "control"}
+    assert {row.who for row in found.needle} == {row.who for row in found.speed} == whos
+    assert [row.layer for row in found.damage] == [0, 1, 2]
+    assert found.model.num_key_value_heads == [1, 1, 1]
+    assert found.baseline.num_key_value_heads == [4, 4, 4]
+    assert found.model.kv_bytes_per_token * 4 == found.baseline.kv_bytes_per_token
+    assert found.model.conversion["options"]["method"] == "mean"
+    assert found.baseline.conversion is None
+    for row in found.kv_cache:
+        assert row.computed_bytes_per_token == row.measured_bytes_per_token
+    assert [(gate.name, gate.passed) for gate in found.gates] == [("kl", True), ("top1-agreement", False)]
+    assert found.conditions.data[0].tokens == 1024
+    assert Evaluation.model_validate_json(found.model_dump_json()) == found
+
+
+def test_conversion_costs_more_than_control(found):
+    kl = {row.who: row.mean for row in found.divergence}
+    assert 0 < kl["control"] < kl["model"]
+    values = {(row.who, row.convention): row for row in found.perplexity}
+    for convention in ("disjoint", "strided", "rolling"):
+        model, base = values["model", convention], values["baseline", convention]
+        assert model.ratio.value == pytest.approx(model.value / base.value, rel=1e-9)
+        assert model.low < model.value < model.high
+        assert model.ratio.low < model.ratio.value < model.ratio.high
+        assert base.ratio is None
+        assert model.bits_per_byte > 0
+
+
+def test_the_report_is_written_before_a_gate_fails(run, original, converted, text, tmp_path):
+    out = tmp_path / "report"
+    code, stdout, err = run(
+        "evaluate", converted, "--baseline", original, "--data", text, *SMALL, "--out", out, "--fail-above", "KL=1e-6"
+    )
+    assert code == 5
+    assert err.startswith("error: quality gate: kl ")
+    assert "is above 1e-06" in err
+    assert len(err.strip().splitlines()) == 1
+    assert read(out).gates[0].passed is False
+    assert {"evaluation.json", "report.html", "report.md", "report.json"} <= {path.name for path in out.iterdir()}
+    for words in ("KV heads", "disjoint", "strided", "top-1", "FAILED", "float32"):
+        assert words in stdout
+    again = run("evaluate", converted, "--baseline", original, "--data", text, *SMALL, "--out", out, "--quiet")
+    assert again == (0, "", "")
+    assert read(out).gates == []
+
+
+def test_json_has_the_same_facts(run, original, converted, text):
+    code, out, _ = run("evaluate", converted, "--baseline", original, "--data", text, *SMALL, "--json")
+    assert code == 0
+    facts = Evaluation.model_validate_json(out)
+    again = evaluate(str(converted), baseline=str(original), data=[str(text)], window=64, tokens=1024)
+    assert facts.divergence == again.divergence
+    assert facts.perplexity == again.perplexity
+
+
+def test_a_model_alone(run, original, text):
+    code, out, _ = run("evaluate", original, "--data", text, *SMALL, "--fail-above", "perplexity=1e9", "--json")
+    facts = Evaluation.model_validate_json(out)
+    assert code == 0
+    assert not facts.divergence
+    assert facts.perplexity[0].ratio is None
+    code, out, _ = run("evaluate", original, "--json")  # cache size needs no text
+    assert json.loads(out)["kv_cache"][0]["measured_bytes_per_token"] == 768
+    assert run("evaluate", original, "--data", text, *SMALL)[0] == 0
+
+
+def test_a_model_is_at_no_distance_from_itself(run, original, text):
+    code, out, _ = run(
+        "evaluate", original, "--baseline", original, "--control", original, "--data", text, *SMALL, "--damage",
+        "--fail-above", "kl-max=0", "--fail-below", "top1-agreement=1", "--json",
+    )  # fmt: skip
+    facts = Evaluation.model_validate_json(out)
+    assert code == 0
+    assert [row.max for row in facts.divergence] == [0, 0]
+    assert all(row.ratio.value == 1 for row in facts.perplexity if row.ratio)
+    assert facts.notes == ["damage left out: no layer differs from the baseline's"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "tiled"])
+def test_attention_by_name(run, original, converted, text, attention):
+    code, out, _ = run(
+        "evaluate", converted, "--baseline", original, "--data", text, *SMALL, "--attention", attention, "--json"
+    )
+    facts = Evaluation.model_validate_json(out)
+    assert code == 0
+    assert facts.conditions.attention == attention
+    plain = evaluate(str(converted), baseline=str(original), data=[str(text)], window=64, tokens=1024)
+    assert facts.divergence[0].mean == pytest.approx(plain.divergence[0].mean, rel=1e-4)
+
+
+BAD = [
+    (["nowhere/at/all"], 2, "no such folder"),
+    (["MODEL", "--baseline", "OTHER", "--data", "TEXT"], 2, "vocabulary of 320, "),
+    (["MODEL", "--baseline", "RENAMED", "--data", "TEXT"], 2, "tokenizer's vocabulary is not"),
+    (["MODEL", "--data", "nowhere.txt"], 2, "no such file"),
+    (["MODEL", "--data", "EMPTY"], 2, "is empty"),
+    (["MODEL", "--data", "SHORT"], 2, "less than one window of 512"),
+    (["MODEL", "--data", "BINARY"], 2, "is not"),
+    (["MODEL", "--data", "TEXT", "--damage"], 2, "give --baseline"),
+    (["MODEL", "--baseline", "MODEL", "--damage"], 2, "give --data"),
+    (["MODEL", "--needle", "64"], 2, "give --data"),
+    (["MODEL", "--data", "TEXT", "--needle", "64,x"], 2, "--needle"),
+    (["MODEL", "--data", "TEXT", "--needle", "8"], 2, "32 or more"),
+    (["MODEL", "--data", "TEXT", "--fail-above", "KL=0.5"], 2, "needs --baseline"),
+    (["MODEL", "--data", "TEXT", "--fail-above", "KL"], 2, "NAME=LIMIT"),
+    (["MODEL", "--data", "TEXT", "--fail-above", "KL=nan"], 2, "NAME=LIMIT"),
+    (["MODEL", "--data", "TEXT", "--fail-above", "perplexty=2"], 2, "did you mean 'perplexity'"),
+    (["MODEL", "--data", "TEXT", "--convention", "stride"], 2, "did you mean 'strided'"),
+    (["MODEL", "--data", "TEXT", "--window", "1"], 2, "2 or more"),
+    (["MODEL", "--data", "TEXT", "--tokens", "lots"], 2, "--tokens"),
+    (["MODEL", "--data", "TEXT", "--stride", "1024"], 2, "would skip tokens"),
+    (["MODEL", "--data", "TEXT", "--device", "warp"], 2, "warp"),
+    (["MODEL", "--data", "TEXT", "--dtype", "bf16"], 2, "bfloat16"),
+    (["MODEL", "--data", "TEXT", "--attention", "flush"], 2, "--attention flush"),
+    (["MODEL", "--data", "TEXT", "--out", "MODEL"], 2, "is a checkpoint"),
+    (["MODEL", "--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
+    (["BROKEN", "--data", "TEXT"], 3, "gives no finite probability"),
+    (["HALF", "--data", "TEXT"], 3, "is missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def harmed(tmp_path_factory, original, text):
+    """What BAD speaks of, by name."""
+    place = tmp_path_factory.mktemp("harmed")
+    (place / "EMPTY").write_text(" \n")
+    (place / "SHORT").write_text("The year 1790 brought peace.")
+    (place / "BINARY").write_bytes(bytes(range(256)) * 40)
+    shape = NewModel(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    new_model(place / "OTHER", text.read_text().splitlines(), shape)
+    for name in ("RENAMED", "BROKEN", "HALF"):
+        shutil.copytree(original, place / name)
+    tokenizer = json.loads((place / "RENAMED" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    (place / "RENAMED" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    weights = load_file(place / "BROKEN" / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, place / "BROKEN" / "model.safetensors", {"format": "pt"})
+    weights.pop("model.norm.weight")
+    save_file(weights, place / "HALF" / "model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize(("words", "code", "says"), BAD, ids=[" ".join(words) for words, _, _ in BAD])
+def test_mistakes_are_one_line(run, harmed, original, text, words, code, says):
+    names = {"MODEL": original, "TEXT": text} | {path.name: path for path in harmed.iterdir()}
+    found, _, err = run("evaluate", *(names.get(word, word) for word in words))
+    assert found == code, err
+    assert says in err, err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
