@@ -2,9 +2,9 @@
 
 A student and a teacher of SmolLM2-135M's shape with random weights, written to a folder and trained for a few steps on
 a random text. Rehead's rows are its own log of `rehead.recipes.uptrain`: the real command, reading, packing, logging
-and all, with the layers compiled. The Trainer runs in bf16 with its defaults and a `compute_loss` that takes the KL from
-both models' whole logits, as one writes it first: over float32 weights (Rehead keeps float32 masters too) and over the
-checkpoint's own bf16, whose small updates are lost to rounding. Micro-batches of several sizes are tried, and the
+and all, with the layers compiled. The Trainer runs in bf16 with its defaults and a `compute_loss` that takes the KL
+from both models' whole logits, as one writes it first: over float32 weights (Rehead keeps float32 masters too) and over
+the checkpoint's own bf16, whose small updates are lost to rounding. Micro-batches of several sizes are tried, and the
 fastest Trainer of all is what the ratios are taken over. Every step is an optimiser step of the same number of tokens;
 the first ones, where kernels are compiled, do not count.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -54,7 +53,7 @@ class Setting:
 
     rows: int = 64
     length: int = 512
-    steps: int = 12
+    steps: int = 24
     warmup: int = 4
     hidden_size: int = 576
     intermediate_size: int = 1536
@@ -79,7 +78,7 @@ class Row:
         who: ``rehead`` or ``Trainer``.
         weights: dtype of what the optimiser moves.
         rows: in a micro-batch; 0 where Rehead chose.
-        tokens_per_second: median over the measured steps.
+        tokens_per_second: over the measured steps, all that lies between them included.
         peak_bytes: most memory allocated; resident memory of the process on a CPU.
         speedup: over the fastest Trainer with this loss.
         memory: peak over that Trainer's.
@@ -147,8 +146,9 @@ def measure_rehead(folder: Path, data: str, loss: str, setting: Setting) -> Row:
         on_event=events.append,
     )
     steps = [event for event in events if event["event"] == "step"]
-    measured = [float(step["tokens_per_second"]) for step in steps[setting.warmup :]]
-    return Row(loss, "rehead", "float32", 0, statistics.median(measured), int(steps[-1]["peak_memory_bytes"]))
+    first, last = steps[setting.warmup - 1], steps[-1]
+    speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+    return Row(loss, "rehead", "float32", 0, speed, int(last["peak_memory_bytes"]))
 
 
 class _Distilling(Trainer):
@@ -207,8 +207,8 @@ def measure_trainer(folder: Path, loss: str, weights: str, rows: int, setting: S
         teacher = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16)
         trainer.teacher = teacher.to(arguments.device).eval()
     trainer.train()
-    spans = [after - before for before, after in zip(clock.ends[setting.warmup - 1 :], clock.ends[setting.warmup :])]
-    return Row(loss, "Trainer", weights, rows, setting.rows * setting.length / statistics.median(spans), _peak())
+    seconds = clock.ends[-1] - clock.ends[setting.warmup - 1]
+    return Row(loss, "Trainer", weights, rows, setting.steps * setting.rows * setting.length / seconds, _peak())
 
 
 def _wait() -> None:

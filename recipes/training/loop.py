@@ -105,7 +105,7 @@ class Loop:
                     self._settle()
                 done = step + 1
                 # First, so that a run which goes on from the checkpoint finds the evaluation done.
-                if self._due(done, self._evaluation_interval()):
+                if self.held_out and self._due(done, self._evaluation_interval()):
                     self._settle_all()
                     self._evaluate(done)
                 if self._due(done, self.options.checkpoint_every) and done < self.options.steps:
@@ -136,7 +136,8 @@ class Loop:
         if not run.sharded:
             run.sum_gradients(self.weights.gradients())
         values = torch.stack([sums["loss"], *(sums[name] for name in names)]).float() / max(counted, 1)
-        values = run.sum(torch.cat([values, values.new_tensor([float(stop != 0)])]))
+        # Filled on the device: a tensor made of a Python number would be copied there, for which the host waits.
+        values = run.sum(torch.cat([values, values.new_full((1,), float(stop != 0))]))
         factor = rate_factor(step, options)
         norm = self.optimizer.step(factor, values[0])
         values = torch.cat([norm.to(values)[None], values])

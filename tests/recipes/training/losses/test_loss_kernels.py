@@ -1,0 +1,116 @@
+"""The fused kernel against float64: on a GPU, and elsewhere in Triton's interpreter (test_loss_interpreter.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from rehead.patches.kernels import unavailable
+from rehead.recipes.training.losses import fused, parse_objective
+from rehead.recipes.training.losses.chunked import head_loss
+from rehead.recipes.training.losses.head import Shape
+
+
+def _load(name: str):
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"losses_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = _load("reference")
+LOSSES, apart, head_side, plain_loss, whole = (
+    reference.LOSSES,
+    reference.apart,
+    reference.head_side,
+    reference.plain_loss,
+    reference.whole,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+pytestmark = [
+    pytest.mark.skipif(unavailable(torch.device(DEVICE)) is not None, reason="needs a GPU, or the interpreter"),
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
+LIMIT = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(97, 1.0), (4096, 0.5), (4097, 2.0), (9000, 1.0)])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shaped", [False, True])
+def test_kernel(loss, vocabulary, temperature, dtype, shaped) -> None:
+    tokens = 5
+    generator = torch.Generator().manual_seed(vocabulary)
+    raw = (4 * torch.randn(tokens, vocabulary, generator=generator)).to(DEVICE, dtype)
+    other = raw + torch.randn(tokens, vocabulary, generator=generator).to(DEVICE, dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator).to(DEVICE)
+    labels[0], labels[1] = 0, vocabulary - 1
+    bias = [torch.randn(vocabulary, generator=generator).to(DEVICE, dtype) if shaped else None for _ in range(2)]
+    shapes = [Shape(vocabulary, 0.7, 5.0), Shape(vocabulary, 1.3, 8.0)] if shaped else [Shape(vocabulary)] * 2
+    objective = parse_objective(loss, temperature=temperature, mix=0.3)
+    needed = objective.needs_teacher
+
+    leaf = raw.double().requires_grad_()
+    logits = [
+        shape.apply(z if b is None else z + b.double()) for z, b, shape in zip((leaf, other.double()), bias, shapes)
+    ]
+    want = plain_loss(loss, logits[0], logits[1], labels, temperature, 0.3)
+    gradient = torch.autograd.grad(want, leaf)[0]
+    arguments = (labels, objective, (shapes[0], shapes[1] if needed else None), (bias[0], bias[1] if needed else None))
+    before = raw.clone()
+    rows = fused.token_losses(raw, other if needed else None, *arguments, False)
+    assert torch.equal(raw, before), "without a gradient the logits stay as they are"
+    again = fused.token_losses(raw, other if needed else None, *arguments, True)
+    assert torch.equal(rows, again)
+    assert apart(rows[0].sum(), want) < 1e-4
+    assert apart(raw, gradient) < LIMIT[dtype]
+    assert apart(rows[2].sum(), torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum")) < 1e-4
+    if needed:
+        assert apart(rows[1].sum(), plain_loss("kd", *logits, labels, 1.0, 0.5)) < 1e-4
+        assert torch.equal(rows[3] > 0.5, logits[0].argmax(-1) == logits[1].argmax(-1))
+
+
+def test_extreme_logits() -> None:
+    """Logits beyond what exp can hold: softmax statistics stay finite, and so does everything made of them."""
+    raw = torch.tensor([[3e4, -3e4, 0.0, 1.0] * 8, [-3e4] * 31 + [3e4]], device=DEVICE)
+    other = raw.flip(1).contiguous() * 0.5
+    labels = torch.tensor([1, 0], device=DEVICE)
+    rows = fused.token_losses(
+        raw, other, labels, parse_objective("kd+ce+reverse+js"), (Shape(32), Shape(32)), (None, None), True
+    )
+    assert torch.isfinite(rows).all()
+    assert torch.isfinite(raw).all()
+
+
+@pytest.mark.parametrize("weights", [None, torch.float32])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_head_loss_through_the_kernel(padding, weights) -> None:
+    dtype = torch.bfloat16
+    student = head_side(70, 32, 300, seed=0, dtype=dtype, device=DEVICE, padding=padding, weights=weights, size=4.0)
+    teacher = head_side(70, 40, 300, seed=1, dtype=dtype, device=DEVICE, size=4.0)
+    teacher.hidden.requires_grad_(False)
+    labels = torch.randint(0, 300, (70,), device=DEVICE)
+    objective = parse_objective("kd+0.1*ce")
+    assert fused.unavailable(objective, student.hidden.device, dtype) is None
+    _, leaves = whole(student)
+    leaves = [leaf.detach().to(dtype).double().requires_grad_() for leaf in leaves]
+    want = plain_loss("kd+0.1*ce", leaves[0] @ leaves[1].T, whole(teacher)[0], labels.cpu(), 1.0, 0.5)
+    gradients = torch.autograd.grad(want, leaves)
+    got, _ = head_loss(student, teacher, labels, objective, 32)
+    got.backward()
+    assert apart(got, want) < 1e-2
+    assert apart(student.hidden.grad, gradients[0]) < 2e-2
+    assert apart(student.head.module.weight.grad[:300], gradients[1]) < 2e-2
+
+
+def test_what_has_no_kernel_says_so() -> None:
+    device = torch.device(DEVICE)
+    assert "float64" in fused.unavailable(parse_objective("kd"), device, torch.float64)
+    assert fused.unavailable(parse_objective("kd+mse"), device, torch.bfloat16) is None
