@@ -168,6 +168,24 @@ def set_attention(model: Any, attention: str, name: str) -> str:
     return attention
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let a model recompute activations in the backward pass.
+
+    Raises:
+        UnsupportedError: its class cannot.
+    """
+    try:
+        # The later name is that of newer versions of transformers, which warn of the earlier.
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError:
+        raise UnsupportedError(
+            f"--gradient-checkpointing: {type(model).__name__} cannot do it; give a smaller --micro-batch instead"
+        ) from None
+
+
 def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
     """Hold tensors once that student and teacher have in common and that do not train.
 

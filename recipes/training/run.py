@@ -27,6 +27,7 @@ from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_tracker
 from rehead.recipes.training.loop import Loop, Progress, peak_memory
 from rehead.recipes.training.models import (
     Opened,
+    checkpoint_activations,
     load,
     open_checkpoint,
     same_tokens,
@@ -310,7 +311,7 @@ class _Run:
         options, run = self.options, self.run
         module = StudentWithLoss(model, mentor, options.objective())
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         if options.compile:
             for one in (model, mentor):
                 for layer in decoder_layers(one) if one is not None else ():
