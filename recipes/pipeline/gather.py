@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from rehead.errors import UsageError, VerificationError
 from rehead.recipes.evaluation.schema import Evaluation
-from rehead.recipes.pipeline import names
 from rehead.recipes.pipeline.graph import CellPlan
 from rehead.recipes.pipeline.stages import EVALUATION
 from rehead.recipes.report import Entry, ReportPaths, write_report
@@ -39,7 +37,7 @@ def gather(plans: Sequence[CellPlan], out: Path, folder: Path) -> ReportPaths:
         many = len(found) > 1
         for path, stage, label in found:
             title = f"{label}, {stage}" if stage and (many or stage == "uptrained") else label
-            entries.append(Entry(title, read_evaluation(path, out), plan.cell.series or _how(plan), stage))
+            entries.append(Entry(title, read_evaluation(path), plan.cell.series or _how(plan), stage))
         trainings += [(plan.cell.label or label, out / name) for label, name in plan.trainings if (out / name).is_dir()]
     if not entries:
         raise UsageError(f"{out}: no cell has been evaluated yet; run the recipe, or its cells with --cell K, first")
@@ -58,40 +56,17 @@ def _how(plan: CellPlan) -> str:
     return convert.title.partition(", ")[2] if convert else plan.recipe.name
 
 
-def read_evaluation(path: Path, out: Path) -> Evaluation:
-    """An evaluation with names that mean something to a reader: no absolute paths.
+def read_evaluation(path: Path) -> Evaluation:
+    """A stage's evaluation.
 
     Raises:
         VerificationError: it is broken.
     """
     try:
-        found = Evaluation.model_validate_json(path.read_bytes())
+        return Evaluation.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise VerificationError(f"{path}: is no evaluation ({reason}); remove its folder and run again") from None
-    return Evaluation.model_validate(_renamed(found.as_json(), out))
-
-
-def _renamed(value: Any, out: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _renamed(item, out) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item, out) for item in value]
-    return shown(value, out) if isinstance(value, str) else value
-
-
-def shown(name: str, out: Path) -> str:
-    """A model's or text's name as a report says it: built-in names, names below the recipe's folder, or file names."""
-    plain, mark, options = name.partition("#")
-    if not plain.startswith("/") and ":\\" not in plain[:3]:
-        return name
-    built_in = {names.text_path(text): text for text in names.TEXTS}
-    if plain in built_in:
-        return f"{built_in[plain]}{mark}{options}"
-    path = Path(plain)
-    if path.is_relative_to(out):
-        return f"{path.relative_to(out).as_posix()}{mark}{options}"
-    return f"{path.name}{mark}{options}"
 
 
 def failed_gates(plans: Sequence[CellPlan], out: Path) -> list[str]:

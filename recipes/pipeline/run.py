@@ -16,6 +16,7 @@ from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UsageErro
 from rehead.recipes.files import write_file
 from rehead.recipes.pipeline.graph import TRAININGS, CellPlan, Stage, plan_cell
 from rehead.recipes.pipeline.load import Loaded, load_recipe
+from rehead.recipes.pipeline.naming import shown_names
 from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
 from rehead.recipes.pipeline.schema import Recipe, checked
 from rehead.recipes.pipeline.stages import Site, error_of, free_memory, require, run_stage
@@ -238,6 +239,7 @@ class _Runner:
         self.progress = progress or nullcontext
         self.watch = watch or (lambda: nullcontext((None, None)))
         self.contents: dict[str, str] = {}
+        self.shown = shown_names((stage for plan in planned.cells for stage in plan.stages.values()), planned.out)
         words = ["rehead", "run", planned.recipe.name, *(w for setting in settings for w in ("--set", setting))]
         self.command = shlex.join(words)
 
@@ -260,7 +262,7 @@ class _Runner:
             drop(stage, self.out)
             started = time.monotonic()
             with self.progress() if stage.kind not in TRAININGS else nullcontext() as progress:
-                run_stage(stage, Site(self.out, self.command, self.quiet, progress, self.watch))
+                run_stage(stage, Site(self.out, self.command, self.shown, self.quiet, progress, self.watch))
             seconds = time.monotonic() - started
             content = write_record(stage, self.out, inputs, around, seconds)
         free_memory()

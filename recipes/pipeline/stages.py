@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, Unsupport
 from rehead.recipes.files import write_file
 from rehead.recipes.pipeline import graph, names
 from rehead.recipes.pipeline.graph import Place, Stage
+from rehead.recipes.pipeline.naming import renamed
 from rehead.recipes.pipeline.record import split_revision
 
 EVALUATION = "evaluation.json"
@@ -31,6 +32,7 @@ class Site:
     Attributes:
         out: the recipe's folder.
         command: recorded in what stages write.
+        shown: what evaluations call models and texts, by path.
         quiet: whether launched processes should say nothing.
         progress: told how far a stage is.
         watch: gives a context manager for an uptraining, whose value is its progress callback and event listener.
@@ -38,6 +40,7 @@ class Site:
 
     out: Path
     command: str
+    shown: dict[str, str] = field(default_factory=dict)
     quiet: bool = True
     progress: Progress | None = None
     watch: Callable[[], AbstractContextManager[tuple[Any, Any]]] = lambda: nullcontext((None, None))
@@ -192,7 +195,8 @@ def _evaluate(stage: Stage, site: Site) -> None:
         progress=site.progress,
         **stage.options,
     )
-    write_file(site.out / stage.name / EVALUATION, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
+    table = renamed(found.as_json(), site.shown)
+    write_file(site.out / stage.name / EVALUATION, json.dumps(table, indent=1, allow_nan=False) + "\n")
 
 
 _RUNNERS: dict[str, Callable[[Stage, Site], None]] = {

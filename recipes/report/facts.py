@@ -40,7 +40,7 @@ class OnText:
     Attributes:
         ratio: perplexity over the baseline's, with its 95% interval where it was measured.
         against_control: perplexity over the control's.
-        kl, top1_agreement: of the model; control_kl: the control's own divergence from the baseline.
+        kl, top1_agreement: of the model; control_kl, control_top1: of the control, which has moved too.
     """
 
     name: str
@@ -54,6 +54,7 @@ class OnText:
     kl: float | None
     top1_agreement: float | None
     control_kl: float | None
+    control_top1: float | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ class Training:
         label: as its entry's series.
         tokens, loss: of every logged step.
         kl_tokens, kl: of every evaluation on the way; empty where there was none.
-        facts: the log's first line: options and versions.
     """
 
     label: str
@@ -116,7 +116,6 @@ class Training:
     loss: list[float]
     kl_tokens: list[float]
     kl: list[float]
-    facts: dict[str, Any]
 
 
 def as_entries(evaluations: Iterable[Entry | tuple[str, Evaluation]]) -> list[Entry]:
@@ -169,7 +168,7 @@ def _on_text(found: Evaluation, name: str) -> OnText:
     divergence = {who: _divergence(found.divergence, who, name) for who in ("model", "control")}
     ours, base, control = (perplexity[who] for who in ("model", "baseline", "control"))
     ratio = ours.ratio if ours else None
-    kl = divergence["model"]
+    kl, moved = divergence["model"], divergence["control"]
     return OnText(
         name=name,
         perplexity=ours.value if ours else None,
@@ -181,7 +180,8 @@ def _on_text(found: Evaluation, name: str) -> OnText:
         against_control=ours.value / control.value if ours and control else None,
         kl=kl.mean if kl else None,
         top1_agreement=kl.top1_agreement if kl else None,
-        control_kl=divergence["control"].mean if divergence["control"] else None,
+        control_kl=moved.mean if moved else None,
+        control_top1=moved.top1_agreement if moved else None,
     )
 
 
@@ -243,8 +243,7 @@ def read_training(label: str, log: Path) -> Training:
     # A resumed run logs some steps again: the later ones are what the weights come from.
     steps = _by_tokens(events, "step", "loss")
     kl = _by_tokens(events, "evaluation", "kl")
-    start = next((event for event in events if event.get("event") == "start"), {})
-    return Training(label, list(steps), list(steps.values()), list(kl), list(kl.values()), start)
+    return Training(label, list(steps), list(steps.values()), list(kl), list(kl.values()))
 
 
 def _by_tokens(events: list[dict[str, Any]], kind: str, key: str) -> dict[float, float]:

@@ -148,23 +148,17 @@ def recovery(trainings: list[Training]) -> Plot | None:
         return None
     keys, words = [], []
     with _figure() as (fig, ax):
-        low, high = float("inf"), 0.0
         for at, run in enumerate(shown):
             xs, ys = (run.kl_tokens, run.kl) if evaluated else (run.tokens, run.loss)
-            pairs = [(x, y) for x, y in zip(xs, ys) if x > 0]
-            if not pairs:
-                continue
+            pairs = list(zip(xs, ys))
             key = Key(run.label, at % len(SERIES), MARKERS[at % len(MARKERS)] if evaluated else "", False, 0)
             _line(ax, [x for x, _ in pairs], [y for _, y in pairs], key)
             keys.append(key)
-            low, high = min(low, *(x for x, _ in pairs)), max(high, *(x for x, _ in pairs))
             words.append(f"{run.label}: {figure(pairs[0][1])} at {short(pairs[0][0])} tokens, "
                          f"{figure(pairs[-1][1])} at {short(pairs[-1][0])}")  # fmt: skip
-        if not keys:
-            return None
-        ax.set_xscale("log")
         _log_if_wide(ax, [y for run in shown for y in (run.kl if evaluated else run.loss)])
-        _token_ticks(ax, low, high)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(lambda x, _: short(x))
         ax.set_xlabel("uptraining tokens")
         ax.set_ylabel("KL to the original" if evaluated else "training loss")
         what = "KL divergence from the original on held-out text" if evaluated else "Training loss of every logged step"
@@ -180,6 +174,7 @@ def kl_distribution(summaries: list[Summary]) -> Plot | None:
         return None
     keys, words = [], []
     with _figure() as (fig, ax):
+        first, last = [], []
         for at, (s, d) in enumerate(shown[:MOST_LINES]):
             total, left, xs, ys = sum(d.histogram.counts), float(sum(d.histogram.counts)), [], []
             for edge, n in zip(d.histogram.edges, d.histogram.counts):
@@ -189,14 +184,20 @@ def kl_distribution(summaries: list[Summary]) -> Plot | None:
                 left -= n
             key = Key(s.name, at % len(SERIES), "", False, at // len(SERIES) % len(DASHES))
             _line(ax, xs, ys, key)
+            first += [x for x, y in zip(xs, ys) if y > 0.995][-1:] or xs[:1]
+            last += [x for x, y in zip(xs, ys) if y > 0.001][-1:]
             keys.append(key)
             words.append(f"{s.name}: median {figure(d.median)}, 99th percentile {figure(d.p99)}, largest "
                          f"{figure(d.max)}")  # fmt: skip
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         ax.set_xscale("log")
-        ax.set_xlim(left=1e-4)
+        ax.set_xlim(min(first), max([*last, 10 * min(first)]))
         ax.set_ylim(0, 1)
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        ax.xaxis.set_major_locator(LogLocator(10, numticks=7))
         ax.xaxis.set_major_formatter(lambda x, _: figure(x, 1))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel("KL of a token (nats)")
         ax.set_ylabel("tokens worse than that")
         return Plot("distribution", "KL distribution",
@@ -250,7 +251,7 @@ def decode_speed(summaries: list[Summary]) -> Plot | None:
             xs = sorted({x for x, _ in points})
             ys = [_median([y for x, y in points if x == at_x]) for at_x in xs]
             original = name == "original"
-            key = Key(name, -1 if original else at % len(SERIES), "" if original else MARKERS[at % len(MARKERS)],
+            key = Key(name, -1 if original else at % len(SERIES), MARKERS[at % len(MARKERS)],
                       False, 1 if original else 0)  # fmt: skip
             _line(ax, xs, ys, key)
             keys.append(key)
@@ -273,9 +274,10 @@ def _median(values: list[float]) -> float:
 
 def _line(ax: Any, xs: Sequence[float], ys: Sequence[float], key: Key) -> None:
     colour = FAINT if key.colour < 0 else SERIES[key.colour]
+    # Markers may stand out of the axes, at whose edge the first and last sizes lie; plain lines may not.
     ax.plot(
         xs, ys, color=colour, marker=key.marker or None, markersize=5, linewidth=1.6, linestyle=DASHES[key.dash],
-        markerfacecolor="none" if key.hollow else colour, markeredgecolor=colour, clip_on=False,
+        markerfacecolor="none" if key.hollow else colour, markeredgecolor=colour, clip_on=not key.marker,
     )  # fmt: skip
 
 
@@ -296,15 +298,6 @@ def _log_if_wide(ax: Any, values: list[float]) -> None:
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=12))
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(lambda y, _: figure(y, 2))
-
-
-def _token_ticks(ax: Any, low: float, high: float) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    wide = high / max(low, 1) > 30
-    ax.xaxis.set_major_locator(LogLocator(10, subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
-    ax.xaxis.set_major_formatter(lambda x, _: short(x))
-    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager

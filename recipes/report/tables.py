@@ -42,8 +42,9 @@ def overview(summaries: list[Summary]) -> Table:
         if base and base.control is not None:
             table.rows.append([
                 "control", bytes_of(first.baseline_kv_bytes),
-                times(base.control / base.baseline if base.baseline else None), figure(base.control_kl), "–",
-                times(1.0), figure(base.control), times(1.0), heads(first.baseline_kv_heads),
+                times(base.control / base.baseline if base.baseline else None), figure(base.control_kl),
+                percent(base.control_top1), times(1.0), figure(base.control), times(1.0),
+                heads(first.baseline_kv_heads),
             ])  # fmt: skip
     for s in summaries:
         text = s.worst
@@ -159,7 +160,10 @@ def conditions(summaries: list[Summary], trainings: list[Training]) -> Table:
     if first.control is not None:
         table.rows.append(["control", first.control.name])
     shared = {
-        "device": [f"{c.device}" + (f", {c.threads} threads" if c.threads else "") for c in _all(summaries)],
+        "device": [
+            f"{c.device}" + (f", {c.threads} thread{'s' * (c.threads > 1)}" if c.threads else "")
+            for c in _all(summaries)
+        ],
         "dtype, attention": [f"{c.dtype}, {c.attention}" for c in _all(summaries)],
         "texts": ["; ".join(f"{t.name} ({count(t.tokens)} tokens)" for t in c.data) for c in _all(summaries)],
         "seed": [str(c.seed) for c in _all(summaries)],

@@ -33,13 +33,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_model(folder, [make_text(200)], shape)
 
 
+def write_home(folder: Path, model: Path) -> Path:
+    """Texts and a recipe that does everything, small."""
+    (folder / "train.txt").write_text(make_text(150, seed=1))
+    (folder / "heldout.txt").write_text(make_text(60, seed=2))
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=model))
+    return folder
+
+
 @pytest.fixture
 def home(tmp_path: Path, tiny_model: Path) -> Path:
-    """A folder with texts and a recipe that does everything, small."""
-    (tmp_path / "train.txt").write_text(make_text(150, seed=1))
-    (tmp_path / "heldout.txt").write_text(make_text(60, seed=2))
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_model))
-    return tmp_path
+    """A folder with texts and the recipe."""
+    return write_home(tmp_path, tiny_model)
 
 
 RECIPE = """\
