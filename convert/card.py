@@ -33,25 +33,34 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     name = source.id.rstrip("/").rsplit("/", 1)[-1]
     kv, cache, size = table["num_key_value_heads"], table["kv_bytes_per_token"], table["parameters"]
     options = table["options"]
-    extras = [f"method `{options['method']}`", f"{options['grouping']} groups"]
+    pooled = kv["before"] != kv["after"]
+    extras = [f"method `{options['method']}`", f"{options['grouping']} groups"] if pooled else []
     extras += ["least-squares refit"] if options["refit"] else []
     extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
     rows = []
     if "host" in table:
         rows.append(f"| class | {table['host']['before']} | {table['host']['after']} |")
+    if "block" in table:
+        rows.append(f"| blocks | {table['block']['before']} | {table['block']['after']} |")
     if "reinvest" in table:
         spent = table["reinvest"]
         rows.append(f"| {spent['key']} | {spent['before']:,} | {spent['after']:,} |")
+    heads = f"{kv['after']} KV head{'s' if kv['after'] != 1 else ''}"
+    title = f"with {heads}"
+    if not pooled and "block" in table:
+        title = f"with {options['block']} blocks"
+    elif not pooled and "host" in table:
+        title = f"as {table['host']['after']}"
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {name} with {kv['after']} KV head{'s' if kv['after'] != 1 else ''}",
+        f"# {name} {title}",
         "",
         f"Converted from `{source.id if hub_id else name}`"
         + (f" at `{source.revision}`" if source.revision else "")
-        + f" by Rehead {__version__}: {', '.join(extras)}.",
+        + f" by Rehead {__version__}{': ' if extras else ''}{', '.join(extras)}.",
         "",
         "| | before | after |",
         "| --- | --- | --- |",
@@ -62,9 +71,18 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         "",
     ]
     if not table["exact"]:
+        changes = ["Sharing KV heads"] if pooled else []
+        changes += ["another form of its blocks"] if "block" in table else []
+        what = " and ".join(changes)
         lines += [
-            "Sharing KV heads changes what the model computes. Uptrain it briefly and evaluate it against the original "
-            "before you rely on it.",
+            f"{what[0].upper()}{what[1:]} change{'s' if len(changes) == 1 else ''} what the model computes. Uptrain it "
+            "briefly and evaluate it against the original before you rely on it.",
+            "",
+        ]
+    if "block" in table and not table["block"]["plain"]:
+        lines += [
+            "Transformers has no class for these blocks: `import rehead` before loading, or trust the modelling file "
+            "beside the weights.",
             "",
         ]
     if details.get("text"):

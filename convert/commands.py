@@ -27,6 +27,12 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--reinvest", metavar="WHAT",
                      help="Widen the model by what sharing KV heads frees, keeping its function: ffn or hidden."),
         click.option("--multiple-of", type=int, metavar="N", help="Of the new width; 128 by default."),
+        click.option("--block", metavar="FORM", help="Give blocks another form: parallel or serial."),
+        click.option("--layers", metavar="LIST",
+                     help="Of --block: all (the default), a list like 0,4-7, or auto for those that lose least."),
+        click.option("--kl-budget", type=float, metavar="NATS",
+                     help="What --layers auto may cost; the whole model is loaded to measure it."),
+        click.option("--plain", is_flag=True, help="Refuse blocks for which the result needs a file of ours."),
         click.option("--method", default="mean", show_default=True, metavar="NAME",
                      help="mean, first, random, procrustes or svd."),
         click.option("--grouping", default="contiguous", show_default=True, metavar="NAME",
@@ -210,11 +216,15 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if "host" in facts:
         rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same"))
     rows += [
-        ("method", ", ".join(how) if not facts["exact"] else "none: the number of KV heads stays"),
+        ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(options)),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
     ]
+    if "block" in facts:
+        form = facts["block"]
+        carried = "" if form["plain"] else "; carries its modelling file"
+        rows.append(("blocks", f"{form['before']} -> {form['after']} ({len(form['layers'])} layers change{carried})"))
     if "reinvest" in facts:
         spent = facts["reinvest"]
         rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))
@@ -222,6 +232,10 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         source = ", ".join(options["calibration"])
         rows.append(("calibration", f"{options['calibration_tokens']:,} tokens of {source}"))
     return rows
+
+
+def _unpooled(options: dict[str, Any]) -> str:
+    return "none: the number of KV heads stays" + ("; least-squares refit" if options["refit"] else "")
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -25,6 +25,7 @@ from rehead.convert.planning import Plan, make_plan, moves_queries
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
 from rehead.convert.target import Target, finish_commit
+from rehead.errors import UsageError
 
 Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total); stages are "calibrating", "writing"."""
@@ -124,6 +125,10 @@ def convert(
     host: str | None = None,
     reinvest: str | None = None,
     multiple_of: int | None = None,
+    block: str | None = None,
+    layers: str | Sequence[int] | None = None,
+    kl_budget: float | None = None,
+    plain: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     push_to_hub: str | None = None,
@@ -153,6 +158,11 @@ def convert(
             cannot hold fewer KV heads.
         reinvest: ``ffn`` or ``hidden``, to widen the model by what shared KV heads free, with the same function.
         multiple_of: what the new width must be a multiple of; 128 when None.
+        block: ``parallel`` or ``serial``, to give blocks that form; not the same function.
+        layers: which of them: ``all``, a list such as ``0,4-7`` or indices, or ``auto`` for those that lose least up to
+            ``kl_budget``, for which the whole model is loaded on ``device``.
+        kl_budget: nats a token, for ``layers="auto"``.
+        plain: refuse a form for which the checkpoint would have to carry a modelling file.
         resume: go on from what a killed run left.
         overwrite: replace an existing checkpoint at ``out``.
         push_to_hub: upload the result to this repository.
@@ -168,18 +178,24 @@ def convert(
     """
     options = ConvertOptions(
         num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens, calibration_length,
-        refit, fit, dtype, max_shard_size, seed, host, reinvest, multiple_of,
+        refit, fit, dtype, max_shard_size, seed, host, reinvest, multiple_of, block,
+        layers if layers is None or isinstance(layers, str) else tuple(layers), kl_budget, plain,
     )  # fmt: skip
     resolve_device(device)
     started = time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
+        chosen: dict[str, Any] = {}
+        if options.layers == "auto":
+            from rehead.convert.reblock.auto import choose
+
+            options, chosen = choose(opened, options, resolve_device(device), progress)
         plan = make_plan(opened, options)
         if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
             from rehead.convert.gauge import prove_layout
 
             prove_layout(plan.model)
-        result = _execute(plan, out, device, resume, overwrite, progress, command)
+        result = _execute(plan, out, device, resume, overwrite, progress, command, chosen)
     result.seconds = time.monotonic() - started
     if push_to_hub:
         from rehead.convert.hub import push_folder
@@ -197,7 +213,12 @@ def plan(model: str | os.PathLike[str], *, revision: str | None = None, **option
         options: as for :func:`convert`, of those that :class:`ConvertOptions` has.
     """
     options["calibration"] = tuple(options.get("calibration", ()))
-    return make_plan(open_model(model, revision), ConvertOptions(**options))
+    asked = ConvertOptions(**options)
+    if asked.layers == "auto":
+        raise UsageError(
+            "--layers auto: chooses by running the model, which a plan does not; name the layers or convert"
+        )
+    return make_plan(open_model(model, revision), asked)
 
 
 def _execute(
@@ -208,6 +229,7 @@ def _execute(
     overwrite: bool,
     progress: Progress | None,
     command: str | None,
+    chosen: dict[str, Any],
 ) -> Conversion:
     model, options = plan.model, plan.options
     result = Conversion(Path(out), plan)
@@ -223,21 +245,32 @@ def _execute(
     if finished is not None:  # the run that is resumed was killed in its last step
         result.layers = {int(layer): errors for layer, errors in finished["layers"].items()}
         return result
-    calibrated = options.needs_calibration and plan.kv != model.num_kv_heads
     with Target(out, source=model.source, overwrite=overwrite, resume=resume, fingerprint=fingerprint) as target:
         result.layers.update({int(layer): errors for layer, errors in target.remembered.items()})
         provider: LayerProvider = DirectLayers(plan, result.layers, target)
         details: dict[str, Any] = {}
-        if calibrated:
+        if plan.calibrated:
             from rehead.convert.calibration.run import calibrate
 
             provider, details = calibrate(plan, target.work_dir, device, result.layers, progress)
         _write(plan, target, provider, progress)
         target.copy_small_files(skip=("config.json",))
         target.write_text("config.json", json.dumps(plan.raw_config, indent=2, ensure_ascii=False) + "\n")
+        for name, text in modeling_files(plan).items():
+            target.write_text(name, text)
+        if chosen:
+            details["chosen_layers"] = chosen
         target.write_text("README.md", model_card(plan, result.layers, command, details))
         target.commit(manifest(plan, result.layers, command, details))
     return result
+
+
+def modeling_files(plan: Plan) -> dict[str, str]:
+    """The modelling file of ours that the result's ``auto_map`` names, if any, by its name beside the weights."""
+    from rehead.convert.modeling import modeling_file
+
+    modules = {str(path).split(".")[0] for path in (plan.raw_config.get("auto_map") or {}).values()}
+    return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in sorted(modules)}
 
 
 def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progress | None) -> None:
@@ -268,7 +301,7 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         "command": command,
         **{key: table[key] for key in (
             "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
-            "kv_bytes_per_token", "parameters", "reinvest", "exact", "rounded", "options", "config_changes",
+            "kv_bytes_per_token", "parameters", "reinvest", "block", "exact", "rounded", "options", "config_changes",
         ) if key in table},
         "calibration": details,
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},
@@ -282,8 +315,6 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: no such device.
     """
-    from rehead.errors import UsageError
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from rehead.convert.families import resolve_family
 from rehead.convert.families.layouts import shared_norm_names, split, tensor_names
+from rehead.convert.families.parallel import base_type
 from rehead.convert.families.resolve import with_checkpoint_prefix
 from rehead.convert.families.spec import Config, Family
 from rehead.convert.finite import first_nonfinite
 from rehead.convert.heads import Heads
-from rehead.convert.hosts import HostedSource, find_host
+from rehead.convert.hosts import HostedSource, Recipe, find_host
 from rehead.convert.source import Source, open_source, torch_dtype
 from rehead.errors import UnsupportedError
 
@@ -38,7 +39,9 @@ class Model:
         layers: indices of the layers that have attention.
         module_layer: the layers' prefix in the class, where the checkpoint's may lack the first part.
         hosted_from: the checkpoint's own model type, where another stands in for it.
-        rounds: its weights are the checkpoint's up to rounding.
+        reblocked: layers whose block has another form than in the checkpoint.
+        folded: attention's tensors are not the checkpoint's own, as norms were folded into them or heads rearranged.
+        rounds: its weights stand for the checkpoint's up to rounding.
     """
 
     source: Source
@@ -47,6 +50,8 @@ class Model:
     layers: list[int]
     module_layer: str = "model.layers.{i}."
     hosted_from: str | None = None
+    reblocked: list[int] = field(default_factory=list)
+    folded: bool = False
     rounds: bool = False
 
     @property
@@ -141,10 +146,23 @@ def hosted(model: Model, host: str = "auto") -> Model:
         UsageError: no such host.
         UnsupportedError: it would not compute the same function; says why.
     """
-    recipe = find_host(host, model.config, model.source.config, model.source.tensors)
-    source = HostedSource(model.source, recipe)
-    result = _opened(source, resolve_config(recipe.config, source.id), recipe.target)
+    result = under(model, find_host(host, model.config, model.source.config, model.source.tensors))
     result.hosted_from = model.config.model_type
+    result.folded = True
+    return result
+
+
+def under(model: Model, recipe: Recipe) -> Model:
+    """A model as a recipe says: another config, and tensors made of the model's."""
+    source = HostedSource(model.source, recipe)
+    config = resolve_config(recipe.config, source.id)
+    target = recipe.target
+    if config.model_type != target.model_type:
+        target = resolve_family(config, source.tensors)
+    result = _opened(source, config, target)
+    if base_type(config.model_type) == base_type(model.config.model_type):
+        result.module_layer = model.module_layer
+    result.hosted_from, result.reblocked, result.folded = model.hosted_from, model.reblocked, model.folded
     result.rounds = model.rounds or recipe.rounds
     return result
 

@@ -11,8 +11,9 @@ from rehead.errors import UsageError, unknown_name
 
 GROUPINGS = ("contiguous", "similar")
 REINVESTMENTS = ("ffn", "hidden")
-_STEPS = ("host", "reinvest")
-_OF_STEPS = {"multiple_of": "reinvest"}
+BLOCKS = ("parallel", "serial")
+_STEPS = ("host", "reinvest", "block")
+_OF_STEPS = {"multiple_of": "reinvest", "layers": "block", "kl_budget": "block", "plain": "block"}
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -36,6 +37,10 @@ class ConvertOptions:
             class cannot hold the result.
         reinvest: ``"ffn"`` or ``"hidden"``: widen the model by what shared KV heads free.
         multiple_of: what the new width must be a multiple of; 128 when None.
+        block: ``"parallel"`` or ``"serial"``: the form that blocks are given.
+        layers: of ``block``: ``"all"`` (also None), ``"auto"``, a list such as ``"0,4-7"``, or indices.
+        kl_budget: of ``layers="auto"``: nats a token that the changed blocks may cost.
+        plain: refuse a block form that transformers' own class cannot express.
     """
 
     num_key_value_heads: int | None = None
@@ -52,25 +57,22 @@ class ConvertOptions:
     host: str | None = None
     reinvest: str | None = None
     multiple_of: int | None = None
+    block: str | None = None
+    layers: str | tuple[int, ...] | None = None
+    kl_budget: float | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         get_method(self.method)
-        if self.grouping not in GROUPINGS:
-            raise UsageError(unknown_name("grouping", self.grouping, GROUPINGS))
-        if self.dtype not in DTYPES:
-            raise UsageError(unknown_name("dtype", self.dtype, DTYPES))
-        if self.num_key_value_heads is None and not self.steps:
-            raise UsageError("nothing to do; say --kv-heads N, or --host for another class with the same heads")
-        if self.reinvest is not None and self.reinvest not in REINVESTMENTS:
-            raise UsageError(unknown_name("reinvestment", self.reinvest, REINVESTMENTS))
-        if self.reinvest is not None and self.num_key_value_heads is None:
-            raise UsageError(f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads N")
-        if self.multiple_of is not None and self.multiple_of < 1:
-            raise UsageError(f"--multiple-of {self.multiple_of}: must be 1 or more")
-        for option, step in _OF_STEPS.items():
-            if getattr(self, option) is not None and getattr(self, step) is None:
-                flag = option.replace("_", "-")
-                raise UsageError(f"--{flag}: says nothing without --{step}; give both or leave it out")
+        for kind, name, known in (
+            ("grouping", self.grouping, GROUPINGS),
+            ("dtype", self.dtype, DTYPES),
+            ("reinvestment", self.reinvest, REINVESTMENTS),
+            ("block form", self.block, BLOCKS),
+        ):
+            if name is not None and name not in known:
+                raise UsageError(unknown_name(kind, name, known))
+        self._check_steps()
         if self.num_key_value_heads is not None and self.num_key_value_heads < 1:
             raise UsageError(f"--kv-heads {self.num_key_value_heads}: must be 1 or more")
         if self.fit < 0:
@@ -83,6 +85,30 @@ class ConvertOptions:
                 f"{self.calibration_length}"
             )
         parse_size(self.max_shard_size)
+
+    def _check_steps(self) -> None:
+        """Options that only mean something together."""
+        if self.num_key_value_heads is None:
+            if self.reinvest is not None:
+                raise UsageError(
+                    f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads"
+                )
+            if not self.steps:
+                raise UsageError(
+                    "nothing to do; say --kv-heads N, --block FORM, or --host for another class with the same heads"
+                )
+            if (self.refit or self.fit) and self.block is None:
+                raise UsageError("--refit: heals shared KV heads or changed blocks; give --kv-heads or --block")
+        for option, step in _OF_STEPS.items():
+            if getattr(self, option) not in (None, False) and getattr(self, step) is None:
+                flag = option.replace("_", "-")
+                raise UsageError(f"--{flag}: says nothing without --{step}; give both or leave it out")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise UsageError(f"--multiple-of {self.multiple_of}: must be 1 or more")
+        if (self.layers == "auto") != (self.kl_budget is not None):
+            raise UsageError("--layers auto and --kl-budget NATS go together; give both, or name the layers")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise UsageError(f"--kl-budget {self.kl_budget:g}: must be more than 0 nats")
 
     @property
     def steps(self) -> list[str]:
@@ -98,7 +124,7 @@ class ConvertOptions:
         """For the manifest and ``--json``; calibration options only where they count."""
         table = asdict(self)
         for name in (*_STEPS, *_OF_STEPS):
-            if table[name] is None:
+            if table[name] in (None, False):
                 table.pop(name)
         if not self.needs_calibration:
             for name in ("calibration", "calibration_tokens", "calibration_length"):

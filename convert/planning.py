@@ -19,6 +19,8 @@ from rehead.errors import UnsupportedError, UsageError
 if TYPE_CHECKING:
     from rehead.convert.reinvest import Widening
 
+#: Where classes whose blocks can change keep the FFN's output matrix.
+_FFN_WRITERS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2")
 #: Methods that leave queries and the output projection alone.
 KV_ONLY = ("mean", "first", "random")
 
@@ -66,10 +68,43 @@ class Plan:
         return self.options.num_key_value_heads
 
     @property
+    def original(self) -> Model:
+        """The model that layers are calibrated against: before its blocks changed, if they do."""
+        return self.source if self.model.reblocked else self.model
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model has to be run over text."""
+        options, pooled = self.options, self.kv != self.model.num_kv_heads
+        return options.needs_calibration if pooled else bool(self.model.reblocked) and options.refit
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result computes what the source does."""
+        return self.kv == self.model.num_kv_heads and not self.model.reblocked
+
+    @property
+    def parallel_layers(self) -> set[int]:
+        """The layers whose block is parallel in the result, of those that changed."""
+        return set(self.model.reblocked) if self.options.block == "parallel" else set()
+
+    def ffn_writer(self, layer: int) -> str | None:
+        """As :func:`ffn_writer`."""
+        return ffn_writer(self.model, layer)
+
+    @property
     def rounded(self) -> bool:
         """Whether weights that stand for the same function were computed and stored in less than 32 bits."""
         rounds = self.model.rounds or (self.widening is not None and self.widening.rounds)
         return rounds and any(tensor.dtype in ("BF16", "F16") for tensor in self.outputs)
+
+    def _block_facts(self) -> dict[str, Any]:
+        return {
+            "before": self.source.family.block_of(self.source.config),
+            "after": self.model.family.block_of(self.model.config),
+            "layers": self.model.reblocked,
+            "plain": "auto_map" not in self.raw_config,
+        }
 
     @property
     def layer_of(self) -> dict[str, int]:
@@ -96,7 +131,8 @@ class Plan:
                 "after": model.kv_bytes_per_token(kv),
             },
             "parameters": {"before": before, "after": after},
-            "exact": kv == model.num_kv_heads,
+            **({"block": self._block_facts()} if model.reblocked else {}),
+            "exact": self.exact,
             "rounded": self.rounded,
             **({"reinvest": self.widening.facts} if self.widening else {}),
             "options": self.options.as_json(),
@@ -129,8 +165,13 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         )
     if old % kv:
         raise UsageError(f"--kv-heads {kv}: does not divide the model's {old} KV heads; choose {_divisors(old)}")
+    if options.block is not None:
+        from rehead.convert.reblock import reblock
+
+        model = reblock(model, options.block, options.layers, options.plain)
     if options.host is not None or (kv != old and model.family.hosted):
         model = hosted(model, options.host or "auto")
+    _refuse_together(source, model, options, kv)
     if kv != old and (reason := model.family.refusal(model.config, kv)):
         raise UnsupportedError(f"{model.source.id}: {reason}")
     raw = copy.deepcopy(model.source.config)
@@ -151,6 +192,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         made, gone = _layer_changes(model, options, layer)
         changes += made
         dropped |= gone
+    changes += _block_changes(model, options, {change.name for change in changes})
     layer_config, widening = config, None
     if options.reinvest is not None:
         from rehead.convert.reinvest import widen
@@ -183,6 +225,46 @@ def _outputs(
         computed = name in shapes or name in turned or dtype != info.dtype
         outputs.append(OutputTensor(name, dtype, shapes.get(name, info.shape), None if computed else name))
     return outputs
+
+
+def _refuse_together(source: Model, model: Model, options: ConvertOptions, kv: int) -> None:
+    """Steps that do not go together in one run."""
+    if not model.reblocked:
+        return
+    calibrated = options.refit or options.fit or (kv != source.num_kv_heads and options.needs_calibration)
+    if calibrated and model.folded:
+        raise UnsupportedError(
+            f"{source.source.id}: changing its blocks rewrites its attention too, which cannot be calibrated against "
+            "the original in the same run; convert the result in a second run"
+        )
+    if options.refit:
+        for layer in model.reblocked:
+            if ffn_writer(model, layer) is None:
+                raise UnsupportedError(
+                    f"{source.source.id}: layer {layer} has no single FFN output matrix (a mixture of experts, say), "
+                    "which --refit would fit; leave --refit out"
+                )
+
+
+def ffn_writer(model: Model, layer: int) -> str | None:
+    """The FFN's output matrix below a layer's prefix, without ``.weight``; None where there is no single one."""
+    prefix = model.family.layer.format(i=layer)
+    return next((stem for stem in _FFN_WRITERS if f"{prefix}{stem}.weight" in model.source.tensors), None)
+
+
+def _block_changes(model: Model, options: ConvertOptions, known: set[str]) -> list[Change]:
+    """The matrices that a refit after a change of blocks rewrites, beyond those that pooling does."""
+    if not options.refit:
+        return []
+    changes = []
+    for layer in model.reblocked:
+        output = model.family.prefix(layer) + model.family.names.output
+        for stem in (output, model.family.layer.format(i=layer) + (ffn_writer(model, layer) or "")):
+            for name in (f"{stem}.weight", f"{stem}.bias"):
+                if name in model.source.tensors and name not in known:
+                    shape = model.source.tensors[name].shape
+                    changes.append(Change(name, layer, shape, shape))
+    return changes
 
 
 def moves_queries(options: ConvertOptions) -> bool:

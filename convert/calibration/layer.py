@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.convert.calibration.blocks import refit_writers
 from rehead.convert.calibration.fit import DRIFT, fit_attention
 from rehead.convert.calibration.layerwise import LayerwiseModel
 from rehead.convert.calibration.probe import PROBE, Seen, observing
@@ -30,6 +31,7 @@ from rehead.convert.heads import Heads
 from rehead.convert.methods.registry import MethodContext, get_method
 from rehead.convert.planning import Plan
 from rehead.convert.regroup import LayerResult, regroup
+from rehead.convert.source import torch_dtype
 
 #: Memory for the logits that the refit matches, and the most sequences it uses.
 _LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
@@ -96,7 +98,35 @@ class LayerHealer:
             (new tensors in the planned dtypes, facts for the manifest, the original's hidden states after the layer).
         """
         options, kv = self.options, self.plan.kv
+        pools, reblocked = kv != self.model.num_kv_heads, layer in self.model.reblocked
+        if not pools and not reblocked:
+            return {}, {}, self.run(self.original, layer, hidden)
         heads = self.model.heads(layer).to(self.device, torch.float32)
+        facts: dict[str, Any] = {}
+        pooled, inputs = heads, None
+        if pools:
+            pooled, inputs, facts = self._pool(layer, heads, hidden, ours)
+        target = self._run_original(layer, hidden, ours) if (options.refit or options.fit) else None
+        if target is None:
+            self.run(self.original, layer, hidden)
+        else:
+            if options.refit and (pools or layer not in self.plan.parallel_layers):
+                pooled = self._refit_output(layer, pooled, ours, target)
+            if options.fit and inputs is not None:
+                pooled, facts["fit_loss"] = self._fit(layer, pooled, inputs, ours, target)
+                if options.refit:
+                    pooled = self._refit_output(layer, pooled, ours, target)
+        extra: dict[str, Tensor] = {}
+        if options.refit and reblocked:
+            pooled, extra, errors = refit_writers(self, layer, pooled, ours, hidden)
+            facts["block_error"] = [round(error, 6) for error in errors]
+        tensors = layer_tensors(self.plan, layer, LayerResult(pooled, [], 0.0, 0.0))
+        dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in self.plan.outputs}
+        return tensors | {name: tensor.to(dtypes[name]) for name, tensor in extra.items()}, facts, hidden
+
+    def _pool(self, layer: int, heads: Heads, hidden: Tensor, ours: Tensor) -> tuple[Heads, Tensor, dict[str, Any]]:
+        """(pooled heads, attention's inputs on the converted prefix, facts); logits are refitted if asked for."""
+        options, kv = self.options, self.plan.kv
         rotation, scaling = self._geometry(layer, heads, hidden)
         inputs, order = self._inputs(layer, ours), None
         groups = None
@@ -111,24 +141,13 @@ class LayerHealer:
         spread = getattr(self.model.config, "initializer_range", None) or 0.02
         context = MethodContext(layer, options.seed, statistics, spread)
         result = regroup(heads, kv, options.method, "contiguous", context)
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {**result.as_json(), "groups": groups or result.groups}
         pooled = result.heads
         if options.refit and statistics is not None:
             geometry = (rotation, scaling)
             pooled, note = self._refit_logits(layer, pooled, hidden, inputs, geometry, statistics, order)
             facts.update(note)
-        target = self._run_original(layer, hidden, ours) if (options.refit or options.fit) else None
-        if target is None:
-            self.run(self.original, layer, hidden)
-        else:
-            if options.refit:
-                pooled = self._refit_output(layer, pooled, ours, target)
-            if options.fit:
-                pooled, facts["fit_loss"] = self._fit(layer, pooled, inputs, ours, target)
-                if options.refit:
-                    pooled = self._refit_output(layer, pooled, ours, target)
-        final = LayerResult(pooled, groups or result.groups, result.key_error, result.value_error)
-        return layer_tensors(self.plan, layer, final), {**final.as_json(), **facts}, hidden
+        return pooled, inputs, facts
 
     # ---- what the layer sees
 
@@ -280,7 +299,7 @@ class LayerHealer:
         ours: Tensor,
         goal: OutputTarget,
     ) -> Heads:
-        self._load_converted(layer, pooled)
+        self.load_converted(layer, pooled)
         _, _, output = self._modules(self.converted, layer)
         refit = OutputRefit(pooled)
         for rows in self.batches(len(ours)):
@@ -294,12 +313,12 @@ class LayerHealer:
         self.converted.unload_layer(layer)
         return refit.solve(pooled)
 
-    def _load_converted(self, layer: int, pooled: Heads) -> None:
+    def load_converted(self, layer: int, pooled: Heads) -> None:
         result = LayerResult(pooled, [], 0.0, 0.0)
         self.converted.load_layer(layer, layer_tensors(self.plan, layer, result, keep_float=True))
 
     def _fit(self, layer: int, pooled: Heads, inputs: Tensor, ours: Tensor, goal: OutputTarget) -> tuple[Heads, float]:
-        self._load_converted(layer, pooled)
+        self.load_converted(layer, pooled)
         attention, reader, output = self._modules(self.converted, layer)
         forward = self._attention_call(layer, attention, reader, ours)
         moved = {

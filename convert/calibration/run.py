@@ -63,7 +63,7 @@ def calibrate(
     if int(tokens.max()) >= int(model.config.vocab_size):
         raise UsageError(f"{model.source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
     with torch.no_grad():
-        original = LayerwiseModel(model, model.config, where)
+        original = LayerwiseModel(plan.original, plan.original.config, where)
         converted = LayerwiseModel(model, plan.layer_config, where)
         hidden = _placed(original.embed(tokens, batch), where)
         converted.calls = original.calls

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rehead.convert.families.guess import guess_family
+from rehead.convert.families.parallel import as_parallel, base_type
 from rehead.convert.families.refusals import REFUSALS
 from rehead.convert.families.spec import Config, Family
 from rehead.convert.families.table import FAMILIES
@@ -32,9 +33,9 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
             an unknown way; one line with the reason and the mend.
     """
     model_type = config.model_type
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(base_type(model_type))
     if family is not None:
-        return family
+        return family if base_type(model_type) == model_type else as_parallel(family)
     reason = _known_reason(config) or _structural_reason(config)
     if reason is not None:
         raise UnsupportedError(f"{model_type}: {reason}")

@@ -1,0 +1,78 @@
+"""Choosing the layers whose change loses least, up to a budget: the model is run whole, unlike everything else here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rehead.convert.model import Model, causal_lm_class
+from rehead.convert.options import ConvertOptions
+from rehead.convert.reblock.forms import reblock
+from rehead.convert.reblock.switches import SWITCHES
+from rehead.errors import UnsupportedError, UsageError
+
+#: Numbers of logits that are kept to compare with, and the fewest tokens to measure on.
+_LOGITS, _FEWEST = 1 << 27, 1024
+
+
+def choose(
+    model: Model,
+    options: ConvertOptions,
+    device: torch.device,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> tuple[ConvertOptions, dict[str, Any]]:
+    """Fill in ``--layers auto``.
+
+    Returns:
+        (the options with the layers named, what was measured, for the manifest).
+
+    Raises:
+        UsageError: the calibration text cannot be used, or no layer fits the budget.
+        UnsupportedError: the class switches all layers together, or the model cannot be loaded.
+    """
+    from rehead.convert.calibration.text import load_calibration
+    from rehead.convert.meta import quiet_transformers
+    from rehead.patches.blocks.ranking import choose_layers
+
+    assert options.block is not None
+    assert options.kl_budget is not None
+    if model.config.model_type in SWITCHES:
+        raise UnsupportedError(f"{model.config.model_type}: its class switches all layers together; leave --layers out")
+    reblock(model, options.block, None, options.plain)
+    vocab = int(model.config.vocab_size)
+    count = min(options.calibration_tokens, max(_FEWEST, _LOGITS // vocab))
+    longest = min(options.calibration_length, int(getattr(model.config, "max_position_embeddings", None) or 10**9))
+    text = load_calibration(
+        options.calibration, model.source, vocab, max(count, longest), min(longest, count), options.seed
+    )
+    source = model.source
+    source.materialise()
+    where = getattr(source, "folder", None) or source.id
+    with quiet_transformers():
+        try:
+            live: Any = causal_lm_class(model.config).from_pretrained(
+                where, revision=source.revision or "main", dtype=torch.float32
+            )
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedError(f"{source.id}: cannot be loaded to choose layers ({first}); name --layers") from None
+    live = live.to(device).eval()
+    choice = choose_layers(live, text.tokens, form=options.block, kl_budget=options.kl_budget, progress=progress)
+    if not choice.layers:
+        least = choice.alone[0]
+        raise UsageError(
+            f"--kl-budget {options.kl_budget:g}: the layer that loses least, {least.layer}, loses {least.kl:.3g} nats; "
+            "raise the budget or name --layers"
+        )
+    facts = {
+        "kl_budget": options.kl_budget,
+        "kl": round(choice.kl, 6),
+        "tokens": int(text.tokens.numel()),
+        "text": text.names,
+        "path": [[layer, round(kl, 6)] for layer, kl in choice.path],
+        "alone": {str(loss.layer): round(loss.kl, 6) for loss in choice.alone},
+    }
+    return replace(options, layers=tuple(choice.layers), kl_budget=None), facts
