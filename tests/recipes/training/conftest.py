@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     (root / "held.txt").write_text("\n".join(documents[250:]))
     shape = NewModel(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=4, dtype="float32",
     )  # fmt: skip
     new_model(root / "teacher", documents, shape)
     # Random weights hardly attend; larger ones make a conversion cost something that training can win back.

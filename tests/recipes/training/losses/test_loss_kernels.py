@@ -38,15 +38,17 @@ pytestmark = [
     pytest.mark.skipif(unavailable(torch.device(DEVICE)) is not None, reason="needs a GPU, or the interpreter"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
-LIMIT = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
+# Blocks of 64 columns in the interpreter and of 4096 on a GPU; the last is not whole.
+SIZES = [(97, 1.0), (128, 0.5)] if INTERPRETED else [(97, 1.0), (4096, 0.5), (4097, 2.0), (9000, 1.0)]
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-@pytest.mark.parametrize(("vocabulary", "temperature"), [(97, 1.0), (4096, 0.5), (4097, 2.0), (9000, 1.0)])
+@pytest.mark.parametrize("dtype", list(LIMIT)[: 2 if INTERPRETED else 3])
+@pytest.mark.parametrize(("vocabulary", "temperature"), SIZES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shaped", [False, True])
 def test_kernel(loss, vocabulary, temperature, dtype, shaped) -> None:
-    tokens = 5
+    tokens = 3
     generator = torch.Generator().manual_seed(vocabulary)
     raw = (4 * torch.randn(tokens, vocabulary, generator=generator)).to(DEVICE, dtype)
     other = raw + torch.randn(tokens, vocabulary, generator=generator).to(DEVICE, dtype)

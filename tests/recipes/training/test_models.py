@@ -1,0 +1,130 @@
+"""Other architectures, adapters, and checkpoints that keep weights in another form than memory does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from rehead.convert.manifest import verify_files
+from rehead.errors import UnsupportedError, UsageError
+from rehead.recipes import uptrain
+from rehead.recipes.data.tokens import load_tokenizer
+
+_SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+
+
+def _models() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "mixtral": MixtralForCausalLM(MixtralConfig(**_SIZES, **_HEADS, num_local_experts=4)),
+        "gemma2": Gemma2ForCausalLM(Gemma2Config(**_SIZES, **_HEADS, final_logit_softcapping=30.0)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gemma2", "gpt2"])
+def test_other_architectures_train_and_load_again(tiny, tmp_path: Path, kind: str) -> None:
+    _models()[kind].to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    load_tokenizer(tiny.teacher).save_pretrained(tmp_path / "model")
+    events: list[dict] = []
+    uptrain(tmp_path / "model", tmp_path / "out", **tiny.options(loss="ce"), on_event=events.append)
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    assert losses[-1] < 0.8 * losses[0]
+    verify_files(tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    # The same tensors under the same names in the same dtype, though memory may hold them merged.
+    assert {name: (w.shape, w.dtype) for name, w in before.items()} == {
+        name: (w.shape, w.dtype) for name, w in after.items()
+    }
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not still
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_adapters_are_merged(tiny, tmp_path: Path) -> None:
+    events: list[dict] = []
+    options = tiny.options(lora_rank=4, train="attention", eval_data=[tiny.held], tokens=8192, learning_rate=2e-2)
+    uptrain(tiny.student, tmp_path / "out", **options, on_event=events.append)
+    figures = [event for event in events if event["event"] == "evaluation"]
+    assert figures[-1]["kl"] < 0.8 * figures[0]["kl"]
+    assert events[0]["trained_parameters"] == 2 * 4 * (2 * (32 + 32) + 2 * (32 + 8))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny.student, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        change = weight - before[name]
+        if "self_attn" in name:
+            assert torch.linalg.matrix_rank(change, atol=1e-5) == 4, name
+        else:
+            assert not change.any(), name
+    # Merged, it computes what the last evaluation saw.
+    from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
+    from rehead.recipes.training.losses import StudentWithLoss
+    from rehead.recipes.training.options import make_options
+    from rehead.recipes.training.processes import join_processes
+    from rehead.recipes.training.run import _windows
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", tiny.teacher))
+    windows = _windows(tiny.held, load_tokenizer(tmp_path / "out"), make_options(options))
+    found = evaluate_held_out(StudentWithLoss(student, teacher), HeldOut("", windows), join_processes("cpu"), 8)
+    assert found["kl"] == pytest.approx(figures[-1]["kl"], rel=1e-4)
+
+
+def test_adapters_need_a_linear_layer(tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--train norms chooses no linear layer"):
+        uptrain(tiny.student, tmp_path / "out", **tiny.options(lora_rank=4, train="norms"))
+
+
+def test_another_vocabulary_is_refused(tiny, tmp_path: Path) -> None:
+    from rehead.recipes.scratch import NewModel, new_model
+
+    words = [f"other words altogether, {i} of them, and {i * i} more" for i in range(200)]
+    shape = NewModel(vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                     num_key_value_heads=4)  # fmt: skip
+    new_model(tmp_path / "other", words, shape)
+    with pytest.raises(UsageError, match=r"different vocabularies .300 and 280 tokens, token"):
+        uptrain(tiny.student, tmp_path / "out", teacher=str(tmp_path / "other"), **tiny.options())
+    assert not (tmp_path / ".out.rehead-training").exists()
+
+
+def test_models_that_cannot_be_trained(tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        uptrain(tmp_path / "nothing", tmp_path / "out", **tiny.options())
+    with pytest.raises(UsageError, match="OUT is the source itself"):
+        uptrain(tiny.student, tiny.student, overwrite=True, **tiny.options())
+    folder = tmp_path / "quantised"
+    folder.mkdir()
+    for path in tiny.student.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UnsupportedError, match="is quantised"):
+        uptrain(folder, tmp_path / "out", **tiny.options())
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
+        uptrain(folder, tmp_path / "out", teacher=str(tiny.teacher), **tiny.options())
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tiny, tmp_path: Path) -> None:
+    curves = []
+    for compiled in (False, True):
+        events: list[dict] = []
+        uptrain(tiny.student, tmp_path / str(compiled), **tiny.options(compile=compiled), on_event=events.append)
+        curves.append([event["loss"] for event in events if event["event"] == "step"])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
