@@ -20,7 +20,7 @@ from rehead.convert.commands import JSON, QUIET, progress_bar
     metavar="TEXT",
     help="Text file (.txt, .md, .rst, also .gz; .jsonl, .parquet), folder or Hub dataset; repeat for more.",
 )
-@click.option("--tokens", default="32k", show_default=True, metavar="N", help="The first N tokens of each text.")
+@click.option("--tokens", default="32768", show_default=True, metavar="N", help="The first N tokens of each text.")
 @click.option("--window", default="512", show_default=True, metavar="N", help="Tokens that the model sees at once.")
 @click.option("--stride", metavar="N", help="Of the strided convention.  [default: half a window]")
 @click.option(
@@ -31,7 +31,10 @@ from rehead.convert.commands import JSON, QUIET, progress_bar
     help="disjoint, strided, or rolling as the harness has it; repeat.  [default: disjoint, strided]",
 )
 @click.option("--damage", is_flag=True, help="Each layer of MODEL alone in the baseline.")
+@click.option("--damage-tokens", metavar="N", help="On so many tokens of the first text.  [default: 2048]")
 @click.option("--needle", metavar="LENGTHS", help="Retrieval at these context lengths, e.g. 512,2048.")
+@click.option("--needle-depths", metavar="SHARES", help="From 0 to 1.  [default: 0,0.25,0.5,0.75,1]")
+@click.option("--needle-trials", metavar="N", help="At each length and depth.  [default: 8]")
 @click.option("--tasks", metavar="NAMES", help="lm-evaluation-harness tasks: arc_easy,piqa (extra: rehead[tasks]).")
 @click.option("--tasks-dir", metavar="DIR", help="Task files of your own, which need no network.")
 @click.option("--task-limit", metavar="N", help="Samples of each task.")
@@ -39,6 +42,7 @@ from rehead.convert.commands import JSON, QUIET, progress_bar
 @click.option("--speed", is_flag=True, help="Prefill and decoding, tokens a second.")
 @click.option("--speed-batch", metavar="SIZES", default="1,8", show_default=True)
 @click.option("--speed-context", metavar="SIZES", default="512,2048", show_default=True)
+@click.option("--speed-repeats", metavar="N", help="Of which medians are taken.  [default: 5]")
 @click.option(
     "--fail-above",
     multiple=True,
@@ -56,6 +60,7 @@ from rehead.convert.commands import JSON, QUIET, progress_bar
     show_default=True,
     help="float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's own elsewhere.",
 )
+@click.option("--resamples", metavar="N", help="Of the bootstrap behind the intervals.  [default: 2000]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @QUIET
 @JSON

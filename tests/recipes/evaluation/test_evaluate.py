@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rehead.cli import main
 from rehead.recipes import evaluate
+from rehead.recipes.evaluation.commands import evaluate_command
+from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.output import read
 from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.scratch import NewModel, new_model
@@ -203,3 +205,8 @@ def test_mistakes_are_one_line(run, harmed, original, text, words, code, says):
     assert says in err, err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_every_option_is_a_flag():
+    flags = {parameter.name for parameter in evaluate_command.params}
+    assert set(EvaluateOptions.model_fields) <= flags
