@@ -79,9 +79,9 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
             "briefly and evaluate it against the original before you rely on it.",
             "",
         ]
-    if "block" in table and not table["block"]["plain"]:
+    if plan.raw_config.get("auto_map"):
         lines += [
-            "Transformers has no class for these blocks: `import rehead` before loading, or trust the modelling file "
+            "Transformers has no class for this model: `import rehead` before loading, or trust the modelling file "
             "beside the weights.",
             "",
         ]

@@ -158,7 +158,7 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
         return
     rows = [
         ("files", f"{found['files']} match their SHA-256"),
-        ("loads", "with plain transformers, no missing or unexpected tensor"),
+        ("loads", f"{found['loads_with']}, no missing or unexpected tensor"),
         ("KV cache", f"logits with and without agree to {found['cache_error']:.1e}"),
     ]
     if found["against_source"]:

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from rehead.convert.families import FAMILIES
+from rehead.convert.families.seq2seq import SEQ2SEQ
 from rehead.convert.hosts import hosts_of
 from rehead.convert.model import open_model
 
@@ -73,7 +74,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
 def describe_families() -> list[dict[str, Any]]:
     """Every architecture in the table: model type, packing, key norm, rotary pairing, tensor names and notes."""
     rows = []
-    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type):
+    for family in sorted((*FAMILIES.values(), SEQ2SEQ["t5"]), key=lambda family: family.model_type):
         names = family.names
         stems = [names.query, names.output]
         if family.packing == "separate":

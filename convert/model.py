@@ -215,14 +215,15 @@ def _plain_floats(value: Any) -> Any:
 
 
 def causal_lm_class(config: Config) -> type[PreTrainedModel]:
-    """The class that ``AutoModelForCausalLM`` loads for a config.
+    """The class that ``AutoModelForCausalLM`` loads for a config, or ``AutoModelForSeq2SeqLM`` for an encoder-decoder.
 
     Raises:
         UnsupportedError: there is none.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    found = auto._model_mapping.get(type(config), None)
     if found is None:
         raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
     model_class: Any = found[0] if isinstance(found, (tuple, list)) else found

@@ -229,6 +229,18 @@ def _outputs(
 
 def _refuse_together(source: Model, model: Model, options: ConvertOptions, kv: int) -> None:
     """Steps that do not go together in one run."""
+    if getattr(model.config, "is_encoder_decoder", False) and kv != source.num_kv_heads:
+        kind = model.config.model_type
+        if options.needs_calibration:
+            raise UnsupportedError(
+                f"{kind}: an encoder-decoder cannot be calibrated layer by layer; use --method mean, first, random or "
+                "procrustes without --refit and --fit"
+            )
+        if options.grouping != "contiguous":
+            raise UnsupportedError(
+                f"{kind}: its layers share a position bias by query head, so heads cannot change places; "
+                "use --grouping contiguous"
+            )
     if not model.reblocked:
         return
     calibrated = options.refit or options.fit or (kv != source.num_kv_heads and options.needs_calibration)

@@ -31,16 +31,19 @@ class Verification:
             size.
         against_source: mean KL divergence in nats to the source, share of equal top tokens and largest logit
             difference, over ``positions`` next-token predictions; None without a source.
+        plain: transformers' own class loads it; otherwise it carries a modelling file of ours.
     """
 
     files: int
     cache_error: float
     against_source: dict[str, float] | None
+    plain: bool = True
 
     def as_json(self) -> dict[str, Any]:
         return {
             "files": self.files,
             "loads": True,
+            "loads_with": "with plain transformers" if self.plain else "with the modelling file that it carries",
             "cache_error": self.cache_error,
             "against_source": self.against_source,
         }
@@ -93,7 +96,7 @@ def verify(
                 f"{out}: the conversion is exact by its manifest, but logits differ from {source}'s by "
                 f"{against['max_difference']:.1e}; check that this is the source it came from"
             )
-    return Verification(len(manifest["files"]), cache_error, against)
+    return Verification(len(manifest["files"]), cache_error, against, not folder.config.get("auto_map"))
 
 
 def _report_of(source: str, revision: str | None) -> Any:
@@ -121,19 +124,26 @@ def _load(path: str, config: Any, revision: str | None = None) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(input_ids=tokens, use_cache=False).logits[0].float()
+    return _run(model, tokens, tokens, use_cache=False).logits[0].float()
+
+
+def _run(model: Any, tokens: Tensor, source: Tensor, **options: Any) -> Any:
+    """A forward pass; an encoder-decoder's encoder reads ``source``."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=source, decoder_input_ids=tokens, **options)
+    return model(input_ids=tokens, **options)
 
 
 @torch.no_grad()
 def _cache_error(model: Any, tokens: Tensor, logits: Tensor) -> float:
     """Prefill half of the tokens, decode eight more one by one, and compare with the full pass."""
     half = tokens.shape[1] // 2
-    step = model(input_ids=tokens[:, :half], use_cache=True)
+    step = _run(model, tokens[:, :half], tokens, use_cache=True)
     cache, worst = step.past_key_values, float((step.logits[0].float() - logits[:half]).abs().max())
     if cache is None:
         return 0.0
     for at in range(half, min(half + 8, tokens.shape[1])):
-        step = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+        step = _run(model, tokens[:, at : at + 1], tokens, past_key_values=cache, use_cache=True)
         cache, worst = step.past_key_values, max(worst, float((step.logits[0, 0].float() - logits[at]).abs().max()))
     return worst / float(logits.abs().max().clamp_min(1e-6))
 

@@ -9,6 +9,7 @@ from typing import Any
 from rehead.convert.families.guess import guess_family
 from rehead.convert.families.parallel import as_parallel, base_type
 from rehead.convert.families.refusals import REFUSALS
+from rehead.convert.families.seq2seq import SEQ2SEQ
 from rehead.convert.families.spec import Config, Family
 from rehead.convert.families.table import FAMILIES
 from rehead.errors import UnsupportedError
@@ -36,6 +37,8 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(base_type(model_type))
     if family is not None:
         return family if base_type(model_type) == model_type else as_parallel(family)
+    if model_type in SEQ2SEQ:
+        return SEQ2SEQ[model_type]
     reason = _known_reason(config) or _structural_reason(config)
     if reason is not None:
         raise UnsupportedError(f"{model_type}: {reason}")
@@ -64,7 +67,7 @@ def _known_reason(config: Config) -> str | None:
 def _structural_reason(config: Config) -> str | None:
     """Why a model type outside both tables cannot be converted, as far as its config tells."""
     if getattr(config, "is_encoder_decoder", False):
-        return "is an encoder-decoder; give a decoder-only causal language model"
+        return "is an encoder-decoder; give T5 or a decoder-only causal language model"
     towers = [name for name in _OTHER_TOWERS if getattr(config, name, None) is not None]
     if towers or getattr(config, "text_config", None) is not None:
         return "is multimodal; save its language model alone with save_pretrained and convert that"

@@ -1,4 +1,4 @@
-"""Blocks in checkpoints: there and back without a bit lost, the definition's function in between, refusals in a line."""
+"""Blocks in checkpoints: there and back without a bit lost, the definition in between, refusals in a line."""
 
 from __future__ import annotations
 
