@@ -87,14 +87,20 @@ def computed_bytes_per_token(config: Any, itemsize: int) -> float | None:
     return float(2 * config.num_hidden_layers * kv * head_dim * itemsize)
 
 
-def cache_row(who: schema.Who, model: Any) -> schema.KVCache:
-    """Both figures side by side, in the dtype that the model is loaded in."""
+def cache_row(who: schema.Who, model: Any, dtype: torch.dtype) -> schema.KVCache:
+    """Both figures side by side.
+
+    Args:
+        who: the model's part in the comparison.
+        model: a transformers causal language model.
+        dtype: that a served cache would have, whatever the model is evaluated in: what is counted are its numbers.
+    """
     measured = measure_cache(model)
-    dtype = next(model.parameters()).dtype
+    scale = dtype.itemsize / next(model.parameters()).element_size()
     return schema.KVCache(
         who=who,
         computed_bytes_per_token=computed_bytes_per_token(model.config, dtype.itemsize),
-        measured_bytes_per_token=measured.bytes_per_token if measured else None,
+        measured_bytes_per_token=scale * measured.bytes_per_token if measured else None,
         dtype=str(dtype).removeprefix("torch."),
     )
 

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rehead.errors import UsageError, unknown_name
 from rehead.recipes.evaluation.gates import check_gates
+from rehead.recipes.training.options import parse_count
 
 CONVENTIONS = ("disjoint", "strided", "rolling")
 #: A needle, its line ends and its repeated key take about half of this.
 MIN_NEEDLE = 32
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-_FACTORS = {"": 1, "k": 1000, "m": 1_000_000}
-
-
-def parse_count(value: Any) -> Any:
-    """``"32k"`` and ``"8M"`` as numbers; anything else as it is."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", value.strip().replace("_", "").replace(",", ""))
-        if match:
-            number = float(match[1]) * _FACTORS[match[2].lower()]
-            return int(number) if number == int(number) else value
-    return value
 
 
 def _listed(value: Any) -> Any:

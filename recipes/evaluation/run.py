@@ -90,7 +90,7 @@ def evaluate(
         baseline=facts.get("baseline"),
         control=facts.get("control"),
         conditions=_conditions(device, loaded[0], texts, chosen),
-        kv_cache=[cache_row(item.who, item.model) for item in loaded],
+        kv_cache=[cache_row(item.who, item.model, item.dtype) for item in loaded],
     )
     if texts:
         run.quality(found)

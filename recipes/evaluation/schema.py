@@ -208,7 +208,8 @@ class TaskScore(Section):
 class KVCache(Section):
     """KV-cache bytes that each further token takes: from the config, and as a forward pass really leaves them.
 
-    ``computed_bytes_per_token`` is None where the config does not say enough.
+    Both in ``dtype``, the checkpoint's, whatever the model was evaluated in. ``computed_bytes_per_token`` is None where
+    the config does not say enough.
     """
 
     who: Who
