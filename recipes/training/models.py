@@ -134,13 +134,19 @@ def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device)
 
 
-def set_attention(model: Any, attention: str, name: str) -> str:
+#: Rows up to which the fused kernels behind SDPA, masks and all, outrun the tiled ones on a GPU (NOTES-uptrain.md).
+_SDPA_ROWS = 2048
+
+
+def set_attention(model: Any, attention: str, name: str, length: int | None = None) -> str:
     """Choose the attention implementation of a live model.
 
     Args:
         model: changed in place.
-        attention: ``auto`` (tiled where it applies, else what transformers chose), ``tiled``, or transformers' own.
+        attention: ``auto`` (tiled where it applies, else what transformers chose; on a GPU that choice too where it is
+            SDPA and rows are short), ``tiled``, or transformers' own.
         name: what to call the model.
+        length: tokens in a row, where they are known.
 
     Returns:
         The implementation in use.
@@ -151,6 +157,9 @@ def set_attention(model: Any, attention: str, name: str) -> str:
     """
     from rehead.patches import patch_model
 
+    chosen, device = str(model.config._attn_implementation), next(model.parameters()).device
+    if attention == "auto" and device.type == "cuda" and chosen == "sdpa" and length and length <= _SDPA_ROWS:
+        return chosen
     if attention in ("auto", "tiled"):
         try:
             patch_model(model, "tiled").apply()
