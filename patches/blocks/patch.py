@@ -59,8 +59,20 @@ class BlockReport(PatchReport):
         if self.measured is not None:
             lines.append(f"  {self.measured}; {self.measured.tokens} tokens of {self.on}")
         if self.untouched:
-            lines.append(f"  left as they are: {', '.join(self.untouched)}")
+            named = self.untouched if len(self.untouched) <= 4 else [f"{len(self.untouched)} blocks"]
+            lines.append(f"  left as they are: {', '.join(named)}")
         return "\n".join(lines)
+
+
+@dataclass
+class FusionProof(proof.Proof):
+    """A proof that blocks compute fused what they compute unfused, in a form that is not the model's own."""
+
+    def __str__(self) -> str:
+        return (
+            f"proved: {self.layers} blocks, {self.calls} calls, difference {self.difference:.1e} to {self.against} "
+            f"(allowed {self.tolerance:.1e}), leak {self.leak:.1e}; see measure() for the distance to the original"
+        )
 
 
 class BlockPatch(Patch):
@@ -366,7 +378,7 @@ class BlockPatch(Patch):
         if leak > 4 * other and leak > limit:
             raise VerificationError(f"later tokens change earlier logits by {leak:.2e}; revert the patch")
         against = f"the {self.form} form unfused"
-        return proof.Proof(len(calls), sum(calls.values()), gap, limit, leak, other, [], against)
+        return FusionProof(len(calls), sum(calls.values()), gap, limit, leak, other, [], against)
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:

@@ -13,8 +13,11 @@ from rehead.patches.tiny import tiny_model
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
 TYPES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "starcoder2", "granite", "stablelm", "nemotron",
-    "gpt2", "gpt_bigcode", "gpt_neo", "persimmon", "gpt_neox", "gptj", "codegen", "phi", "falcon", "cohere",
+    "llama", "qwen2", "qwen3", "gemma", "phi3", "olmo", "granite", "stablelm", "nemotron", "gpt2", "gpt_neox", "gptj",
+    "phi", "falcon", "cohere",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "mistral", "starcoder2", "gpt_bigcode", "gpt_neo", "persimmon", "codegen", "helium", "glm", "arcee", "cohere2",
+    )),
 )  # fmt: skip
 
 
