@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -12,15 +11,13 @@ from torch import Tensor
 from rehead.errors import UnsupportedError
 from rehead.patches.kernels.rules import Rules, check, refusal
 
-
-@functools.cache
-def _triton_missing() -> bool:
-    return importlib.util.find_spec("triton") is None
+# A constant, for torch.compile to trace past.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why kernels cannot run on ``device`` at all (one line), or None. TRITON_INTERPRET=1 makes the CPU acceptable."""
-    if _triton_missing():
+    if not HAS_TRITON:
         return "Triton is not installed"
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

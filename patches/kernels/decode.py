@@ -140,6 +140,9 @@ def run_decode(query: Tensor, key: Tensor, value: Tensor, rules: DecodeRules) ->
     bias = None if rules.bias is None else float_bias(rules.bias).expand(batch, heads, num_q, num_k)
     unused = query  # stands in for pointers that no kernel reads
     alibi, sinks = (unused if item is None else item for item in (rules.alibi_slopes, rules.sinks))
+    # The maximum of scaled scores is the scaled maximum only under a positive scale.
+    plain = rules.scale > 0 and rules.softcap is None and rules.alibi_slopes is None and bias is None
+    scan = 16 if interpreting() else max(256, min(4096, triton.next_power_of_2(triton.cdiv(length, splits))))
     launch: dict[str, Any] = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(query):
         decode_kernels.partial_attention[(splits, batch * kv_heads, row_tiles)](
@@ -150,11 +153,12 @@ def run_decode(query: Tensor, key: Tensor, value: Tensor, rules: DecodeRules) ->
             num_k if rules.kv_end is None or rules.kv_end_tensor is not None else rules.kv_end, rules.q_offset,
             rules.window or 0, rules.chunk or 1, kv_heads, splits,
             GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=shape.rows, BLOCK_N=shape.block_n,
-            CAUSAL=rules.causal, WINDOW=rules.window is not None, CHUNK=rules.chunk is not None,
+            SCAN=scan, CAUSAL=rules.causal, WINDOW=rules.window is not None, CHUNK=rules.chunk is not None,
             SOFTCAP=rules.softcap is not None, START=rules.kv_start is not None, END=rules.kv_end_tensor is not None,
             MASK=mask is not None, OFFSET=rules.q_offset_tensor is not None, ALIBI=rules.alibi_slopes is not None,
             SINKS=rules.sinks is not None, BIAS=bias is not None, DIRECT=splits == 1, EARLY=early, AHEAD=shape.ahead,
-            SINGLE=num_q == 1, PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
+            SINGLE=num_q == 1,
+            PLAIN=plain, PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
             # A tile of biases in every stage would not fit beside those of K and V.
             num_warps=shape.warps, num_stages=shape.stages if bias is None else min(2, shape.stages), **launch,
         )  # fmt: skip
@@ -162,7 +166,7 @@ def run_decode(query: Tensor, key: Tensor, value: Tensor, rules: DecodeRules) ->
             columns, wide = merge_shape(batch * kv_heads * total, splits, block_dv)
             decode_kernels.merge_parts[(batch * kv_heads, total, block_dv // columns)](
                 acc, lse, out, sinks, num_q, kv_heads, splits, GROUP=group, DV=dim_v, BLOCK_DV=block_dv,
-                COLUMNS=columns, PARTS=wide, SINKS=rules.sinks is not None, EARLY=early,
+                COLUMNS=columns, PARTS=wide, SINKS=rules.sinks is not None, EARLY=early, ALONE=shape.alone,
                 num_warps=max(1, min(4, wide * columns // 512)), **launch,
             )  # fmt: skip
     return out
@@ -181,23 +185,34 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 class LaunchShape(NamedTuple):
-    """How the first kernel is cut: query rows a tile, keys a block, warps, pipeline stages, program slots of the whole
-    GPU, and keys that a waiting program prefetches."""
+    """How the first kernel is cut.
+
+    Attributes:
+        rows: query rows a tile.
+        block_n: keys a block.
+        warps, stages: of a program, and of its pipeline.
+        slots: programs that the whole GPU is to run at a time.
+        ahead: keys that a waiting program prefetches.
+        alone: one program fills a multiprocessor.
+    """
 
     rows: int
     block_n: int
     warps: int
     stages: int
     slots: int
-    ahead: int
+    ahead: int = 1
+    alone: bool = False
 
 
 @functools.lru_cache(maxsize=256)
 def launch_shape(device: torch.device, itemsize: int, width: int, total: int) -> LaunchShape:
     """The shape for ``total`` rows of ``width`` (padded head_dim) elements of ``itemsize`` bytes.
 
-    Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax needs no exchange
-    between warps: worth padding to, except from 16 rows, which the older instructions take as they are.
+    On Hopper one program to a multiprocessor, with most of the shared memory for blocks on their way, halves what the
+    merge has to read. Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax
+    needs no exchange between warps: worth padding to, except from 16 rows, which the older instructions take as they
+    are.
     """
     import triton
 
@@ -206,24 +221,29 @@ def launch_shape(device: torch.device, itemsize: int, width: int, total: int) ->
     most = 64 if itemsize == 2 or interpreting() else 16  # three-product float32 needs the room
     rows = min(most, max(16, triton.next_power_of_2(total)))
     if interpreting():
-        return LaunchShape(rows, 16, 4, 1, 12, 1)
+        return LaunchShape(rows, 16, 4, 1, 12)
     roomy = shared_memory(device) > 150_000
-    slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    if rows > 16 and _is_hopper(device) and itemsize == 2:
-        rows = 64
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    slots = 2 * processors
+    if _is_hopper(device) and itemsize == 2:
+        rows = 64 if rows > 16 else rows
+        if width <= 128 and rows > 16:
+            return LaunchShape(rows, 64, 4, 6, processors, 256, True)
+        if width <= 128:
+            return LaunchShape(rows, 128, 8, 3, processors, 256, True)
     if width * itemsize > 512:
-        return LaunchShape(rows, 16, 4, 2, slots, 32)
+        return LaunchShape(rows, 16, 4, 2, slots)
     if width * itemsize > 256:
-        return LaunchShape(rows, 32, 4, 3 if roomy else 2, slots, 64)
-    return LaunchShape(rows, 64, 4, 3 if roomy else 2, slots, 128)
+        return LaunchShape(rows, 32, 4, 3 if roomy else 2, slots)
+    return LaunchShape(rows, 64, 4, 3 if roomy else 2, slots)
 
 
 def merge_shape(rows: int, splits: int, width: int) -> tuple[int, int]:
     """Columns and parts that a program of the merge takes at a time, for ``rows`` rows of ``width`` (a power of two).
 
-    Whole rows where there are many of them; where there are few, narrower pieces down to 64 bytes keep a GPU busy.
+    Whole rows where there are many of them; where there are few, pieces down to a 128-byte line keep a GPU busy.
     """
     columns = width
-    while columns > 16 and rows * (width // columns) < 132:
+    while columns > 32 and rows * (width // columns) < 132:
         columns //= 2
     return columns, min(256, 1 << (splits - 1).bit_length())

@@ -113,7 +113,8 @@ def test_hopper_backward(hopper, dim, tmp_path):
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_decode(rows, tmp_path):
-    report = assemble_decode(rows, 64, 3, 128, "bf16", 90, tmp_path)
+    block_n, stages, warps = (64, 6, 4) if rows == 64 else (128, 3, 8)
+    report = assemble_decode(rows, block_n, stages, 128, "bf16", 90, tmp_path, warps)
     assert spilled(report) == 0
     assert "serialized" not in report
 
@@ -132,27 +133,30 @@ def test_decode_fits_every_card(total, width, kind, capability, tmp_path, monkey
     shape = module.launch_shape(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
     module.launch_shape.cache_clear()
     for stages, bias in ((shape.stages, False), (min(2, shape.stages), True)):
-        report = assemble_decode(shape.rows, shape.block_n, stages, width, kind, capability, tmp_path, BIAS=bias)
+        changed = {"BIAS": bias, "PLAIN": not bias}
+        sizes = (shape.rows, shape.block_n, stages, width, kind, capability, tmp_path, shape.warps)
+        report = assemble_decode(*sizes, **changed)
         assert "registers" in report
 
 
 def assemble_decode(
-    rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path, **changed
+    rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path, warps: int = 4, **changed
 ) -> str:
     from rehead.patches.kernels import decode_kernels
 
     flags = {
         "GROUP": 4, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "ROWS": rows, "BLOCK_N": block_n,
-        "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True, "MASK": True,
-        "OFFSET": True, "ALIBI": False, "SINKS": True, "BIAS": False, "DIRECT": False,
-        "EARLY": capability == 90, "AHEAD": 128, "SINGLE": True, "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
+        "SCAN": 1024, "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True,
+        "MASK": True, "OFFSET": True, "ALIBI": False, "SINKS": True, "BIAS": False, "DIRECT": False,
+        "EARLY": capability == 90, "AHEAD": 256, "SINGLE": True, "PLAIN": True,
+        "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
     }  # fmt: skip
     flags |= changed
     pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")} | {"bias_ptr": "*fp32"}
     pointers |= {f"{name}_ptr": "*i32" for name in ("start", "end", "offset")}
     pointers |= {"acc_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*u8", "alibi": "*fp32", "sinks": "*bf16"}
     signature = pointers | {"scale": FLOAT, "softcap": FLOAT}
-    options = {"num_warps": 4, "num_stages": stages} | ({"launch_pdl": True} if capability == 90 else {})
+    options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if capability == 90 else {})
     return assemble(decode_kernels.partial_attention, signature, flags, False, tmp_path, capability, **options)
 
 
