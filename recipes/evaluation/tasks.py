@@ -9,7 +9,6 @@ task files of one's own, with data files beside them, needs no network::
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,16 +152,19 @@ def _unknown(task: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness's log and bars; errors still raise."""
+    """Silence the harness's log and bars, which it draws whatever it is told; errors still raise."""
+    from tqdm import tqdm
+
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, os.environ.get("TQDM_DISABLE")
+    level, begin = logger.level, tqdm.__init__
+
+    def silent(self: Any, *args: Any, **options: Any) -> None:
+        begin(self, *args, **{**options, "disable": True})
+
     logger.setLevel(logging.CRITICAL)
-    os.environ["TQDM_DISABLE"] = "1"
+    tqdm.__init__ = silent
     try:
         yield
     finally:
+        tqdm.__init__ = begin
         logger.setLevel(level)
-        if bars is None:
-            os.environ.pop("TQDM_DISABLE", None)
-        else:
-            os.environ["TQDM_DISABLE"] = bars

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from rehead.cli import main
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.evaluation import tasks
 from rehead.recipes.evaluation.models import load_model
@@ -45,12 +46,14 @@ def _offline(monkeypatch, tmp_path):
 
 
 @torch.no_grad()
-def test_scores_equal_those_counted_by_hand(folder, original, load, tokenizer):
+def test_scores_equal_those_counted_by_hand(folder, original, load, tokenizer, capfd):
     pytest.importorskip("lm_eval")
     loaded = load_model("model", str(original), device=torch.device("cpu"))
     manager = tasks.task_manager(["years_local"], str(folder))
     done = []
+    capfd.readouterr()
     rows = tasks.task_scores(loaded, ["years_local"], manager, progress=lambda at, total: done.append((at, total)))
+    assert capfd.readouterr() == ("", "")
     row = next(row for row in rows if row.metric == "acc")
     model, right = load(original), 0
     for line in (folder / "rows.jsonl").read_text().splitlines():
@@ -92,3 +95,16 @@ def test_the_extra_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r'pip install "rehead\[tasks\]"'):
         tasks.require_harness()
+
+
+def test_from_the_command_line(folder, original, converted, capsys):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(converted), "--baseline", str(original), "--tasks", "years_local", "--tasks-dir",
+              str(folder), "--json"])  # fmt: skip
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert [(row["who"], row["task"]) for row in json.loads(out)["tasks"] if row["metric"] == "acc"] == [
+        ("baseline", "years_local"),
+        ("model", "years_local"),
+    ]
