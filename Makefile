@@ -34,4 +34,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .check demo-out
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .check demo-out demo-smollm2-out
