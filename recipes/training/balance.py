@@ -8,11 +8,9 @@ from.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +19,6 @@ from rehead.convert.heads import Heads
 from rehead.convert.model import Model, open_model
 from rehead.errors import ReheadError
 from rehead.recipes.training.models import Opened
-
-logger = logging.getLogger("rehead.recipes.training")
 
 #: Factors that are off by more than this train badly: AdamW moves every element by about the learning rate, whatever
 #: its size. Closed-form starts in the balanced gauge are off by 25 at most.
@@ -45,14 +41,12 @@ class Imbalance:
     ratio: float
 
 
-def warn_if_unbalanced(
-    student: Opened, teacher: Opened | None, listener: Callable[[dict[str, Any]], None] | None = None
-) -> Imbalance | None:
+def warn_if_unbalanced(student: Opened, teacher: Opened | None, tell: Callable[[str], None]) -> Imbalance | None:
     """Say in one line when a student's factors are badly scaled; refuses nothing.
 
     Args:
         student, teacher: open checkpoints; without a teacher only the spread inside each layer is looked at.
-        listener: called with a ``warning`` event; the line goes to the ``rehead.recipes.training`` logger as well.
+        tell: called with the line.
 
     Returns:
         What was found, None where all is well or the layout is not known.
@@ -69,9 +63,7 @@ def warn_if_unbalanced(
         f"{student.name}: layer {found.layer} has badly scaled factors (norms of {found.factors} are off by a factor "
         f"of {found.ratio:.0f}), so training may diverge; convert it again, or lower --lr"
     )
-    logger.warning(line)
-    if listener is not None:
-        listener({"event": "warning", "note": line})
+    tell(line)
     return found
 
 

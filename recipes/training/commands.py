@@ -99,7 +99,7 @@ def uptrain_command(
 def training_bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
     """A progress callback and an event listener that show loss, tokens a second and time left on standard error."""
     if quiet or not sys.stderr.isatty():
-        yield None, None if quiet else _say
+        yield None, _ignore if quiet else _say
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -129,6 +129,10 @@ def training_bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
                     bars.console.print(line, markup=False, highlight=False)
 
         yield show, tell
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """Listens, so that warnings stay in the log."""
 
 
 def _say(event: dict[str, Any]) -> None:

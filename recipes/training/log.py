@@ -72,13 +72,12 @@ class RunLog:
             tracker.finish()
 
 
-def open_trackers(names: Sequence[str], run: str, folder: Path, config: dict[str, Any]) -> list[Any]:
+def open_trackers(names: Sequence[str], out: Path, config: dict[str, Any]) -> list[Any]:
     """Trackers of accelerate by name.
 
     Args:
         names: such as ``tensorboard``, ``wandb``, ``trackio``.
-        run: what the run is called.
-        folder: where those that write files put them.
+        out: the run is called after it; trackers that write files do so in ``runs`` beside it.
         config: the run's options.
 
     Raises:
@@ -99,7 +98,8 @@ def open_trackers(names: Sequence[str], run: str, folder: Path, config: dict[str
         if name not in ready:
             raise UsageError(f"--tracker {name}: is not installed; run `pip install {name}`")
         kind = known[name]
-        tracker = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
+        places = {"logging_dir": str(out.parent / "runs")} if kind.requires_logging_directory else {}
+        tracker = kind(out.name, **places)
         if hasattr(tracker, "start"):
             tracker.start()
         tracker.store_init_configuration({key: _flat(value) for key, value in config.items()})

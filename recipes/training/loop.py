@@ -18,6 +18,7 @@ from rehead.convert.stream import ResourceError
 from rehead.errors import VerificationError
 from rehead.recipes.data.order import rows_of_step
 from rehead.recipes.data.store import IGNORED, Rows, TokenStore
+from rehead.recipes.training.batches import first_micro_batch, forward_inputs
 from rehead.recipes.training.checkpoints import WorkFolder, save
 from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
 from rehead.recipes.training.interruption import Interrupted, StopRequests
@@ -29,7 +30,6 @@ from rehead.recipes.training.schedule import rate_factor
 from rehead.recipes.training.weights import Weights
 
 Progress = Callable[[str, float, float], None]
-_CPU_TOKENS = 4096  # of a forward pass: more would leave the caches
 
 
 @dataclass
@@ -80,9 +80,7 @@ class Loop:
         self._started = self._ticked = time.monotonic()
         self._stopping = False
         self._saved = -1
-        share = self.options.rows_per_step // self.run.world
-        by_default = share if self.run.device.type == "cuda" else max(_CPU_TOKENS // self.options.seq_length, 1)
-        self._micro = min(self.options.micro_batch or by_default, share)
+        self._micro = first_micro_batch(self.options, self.run)
 
     # ---- the loop
 
@@ -170,25 +168,16 @@ class Loop:
     def _passes(self, rows: Rows, counted: int) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         # FSDP2 takes the mean over processes where the sum is meant.
-        scale = self.run.world if self.run.sharded else 1
+        run = self.run
+        scale = run.world if run.sharded else 1
         for at in range(0, len(rows.input_ids), self._micro):
             part = Rows(*(tensor[at : at + self._micro] for tensor in rows))
-            out = self.module(**self._inputs(part))
+            out = self.module(**forward_inputs(part, run.device))
             (out.loss_sum * (scale / counted)).backward()
             self.weights.collect()
             for name, value in {"loss": out.loss_sum.detach(), **out.metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums
-
-    def _inputs(self, part: Rows) -> dict[str, Tensor]:
-        """Arguments of a forward pass; what is the default is left out, which spares the model looking at it."""
-        inputs = {"input_ids": part.input_ids, "labels": part.labels}
-        if bool((part.position_ids[:, 1:] <= part.position_ids[:, :-1]).any()):
-            inputs["position_ids"] = part.position_ids
-        inputs["counted_index"] = (part.labels.flatten() != IGNORED).nonzero().squeeze(-1)
-        if self.run.device.type == "cuda":
-            inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
-        return {name: tensor.to(self.run.device, non_blocking=True) for name, tensor in inputs.items()}
 
     # ---- what has been computed
 

@@ -63,7 +63,7 @@ def add(model: nn.Module, names: Sequence[str], options: UptrainOptions) -> Adap
         )
     config = LoraConfig(
         r=options.lora_rank,
-        lora_alpha=options.lora_alpha or 2 * options.lora_rank,  # type: ignore[arg-type]  (any number is)
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,  # type: ignore[arg-type]
         target_modules=targets,
         lora_dropout=0.0,
         bias="none",

@@ -23,18 +23,19 @@ class Optimizer:
     Args:
         weights: what trains.
         options: rates, betas, epsilon, weight decay and clipping are read.
+        fused: whether the kernel is fused; on a GPU when None.
 
     Attributes:
         waits: whether :meth:`step` has to look at the norm on the host.
     """
 
-    def __init__(self, weights: Weights, options: UptrainOptions) -> None:
+    def __init__(self, weights: Weights, options: UptrainOptions, fused: bool | None = None) -> None:
         self._weights, self._clip = weights, options.clip
         groups = parameter_groups(weights.tensors, options.learning_rate, options.learning_rates, options.weight_decay)
         for group in groups:
             group.pop("names")
         first = next(iter(weights.tensors.values()))
-        fused = first.device.type == "cuda"
+        fused = first.device.type == "cuda" if fused is None else fused
         self._sharded = hasattr(first, "device_mesh")
         self.waits = not fused or self._sharded
         self._adam = torch.optim.AdamW(groups, betas=options.betas, eps=options.epsilon, fused=fused, foreach=not fused)

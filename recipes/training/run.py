@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from rehead.convert.resume import finish_commit
 from rehead.convert.staging import check_out
 from rehead.errors import UsageError
 from rehead.recipes.data.sources import identity as data_identity
-from rehead.recipes.data.store import TokenStore, write_store
-from rehead.recipes.data.tokens import load_tokenizer, token_stream
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
+from rehead.recipes.training.facts import end_facts, start_facts
 from rehead.recipes.training.heldout import HeldOut
-from rehead.recipes.training.identity import code_version, require_same, run_identity
+from rehead.recipes.training.identity import require_same, run_identity
 from rehead.recipes.training.isolation import prove_isolation
+from rehead.recipes.training.joint import fit_windows
 from rehead.recipes.training.layers import decoder_layers
 from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_trackers
-from rehead.recipes.training.loop import Loop, Progress, peak_memory
+from rehead.recipes.training.loop import Loop, Progress
 from rehead.recipes.training.models import (
     Opened,
     checkpoint_activations,
@@ -37,11 +38,14 @@ from rehead.recipes.training.models import (
 )
 from rehead.recipes.training.optimizer import Optimizer
 from rehead.recipes.training.options import UptrainOptions, make_options
-from rehead.recipes.training.output import Changed, changed_tensors, write_output
+from rehead.recipes.training.output import changed_tensors, write_output
 from rehead.recipes.training.processes import Processes, join_processes
 from rehead.recipes.training.selection import choose
 from rehead.recipes.training.sharding import shard
+from rehead.recipes.training.texts import held_out_windows, open_tokens, tokenizer_of
 from rehead.recipes.training.weights import Weights
+
+logger = logging.getLogger("rehead.recipes.training")
 
 RESUME = ("auto", "never")
 
@@ -199,53 +203,46 @@ class _Run:
         on_event: Listener | None,
     ) -> Uptraining:
         options, run = self.options, self.run
-        tokenizer = load_tokenizer(student.source.small_path("config.json").parent)
+        tokenizer = tokenizer_of(student, "--data")
         if teacher is not None:
-            same_tokens(tokenizer, _tokenizer_of(teacher, tokenizer), (student.name, teacher.name))
-        store = self._store(student, tokenizer, progress)
-        held_out = [HeldOut(name, _windows(name, tokenizer, options)) for name in options.eval_data]
-        identity = run_identity(options, student, teacher, store.facts.sha256)
-        found = self._earlier(work, identity)
+            same_tokens(tokenizer, tokenizer_of(teacher, "--teacher", tokenizer), (student.name, teacher.name))
+        store = open_tokens(checkpoints.work_path(self.out) / "tokens", student, tokenizer, options, run, progress)
+        held_out = [HeldOut(name, held_out_windows(name, tokenizer, options)) for name in options.eval_data]
+        found = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
         dtype = _dtype(options.dtype, run.device)
-        model = load(student, dtype, run.device)
-        mentor = None if teacher is None else load(teacher, dtype, run.device).requires_grad_(False)
-        attention = set_attention(model, options.attention, student.name)
-        if mentor is not None:
-            set_attention(mentor, options.attention, str(teacher.name if teacher else ""))
-        if options.packing == "isolated":
-            prove_isolation(model, student.name)
+        model, mentor, attention = self._load(student, teacher, dtype)
         names = choose(model, options.train)
         adapters = lora.add(model, names, options) if options.lora_rank else None
-        if run.main:
-            warn_if_unbalanced(student, teacher, on_event)
         shared = share_frozen(model, mentor) if mentor is not None and not run.sharded else 0
-        module = self._module(model, mentor, dtype)
-        weights = Weights({name: p for name, p in model.named_parameters() if p.requires_grad})
-        optimizer = Optimizer(weights, options)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        facts = start_facts(options, run, student, teacher, store, attention, dtype, trained)
         log_path = None if work is None else work.path / LOG_NAME
-        trackers = open_trackers(
-            options.tracker, self.out.name, self.out.parent / "runs", options.model_dump(mode="json")
-        )
-        log = RunLog(log_path, trackers if run.main else (), on_event)
-        loop = Loop(module, weights, optimizer, store, options, run, log, work, held_out, progress)
+        trackers = open_trackers(options.tracker if run.main else (), self.out, facts["options"])
+        log = RunLog(log_path, trackers, on_event)
         try:
             if found is None:
-                facts = self._start_facts(student, teacher, store, attention, dtype, weights, shared)
-                log.write("start", **facts)
-            else:
+                log.write("start", **facts, shared_bytes=shared)
+                if run.main:
+                    warn_if_unbalanced(student, teacher, self._warner(log, on_event))
+                if options.joint_layers:
+                    fit_windows(model, mentor, store, options, run, log, progress)
+            module = self._module(model, mentor, dtype)
+            weights = Weights({name: p for name, p in model.named_parameters() if p.requires_grad})
+            optimizer = Optimizer(weights, options)
+            loop = Loop(module, weights, optimizer, store, options, run, log, work, held_out, progress)
+            if found is not None:
                 self._restore(found, loop, log)
             loop.train(0 if found is None else found.step)
-            facts = self._facts(student, teacher, store, loop, attention, dtype)
+            facts = end_facts(facts, options, run, loop.elapsed(), loop.last)
             log.write("end", **{key: facts[key] for key in ("steps", "tokens", "seconds", "last", "peak_memory_bytes")})
             log.position()
         finally:
             log.close()
-        changed: Changed = adapters.changed() if adapters else changed_tensors(model, weights.tensors)
         write_output(
             self.out,
             student,
             model,
-            changed,
+            adapters.changed() if adapters else changed_tensors(model, weights.tensors),
             main=run.main,
             fingerprint=self._fingerprint(student, teacher),
             uptraining=facts,
@@ -256,33 +253,28 @@ class _Run:
         )
         return Uptraining(self.out, options.steps, facts["tokens"], facts["seconds"], loop.last, facts)
 
-    def _store(self, student: Opened, tokenizer: Any, progress: Progress | None) -> TokenStore:
-        """The tokens: written by the main process, mapped by all."""
-        options, folder = self.options, checkpoints.work_path(self.out) / "tokens"
-        limit = options.steps * options.rows_per_step * options.seq_length + 1 if options.streaming else None
-        key = hashlib.sha256(
-            repr([data_identity(options.data), _tokenizer_hash(tokenizer), limit]).encode()
-        ).hexdigest()
-        if self.run.main:
-            size = student.config.get_text_config(decoder=True).vocab_size
-            write_store(
-                folder,
-                options.data,
-                tokenizer,
-                size,
-                key=key,
-                limit=limit,
-                streaming=options.streaming,
-                progress=progress,
-            )
-        self.run.wait()
-        store = TokenStore(folder)
-        if store.rows(options.seq_length) < 1:
-            raise UsageError(
-                f"--data {', '.join(options.data)}: too short, {store.facts.tokens} tokens where a row has "
-                f"{options.seq_length} and one to predict; give more text or a smaller --seq-length"
-            )
-        return store
+    def _load(self, student: Opened, teacher: Opened | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
+        """Both models on the device, and the student's attention implementation."""
+        options, device = self.options, self.run.device
+        model = load(student, dtype, device)
+        attention = set_attention(model, options.attention, student.name, options.seq_length)
+        if options.packing == "isolated":
+            prove_isolation(model, student.name)
+        if teacher is None:
+            return model, None, attention
+        mentor = load(teacher, dtype, device).requires_grad_(False)
+        set_attention(mentor, options.attention, teacher.name, options.seq_length)
+        return model, mentor, attention
+
+    def _warner(self, log: RunLog, on_event: Listener | None) -> Callable[[str], None]:
+        """Warnings go to the log; and to Python's logging where nobody listens to ours."""
+
+        def warn(line: str) -> None:
+            log.write("warning", note=line)
+            if on_event is None:
+                logger.warning(line)
+
+        return warn
 
     def _earlier(self, work: checkpoints.WorkFolder | None, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
         """The checkpoint to go on from, the same in every process."""
@@ -328,87 +320,9 @@ class _Run:
         log.truncate(int(found.state["log_position"]))
         log.write("resume", step=found.step, processes=self.run.world, device=self.run.device.type)
 
-    # ---- what is recorded
-
-    def _start_facts(
-        self,
-        student: Opened,
-        teacher: Opened | None,
-        store: TokenStore,
-        attention: str,
-        dtype: torch.dtype,
-        weights: Weights,
-        shared: int,
-    ) -> dict[str, Any]:
-        options = self.options
-        return {
-            "student": student.name,
-            "teacher": None if teacher is None else teacher.name,
-            "options": options.model_dump(mode="json"),
-            "steps": options.steps,
-            "rows_per_step": options.rows_per_step,
-            "data_tokens": store.facts.tokens,
-            "data_documents": store.facts.documents,
-            "data_sha256": store.facts.sha256,
-            "trained_parameters": sum(tensor.numel() for tensor in weights.tensors.values()),
-            "shared_bytes": shared,
-            "attention": attention,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": _device_name(self.run.device),
-            "processes": self.run.world,
-            "sharded": self.run.sharded,
-            "versions": code_version(),
-        }
-
-    def _facts(
-        self, student: Opened, teacher: Opened | None, store: TokenStore, loop: Loop, attention: str, dtype: torch.dtype
-    ) -> dict[str, Any]:
-        options = self.options
-        start = self._start_facts(student, teacher, store, attention, dtype, loop.weights, 0)
-        start.pop("shared_bytes")
-        return {
-            **start,
-            "batch_tokens": options.rows_per_step * options.seq_length,
-            "tokens": options.steps * options.rows_per_step * options.seq_length,
-            "epochs": round(options.steps * options.rows_per_step / store.rows(options.seq_length), 4),
-            "seconds": round(loop.elapsed(), 3),
-            "peak_memory_bytes": peak_memory(self.run.device),
-            "last": loop.last,
-        }
-
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def _windows(name: str, tokenizer: Any, options: UptrainOptions) -> torch.Tensor:
-    tokens = token_stream([name], tokenizer, options.eval_tokens, option="--eval-data")
-    windows = tokens[: len(tokens) // options.seq_length * options.seq_length].view(-1, options.seq_length)
-    if not len(windows):
-        raise UsageError(
-            f"--eval-data {name}: too short, {len(tokens)} tokens where a window has {options.seq_length}; give more "
-            "text"
-        )
-    return windows
-
-
-def _tokenizer_of(teacher: Opened, otherwise: Any) -> Any:
-    """The teacher's tokenizer; the student's where the teacher's folder has none, since then nothing else is known."""
-    if not any(name.startswith("tokenizer") for name in teacher.source.list_files()):
-        return otherwise
-    for name in teacher.source.small_files():
-        teacher.source.small_path(name)
-    return load_tokenizer(teacher.source.small_path("config.json").parent, "--teacher")
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{tokenizer.eos_token_id} {text}".encode()).hexdigest()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

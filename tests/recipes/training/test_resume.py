@@ -231,6 +231,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, whole: Path, tmp_path: Pa
         registry._TERMS.pop("fifth_is_nan")
 
 
+def test_a_step_that_is_not_waited_for_is_named_as_well(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
+    from rehead.recipes.training import run
+    from rehead.recipes.training.losses import loss, registry
+
+    calls = {"left": 4}
+
+    @loss("fourth_is_nan", "for this test", needs_teacher=False)
+    def fourth_is_nan(batch):
+        calls["left"] -= 1
+        return batch.student_log_probs()[:, 0] * (float("nan") if calls["left"] == 0 else 1.0)
+
+    monkeypatch.setattr(run, "Optimizer", partial(run.Optimizer, fused=True))
+    try:
+        options = tiny.options(loss="fourth_is_nan", checkpoint_every=3)
+        with pytest.raises(VerificationError, match=r"the loss of step 4 .* the checkpoint of step 3 is kept"):
+            uptrain(tiny.student, tmp_path / "out", **options)
+        assert calls["left"] == -1  # the fifth had been launched
+    finally:
+        registry._TERMS.pop("fourth_is_nan")
+
+
 def test_a_full_disk_leaves_the_former_checkpoint_whole(tiny, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

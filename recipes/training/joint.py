@@ -1,0 +1,181 @@
+"""The stage before the end-to-end training: windows of neighbouring layers are fitted to the teacher's hidden states.
+
+A layer-wise fit makes each converted layer do what the original did; a window of layers may also share out among itself
+what one layer alone cannot do. The student's own prefix is run in front of each window, so a window learns to take back
+what the prefix has drifted by, and no layer behind it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.errors import UsageError
+from rehead.recipes.data.order import rows_of_step
+from rehead.recipes.data.store import Rows, TokenStore
+from rehead.recipes.training.batches import first_micro_batch, forward_inputs
+from rehead.recipes.training.layers import decoder_layers
+from rehead.recipes.training.log import RunLog
+from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.options import UptrainOptions
+from rehead.recipes.training.processes import Processes
+from rehead.recipes.training.schedule import rate_factor
+from rehead.recipes.training.weights import Weights
+
+_ORDER = 0x70696E74  # so that this stage sees other rows than the training behind it
+
+
+def fit_windows(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    store: TokenStore,
+    options: UptrainOptions,
+    run: Processes,
+    log: RunLog,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> None:
+    """Fit the student's layers, window by window from the first on; a window that comes out no nearer is put back.
+
+    Args:
+        student: changed in place; only parameters with ``requires_grad`` are.
+        teacher: of the same layers and hidden size.
+        store: the tokens.
+        options: ``joint_layers``, ``joint_tokens``, rates and the batch are read.
+        run: the processes, each with whole parameters.
+        log: a ``joint`` event for each window: relative squared error before and after.
+        progress: called with ("joint fit", windows done, windows).
+
+    Raises:
+        UsageError: there is no teacher or not one of the same layers, or parameters are sharded.
+    """
+    if teacher is None:
+        raise UsageError("--joint-layers: needs a teacher; give --teacher or leave it out")
+    ours, theirs = decoder_layers(student), decoder_layers(teacher)
+    if len(ours) != len(theirs):
+        raise UsageError(
+            f"--joint-layers: the student has {len(ours)} layers and the teacher {len(theirs)}; leave it out"
+        )
+    if run.sharded:
+        raise UsageError("--joint-layers: needs whole parameters; launch with the DDP configuration or leave it out")
+    stage = options.model_copy(update={"tokens": options.joint_tokens})
+    starts = range(0, len(ours), options.joint_layers)
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    for done, first in enumerate(starts):
+        last = min(first + options.joint_layers, len(ours)) - 1
+        inside = {id(p) for layer in list(ours)[first : last + 1] for p in layer.parameters()}
+        chosen = {name: parameter for name, parameter in trained.items() if id(parameter) in inside}
+        if chosen:
+            with _only(trained, chosen):
+                window = _Window(student, teacher, ours[last], theirs[last], chosen, store, stage, run)
+                log.write("joint", layers=[first, last], **window.fit())
+        if progress is not None:
+            progress("joint fit", done + 1, len(starts))
+
+
+class _Window:
+    """One window being fitted."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        layer: nn.Module,
+        target: nn.Module,
+        chosen: dict[str, nn.Parameter],
+        store: TokenStore,
+        options: UptrainOptions,
+        run: Processes,
+    ) -> None:
+        self._models = (student, layer), (teacher, target)
+        self._chosen, self._store, self._options, self._run = chosen, store, options, run
+        self._micro = first_micro_batch(options, run)
+
+    def fit(self) -> dict[str, Any]:
+        before = {name: parameter.detach().clone() for name, parameter in self._chosen.items()}
+        weights = Weights(self._chosen)
+        optimizer = Optimizer(weights, self._options.model_copy(update={"learning_rates": {}}))
+        start = self._measure()
+        for step in range(self._options.steps):
+            error = self._pass(self._rows(step), weights)
+            self._run.sum_gradients(weights.gradients())
+            optimizer.step(rate_factor(step, self._options), self._run.sum(error))
+        end = self._measure()
+        kept = end < start
+        if not kept:
+            with torch.no_grad():
+                for name, parameter in self._chosen.items():
+                    parameter.copy_(before[name])
+        return {"error_before": start, "error_after": end, "kept": kept}
+
+    def _rows(self, step: int) -> Rows:
+        options, run = self._options, self._run
+        seed = options.seed ^ _ORDER
+        index = rows_of_step(step, options.rows_per_step, self._store.rows(options.seq_length), seed)
+        share = options.rows_per_step // run.world
+        index = index[run.rank * share : (run.rank + 1) * share]
+        return self._store.read(index, options.seq_length, isolated=options.packing == "isolated")
+
+    def _measure(self) -> float:
+        """Relative squared error on the rows behind those that are trained on."""
+        with torch.no_grad():
+            return float(self._run.sum(self._pass(self._rows(self._options.steps), None)))
+
+    def _pass(self, rows: Rows, weights: Weights | None) -> Tensor:
+        """Mean relative squared error over all tokens of a step, this process's part of it; backward with weights."""
+        from rehead.recipes.training.losses.mse import mse
+
+        total = torch.zeros((), device=self._run.device)
+        count = rows.input_ids.numel() * self._run.world
+        for at in range(0, len(rows.input_ids), self._micro):
+            inputs = forward_inputs(Rows(*(part[at : at + self._micro] for part in rows)), self._run.device)
+            inputs = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
+            (student, layer), (teacher, target) = self._models
+            with torch.no_grad():
+                wanted = _output_of(teacher, target, inputs).flatten(0, -2).float()
+            found = _output_of(student, layer, inputs).flatten(0, -2).float()
+            error = mse(found, wanted).sum() / count
+            if weights is not None:
+                error.backward()
+                weights.collect()
+            total += error.detach()
+        return total
+
+
+class _Reached(Exception):
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _output_of(model: nn.Module, layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Hidden states behind a layer, [B, S, hidden]; nothing behind that is computed."""
+    from rehead.recipes.training.losses.head import base_model
+
+    def stop(module: nn.Module, arguments: Any, output: Any) -> None:
+        raise _Reached(output)
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        base_model(model)(**inputs, use_cache=False)
+    except _Reached as reached:
+        output = reached.output
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+    finally:
+        handle.remove()
+    raise AssertionError("the layer was not called")
+
+
+@contextmanager
+def _only(trained: dict[str, nn.Parameter], chosen: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Let only some of the trained parameters train, so that no graph is kept of what lies before them."""
+    try:
+        for name, parameter in trained.items():
+            parameter.requires_grad_(name in chosen)
+        yield
+    finally:
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
