@@ -24,6 +24,11 @@ class DTensorBlock(nn.Module):
     norm's output enters DTensor once, so that its gradient is reduced once.
     """
 
+    o: nn.Module
+    down: nn.Module
+    gate: nn.Module
+    up: nn.Module
+
     def __init__(self, shape: Shape, form: str, mesh: DeviceMesh, pieces: Pieces, like: Tensor) -> None:
         super().__init__()
         self.form, self.mesh, self.pieces, self.head_dim = form, mesh, pieces, shape.head_dim

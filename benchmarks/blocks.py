@@ -33,9 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rehead.benchmarks.block_model import FUSED, HEAD_DIM, ONE, SEPARATE, Pieces, Shape, Stack
 from rehead.benchmarks.block_products import Ranks
+from rehead.benchmarks.block_tables import FORMS, Row, how, markdown, summary
 from rehead.errors import UnsupportedError, UsageError
 
-FORMS = ("serial", "parallel")
 KV_HEADS = {"mha": None, "gqa": 8, "mqa": 1}
 STEPS = ("train", "decode")
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -64,25 +64,6 @@ class Variant:
     @property
     def label(self) -> str:
         return f"{self.form}, {self.products}, compiled: {self.compiled}, collectives: {self.collectives}"
-
-
-@dataclass
-class Row:
-    """One measurement: median milliseconds of a step, and the spread (half the interquartile range) as a share."""
-
-    hidden: int
-    kv_heads: int
-    ranks: int
-    step: str
-    form: str
-    products: str
-    compiled: str
-    collectives: str
-    milliseconds: float = 0.0
-    spread: float = 0.0
-    graph: bool = False
-    tflops: float | None = None
-    skipped: str | None = None
 
 
 def variants(step: str, size: int, kv_heads: int, compiled: Sequence[str], full: bool) -> list[Variant]:
@@ -265,58 +246,6 @@ def measure(bench: Bench, shape: Shape, kind: str, tried: Sequence[Variant]) -> 
     return rows
 
 
-def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each shape and step: the best serial and the best parallel variant, and how much faster the latter is.
-
-    ``plain`` is the same among variants without overlapped collectives, which is what the published figure compares.
-    """
-    found = []
-    for key in dict.fromkeys((row.hidden, row.kv_heads, row.ranks, row.step) for row in rows):
-        mine = [r for r in rows if (r.hidden, r.kv_heads, r.ranks, r.step) == key and r.skipped is None]
-        best = {form: min((r for r in mine if r.form == form), key=_milliseconds, default=None) for form in FORMS}
-        serial, parallel = best["serial"], best["parallel"]
-        if serial is None or parallel is None:
-            continue
-        fact: dict[str, Any] = dict(zip(("hidden", "kv_heads", "ranks", "step"), key))
-        fact |= {
-            "serial_ms": serial.milliseconds,
-            "serial": _how(serial),
-            "parallel_ms": parallel.milliseconds,
-            "parallel": _how(parallel),
-            "speedup": serial.milliseconds / parallel.milliseconds,
-        }
-        plain = [r for r in mine if r.collectives in ("none", "plain")]
-        if all(any(r.form == form for r in plain) for form in FORMS):
-            first, second = (min(r.milliseconds for r in plain if r.form == form) for form in FORMS)
-            fact["plain_speedup"] = first / second
-        found.append(fact)
-    return found
-
-
-def _milliseconds(row: Row) -> float:
-    return row.milliseconds
-
-
-def _how(row: Row) -> str:
-    parts = [row.products, *([f"{row.compiled} compiled"] if row.compiled != "no" else [])]
-    return ", ".join([*parts, *([row.collectives] if row.collectives != "none" else [])])
-
-
-def markdown(facts: Sequence[dict[str, Any]]) -> str:
-    """The summary as a table."""
-    lines = [
-        "| hidden | KV heads | GPUs | step | best serial, ms | best parallel, ms | speed-up | without overlap |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for f in facts:
-        plain = f"{f['plain_speedup']:.2f}" if "plain_speedup" in f else ""
-        lines.append(
-            f"| {f['hidden']} | {f['kv_heads']} | {f['ranks']} | {f['step']} | {f['serial_ms']:.3f} ({f['serial']}) | "
-            f"{f['parallel_ms']:.3f} ({f['parallel']}) | {f['speedup']:.2f} | {plain} |"
-        )
-    return "\n".join(lines)
-
-
 def machine(device: torch.device, size: int) -> dict[str, Any]:
     """What this ran on."""
     facts: dict[str, Any] = {"device": platform.processor() or "cpu", "ranks": size, "torch": torch.__version__}
@@ -399,7 +328,7 @@ def run(args: argparse.Namespace, bench: Bench) -> list[Row]:
                 for row in made:
                     took = f"{row.milliseconds:9.3f} ms +-{row.spread:.1%}" if row.skipped is None else row.skipped
                     speed = f" {row.tflops:5.0f} TFLOP/s" if row.tflops else ""
-                    name = f"{row.form:8} {_how(row):36}"
+                    name = f"{row.form:8} {how(row):36}"
                     print(f"n {row.hidden:5} kv {row.kv_heads:2} {row.step:6} {name} {took}{speed}", flush=True)
     return rows
 
@@ -421,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several:
-        dist.init_process_group("gloo" if args.cpu else "nccl", **({} if args.cpu else {"device_id": device}))
+        dist.init_process_group("gloo" if args.cpu else "nccl", device_id=None if args.cpu else device)
     try:
         bench = Bench(device, torch.float32 if args.cpu else torch.bfloat16, args.seconds)
         with sdpa_kernel(ATTENTION, set_priority=True):

@@ -8,8 +8,9 @@
 
 from rehead.patches.blocks.anatomy import PARALLEL, SERIAL, Block, find_blocks
 from rehead.patches.blocks.measure import BlockMeasure, calibration_tokens
-from rehead.patches.blocks.patch import BlockRecord, BlockReport, ParallelPatch, SerialPatch
+from rehead.patches.blocks.patch import ParallelPatch, SerialPatch
 from rehead.patches.blocks.ranking import Choice, LayerLoss, choose_layers, rank_layers
+from rehead.patches.blocks.report import BlockRecord, BlockReport
 
 __all__ = [
     "PARALLEL",
