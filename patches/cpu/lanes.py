@@ -25,11 +25,12 @@ STEP_ELEMENTS = 1 << 20
 
 @dataclass
 class Options:
-    """Every argument of :func:`attention` besides query, key and value; see there."""
+    """Every argument of :func:`attention` besides query, key and value; see there. The operators' schemas list them in
+    this order."""
 
     scale: float
     causal: bool
-    offset: int
+    q_offset: int
     window: int | None
     chunk: int | None
     kv_start: Tensor | None
@@ -133,7 +134,7 @@ def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: b
             alibi = alibi[None]
         rules = Rules(
             causal=opts.causal,
-            offset=opts.offset,
+            offset=opts.q_offset,
             window=opts.window,
             chunk=opts.chunk,
             dense=row.irregular or alibi is not None or bias is not None,
@@ -192,11 +193,11 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[T
         return None
     low, high = 0, n_key
     if opts.causal:
-        high = min(high, opts.offset + 1)
+        high = min(high, opts.q_offset + 1)
     if opts.window is not None:
-        low = max(low, opts.offset - opts.window + 1)
+        low = max(low, opts.q_offset - opts.window + 1)
     if opts.chunk is not None:
-        start = opts.offset // opts.chunk * opts.chunk
+        start = opts.q_offset // opts.chunk * opts.chunk
         low, high = max(low, start), min(high, start + opts.chunk)
     if low >= high:
         return None

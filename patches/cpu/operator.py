@@ -2,65 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rehead.errors import UnsupportedError
 from rehead.patches.cpu.lanes import DTYPES, Options, backward, forward
+from rehead.patches.schema import schema
+
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? q_offset_tensor"
+NAMES = [field.name for field in fields(Options)]
 
 
-def _options(
-    scale: float,
-    causal: bool,
-    q_offset: int,
-    q_offset_tensor: Tensor | None,
-    window: int | None,
-    chunk: int | None,
-    kv_start: Tensor | None,
-    kv_end: Tensor | None,
-    key_mask: Tensor | None,
-    q_segments: Tensor | None,
-    kv_segments: Tensor | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-) -> Options:
-    offset = q_offset if q_offset_tensor is None else int(q_offset_tensor)
-    return Options(
-        scale, causal, offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap,
-        alibi_slopes, sinks, bias,
-    )  # fmt: skip
+def _options(q_offset_tensor: Tensor | None, values: tuple) -> Options:
+    opts = Options(*values)
+    return opts if q_offset_tensor is None else replace(opts, q_offset=int(q_offset_tensor))
 
 
-@torch.library.custom_op("rehead::cpu_attention", mutates_args=())
+@torch.library.custom_op("rehead::cpu_attention", mutates_args=(), schema=schema(INPUTS, Options, "(Tensor, Tensor)"))
 def cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    q_offset: int,
-    q_offset_tensor: Tensor | None,
-    window: int | None,
-    chunk: int | None,
-    kv_start: Tensor | None,
-    kv_end: Tensor | None,
-    key_mask: Tensor | None,
-    q_segments: Tensor | None,
-    kv_segments: Tensor | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, q_offset_tensor: Tensor | None, *options
 ) -> tuple[Tensor, Tensor]:
-    """Forward of :func:`attention`; returns ``[B, Sq, H, D]`` and the log-sum-exp ``[B, H, Sq]``."""
-    opts = _options(
-        scale, causal, q_offset, q_offset_tensor, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments,
-        softcap, alibi_slopes, sinks, bias,
-    )  # fmt: skip
-    return forward(query, key, value, opts)
+    """Forward of :func:`attention`; returns ``[B, Sq, H, D]`` and the log-sum-exp ``[B, H, Sq]``.
+
+    ``options`` are the fields of :class:`Options`; ``q_offset_tensor`` counts in place of ``q_offset``.
+    """
+    return forward(query, key, value, _options(q_offset_tensor, options))
 
 
 @cpu_attention.register_fake
@@ -70,71 +39,63 @@ def _(query, key, value, *args):
     return query.new_empty(batch, n_query, heads, dim), query.new_empty(batch, heads, n_query, dtype=work)
 
 
-@torch.library.custom_op("rehead::cpu_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "rehead::cpu_attention_backward",
+    mutates_args=(),
+    schema=schema(
+        f"Tensor grad_out, Tensor out, Tensor lse, bool bias_grad, {INPUTS}",
+        Options,
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+)
 def cpu_attention_backward(
     grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    bias_grad: bool,
-    scale: float,
-    causal: bool,
-    q_offset: int,
     q_offset_tensor: Tensor | None,
-    window: int | None,
-    chunk: int | None,
-    kv_start: Tensor | None,
-    kv_end: Tensor | None,
-    key_mask: Tensor | None,
-    q_segments: Tensor | None,
-    kv_segments: Tensor | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward of :func:`attention`; sinks and bias gradients are empty where they were not asked for."""
-    opts = _options(
-        scale, causal, q_offset, q_offset_tensor, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments,
-        softcap, alibi_slopes, sinks, bias,
-    )  # fmt: skip
-    return backward(grad_out, query, key, value, out, lse, opts, bias_grad)
+    return backward(grad_out, query, key, value, out, lse, _options(q_offset_tensor, options), bias_grad)
 
 
 @cpu_attention_backward.register_fake
-def _(grad_out, query, key, value, out, lse, sinks, bias, bias_grad, *args):
+def _(grad_out, out, lse, bias_grad, query, key, value, q_offset_tensor, *options):
+    opts = Options(*options)
     return (
         torch.empty_like(query, memory_format=torch.contiguous_format),
         torch.empty_like(key, memory_format=torch.contiguous_format),
         torch.empty_like(value, memory_format=torch.contiguous_format),
-        query.new_empty(0) if sinks is None else torch.empty_like(sinks),
-        torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_grad else query.new_empty(0),
+        query.new_empty(0) if opts.sinks is None else torch.empty_like(opts.sinks),
+        torch.empty_like(opts.bias, memory_format=torch.contiguous_format)
+        if bias_grad and opts.bias is not None
+        else query.new_empty(0),
     )
 
 
 def _setup(ctx, inputs, output):
-    query, key, value, sinks, bias, *rest = inputs
-    tensors = [x for x in rest if isinstance(x, Tensor)]
-    ctx.save_for_backward(query, key, value, *output, sinks, bias, *tensors)
-    ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
-    ctx.tensor_places = [i for i, x in enumerate(rest) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*output, *(item for item in inputs if isinstance(item, Tensor)))
+    ctx.plain = [None if isinstance(item, Tensor) else item for item in inputs]
+    ctx.places = [place for place, item in enumerate(inputs) if isinstance(item, Tensor)]
 
 
 def _backward(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, sinks, bias, *tensors = ctx.saved_tensors
-    rest = list(ctx.rest)
-    for place, tensor in zip(ctx.tensor_places, tensors, strict=True):
-        rest[place] = tensor
-    bias_grad = bias is not None and bias.is_floating_point() and ctx.needs_input_grad[4]
-    grad_q, grad_k, grad_v, grad_sinks, grad_bias = cpu_attention_backward(
-        grad_out, query, key, value, out, lse, sinks, bias, bias_grad, *rest
-    )
-    return (
-        grad_q, grad_k, grad_v, None if sinks is None else grad_sinks, grad_bias if bias_grad else None,
-        *(None for _ in rest),
-    )  # fmt: skip
+    out, lse, *tensors = ctx.saved_tensors
+    inputs = list(ctx.plain)
+    for place, tensor in zip(ctx.places, tensors, strict=True):
+        inputs[place] = tensor
+    first = len(inputs) - len(NAMES)
+    sinks, bias = (first + NAMES.index(name) for name in ("sinks", "bias"))
+    bias_grad = inputs[bias] is not None and inputs[bias].is_floating_point() and ctx.needs_input_grad[bias]
+    *grads, grad_sinks, grad_bias = cpu_attention_backward(grad_out, out, lse, bias_grad, *inputs)
+    result = [*grads, *(None for _ in inputs[3:])]
+    result[sinks] = None if inputs[sinks] is None else grad_sinks
+    result[bias] = grad_bias if bias_grad else None
+    return tuple(result)
 
 
 cpu_attention.register_autograd(_backward, setup_context=_setup)
@@ -199,12 +160,15 @@ def attention(
         value = F.pad(value, (0, dim - value_dim))
     if (q_segments is None) != (kv_segments is None):
         raise UnsupportedError("q_segments and kv_segments come together; pass both or neither")
-    offset = q_offset if isinstance(q_offset, Tensor) else None
+    opts = Options(
+        scale, causal, 0 if isinstance(q_offset, Tensor) else q_offset, window, chunk, kv_start, kv_end, key_mask,
+        q_segments, kv_segments, softcap, alibi_slopes, sinks, bias,
+    )  # fmt: skip
     out, _ = cpu_attention(
         *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value)),
-        sinks, bias, scale, causal, 0 if isinstance(q_offset, Tensor) else q_offset, offset, window, chunk,
-        kv_start, kv_end, key_mask, q_segments, kv_segments, softcap, alibi_slopes,
-    )  # fmt: skip
+        q_offset if isinstance(q_offset, Tensor) else None,
+        *(getattr(opts, name) for name in NAMES),
+    )
     return out[..., :value_dim] if dim > value_dim else out
 
 

@@ -185,7 +185,7 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
         first, last, count = seen_range(mask_row, start_n, stop_n, SCAN)
         solid = count == last - first
         start_n = first // BLOCK_N * BLOCK_N
-        stop_n = last
+        stop_n = tl.where(count == 0, start_n, last)
         clear_low = tl.maximum(clear_low, first)
     clear = (tl.maximum(start_n, clear_low) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     clear_end = tl.minimum(stop_n, clear_high) // BLOCK_N * BLOCK_N

@@ -191,7 +191,7 @@ def test_operator_registration_is_sound():
     q, k, v = (x.requires_grad_() for x in tensors(2, 4, 2, 6, 6, 8))
     pad = torch.ones(2, 6, dtype=torch.bool)
     pad[0, :2] = False
-    args = (q, k, v, None, None, 0.3, True, 0, None, 3, None, None, None, pad, None, None, None, None)
+    args = (q, k, v, None, 0.3, True, 0, 3, None, None, None, pad, None, None, None, None, None, None)
     torch.library.opcheck(cpu_attention, args)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
@@ -41,6 +42,16 @@ CASES = {
     "many rows": (1, 12, 1, 16, 60, 32, 32, {"q_offset": 44}),
     "odd head_dim": (1, 4, 2, 1, 50, 40, 24, {"q_offset": 49}),
     "static cache, tensors": (2, 4, 2, 1, 96, 32, 32, {"q_offset": ints(40), "kv_end": ints(41)}),
+    "static cache, holes": (
+        2,
+        4,
+        2,
+        1,
+        96,
+        32,
+        32,
+        {"q_offset": ints(40), "kv_end": ints(41), "key_mask": holes(2, 96)},
+    ),
     "static cache, per row": (2, 4, 2, 3, 96, 32, 32, {"q_offset": ints(40, 7), "kv_end": ints(43, 10)}),
     "static cache, number": (1, 4, 2, 1, 96, 32, 32, {"q_offset": 30, "kv_end": 31}),
     "left padding": (2, 4, 1, 1, 60, 32, 32, {"q_offset": 59, "kv_start": ints(0, 33)}),
@@ -125,6 +136,20 @@ def compare(case: tuple, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_parity_in_float32(name):
     compare(CASES[name], torch.float32)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's stand-in for a Hopper GPU")
+@pytest.mark.parametrize("shape", [(64, 64, 4, 6, 12), (16, 128, 8, 3, 12)], ids=["64 rows", "16 rows"])
+@pytest.mark.parametrize("name", ["holes and window", "chunk", "range and soft cap"])
+def test_tiles_as_large_as_on_a_gpu(name, shape, monkeypatch):
+    module = importlib.import_module("rehead.patches.kernels.decode")
+    monkeypatch.setattr(module, "launch_shape", lambda *_: module.LaunchShape(*shape))
+    num_q, rules = {
+        "holes and window": (1, {"q_offset": ints(699), "kv_end": ints(700), "key_mask": holes(2, 900), "window": 333}),
+        "chunk": (3, {"q_offset": ints(640), "key_mask": holes(2, 900), "chunk": 256}),
+        "range and soft cap": (3, {"q_offset": ints(800), "kv_start": ints(5, 790), "softcap": 4.0}),
+    }[name]
+    compare((2, 16 if shape[0] == 64 else 4, 1, num_q, 900, 16, 16, rules), torch.float32)
 
 
 @needs_kernels

@@ -1,0 +1,157 @@
+"""Proofs and measurements, which fail when they should."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from probes import TOKENS, logits, one_line
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+import rehead.patches.proof as proof_module
+from rehead.errors import UsageError, VerificationError
+from rehead.patches import patch_model
+from rehead.patches.tiny import randomize, tiny_model
+
+
+def test_prove_restores_mode_counters_and_random_state(model):
+    model.train()
+    with patch_model(model, "tiled") as patch:
+        state = torch.get_rng_state()
+        patch.prove()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.training
+        assert patch.applied
+
+
+def test_prove_takes_tokens_and_half_precision(model):
+    model.to(torch.bfloat16)
+    with patch_model(model, "tiled") as patch:
+        assert patch.prove(input_ids=TOKENS).tolerance >= 1e-2
+        assert "proved: 2 layers" in str(patch.prove(length=16))
+
+
+def wrong_attention(change):
+    """The real attention function with one rule changed."""
+    from rehead.patches import tiled
+
+    real = tiled.attention
+    return lambda *args, **kwargs: real(*args, **change(dict(kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda rules: {**rules, "causal": False}, "differ|causality"),
+        (lambda rules: {**rules, "kv_start": None, "kv_end": None, "key_mask": None}, "differ"),
+        (lambda rules: {**rules, "scale": 1.01 * rules["scale"]}, "differ"),
+        (lambda rules: {**rules, "window": 9}, "differ"),
+    ],
+)
+def test_prove_catches_wrong_attention(model, monkeypatch, change, word):
+    with patch_model(model, "tiled") as patch:
+        monkeypatch.setattr("rehead.patches.interface.tiled.attention", wrong_attention(change))
+        with pytest.raises(VerificationError, match=word) as error:
+            patch.prove()
+        one_line(error)
+        assert patch.applied
+
+
+def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
+    with patch_model(model, "tiled") as patch:
+        real = proof_module._logits
+        monkeypatch.setattr(
+            proof_module, "_logits", lambda m, x: real(m, x) + 1e-6 * x["input_ids"][:, -1].sum() * patch.applied
+        )
+        with pytest.raises(VerificationError, match="causality"):
+            patch.prove(tolerance=1.0)
+
+
+def test_prove_catches_a_layer_that_ignores_the_patch(model):
+    layer = model.model.layers[1].self_attn
+    own = copy.deepcopy(layer.config)
+
+    def stubborn(*args, **kwargs):
+        # As a class would that looked its attention up when it was built.
+        held, layer.config = layer.config, own
+        try:
+            return type(layer).forward(layer, *args, **{**kwargs, "attention_mask": None})
+        finally:
+            layer.config = held
+
+    layer.forward = stubborn
+    with patch_model(model, "tiled") as patch:
+        with pytest.raises(VerificationError, match=r"layers\.1\.self_attn ran without calling") as error:
+            patch.prove()
+        one_line(error)
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart", "Bert"])
+def test_encoders_are_proved_too(name):
+    """Relative position biases, cross-attention and attention in both directions."""
+    sizes = {
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        "Bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+                 "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        "Bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(vocab_size=128, **sizes[name])
+    suffix = "Model" if name == "Bert" else "ForConditionalGeneration"
+    model = randomize(getattr(transformers, f"{name}{suffix}")(config)).eval()
+    mask = torch.ones_like(TOKENS)
+    mask[0, 15:] = 0
+    inputs = {"input_ids": TOKENS, "attention_mask": mask}
+    if name != "Bert":
+        inputs["decoder_input_ids"] = TOKENS[:, :9]
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        with patch_model(model, "tiled") as patch:
+            after = model(**inputs)[0]
+            proof = patch.prove()
+    assert proof.layers == (2 if name == "Bert" else 6)
+    keep = mask.bool() if name == "Bert" else torch.ones(2, 9, dtype=torch.bool)
+    torch.testing.assert_close(after[keep], before[keep], atol=2e-5, rtol=1e-5)
+
+
+def test_an_implementation_that_drops_something_is_held_to_eager(model, monkeypatch):
+    """As SDPA in older transformers drops a soft cap: the patch is right and the unpatched model is not."""
+    sdpa = AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, "lossy", lambda *a, scaling=None, **k: sdpa(*a, scaling=0.9 * scaling, **k)
+    )
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "lossy", AttentionMaskInterface._global_mapping["sdpa"])
+    model.config._attn_implementation_internal = "lossy"
+    with patch_model(model, "tiled") as patch:
+        proof = patch.prove()
+    assert proof.against == "eager"
+    assert "against eager" in str(proof)
+    assert model.config._attn_implementation == "lossy"
+
+
+def test_prove_needs_an_applied_patch(model):
+    with pytest.raises(UsageError, match="not applied"):
+        patch_model(model, "tiled").prove()
+
+
+def test_a_window_is_measured_and_not_proved(model):
+    with patch_model(model, "tiled", window=4) as patch:
+        assert not patch.exact
+        with pytest.raises(UsageError, match="measure"):
+            patch.prove()
+        measured = patch.measure(input_ids=TOKENS)
+        assert measured.kl > 1e-3
+        assert measured.difference > 0.01
+        assert measured.residual < 1e-4
+        assert 0 <= measured.agreement < 1
+        assert "KL" in str(measured)
+    with patch_model(model, "tiled", window=1000) as patch:
+        assert patch.measure().difference < 1e-4
+    with patch_model(model, "tiled") as patch, pytest.raises(UsageError, match="exact"):
+        patch.measure()
+
+
+def test_a_window_option_is_the_window_of_the_model():
+    wide, narrow = (tiny_model("mistral", sliding_window=w) for w in (None, 5))
+    with patch_model(wide, "tiled", window=5):
+        torch.testing.assert_close(logits(wide), logits(narrow), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,109 @@
+"""Bad input: one line with the mend, and the model left as it was."""
+
+import pytest
+import torch
+from probes import TOKENS, logits, one_line
+from torch import nn
+from transformers import DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
+
+from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.patches import patch_model
+from rehead.patches.tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("tield", {}, "did you mean 'tiled'"),
+        ("tiled", {"windw": 3}, "did you mean 'window'"),
+        ("tiled", {"window": 0}, "positive number"),
+        ("tiled", {"window": "wide"}, "positive number"),
+    ],
+)
+def test_unknown_names_and_values(model, name, options, word):
+    with pytest.raises(UsageError, match=word) as error:
+        patch_model(model, name, **options)
+    one_line(error)
+
+
+def test_a_patch_already_applied(model):
+    with patch_model(model, "tiled"):
+        with pytest.raises(UsageError, match="already applied") as error:
+            patch_model(model, "tiled").apply()
+        one_line(error)
+        with pytest.raises(UsageError, match="already applied"):
+            patch_model(model.model, "tiled").apply()
+        assert model.config._attn_implementation == "rehead_tiled"
+    with pytest.raises(UsageError, match="not applied"):
+        patch_model(model, "tiled").revert()
+
+
+def refused(model, error_type, word):
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    with pytest.raises(error_type, match=word) as error:
+        patch_model(model, "tiled").apply()
+    one_line(error)
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_model("llama").config)
+    refused(model, UnsupportedError, "load the weights")
+
+
+def test_nothing_to_patch():
+    refused(tiny_model("mamba"), UnsupportedError, "no softmax attention")
+    refused(nn.Linear(2, 2), UnsupportedError, "no softmax attention")
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "prophetnet", "big_bird", "cpmant"])
+def test_attention_without_an_adapter(model_type):
+    refused(tiny_model(model_type), UnsupportedError, "no adapter")
+
+
+def test_tensor_parallel(model):
+    model._tp_size = 2
+    refused(model, UnsupportedError, "tensor parallelism")
+
+
+def test_unsupported_dtype(model):
+    refused(model.to(torch.float8_e4m3fn), UnsupportedError, "cast it")
+
+
+def test_attention_weights(model):
+    with patch_model(model, "tiled"), pytest.raises(UsageError, match="set_attn_implementation") as error:
+        model(TOKENS, output_attentions=True)
+    one_line(error)
+    assert model(TOKENS, output_attentions=False).logits is not None
+
+
+def test_a_quantised_cache(model):
+    class QuantizedLayer(DynamicLayer):
+        """Named as transformers' own are; their backends are not installed here."""
+
+    cache = DynamicCache(config=model.config)
+    cache.layers[0] = QuantizedLayer()
+    with patch_model(model, "tiled"), pytest.raises(UnsupportedError, match="quantised") as error:
+        model(TOKENS, past_key_values=cache)
+    one_line(error)
+
+
+def test_dropout_in_training():
+    model = tiny_model("gpt2", attn_pdrop=0.1)
+    with patch_model(model, "tiled"):
+        model.eval()
+        logits(model)
+        model.train()
+        with pytest.raises(UnsupportedError, match=r"dropout 0\.1") as error:
+            model(TOKENS)
+    one_line(error)
+
+
+def test_errors_carry_exit_codes():
+    assert UsageError.exit_code == 2
+    assert UnsupportedError.exit_code == 3
+    assert VerificationError.exit_code == 4
+    assert issubclass(UnsupportedError, ReheadError)
