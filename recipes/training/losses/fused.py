@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,11 @@ def unavailable(objective: Objective, device: torch.device, *dtypes: torch.dtype
         if dtype not in DTYPES:
             return f"dtype {dtype} is not one of bfloat16, float16, float32"
     return device_unavailable(device)
+
+
+def warps(extras: Iterable[bool]) -> int:
+    """Warps of a program: more of them where it does more than the plain losses, so that no register is spilled."""
+    return 16 if any(extras) else 8
 
 
 def token_losses(
@@ -67,6 +73,11 @@ def token_losses(
     scale, cap = (1.0, None) if other is None else (other.scale, other.cap)
     # Small blocks in the interpreter, so that small vocabularies still cross their borders.
     block = 64 if triton.knobs.runtime.interpret else min(4096, max(16, triton.next_power_of_2(vocabulary)))
+    flags = {
+        "TEMPERED": objective.temperature != 1, "JS": weights["js"] != 0,
+        "STUDENT_BIAS": bias is not None, "STUDENT_CAP": shape.cap is not None,
+        "TEACHER_BIAS": other_bias is not None, "TEACHER_CAP": cap is not None,
+    }  # fmt: skip
     with torch.cuda.device_of(student):
         kernels.token_losses[(tokens,)](
             student, student if teacher is None else teacher, labels, rows,
@@ -75,9 +86,6 @@ def token_losses(
             float(shape.scale), float(shape.cap or 1.0), float(scale), float(cap or 1.0),
             1.0 / objective.temperature, float(objective.mix),
             weights["cross_entropy"], weights["forward"], weights["reverse"], weights["js"],
-            TEACHER=teacher is not None, GRADIENT=gradient, TEMPERED=objective.temperature != 1, JS=weights["js"] != 0,
-            STUDENT_BIAS=bias is not None, STUDENT_CAP=shape.cap is not None,
-            TEACHER_BIAS=other_bias is not None, TEACHER_CAP=cap is not None,
-            BLOCK=block, num_warps=8,
+            TEACHER=teacher is not None, GRADIENT=gradient, **flags, BLOCK=block, num_warps=warps(flags.values()),
         )  # fmt: skip
     return rows
