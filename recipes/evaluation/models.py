@@ -84,6 +84,10 @@ def load_model(
     place, _, revision = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
     source = open_source(place, revision or None)
     config = resolve_config(source.config, place)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{name}: is an encoder-decoder, which does not continue running text; evaluate decoder-only models"
+        )
     wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device.type == "cpu":
         wanted = torch.float32

@@ -168,6 +168,7 @@ BAD = [
     (["MODEL", "--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["BROKEN", "--data", "TEXT"], 3, "gives no finite probability"),
     (["HALF", "--data", "TEXT"], 3, "is missing"),
+    (["T5", "--data", "TEXT"], 3, "is an encoder-decoder"),
 ]
 
 
@@ -192,6 +193,9 @@ def harmed(tmp_path_factory, original, text):
     weights = load_file(place / "BROKEN" / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, place / "BROKEN" / "model.safetensors", {"format": "pt"})
+    (place / "T5").mkdir()
+    (place / "T5" / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    shutil.copy(original / "model.safetensors", place / "T5")
     weights.pop("model.norm.weight")
     save_file(weights, place / "HALF" / "model.safetensors", {"format": "pt"})
     return place
