@@ -71,7 +71,7 @@ def pair_costs(heads: Heads, method: str, statistics: LayerStatistics | None) ->
     """What pooling any two KV heads alone would lose: [K, K], symmetric, float64, keys plus values."""
     k, v = augmented(heads, "k"), augmented(heads, "v")
     if statistics is not None:
-        k = k @ sqrt_pair(statistics.inputs)[0]
+        k = k @ statistics.input_roots[0]
         v = v @ sqrt_pair(statistics.mixed_inputs.mean(0))[0]
     return _key_costs(k, heads, method) + _value_costs(v, method)
 

@@ -16,8 +16,18 @@ def sqrt_pair(matrix: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
     Returns:
         (root, inverse root), float64 [n, n], both symmetric.
     """
+    return roots(*eigen(matrix), damping)
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n], ascending, and eigenvectors [n, n] of a matrix taken as symmetric, float64."""
     sym = matrix.double()
     values, vectors = torch.linalg.eigh((sym + sym.T) / 2)
+    return values, vectors
+
+
+def roots(values: Tensor, vectors: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """As :func:`sqrt_pair`, from what :func:`eigen` gives."""
     top = values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     values = values.clamp_min(0) + damping * top
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T

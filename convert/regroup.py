@@ -10,7 +10,6 @@ from torch import Tensor
 from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.grouping import contiguous_groups, permute, similar_groups
 from rehead.convert.heads import Heads
-from rehead.convert.linalg import sqrt_pair
 from rehead.convert.methods.registry import MethodContext, get_method
 from rehead.convert.methods.svd import SLOW_TURN, augmented
 
@@ -89,7 +88,7 @@ def reconstruction_error(old: Heads, new: Heads, statistics: LayerStatistics | N
     Returns:
         (key error, value error), each relative to the old forms' size.
     """
-    root = None if statistics is None else sqrt_pair(statistics.inputs)[0]
+    root = None if statistics is None else statistics.input_roots[0]
     q, k, v = (_per_query(old, name, root) for name in "qkv")
     q2, k2, v2 = (_per_query(new, name, root) for name in "qkv")
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

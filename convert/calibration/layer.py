@@ -267,7 +267,7 @@ class LayerHealer:
             targets.append(LogitTargets(_with_one(inputs[rows].to(self.device)), at, p, scores))
         model = LogitModel(rotation, scaling)
         before = logit_error(model, targets, pooled)
-        refitted = refit_logits(pooled, model, targets, statistics.inputs)
+        refitted = refit_logits(pooled, model, targets, statistics)
         after = logit_error(model, targets, refitted)
         if not after < before:
             return pooled, {"logit_error": [round(before, 5), round(before, 5)]}

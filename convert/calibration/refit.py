@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.heads import Heads
 from rehead.convert.linalg import ridge
 from rehead.convert.methods.svd import augmented
@@ -119,15 +120,18 @@ def _adjoint(states: Tensor, x: Tensor) -> Tensor:
     return (flat.T @ x.flatten(0, 1)).unflatten(0, (states.shape[1], -1))
 
 
-def refit_logits(heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], inputs: Tensor) -> Heads:
+def refit_logits(
+    heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], statistics: LayerStatistics
+) -> Heads:
     """Refit query and key projections to the original's logits.
 
     Args:
         heads: the pooled layer, without a query or key norm (logits would not be linear in the projections).
         targets: batches of the calibration text.
-        inputs: second moment of the inputs [w, w], which preconditions and damps.
+        statistics: of the layer; the second moment of its inputs preconditions and damps.
     """
-    values, vectors = torch.linalg.eigh(inputs.double() / inputs.double().diagonal().mean())
+    values, vectors = statistics.input_eigen
+    values = values / statistics.inputs.double().diagonal().mean()
     metric = (vectors * values.clamp_min(0)) @ vectors.T
     smooth = (vectors / (values.clamp_min(0) + 1e-3)) @ vectors.T
     metric, smooth = metric.float(), smooth.float()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from rehead.convert.linalg import eigen, roots
 
 
 @dataclass
@@ -29,6 +32,16 @@ class LayerStatistics:
     angles: Tensor | None = None
     length: int = 1
     tokens: int = 0
+
+    @cached_property
+    def input_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of ``inputs``, float64: the pooling, its error and the refit all want them."""
+        return eigen(self.inputs)
+
+    @cached_property
+    def input_roots(self) -> tuple[Tensor, Tensor]:
+        """Square root of ``inputs`` and its inverse, float64 [w, w]; see :func:`~rehead.convert.linalg.sqrt_pair`."""
+        return roots(*self.input_eigen)
 
     def slow_pairs(self, turn: float) -> Tensor:
         """Pairs that turn by less than ``turn`` radians over a calibration sequence: bool [P]."""

@@ -49,7 +49,7 @@ def svd(heads: Heads, kv: int, context: MethodContext) -> Heads:
     o = heads.o.double()
     new_q, new_k = q.clone(), torch.zeros(kv, *k.shape[1:], dtype=k.dtype, device=k.device)
     new_v, new_o = torch.zeros_like(new_k), torch.zeros_like(o)
-    query_root, _ = sqrt_pair(statistics.inputs)
+    query_root, _ = statistics.input_roots
     slow = statistics.slow_pairs(SLOW_TURN)
     for group in range(kv):
         of_kv = slice(group * len(k) // kv, (group + 1) * len(k) // kv)

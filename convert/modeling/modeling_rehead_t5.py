@@ -3,8 +3,9 @@
 One self-contained file, so that it can travel beside a checkpoint. Everything but the width of the decoder's keys and
 values is transformers' own T5, in both of its versions; the relative position bias is added per query head as before.
 
-``ReheadT5ForConditionalGeneration`` and ``GroupedT5Attention`` are made from the installed transformers when they are
-first asked for, so that registering them costs nothing.
+``ReheadT5Config``, ``ReheadT5ForConditionalGeneration`` and ``GroupedT5Attention`` are made from the installed
+transformers when they are first asked for: registering them must not import T5, least of all while transformers' auto
+classes are themselves being imported.
 """
 
 import functools
@@ -14,20 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-
-class ReheadT5Config(transformers.T5Config):
-    """T5Config and ``num_key_value_heads``: KV heads of the decoder; one for each query head if None."""
-
-    model_type = "rehead_t5"
-    num_key_value_heads: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_heads
-        if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide num_heads {self.num_heads}")
-        _register_model()
+MODEL_TYPE = "rehead_t5"
 
 
 def eager_attention(
@@ -80,11 +68,11 @@ class Grouped:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As in T5: ``(output [B, S, d_model], position bias [1, H, S, T], attention weights or None)``."""
         batch, length = hidden_states.shape[:2]
-        crosses = key_value_states is not None
+        source, crosses = (hidden_states, False) if key_value_states is None else (key_value_states, True)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts it up in place
         query = self._heads(self.q(hidden_states))
-        key, value = self._keys_and_values(key_value_states if crosses else hidden_states, past_key_values, crosses)
+        key, value = self._keys_and_values(source, past_key_values, crosses)
         if position_bias is None:
             position_bias = self._bias(query, key.shape[2], seen)
         attend = transformers.AttentionInterface().get_interface(self.config._attn_implementation, eager_attention)
@@ -127,14 +115,14 @@ class Grouped:
 class SharedDecoder:
     """Mixed into T5's text-to-text model: ``config.num_key_value_heads`` KV heads in its decoder."""
 
-    def __init__(self, config: ReheadT5Config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         for block in self.decoder.block:  # type: ignore[attr-defined]
             _share(block.layer[0].SelfAttention, config)
             _share(block.layer[1].EncDecAttention, config)
 
 
-def _share(attention: Any, config: ReheadT5Config) -> None:
+def _share(attention: Any, config: Any) -> None:
     """Narrow the keys and values of one attention module, in place."""
     heads = int(config.num_key_value_heads or config.num_heads)
     attention.__class__ = _grouped_attention()
@@ -154,34 +142,80 @@ def _grouped_attention() -> Any:
 
 
 @functools.cache
+def _config_class() -> Any:
+    serial: Any = transformers.T5Config
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:  # noqa: N807
+        serial.__post_init__(self, **kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_heads
+        if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide num_heads {self.num_heads}")
+        _register_model()
+
+    namespace = {
+        "__module__": __name__,
+        "__doc__": "T5Config and ``num_key_value_heads``: KV heads of the decoder, one for each query head if None.",
+        "__annotations__": {"num_key_value_heads": int | None},
+        "__post_init__": __post_init__,
+        "model_type": MODEL_TYPE,
+        "num_key_value_heads": None,
+        "_auto_class": "AutoConfig",
+    }
+    return type("ReheadT5Config", (serial,), namespace)
+
+
+@functools.cache
 def _model_class() -> Any:
     namespace = {
         "__module__": __name__,
         "__doc__": "T5 for text to text whose decoder shares KV heads.",
-        "__annotations__": {"config": ReheadT5Config},
-        "config_class": ReheadT5Config,
+        "__annotations__": {"config": _config_class()},
+        "config_class": _config_class(),
         "_auto_class": "AutoModelForSeq2SeqLM",
     }
     return type("ReheadT5ForConditionalGeneration", (SharedDecoder, transformers.T5ForConditionalGeneration), namespace)
 
 
-def _register_model() -> None:
-    """Tell the auto class which model goes with the config; importing it waits until a config is made."""
-    if ReheadT5Config not in transformers.AutoModelForSeq2SeqLM._model_mapping:
-        transformers.AutoModelForSeq2SeqLM.register(ReheadT5Config, _model_class())
+_MADE = {
+    "ReheadT5Config": _config_class,
+    "ReheadT5ForConditionalGeneration": _model_class,
+    "GroupedT5Attention": _grouped_attention,
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Make the model or its attention when it is first used (PEP 562)."""
-    made = {"ReheadT5ForConditionalGeneration": _model_class, "GroupedT5Attention": _grouped_attention}
-    if name in made:
-        return made[name]()
+    """Make a class when it is first used (PEP 562)."""
+    if name in _MADE:
+        return _MADE[name]()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-ReheadT5Config._auto_class = "AutoConfig"
+def _register_model() -> None:
+    """Tell the auto class which model goes with the config; importing it waits until a config is made."""
+    if _config_class() not in transformers.AutoModelForSeq2SeqLM._model_mapping:
+        transformers.AutoModelForSeq2SeqLM.register(_config_class(), _model_class())
+
+
+class _OnDemand(type):
+    """Type of what stands for the config class until it is used."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_made_config(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _made_config()(*args, **kwargs)
+
+
+def _made_config() -> Any:
+    transformers.AutoConfig.register(MODEL_TYPE, _config_class(), exist_ok=True)
+    return _config_class()
 
 
 def register() -> None:
     """Make the config known to ``AutoConfig``; the model follows when one is made."""
-    transformers.AutoConfig.register("rehead_t5", ReheadT5Config, exist_ok=True)
+    transformers.AutoConfig.register(
+        MODEL_TYPE, _OnDemand("ReheadT5Config", (), {"__module__": __name__}), exist_ok=True
+    )

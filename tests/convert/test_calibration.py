@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, open_model
 from rehead.convert.calibration import run as calibration_run
+from rehead.convert.calibration import statistics as statistics_module
 from rehead.convert.calibration.layerwise import LayerwiseModel
 from rehead.convert.calibration.refit import LogitModel, LogitTargets, Rotation, logit_error, refit_logits
+from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.calibration.text import load_calibration
 from rehead.convert.gauge import prove_layout
 from rehead.convert.heads import Heads, rotary_pairs
+from rehead.convert.linalg import eigen
 from rehead.errors import UnsupportedError, UsageError
 
 CPU = torch.device("cpu")
@@ -168,7 +171,8 @@ def test_refit_finds_queries_and_keys_that_give_the_logits() -> None:
         true.q + 0.3 * draw(*true.q.shape), true.k + 0.3 * draw(*true.k.shape), true.v, true.o, pairs=true.pairs
     )
     assert logit_error(model, targets, true) < 1e-5
-    healed = refit_logits(start, model, targets, inputs)
+    statistics = LayerStatistics(inputs, inputs[None], inputs[None])
+    healed = refit_logits(start, model, targets, statistics)
     assert logit_error(model, targets, healed) < 0.2 * logit_error(model, targets, start)
     assert healed.q_bias is None
 
@@ -223,3 +227,18 @@ def test_a_guessed_layout_is_proved_on_numbers(llama: Path) -> None:
     model.family = wrong
     with pytest.raises(UnsupportedError, match="not laid out as"):
         prove_layout(model)
+
+
+def test_inputs_are_decomposed_once_for_a_layer(monkeypatch) -> None:
+    """The pooling, the error figure and the refit share one eigendecomposition of the inputs' moment."""
+    calls: list[int] = []
+    monkeypatch.setattr(statistics_module, "eigen", lambda matrix: (calls.append(1), eigen(matrix))[1])
+    x = torch.randn(64, 9)
+    statistics = LayerStatistics(x.T @ x / 64, (x.T @ x / 64)[None], (x.T @ x / 64)[None])
+    root, inverse = statistics.input_roots
+    torch.testing.assert_close(root @ inverse, torch.eye(9, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close((root @ root).float(), statistics.inputs, atol=1e-4, rtol=1e-4)
+    values, vectors = statistics.input_eigen
+    torch.testing.assert_close(((vectors * values) @ vectors.T).float(), statistics.inputs, atol=1e-4, rtol=1e-4)
+    assert statistics.input_roots[0] is root
+    assert calls == [1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,29 @@ def test_what_it_cannot(options: dict, says: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=says) as error:
         plan(tmp_path / "source", num_key_value_heads=2, **options)
     assert "\n" not in str(error.value)
+
+
+def test_loads_in_a_fresh_process_with_rehead_or_by_its_own_file(tmp_path: Path) -> None:
+    """Importing rehead must not import T5, and the file beside the weights must do without rehead."""
+    make(tmp_path / "source", "v1.1")
+    convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=2)
+    code = (
+        "import sys, torch\n"
+        "path, out, own = sys.argv[1:]\n"
+        "if own == 'rehead': import rehead\n"
+        "from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM\n"
+        "assert 'transformers.models.t5.modeling_t5' not in sys.modules\n"
+        "options = {} if own == 'rehead' else {'trust_remote_' + 'code': True}\n"
+        "model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, **options)\n"
+        "assert own == 'rehead' or not any(name.split('.')[0] == 'rehead' for name in sys.modules)\n"
+        "ids = torch.arange(6)[None] + 2\n"
+        "torch.save(model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False), out)\n"
+    )
+    wanted = loaded(tmp_path / "out").generate(
+        torch.arange(6)[None] + 2, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    for own in ("rehead", "file"):
+        args = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / own), own]
+        done = subprocess.run(args, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert torch.equal(torch.load(tmp_path / own, weights_only=True), wanted)
