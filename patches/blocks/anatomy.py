@@ -213,7 +213,7 @@ def _close(a: Tensor, b: Tensor, added: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     share, eps = ROUNDING.get(a.dtype, 1e-4), torch.finfo(a.dtype).eps
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm()) <= share * float(added.double().norm()) + 4 * eps * float(a.norm())
 
 
