@@ -32,7 +32,8 @@ def layer_damage(
     """KL(baseline || baseline with one layer of ``model``), for each layer that differs.
 
     Args:
-        baseline, model: transformers causal language models whose layers are of the same class, on one device.
+        baseline, model: transformers causal language models on one device, whose layers are of the same class or of one
+            derived from it.
         tokens: int64 [T], a sample of text; one pass over it for each layer.
         window: tokens in a window; the windows are disjoint.
         batch_tokens: tokens in a forward pass; by the device when None.
@@ -106,7 +107,8 @@ def _require_alike(baseline: Any, theirs: nn.ModuleList, ours: nn.ModuleList, na
             "leave --damage out"
         )
     for index, (theirs_i, ours_i) in enumerate(zip(theirs, ours)):
-        if type(theirs_i) is not type(ours_i):
+        # One class derived from the other is called as the other is: parallel blocks are such.
+        if not isinstance(ours_i, type(theirs_i)) and not isinstance(theirs_i, type(ours_i)):
             raise UnsupportedError(
                 f"{name}: layer {index} is a {type(ours_i).__name__} and the baseline's a {type(theirs_i).__name__}, "
                 "which cannot stand in for one another; leave --damage out"
@@ -114,7 +116,9 @@ def _require_alike(baseline: Any, theirs: nn.ModuleList, ours: nn.ModuleList, na
 
 
 def _differ(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two layers differ in any parameter or buffer."""
+    """Whether two layers differ in class, or in any parameter or buffer."""
+    if type(first) is not type(second):
+        return True
     ours, theirs = first.state_dict(), second.state_dict()
     if ours.keys() != theirs.keys():
         return True

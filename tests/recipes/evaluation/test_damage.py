@@ -68,6 +68,24 @@ def test_any_architecture(kind):
     assert found[0].kl > 0
 
 
+def test_layers_of_a_derived_class_stand_in(load, original, tokens):
+    """Parallel blocks derive from serial ones and may even have the same weights."""
+    model = load(original)
+    serial = type(model.model.layers[0])
+
+    class Louder(serial):
+        def forward(self, *args, **kwargs):
+            return 1.5 * super().forward(*args, **kwargs)
+
+    model.model.layers[0].__class__ = Louder
+    for baseline, other in ((load(original), model), (model, load(original))):
+        found = layer_damage(baseline, other, tokens[:128], 64)
+        assert [row.layer for row in found] == [0]
+        assert found[0].kl > 1e-3
+    model.model.layers[1].__class__ = Louder
+    assert [row.layer for row in layer_damage(load(original), model, tokens[:128], 64)] == [0, 1]
+
+
 def test_layers_of_other_kinds_are_refused(load, original, copying_model):
     with pytest.raises(UnsupportedError, match="has 2 layers and the baseline 3"):
         layer_damage(load(original), copying_model(), torch.arange(64), 16)
