@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +42,9 @@ def load_calibration(
     tokenised by itself, so a tokenizer that starts a text with a special token starts every sequence with it.
 
     Args:
-        texts: files (.txt, .txt.gz, .md, .jsonl, .parquet), Hub datasets, or ``"random"`` for uniformly random tokens
-            (a model without a tokenizer, tests). Empty: the text that ships with Rehead.
+        texts: files (.txt, .txt.gz, .md, .jsonl, .parquet), folders or Hub datasets, with options as
+            :mod:`rehead.recipes.data.sources` reads them; or ``"random"`` for uniformly random tokens (a model without
+            a tokenizer, tests). Empty: the text that ships with Rehead.
         source: the model, for its tokenizer.
         vocab_size: for ``"random"``.
         tokens: how many in all; fewer are used where the texts hold fewer.
@@ -128,58 +128,10 @@ def _read(name: str) -> str:
     """The whole of a text as one string."""
     if name == "built in":
         return gzip.decompress((files("rehead.convert.assets") / BUILT_IN).read_bytes()).decode("utf-8")
-    path = Path(name)
-    try:
-        if path.is_file():
-            return _read_file(path)
-    except UsageError:
-        raise
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"--calibration {name}: is not readable as text ({error}); give UTF-8 text") from None
-    if path.exists() or path.suffix in (".txt", ".gz", ".jsonl", ".parquet", ".md"):
-        raise UsageError(f"--calibration {name}: no such file; give a text file or a Hub dataset")
-    return _join(_dataset_texts(name))
+    # Imported here: recipes build on conversions, and most conversions read no text.
+    from rehead.recipes.data.sources import read_documents
 
-
-def _read_file(path: Path) -> str:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            return f.read()
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        from datasets import load_dataset
-
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        return _join(_column(rows, str(path)))
-    return path.read_text(encoding="utf-8")
-
-
-def _dataset_texts(name: str) -> Iterator[str]:
-    from datasets import load_dataset
-
-    try:
-        yield from _column(load_dataset(name, split="train", streaming=True), name)
-    except UsageError:
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"--calibration {name}: is neither a file nor a Hub dataset that can be read ({first[:160]}); "
-            "check the name"
-        ) from None
-
-
-def _column(rows: Iterable[dict[str, object]], name: str) -> Iterator[str]:
-    """The text of each row: the column ``text``, or the first that holds strings."""
-    column = None
-    for row in rows:
-        if column is None:
-            column = (
-                "text" if "text" in row else next((key for key, value in row.items() if isinstance(value, str)), None)
-            )
-            if column is None:
-                raise UsageError(f"--calibration {name}: has no column of text; give one with a column 'text'")
-        yield str(row[column])
+    return _join(read_documents([name], streaming=True, option="--calibration"))
 
 
 def _join(texts: Iterable[str], limit: int = 64_000_000) -> str:
