@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rehead.convert.copying import copy_run, give_back_memory, raw_bytes, runs
 from rehead.convert.manifest import MANIFEST_NAME, manifest_bytes, verify_files
+from rehead.convert.notes import Notes
 from rehead.convert.resume import finish_commit
 from rehead.convert.shards import (
     DEFAULT_MAX_SHARD_SIZE,
@@ -106,8 +106,8 @@ class Target:
         self._committed = False
         self._pool: Pool | None = None
         self._signals: dict[int, Any] = {}
-        self._notes = self._staging.private / "notes.jsonl"
-        self.remembered: dict[str, Any] = self._recall()
+        self._notes = Notes(self._staging.private / "notes.jsonl", str(self.out))
+        self.remembered = self._notes.facts
         try:
             check_out(self.out, folder, overwrite)  # again, now that no other run can be writing it
         except ReheadError:
@@ -143,26 +143,7 @@ class Target:
 
         A resumed run does not recompute the layers of finished files, so what is to be said of them must be kept.
         """
-        self.remembered[key] = value
-        try:
-            with open(self._notes, "a", encoding="utf-8") as f:
-                f.write("\n" + json.dumps([key, value]) + "\n")  # on a line of its own even after one cut short
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as err:
-            raise write_error(err, str(self.out)) from None
-
-    def _recall(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        try:
-            lines = self._notes.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            return found
-        for line in filter(None, lines):
-            with contextlib.suppress(ValueError, TypeError):  # what a kill cut short is computed again
-                key, value = json.loads(line)
-                found[key] = value
-        return found
+        self._notes.note(key, value)
 
     def __enter__(self) -> Target:
         if threading.current_thread() is threading.main_thread():
