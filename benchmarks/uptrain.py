@@ -111,7 +111,8 @@ def write_model(folder: Path, setting: Setting, kv_heads: int, seed: int) -> Non
         eos_token_id=0,
     )
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(setting.vocab_size)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", unk_token="0").save_pretrained(folder)
@@ -204,7 +205,7 @@ def measure_trainer(folder: Path, loss: str, weights: str, rows: int, setting: S
     )
     trainer = _Distilling(model=student, args=arguments, train_dataset=examples, callbacks=[clock])  # type: ignore[arg-type]
     if loss == "kd":
-        teacher = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16)
+        teacher: Any = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16)
         trainer.teacher = teacher.to(arguments.device).eval()
     trainer.train()
     seconds = clock.ends[-1] - clock.ends[setting.warmup - 1]

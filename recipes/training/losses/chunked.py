@@ -67,7 +67,7 @@ def head_loss(
         chunk: tokens at a time; by default as many as :func:`chunk_size` says.
     """
     gradients = torch.is_grad_enabled()
-    parameters = list(student.head.module.parameters())
+    parameters: list[Tensor] = list(student.head.module.parameters())
     if student.head.linear:
         parameters = [p for p in (student.head.weight, student.head.bias) if p is not None]
     wanted = (
