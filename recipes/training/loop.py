@@ -93,6 +93,8 @@ class Loop:
             ResourceError: memory or disk ran out.
         """
         self._saved = start if start else -1
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.run.device)
         self.module.train()
         with StopRequests() as requests:
             if start == 0:

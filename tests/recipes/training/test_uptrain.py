@@ -152,3 +152,62 @@ def test_pretraining_from_scratch_needs_no_teacher(tiny, tmp_path: Path) -> None
     assert "kl" not in figures[-1]
     with pytest.raises(UsageError, match="give --teacher"):
         uptrain(tiny.teacher, tmp_path / "other", **tiny.options())
+
+
+def test_a_gpu_that_runs_out_of_memory_is_given_fewer_rows(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rehead.convert.stream import ResourceError
+    from rehead.recipes.training.losses import StudentWithLoss
+
+    plain: list[dict] = []
+    uptrain(tiny.student, tmp_path / "plain", **tiny.options(), on_event=plain.append)
+    forward = StudentWithLoss.forward
+
+    def small(self, input_ids, *arguments, **options):
+        if len(input_ids) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(StudentWithLoss, "forward", small)
+    events: list[dict] = []
+    uptrain(tiny.student, tmp_path / "out", **tiny.options(), on_event=events.append)
+    notes = [event["note"] for event in events if event["event"] == "note"]
+    assert notes == [f"out of memory; {rows} rows in a forward pass from here on" for rows in (8, 4)]
+    curves = [[event["loss"] for event in told if event["event"] == "step"] for told in (plain, events)]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    with pytest.raises(ResourceError, match="out of GPU memory at step 0 with 6 rows .* --micro-batch") as found:
+        uptrain(tiny.student, tmp_path / "other", **tiny.options(micro_batch=6))
+    assert found.value.exit_code == 3
+
+
+def test_trackers_of_accelerate(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import tracking
+
+    told: dict[str, list] = {"log": [], "config": [], "end": []}
+
+    class Notebook:
+        requires_logging_directory = True
+
+        def __init__(self, run: str, logging_dir: str) -> None:
+            assert (run, logging_dir) == ("out", str(tmp_path / "runs"))
+
+        def store_init_configuration(self, values: dict) -> None:
+            told["config"].append(values)
+
+        def log(self, values: dict, step: int) -> None:
+            told["log"].append((step, values))
+
+        def finish(self) -> None:
+            told["end"].append(True)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    with pytest.raises(UsageError, match="--tracker notebook: is not installed"):
+        uptrain(tiny.student, tmp_path / "out", **tiny.options(tracker="notebook"))
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["notebook"])
+    uptrain(tiny.student, tmp_path / "out", **tiny.options(tracker="notebook", eval_data=[tiny.held], eval_every=8))
+    assert [step for step, _ in told["log"]] == [0, *range(1, 9), 8]
+    assert told["log"][1][1].keys() >= {"step/loss", "step/learning_rate", "step/tokens_per_second"}
+    assert told["log"][0][1].keys() >= {"evaluation/kl", "evaluation/perplexity"}
+    assert told["config"][0]["tokens"] == 4096
+    assert told["end"] == [True]
