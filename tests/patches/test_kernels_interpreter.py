@@ -25,11 +25,20 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+# A case of every rule that has code of its own; the rest is left to `make test-all`.
+FEW = {
+    "test_kernels.py": "test_parity_in_float32 and (gqa or static or window or chunk or sinks or segments or bias)",
+    "test_kernels_decode.py": "holes or everything or bias or sinks or mqa or zero or never_used",
+}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_kernels_decode.py"])
-def test_in_the_interpreter(name):
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_in_the_interpreter(name, few):
     options = ["-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["-k", FEW[name]] if few else []
     child = subprocess.run(
         [sys.executable, "-c", RUNNER, *options, str(Path(__file__).with_name(name))],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
