@@ -166,7 +166,7 @@ def with_places(raw: dict[str, Any], base: Path) -> dict[str, Any]:
             at = at.get(name) if isinstance(at, dict) else None
         if isinstance(at, dict) and last in at:
             at[last] = _placed(at[last], base, dotted)
-    sweep = table.get("sweep")
+    sweep: Any = table.get("sweep")
     for axis, values in sweep.items() if isinstance(sweep, dict) else ():
         if axis in PATH_KEYS and isinstance(values, list):
             sweep[axis] = [_placed(value, base, axis) for value in values]

@@ -174,9 +174,9 @@ def run_recipe(
         if not result.failures or any(_evaluated(plan, planned.out) for plan in chosen):
             result.report = write_gathered(chosen, planned.out, folder)
     if result.failures:
-        label, error = result.failures[0]
-        message = f"{len(result.failures)} of {len(chosen)} cells failed, the first ({label}): {error}"
-        raise error_of(message, error.exit_code)
+        label, first = result.failures[0]
+        message = f"{len(result.failures)} of {len(chosen)} cells failed, the first ({label}): {first}"
+        raise error_of(message, first.exit_code)
     failed = failed_gates(chosen, planned.out)
     if failed and result.report is not None:
         raise QualityError(f"{'; '.join(failed)}; the report is {result.report.html}")

@@ -22,7 +22,7 @@ class Requires(Strict):
         gpus: CUDA devices.
     """
 
-    gpus: int = Field(0, ge=0)
+    gpus: int = Field(default=0, ge=0)
 
 
 class Launch(Strict):
@@ -33,7 +33,7 @@ class Launch(Strict):
         config: ``ddp``, ``fsdp2``, or an accelerate config file.
     """
 
-    processes: int = Field(1, ge=1)
+    processes: int = Field(default=1, ge=1)
     config: str = "ddp"
 
 

@@ -112,7 +112,7 @@ def _train(stage: Stage, site: Site) -> None:
         "command": site.command,
     }
     launch = stage.options.get("launch")
-    go = _in_this_process if launch is None else _launched
+    go: Callable[..., None] = _in_this_process if launch is None else _launched
     try:
         # A run that was killed after its last step has written its folder; what else lies there is to be replaced.
         try:

@@ -61,13 +61,13 @@ def cells(raw: dict[str, Any], where: str) -> list[Cell]:
     if count > MAX_CELLS:
         raise UsageError(f"{where}: sweep has {count:,} cells; more than {MAX_CELLS:,} is surely a mistake")
     found = []
-    for index, points in enumerate(itertools.product(*axes)):
-        overrides = {key: value for _, values in points for key, value in values.items()}
+    for index, point in enumerate(itertools.product(*axes)):
+        overrides = {key: value for _, values in point for key, value in values.items()}
         table = copy.deepcopy(base)
         for key, value in overrides.items():
             put(table, key, value, f"{where}: sweep: {key}")
-        labels = [label for label, _ in points]
-        others = [label for label, values in points if list(values) != [HEADS]]
+        labels = [label for label, _ in point]
+        others = [label for label, values in point if list(values) != [HEADS]]
         found.append(Cell(index, ", ".join(labels), ", ".join(others), overrides, table))
     return found
 

@@ -139,7 +139,7 @@ def summarise(entry: Entry) -> Summary:
     found = entry.evaluation
     model, baseline = found.model, found.baseline
     ours, theirs = _cache(found, "model"), _cache(found, "baseline")
-    names = list(dict.fromkeys([item.data for item in (*found.perplexity, *found.divergence)]))
+    names = list(dict.fromkeys([*(p.data for p in found.perplexity), *(d.data for d in found.divergence)]))
     texts = sorted((_on_text(found, name) for name in names), key=lambda text: -(text.kl or text.ratio or 0.0))
     return Summary(
         entry=entry,

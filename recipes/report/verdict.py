@@ -152,7 +152,8 @@ def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
     sizes: dict[tuple[int, ...], list[Summary]] = {}
     for summary in sorted(finals, key=lambda s: -(s.kv_bytes or 0)):
         sizes.setdefault(tuple(summary.kv_heads), []).append(summary)
-    points, offers = [], []
+    points: list[tuple[str, str]] = []
+    offers: list[str] = []
     for group in sizes.values():
         best = min(group, key=_badness)
         points.append((heads_phrase(best.kv_heads), _point(best, group, everything)))
