@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "cpu": ("rehead.benchmarks.cpu_attention", "The CPU path beside SDPA: time and memory to 64k tokens."),
     "end-to-end": ("rehead.benchmarks.end_to_end", "A 7B-shaped model with 32, 8 and 1 KV heads: tokens a second."),
     "blocks": ("rehead.benchmarks.blocks", "Serial beside parallel transformer blocks."),
+    "perplexity": ("rehead.benchmarks.perplexity", "Perplexity beside its referees, convention by convention."),
 }
 
 

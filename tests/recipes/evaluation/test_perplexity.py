@@ -8,36 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from rehead.benchmarks.perplexity import guide_loop, plain_loop
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.evaluation.bootstrap import interval
 from rehead.recipes.evaluation.perplexity import described, perplexity, prefix_token, window_losses
-
-
-@torch.no_grad()
-def plain_loop(model, tokens, window) -> float:
-    """The ten lines that everybody writes."""
-    total, count = 0.0, 0
-    for start in range(0, len(tokens) - window + 1, window):
-        row = tokens[None, start : start + window]
-        total += float(model(input_ids=row, labels=row).loss) * (window - 1)
-        count += window - 1
-    return math.exp(total / count)
-
-
-@torch.no_grad()
-def guide_loop(model, tokens, window, stride) -> float:
-    """The loop of transformers' guide to perplexity, each window's loss weighted by the tokens it is the mean of."""
-    total, count, before = 0.0, 0, 0
-    for start in range(0, len(tokens), stride):
-        end = min(start + window, len(tokens))
-        labels = tokens[None, start:end].clone()
-        labels[:, : -(end - before)] = -100
-        counted = int((labels[:, 1:] != -100).sum())
-        total += float(model(input_ids=tokens[None, start:end], labels=labels).loss) * counted
-        count, before = count + counted, end
-        if end == len(tokens):
-            break
-    return math.exp(total / count)
 
 
 @pytest.mark.parametrize("window", [32, 100])
