@@ -62,7 +62,8 @@ def read_manifest(out: str | os.PathLike[str]) -> dict[str, Any]:
         raise VerificationError(f"{folder}/{MANIFEST_NAME}: not a manifest; {_REPEAT}")
     if table.get("format") != FORMAT:
         raise VerificationError(
-            f"{folder}/{MANIFEST_NAME}: its format is {shown(str(table.get('format')))}, this version reads {FORMAT}; update it"
+            f"{folder}/{MANIFEST_NAME}: its format is {shown(str(table.get('format')))}, this version reads {FORMAT}; "
+            "update it"
         )
     for name, entry in table["files"].items():
         ok = isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
