@@ -81,8 +81,8 @@ def load_model(
     from rehead.convert.meta import quiet_transformers
     from rehead.convert.model import causal_lm_class, resolve_config
 
-    place, _, revision = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
-    source = open_source(place, revision or None)
+    source = open_named(name)
+    place = source.id
     config = resolve_config(source.config, place)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
@@ -123,6 +123,12 @@ def load_model(
         loaded.patch = patch_model(model, TILED)
         loaded.patch.apply()
     return loaded
+
+
+def open_named(name: str) -> Source:
+    """The checkpoint of a folder, a Hub id, or ``id@revision``; raises as :func:`rehead.convert.source.open_source`."""
+    place, _, revision = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    return open_source(place, revision or None)
 
 
 def _dtype_of(source: Source) -> torch.dtype:

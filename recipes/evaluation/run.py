@@ -17,8 +17,14 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.data.tokens import token_stream
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
-from rehead.recipes.evaluation.kv_cache import cache_row
-from rehead.recipes.evaluation.models import Loaded, load_model, require_same_tokenizer
+from rehead.recipes.evaluation.kv_cache import cache_row, measure_cache
+from rehead.recipes.evaluation.models import (
+    Loaded,
+    load_model,
+    load_tokenizer,
+    open_named,
+    require_same_tokenizer,
+)
 from rehead.recipes.evaluation.needle import needle_cells
 from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
 from rehead.recipes.evaluation.speed import speed_rows
@@ -81,8 +87,8 @@ def evaluate(
         require_harness()
         manager = task_manager(chosen.tasks, chosen.tasks_dir)
     device = resolve_device(chosen.device)
+    texts = _texts(data, baseline or model, chosen)
     loaded = _load({"baseline": baseline, "control": control, "model": model}, chosen, device, progress)
-    texts = _texts(data, loaded[0], chosen)
     run = _Run(loaded, texts, chosen, progress)
     facts = {item.who: item.facts() for item in loaded}
     found = schema.Evaluation(
@@ -101,7 +107,7 @@ def evaluate(
     if chosen.tasks:
         run.tasks(found, manager)
     if chosen.speed:
-        run.speed(found, {who: fact.kv_bytes_per_token for who, fact in facts.items()})
+        run.speed(found)
     found.gates = gates.judge(found, chosen.fail_above, chosen.fail_below)
     return found
 
@@ -137,22 +143,23 @@ def _load(
     return loaded
 
 
-def _texts(data: Sequence[str], model: Loaded, chosen: EvaluateOptions) -> list[TokenisedText]:
-    """The texts as tokens of the model's tokenizer."""
+def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[TokenisedText]:
+    """The texts as tokens of a checkpoint's tokenizer; read before any model is, since texts are what is mistyped."""
     if not data:
         return []
-    if model.tokenizer is None:
-        raise UsageError(f"{model.name}: has no tokenizer, and --data needs one; put its files beside the weights")
+    tokenizer = load_tokenizer(open_named(name))
+    if tokenizer is None:
+        raise UsageError(f"{name}: has no tokenizer, and --data needs one; put its files beside the weights")
     found = []
-    for name in data:
-        tokens = token_stream([name], model.tokenizer, chosen.tokens)
+    for source in data:
+        tokens = token_stream([source], tokenizer, chosen.tokens)
         if len(tokens) < chosen.window:
             raise UsageError(
-                f"--data {name}: has {len(tokens)} tokens, less than one window of {chosen.window}; "
+                f"--data {source}: has {len(tokens)} tokens, less than one window of {chosen.window}; "
                 "give more text or a smaller --window"
             )
-        text = model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found.append(TokenisedText(name, tokens, len(text.encode("utf-8"))))
+        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found.append(TokenisedText(source, tokens, len(text.encode("utf-8"))))
     return found
 
 
@@ -311,11 +318,12 @@ class _Run:
                 progress=self._stage(f"tasks, {item.who}"),
             )
 
-    def speed(self, found: schema.Evaluation, sizes: dict[schema.Who, float | None]) -> None:
+    def speed(self, found: schema.Evaluation) -> None:
         """Prefill and decoding at every size."""
+        caches = {item.who: measure_cache(item.model) for item in self.loaded}
         rows, notes = speed_rows(
             {item.who: item.model for item in self.loaded},
-            sizes,
+            {who: cache.bytes_per_token if cache else None for who, cache in caches.items()},
             self.chosen.speed_batch,
             self.chosen.speed_context,
             self.chosen.speed_repeats,
