@@ -132,12 +132,18 @@ def _metrics(batch: TokenBatch) -> list[Tensor]:
     return [(teacher.exp() * (teacher - student)).sum(), right, same]
 
 
-def _teacher_raw(teacher: Side | None, rows: slice) -> Tensor | None:
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.T
+
+
+def _teacher_raw(
+    teacher: Side | None, rows: slice, product: Callable[[Tensor, Tensor], Tensor] = _product
+) -> Tensor | None:
     if teacher is None:
         return None
     hidden, head = teacher.hidden[rows], teacher.head
     with torch.no_grad():
-        return hidden @ head.weight.to(hidden.dtype).T if head.linear else head.raw(hidden)
+        return product(hidden, head.weight.to(hidden.dtype)) if head.linear else head.raw(hidden)
 
 
 def _token_batch(
@@ -182,7 +188,8 @@ def _linear(
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         part, targets = hidden[rows], labels[rows]
-        raw, teacher_raw = part @ weight.T, _teacher_raw(teacher, rows)
+        product = fused.roomy_product if quick else _product
+        raw, teacher_raw = product(part, weight), _teacher_raw(teacher, rows, product)
         if quick:
             shapes = (head.shape, None if teacher is None else teacher.head.shape)
             sums = fused.token_losses(raw, teacher_raw, targets, objective, shapes, (bias, other_bias), any_wanted).sum(

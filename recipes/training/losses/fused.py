@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rehead.recipes.training.losses.head import Shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_COLUMNS = 16
 WEIGHTS = ("cross_entropy", "forward", "reverse", "js")
 
 
@@ -27,6 +28,27 @@ def unavailable(objective: Objective, device: torch.device, *dtypes: torch.dtype
         if dtype not in DTYPES:
             return f"dtype {dtype} is not one of bfloat16, float16, float32"
     return device_unavailable(device)
+
+
+def roomy_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T``, [N, vocabulary], in rows that have room for a multiple of 16 columns.
+
+    Rows of an odd vocabulary would begin at odd addresses, and neither matrix products nor the kernel read those well.
+    """
+    vocabulary = weight.shape[0]
+    if vocabulary % _COLUMNS == 0:
+        return hidden @ weight.T
+    room = hidden.new_empty(len(hidden), -(-vocabulary // _COLUMNS) * _COLUMNS)[:, :vocabulary]
+    return torch.mm(hidden, weight.T, out=room)
+
+
+def _room(logits: Tensor) -> int:
+    """Columns that every row owns, the last one too: a whole number of sixteens where there is room for it."""
+    vocabulary = logits.shape[1]
+    wide = -(-vocabulary // _COLUMNS) * _COLUMNS
+    end = logits.storage_offset() + len(logits) * logits.stride(0)
+    owned = logits.stride(0) >= wide and end <= logits.untyped_storage().nbytes() // logits.element_size()
+    return wide if owned else vocabulary
 
 
 def warps(extras: Iterable[bool]) -> int:
@@ -46,7 +68,7 @@ def token_losses(
     """Losses of a chunk of tokens; with ``gradient`` the student's logits are overwritten with their gradient.
 
     Args:
-        student: raw logits [N, vocabulary], before bias, scale and soft cap; rows contiguous.
+        student: raw logits [N, vocabulary], before bias, scale and soft cap, best as :func:`roomy_product` makes them.
         teacher: the teacher's, or None.
         labels: int64 [N].
         objective: its logit terms, all of which must have a kernel.
@@ -65,6 +87,7 @@ def token_losses(
     for weight, term in objective.of_kind("logits"):
         weights[str(term.fused)] += weight
     tokens, vocabulary = student.shape
+    width = min(_room(logits) for logits in (student, teacher) if logits is not None)
     rows = torch.empty(4, tokens, dtype=torch.float32, device=student.device)
     if tokens == 0:
         return rows
@@ -82,7 +105,7 @@ def token_losses(
         kernels.token_losses[(tokens,)](
             student, student if teacher is None else teacher, labels, rows,
             student if bias is None else bias, student if other_bias is None else other_bias,
-            student.stride(0), 0 if teacher is None else teacher.stride(0), tokens, vocabulary,
+            student.stride(0), 0 if teacher is None else teacher.stride(0), tokens, vocabulary, width,
             float(shape.scale), float(shape.cap or 1.0), float(scale), float(cap or 1.0),
             1.0 / objective.temperature, float(objective.mix),
             weights["cross_entropy"], weights["forward"], weights["reverse"], weights["js"],

@@ -12,9 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _logits(pointer, bias, columns, inside, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, PAD: tl.constexpr):
-    """A block of a row as the model means it: cap * tanh((raw + bias) * scale / cap), PAD outside the vocabulary."""
-    raw = tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32)
+def _logits(
+    pointer, bias, columns, held, inside, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, PAD: tl.constexpr
+):  # fmt: skip
+    """A block of a row as the model means it: cap * tanh((raw + bias) * scale / cap), PAD outside the vocabulary.
+
+    ``held`` says which columns may be read: some beyond the vocabulary, so that reads are wide and aligned.
+    """
+    raw = tl.load(pointer + columns, mask=held, other=0.0).to(tl.float32)
     if BIAS:
         raw += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     raw *= scale
@@ -28,7 +33,7 @@ def _logits(pointer, bias, columns, inside, scale, cap, BIAS: tl.constexpr, CAP:
 @triton.jit
 def token_losses(
     student, teacher, labels, rows, student_bias, teacher_bias, stride_student, stride_teacher, tokens, vocabulary,
-    student_scale, student_cap, teacher_scale, teacher_cap, inverse_temperature, mix,
+    width, student_scale, student_cap, teacher_scale, teacher_cap, inverse_temperature, mix,
     weight_ce, weight_forward, weight_reverse, weight_js,
     TEACHER: tl.constexpr, GRADIENT: tl.constexpr, TEMPERED: tl.constexpr, JS: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAP: tl.constexpr,
@@ -39,6 +44,7 @@ def token_losses(
     Args:
         student: logits before bias, scale and cap, [tokens, vocabulary]; overwritten with the gradient if GRADIENT.
         teacher: the teacher's; read only if TEACHER.
+        width: columns that rows have room for, at least ``vocabulary``; those beyond it are overwritten with anything.
         labels: int64 [tokens], each within the vocabulary.
         rows: float32 [4, tokens]: weighted loss, KL(teacher || student), cross-entropy, whether both agree on the top.
         inverse_temperature: 1 / temperature; TEMPERED says that it is not 1.
@@ -63,8 +69,10 @@ def token_losses(
     back_hot = tl.zeros((), tl.float32)  # sum of exp(s - s_max) (s - t) at the temperature
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocabulary
-        s = _logits(student, student_bias, columns, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP, low)
+        held, inside = columns < width, columns < vocabulary
+        s = _logits(
+            student, student_bias, columns, held, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP, low
+        )
         block_max, block_top = tl.max(s, 0, return_indices=True)
         s_top = tl.where(block_max > s_max, start + block_top, s_top)
         new_max = tl.maximum(s_max, block_max)
@@ -78,7 +86,7 @@ def token_losses(
         s_max = new_max
         if TEACHER:
             t = _logits(
-                teacher, teacher_bias, columns, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP, low
+                teacher, teacher_bias, columns, held, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP, low
             )
             apart = tl.where(inside, s - t, 0.0)
             back_hot = back_hot * tl.exp(moved * inverse_temperature) + tl.sum(hot * apart, 0)
@@ -97,7 +105,16 @@ def token_losses(
 
     label = tl.load(labels + token)
     right = _logits(
-        student, student_bias, label, label < vocabulary, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP, low
+        student,
+        student_bias,
+        label,
+        label < vocabulary,
+        label < vocabulary,
+        student_scale,
+        student_cap,
+        STUDENT_BIAS,
+        STUDENT_CAP,
+        low,
     )
     s_lse = s_max + tl.log(s_sum)
     cross_entropy = s_lse - right
@@ -127,12 +144,30 @@ def token_losses(
             theirs = tl.zeros((), tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
-                inside = columns < vocabulary
+                held, inside = columns < width, columns < vocabulary
                 s = _logits(
-                    student, student_bias, columns, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP, 0.0
+                    student,
+                    student_bias,
+                    columns,
+                    held,
+                    inside,
+                    student_scale,
+                    student_cap,
+                    STUDENT_BIAS,
+                    STUDENT_CAP,
+                    0.0,
                 )
                 t = _logits(
-                    teacher, teacher_bias, columns, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP, 0.0
+                    teacher,
+                    teacher_bias,
+                    columns,
+                    held,
+                    inside,
+                    teacher_scale,
+                    teacher_cap,
+                    TEACHER_BIAS,
+                    TEACHER_CAP,
+                    0.0,
                 )
                 s = s * inverse_temperature - s_hot_lse
                 t = t * inverse_temperature - t_hot_lse
@@ -152,14 +187,23 @@ def token_losses(
         hotness = 1.0 / inverse_temperature
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < vocabulary
+            held, inside = columns < width, columns < vocabulary
             z = _logits(
-                student, student_bias, columns, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP, 0.0
+                student, student_bias, columns, held, inside, student_scale, student_cap, STUDENT_BIAS, STUDENT_CAP, 0.0
             )
             gradient = weight_ce * (tl.exp(z - s_lse) - (columns == label).to(tl.float32))
             if TEACHER:
                 t = _logits(
-                    teacher, teacher_bias, columns, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP, 0.0
+                    teacher,
+                    teacher_bias,
+                    columns,
+                    held,
+                    inside,
+                    teacher_scale,
+                    teacher_cap,
+                    TEACHER_BIAS,
+                    TEACHER_CAP,
+                    0.0,
                 )
                 s = z * inverse_temperature - s_hot_lse
                 t = t * inverse_temperature - t_hot_lse
@@ -176,4 +220,4 @@ def token_losses(
             if STUDENT_CAP:
                 gradient *= 1.0 - (z / student_cap) * (z / student_cap)
             gradient *= student_scale
-            tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=inside)
+            tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=held)

@@ -79,6 +79,30 @@ def test_kernel(loss, vocabulary, temperature, dtype, shaped) -> None:
         assert torch.equal(rows[3] > 0.5, logits[0].argmax(-1) == logits[1].argmax(-1))
 
 
+@pytest.mark.parametrize("vocabulary", [97, 128])
+def test_rows_with_room(vocabulary) -> None:
+    """Columns beyond the vocabulary, whatever is in them, change nothing; without room they are not touched."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 24, generator=generator).to(DEVICE) for n in (3, vocabulary))
+    roomy = fused.roomy_product(hidden, weight)
+    assert roomy.stride(0) % 16 == 0
+    torch.testing.assert_close(roomy, hidden @ weight.T)
+    if vocabulary % 16:
+        torch.as_strided(roomy, (3, 112), (112, 1))[:, vocabulary:] = float("nan")
+    labels = torch.tensor([0, 5, vocabulary - 1], device=DEVICE)
+    objective, shapes = parse_objective("kd+ce"), (Shape(vocabulary), Shape(vocabulary))
+    tight, around = (hidden @ weight.T).contiguous(), torch.full((3 * vocabulary + 20,), 7.0, device=DEVICE)
+    around[: 3 * vocabulary] = tight.flatten()
+    inner = around[: 3 * vocabulary].view(3, vocabulary)
+    want = fused.token_losses(tight, inner.clone(), labels, objective, shapes, (None, None), True)
+    got = fused.token_losses(roomy, roomy.clone(), labels, objective, shapes, (None, None), True)
+    again = fused.token_losses(inner, inner.clone(), labels, objective, shapes, (None, None), True)
+    for rows, logits in ((got, roomy), (again, inner)):
+        torch.testing.assert_close(rows, want)
+        torch.testing.assert_close(logits, tight)
+    assert (around[3 * vocabulary :] == 7).all()
+
+
 def test_extreme_logits() -> None:
     """Logits beyond what exp can hold: softmax statistics stay finite, and so does everything made of them."""
     raw = torch.tensor([[3e4, -3e4, 0.0, 1.0] * 8, [-3e4] * 31 + [3e4]], device=DEVICE)

@@ -30,12 +30,12 @@ def test_token_losses(capability, everything, tmp_path) -> None:
     flags |= {"TEACHER": True, "GRADIENT": True, "BLOCK": 4096}
     pointers = {name: "*bf16" for name in ("student", "teacher", "student_bias", "teacher_bias")}
     pointers |= {"labels": "*i64", "rows": "*fp32", "stride_student": "i32", "stride_teacher": "i32"}
-    pointers |= {"tokens": "i32", "vocabulary": "i32"}
+    pointers |= {"tokens": "i32", "vocabulary": "i32", "width": "i32"}
     types = {name: "constexpr" if name in flags else pointers.get(name, "fp32") for name in token_losses.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(token_losses.arg_names)
-        if types[name].startswith("*") or name.startswith("stride") or name == "vocabulary"
+        if types[name].startswith("*") or name.startswith("stride") or name == "width"
     }
     source = ASTSource(fn=token_losses, signature=types, constexprs=flags, attrs=aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
