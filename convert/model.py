@@ -201,8 +201,8 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
     try:
         return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(raw)))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({first}); mend it") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); mend it") from None
 
 
 def _plain_floats(value: Any) -> Any:

@@ -31,7 +31,7 @@ def parse_layers(text: str | Sequence[int] | None, count: int) -> list[int]:
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 raise UsageError(f"--layers {text}: {part.strip()!r} runs backwards; write {last}-{first}")
-            chosen += range(first, min(last, count) + 1)
+            chosen += range(first, max(first, min(last, count)) + 1)  # one beyond the end is enough to be refused
     else:
         chosen = [int(layer) for layer in text]
     wrong = [layer for layer in chosen if not 0 <= layer < count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,6 @@ def widen(
             f"--reinvest {what}: nothing is freed while the model keeps its {kv} KV heads; give --kv-heads"
         )
     sizes = _sizes(model, config, name)
-    multiple = multiple or _DEFAULT_MULTIPLE
     widen_one = _ffn if what == "ffn" else _hidden
     try:
         return widen_one(model, raw, config, sizes, kv, multiple, seed)
@@ -121,10 +121,11 @@ def _raw_key(raw: dict[str, Any], config: Config, key: str) -> str:
 
 
 def _ffn(
-    model: Model, raw: dict[str, Any], config: Config, sizes: BlockSizes, kv: int, multiple: int, seed: int
+    model: Model, raw: dict[str, Any], config: Config, sizes: BlockSizes, kv: int, multiple: int | None, seed: int
 ) -> Widening:
     key = next(key for key in _FFN_KEYS if hasattr(config, key))
     before = model.num_kv_heads
+    multiple = multiple or _DEFAULT_MULTIPLE
     width = ffn_width(sizes, before, kv, multiple)
     new_raw = {**copy.deepcopy(raw), _raw_key(raw, config, key): width}
     new = resolve_config(new_raw, model.source.id)
@@ -142,7 +143,7 @@ def _ffn(
 
 
 def _hidden(
-    model: Model, raw: dict[str, Any], config: Config, sizes: BlockSizes, kv: int, multiple: int, seed: int
+    model: Model, raw: dict[str, Any], config: Config, sizes: BlockSizes, kv: int, multiple: int | None, seed: int
 ) -> Widening:
     before = model.num_kv_heads
     epsilon = next((key for key in _EPSILON_KEYS if hasattr(config, key)), None)
@@ -156,6 +157,7 @@ def _hidden(
         )
     if epsilon is None:
         raise UnsupportedError("its config does not say what its norms' epsilon is; use --reinvest ffn")
+    multiple = _multiple_for_heads(config, sizes, multiple)
     width = hidden_width(sizes, before, kv, multiple)
     new_raw, new = _wider(raw, config, width, epsilon, model.head_dim, model.source.id)
     small_raw = {**small.to_dict()}
@@ -171,6 +173,27 @@ def _hidden(
     changes, shapes = _by_checkpoint_name(model, found, wider)
     facts = _facts(sizes, "hidden", before, kv, "hidden_size", sizes.hidden, width, multiple)
     return Widening(new_raw, new, changes, shapes, facts, rounds=True)
+
+
+def _multiple_for_heads(config: Config, sizes: BlockSizes, multiple: int | None) -> int:
+    """What a new hidden size must be a multiple of: some classes want whole heads, though their head size is given.
+
+    Raises:
+        UnsupportedError: the multiple asked for does not go with the class.
+    """
+    asked = multiple or _DEFAULT_MULTIPLE
+    trial = {**config.to_dict(), "hidden_size": sizes.heads * sizes.head_dim * asked + asked}
+    try:
+        type(config).from_dict(trial | {"head_dim": sizes.head_dim})
+    except Exception:
+        whole = math.lcm(sizes.heads, 8)
+        if multiple is None:
+            return asked if asked % sizes.heads == 0 else whole
+        if multiple % sizes.heads:
+            raise UnsupportedError(
+                f"its class wants a hidden size that its {sizes.heads} query heads divide; give --multiple-of {whole}"
+            ) from None
+    return asked
 
 
 def _wider(

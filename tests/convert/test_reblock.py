@@ -220,6 +220,8 @@ def test_layers_as_text() -> None:
     for text, says in [
         ("3", "layer 3 does not exist; the model's layers are 0 to 2"),
         ("1-9", "layer 3 does not exist"),
+        ("7", "layer 7 does not exist"),
+        ("0,5-999999", "layer 5 does not exist"),
         ("2-1", "runs backwards"),
         ("one", "no layer"),
         ("-1", "no layer"),

@@ -101,6 +101,20 @@ def test_plan_shows_the_arithmetic_of_chatglm2(tmp_path: Path) -> None:
     assert plan(tmp_path, num_key_value_heads=8, reinvest="hidden").config.hidden_size == 4736
 
 
+def test_a_class_that_wants_whole_heads_gets_them(tmp_path: Path) -> None:
+    """LLaMA's config refuses a hidden size that its heads do not divide, whatever its head size; Qwen 3's does not."""
+    for name, whole in (("llama", True), ("qwen3", False)):
+        source = tiny.save_tiny(
+            name, tmp_path / name, hidden_size=96, num_attention_heads=6, num_key_value_heads=6, head_dim=16
+        )
+        made = plan(source, num_key_value_heads=1, reinvest="hidden")
+        assert made.config.hidden_size % (24 if whole else 128) == 0
+        if whole:
+            with pytest.raises(UnsupportedError, match="--multiple-of 24"):
+                plan(source, num_key_value_heads=1, reinvest="hidden", multiple_of=16)
+        assert plan(source, num_key_value_heads=1, reinvest="hidden", multiple_of=12).config.hidden_size % 12 == 0
+
+
 # ---- the same function
 
 
