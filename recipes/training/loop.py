@@ -159,12 +159,12 @@ class Loop:
                 torch.cuda.empty_cache()
                 if self._micro == 1 or self.run.world > 1 or self.options.micro_batch:
                     raise ResourceError(
-                        f"out of GPU memory at step {step} with {self._micro} rows of {self.options.seq_length} tokens "
+                        f"out of GPU memory at step {step + 1} with {self._micro} rows of {self.options.seq_length} tokens "
                         "in a forward pass; give a smaller --micro-batch or --gradient-checkpointing"
                     ) from None
                 self._micro = -(-self._micro // 2)
                 self.log.write(
-                    "note", step=step, note=f"out of memory; {self._micro} rows in a forward pass from here on"
+                    "note", step=step + 1, note=f"out of memory; {self._micro} rows in a forward pass from here on"
                 )
 
     def _passes(self, rows: Rows, counted: int) -> dict[str, Tensor]:

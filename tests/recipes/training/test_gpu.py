@@ -51,8 +51,8 @@ def test_a_nan_is_named_though_the_next_step_is_under_way(tiny, tmp_path: Path) 
         return -batch.student_log_probs()[:, 0] * (float("nan") if calls["left"] == 0 else 1.0)
 
     try:
+        options = tiny.options(device="cuda", loss="nan_on_a_gpu", checkpoint_every=3)
         with pytest.raises(VerificationError, match=r"the loss of step 4 .* the checkpoint of step 3 is kept"):
-            options = tiny.options(device="cuda", loss="nan_on_a_gpu", checkpoint_every=3)
             uptrain(tiny.student, tmp_path / "out", **options)
     finally:
         registry._TERMS.pop("nan_on_a_gpu")

@@ -154,9 +154,7 @@ def test_pretraining_from_scratch_needs_no_teacher(tiny, tmp_path: Path) -> None
         uptrain(tiny.teacher, tmp_path / "other", **tiny.options())
 
 
-def test_a_gpu_that_runs_out_of_memory_is_given_fewer_rows(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_out_of_memory_is_given_fewer_rows(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rehead.convert.stream import ResourceError
     from rehead.recipes.training.losses import StudentWithLoss
 
@@ -176,7 +174,7 @@ def test_a_gpu_that_runs_out_of_memory_is_given_fewer_rows(
     assert notes == [f"out of memory; {rows} rows in a forward pass from here on" for rows in (8, 4)]
     curves = [[event["loss"] for event in told if event["event"] == "step"] for told in (plain, events)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
-    with pytest.raises(ResourceError, match="out of GPU memory at step 0 with 6 rows .* --micro-batch") as found:
+    with pytest.raises(ResourceError, match=r"out of GPU memory at step 1 with 6 rows .* --micro-batch") as found:
         uptrain(tiny.student, tmp_path / "other", **tiny.options(micro_batch=6))
     assert found.value.exit_code == 3
 
