@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.patches import proof
 from rehead.patches.discover import find_attention
 
@@ -161,8 +161,18 @@ def find_blocks(model: nn.Module, input_ids: Tensor | None = None) -> list[Block
     watched = [module for name in layers for module in (layers[name][0], *parts[name])]
     if input_ids is None:
         input_ids = proof.probe_tokens(model, PROBE_TOKENS, 2, seed=0)
-    with proof._frozen(model), recorded([*watched, *matrices]) as calls:
-        proof._logits(model, {"input_ids": input_ids})
+    try:
+        with proof._frozen(model), recorded([*watched, *matrices]) as calls:
+            proof._logits(model, {"input_ids": input_ids})
+    except ReheadError:
+        raise
+    except Exception as error:
+        # Whatever a model of any class may do on a few tokens, it must not pass for a fault of the caller's.
+        reason = (str(error).strip().splitlines() or [""])[0][:100]
+        raise UnsupportedError(
+            f"{type(model).__name__} does not run on a probe of {input_ids.shape[1]} tokens "
+            f"({type(error).__name__}: {reason}), so its blocks are unknown; use another model class"
+        ) from error
     blocks = []
     for name, (layer, attention) in layers.items():
         own = set(map(id, layer.modules()))
@@ -256,19 +266,18 @@ def _block(name: str, layer: nn.Module, attention: nn.Module, calls: list[_Call]
     before_ffn = next((c for c in reversed(norms) if torch.equal(c.result, ffn.given)), None)
     if before_ffn is None:
         raise refuse("its FFN does not read a norm's output")
+    if any(t.numel() != x.numel() for t in (y, before_ffn.given, attend.result, ffn.result)):
+        raise refuse("its halves do not have the shape of its input")
+    # Experts may hand back a flat list of tokens.
+    first, second = attend.result.view_as(x), ffn.result.view_as(x)
     if before_ffn.module is before_attention.module or before_ffn.given is x:
-        form, stream = PARALLEL, x + attend.result.reshape(x.shape)
-        total = stream + ffn.result.reshape(x.shape)
+        form, total = PARALLEL, x + first + second
     else:
-        form = SERIAL
-        if attend.result.shape != x.shape or before_ffn.given.shape != x.shape:
-            raise refuse("the shapes of its halves differ")
-        factor = _factor(before_ffn.given - x, attend.result)
-        if not _close(before_ffn.given, x + factor * attend.result, attend.result):
+        form, stream = SERIAL, before_ffn.given
+        if not _close(stream, x + _factor(stream - x, first) * first, first):
             raise refuse("something else than attention's output is added to the input (a norm after attention?)")
-        stream = before_ffn.given
-        total = stream + (_factor(y - stream, ffn.result) if y.shape == stream.shape else 1.0) * ffn.result
-    if not _close(y, total, ffn.result):
+        total = stream + _factor(y - stream, second) * second
+    if not _close(y, total, second):
         raise refuse("something else than both outputs is added to the input (a norm after the FFN?)")
     return Block(
         index=int(name.rpartition(".")[2]),

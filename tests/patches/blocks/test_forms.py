@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import patch_model
 from rehead.patches.blocks import BlockReport, find_blocks
-from rehead.patches.tiny import tiny_model
+from rehead.patches.tiny import causal_types, tiny_model
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
 SERIAL_TYPES = (
@@ -265,3 +265,50 @@ def test_a_zero_attention_is_still_serial():
     model = tiny_model("llama")
     nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
     assert [block.form for block in find_blocks(model)] == ["serial", "serial"]
+
+
+def test_a_model_that_cannot_be_probed_is_refused():
+    model = tiny_model("llama")
+
+    def broken(*args, **kwargs):
+        raise IndexError("out of positions\nand more")
+
+    model.model.layers[1].mlp.forward = broken
+    with pytest.raises(UnsupportedError, match=r"does not run on a probe of 8 tokens.*out of positions") as error:
+        patch_model(model, "parallel").apply()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", causal_types())
+def test_every_causal_type_is_changed_right_or_refused(model_type):
+    """Nothing crashes, nothing is off with the change switched off, and reverting is exact."""
+    try:
+        model = tiny_model(model_type)
+    except UnsupportedError as reason:
+        pytest.skip(str(reason))
+    blocks = refused = None
+    try:
+        blocks = find_blocks(model)
+    except UnsupportedError as reason:
+        refused = str(reason)
+    if blocks is None:
+        assert "\n" not in refused
+        assert ";" in refused  # it names the mend
+        return
+    before = logits(model)
+    form = "serial" if all(block.form == "parallel" for block in blocks) else "parallel"
+    with patch_model(model, form) as patch:
+        measured = patch.measure()
+    assert measured.residual == 0
+    assert measured.kl > 0
+    assert torch.equal(logits(model), before)
+    for form in {block.form for block in blocks}:
+        refused = None
+        try:
+            with patch_model(model, form, fused=True) as patch:
+                patch.prove()
+        except UnsupportedError as reason:
+            refused = str(reason)
+        assert refused is None or "cannot be fused" in refused
+    assert torch.equal(logits(model), before)
