@@ -13,6 +13,7 @@ PREFIX = "built-in:"
 #: Texts that ship with Rehead: name -> (package, file).
 TEXTS = {
     "built-in:calibration": ("rehead.convert.assets", "calibration.txt.gz"),
+    "built-in:speeches": ("rehead.recipes.assets", "speeches.txt.gz"),
     "built-in:heldout": ("rehead.recipes.assets", "heldout.txt.gz"),
 }
 

@@ -130,7 +130,8 @@ def _in_this_process(arguments: dict[str, Any], launch: None, site: Site) -> Non
     from rehead.recipes.training import uptrain
 
     with site.watch() as (progress, on_event):
-        uptrain(**arguments, progress=progress, on_event=on_event)
+        told = None if on_event is None else lambda event: on_event(renamed(event, site.shown))
+        uptrain(**arguments, progress=progress, on_event=told)
 
 
 def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> None:

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from rehead.convert.manifest import verify_files
+from rehead.errors import QualityError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes import run_recipe
 from rehead.recipes.pipeline.record import FOLDER
 from rehead.recipes.pipeline.run import CELLS, plan_recipe
+from rehead.recipes.pipeline.stages import accelerate_config, error_of
 
 try:
     import fcntl
@@ -299,3 +301,46 @@ def test_a_new_model_is_made_and_trained(home) -> None:
     assert [outcome.kind for outcome in result.stages] == ["new", "uptrain", "evaluate"]
     text = json.loads(result.report.json.read_text())["entries"][0]["texts"][0]
     assert text["perplexity"] < text["baseline"]
+
+
+ACCELERATE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+use_cpu: true
+num_machines: 1
+machine_rank: 0
+mixed_precision: "no"
+"""
+
+
+@pytest.mark.slow
+def test_uptraining_in_two_processes(run, home) -> None:
+    (home / "cpu.yaml").write_text(ACCELERATE)
+    path = home / "recipe.yaml"
+    text = path.read_text() + "launch: {processes: 2, config: cpu.yaml}\ncontrol: false\n"
+    path.write_text(text)
+    code, _, err = run("run", path, "--quiet")
+    assert code == 0, err
+    manifest = json.loads((next((home / "out").glob("uptrain-*")) / "rehead.json").read_text())
+    assert manifest["uptraining"]["processes"] == 2
+    # A mistake in the launched processes is the same one line as anywhere.
+    path.write_text(text.replace("train.txt#lines", "nowhere.txt"))
+    code, _, err = run("run", path, "--quiet")
+    assert code == 2
+    assert "nowhere.txt" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_errors_keep_their_codes() -> None:
+    for code, kind in ((2, UsageError), (3, UnsupportedError), (4, VerificationError), (5, QualityError)):
+        error = error_of("x", code)
+        assert type(error) is kind
+        assert str(error) == "x"
+    assert (error_of("x", 130).exit_code, error_of("x", 143).exit_code) == (130, 143)
+
+
+def test_launch_configs_are_found() -> None:
+    assert accelerate_config("fsdp2").is_file()
+    assert accelerate_config("ddp").is_file()
+    with pytest.raises(UsageError, match="ddp or fsdp2"):
+        accelerate_config("fsdp3")
