@@ -17,7 +17,7 @@ from rehead.recipes.data.sources import read_documents
 #: Longer documents are tokenised in pieces: a fast tokenizer holds about a hundred bytes for every token of its input.
 PIECE = 1 << 18
 #: Characters handed to the tokenizer at once, which spreads the texts of one call over the cores.
-_BATCH = 1 << 20
+_BATCH = 1 << 22
 #: Where a cut leaves the tokens alone: between two lines, or else before a space and a word.
 _CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import sys
 import typing
@@ -15,7 +17,7 @@ import click
 from rehead.recipes.training.options import UptrainOptions, flag
 
 # How a run was started or watched is no part of what it made.
-_UNRECORDED = {"--overwrite", "--quiet", "-q", "--json"}
+_UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+)(?= |$)")
 
 
 def option_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -72,7 +74,7 @@ def uptrain_command(
     if given["loss_layers"] is not None:
         given["loss_layers"] = tuple(part.strip() for part in given["loss_layers"].split(","))
     options = {name: value for name, value in given.items() if value not in (None, (), False)}
-    line = shlex.join(["rehead", *(flag for flag in sys.argv[1:] if flag not in _UNRECORDED)])
+    line = _UNRECORDED.sub("", shlex.join(["rehead", *sys.argv[1:]]))
     with training_bar(quiet) as (progress, on_event):
         done = uptrain(
             student,
@@ -84,8 +86,6 @@ def uptrain_command(
             on_event=on_event,
             **options,
         )
-    import os
-
     if int(os.environ.get("RANK", "0")):
         return
     facts = done.as_json()

@@ -159,8 +159,8 @@ class Loop:
                 torch.cuda.empty_cache()
                 if self._micro == 1 or self.run.world > 1 or self.options.micro_batch:
                     raise ResourceError(
-                        f"out of GPU memory at step {step + 1} with {self._micro} rows of {self.options.seq_length} tokens "
-                        "in a forward pass; give a smaller --micro-batch or --gradient-checkpointing"
+                        f"out of GPU memory at step {step + 1} with {self._micro} rows of {self.options.seq_length} "
+                        "tokens in a forward pass; give a smaller --micro-batch or --gradient-checkpointing"
                     ) from None
                 self._micro = -(-self._micro // 2)
                 self.log.write(

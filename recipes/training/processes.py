@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,8 @@ def join_processes(device: str) -> Processes:
     cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if device.startswith("cuda"):
         resolve_device(device)
-    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+    # The others wait while the main one tokenises, and while it writes.
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=timedelta(hours=12))
     processes = Processes(state.process_index, state.num_processes, state.device)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return processes
