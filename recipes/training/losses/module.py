@@ -3,8 +3,8 @@
 The head's weight is used inside ``forward``, so that whatever gathers or watches a module's parameters around its
 forward pass (FSDP2, DDP) does so for the head too. For speed, a loop should
 
-- pass ``position_ids`` only when a row holds more than one document: otherwise transformers looks at them on the
-  host, which waits for the device, and a mask between documents keeps attention off its fastest kernels;
+- pass ``position_ids`` only when a row holds more than one document: the mask between documents keeps attention off
+  its fastest kernels;
 - pass ``counted_index``, made on the host, where the labels come from; where it is left out and ``labels`` are on a
   GPU, finding it waits for the device;
 - read ``loss_sum`` and ``metrics`` on the host only when it logs;
