@@ -18,13 +18,25 @@ from rehead.recipes.training.processes import join_processes
 
 # Both runs in one launch: most of a launch is importing torch, twice.
 _WORKER = """
-import json, os, sys
+import json, os, signal, sys
 from rehead.recipes import uptrain
+from rehead.recipes.training.interruption import Interrupted
 
 student, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 uptrain(student, out + "/ddp", **options)
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 uptrain(student, out + "/fsdp", **options)
+
+def stop(event):  # in the main process alone; the other must stop at the same step
+    if event["event"] == "step" and event["step"] == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+
+try:
+    uptrain(student, out + "/resumed", **{**options, "checkpoint_every": 0}, on_event=stop)
+    raise SystemExit("was not interrupted")
+except Interrupted as error:
+    assert error.exit_code == 130
+uptrain(student, out + "/resumed", **{**options, "checkpoint_every": 0})
 uptrain(student, out + "/half", **{**options, "dtype": "bfloat16", "train": "attention", "micro_batch": None})
 """
 
@@ -60,6 +72,10 @@ def test_two_processes_give_the_curve_of_one(tiny, tmp_path: Path) -> None:
         for key, weight in weights.items():
             assert (weight - others[key]).abs().max() < 1e-3 * weight.abs().max(), (name, key)
         assert _events(two, "checkpoint")
+    # Interrupted and gone on from a checkpoint of gathered shards, which each process took its part of.
+    assert _events(tmp_path / "resumed", "resume")[0]["step"] in (2, 3)
+    resumed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed", "fsdp"))
+    assert all((weight - resumed[key]).abs().max() == 0 for key, weight in whole.items())
     # Sharded bfloat16 computation on float32 shards, part of it frozen, learns too.
     half = _events(tmp_path / "half", "evaluation")
     assert half[-1]["kl"] < 0.9 * half[0]["kl"]
