@@ -19,7 +19,11 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     """Markdown with YAML front matter: ``base_model``, tags, the inherited licence, the command and what it did."""
     source, table = plan.model.source, plan.as_json()
     inherited = front_matter(source.model_card() or "")
-    kind = "multi-query-attention" if plan.kv == 1 else "grouped-query-attention"
+    kinds = (
+        []
+        if plan.kv == plan.model.num_heads
+        else ["multi-query-attention" if plan.kv == 1 else "grouped-query-attention"]
+    )
     metadata: dict[str, Any] = {key: inherited[key] for key in _INHERITED if key in inherited}
     metadata.setdefault("library_name", "transformers")
     hub_id = source.revision is not None
@@ -29,7 +33,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     elif "base_model" in inherited:
         metadata["base_model"] = inherited["base_model"]
     old_tags = inherited.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*(old_tags if isinstance(old_tags, list) else []), "rehead", kind]))
+    metadata["tags"] = list(dict.fromkeys([*(old_tags if isinstance(old_tags, list) else []), "rehead", *kinds]))
     name = source.id.rstrip("/").rsplit("/", 1)[-1]
     kv, cache, size = table["num_key_value_heads"], table["kv_bytes_per_token"], table["parameters"]
     options = table["options"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, plan, verify
+from rehead.convert.calibration import run as calibration_run
 from rehead.convert.commands import convert_command
 from rehead.convert.reblock import parse_layers
 from rehead.errors import UnsupportedError, UsageError
@@ -153,6 +154,30 @@ def test_refit_heals_the_change_alone(name: str, tmp_path: Path) -> None:
     serial = convert(tmp_path / "refit", tmp_path / "serial", block="serial", refit=True, **CALIBRATION)
     assert all(facts["block_error"][1] < facts["block_error"][0] for facts in serial.layers.values())
     assert verify(tmp_path / "serial", str(tmp_path / "refit")).against_source["mean_kl"] < before
+
+
+def test_a_killed_run_with_every_step_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    options = {
+        "num_key_value_heads": 2, "block": "parallel", "layers": [1], "refit": True, "reinvest": "ffn",
+        "multiple_of": 8, **CALIBRATION,
+    }  # fmt: skip
+    convert(source, tmp_path / "whole", **options)
+    save = calibration_run._save
+
+    def stop_after_first(*args) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration_run, "_save", stop_after_first)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out", resume=True, **options)
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", resume=True, **options)
+    files = [json.loads((tmp_path / name / "rehead.json").read_text())["files"] for name in ("whole", "out")]
+    assert files[0] == files[1]
+    assert "modeling_rehead_parallel.py" in files[0]
 
 
 def test_auto_takes_what_the_budget_allows(tmp_path: Path) -> None:
