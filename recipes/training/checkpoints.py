@@ -114,7 +114,7 @@ class WorkFolder:
             found = self.folder(step)
             try:
                 return Checkpoint(found, step, _verified(found)), broken
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 broken.append(f"{found.name}: {error}")
         return None, broken
 
@@ -221,10 +221,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    table = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    checksum = table.pop("checksum")
-    if checksum != _checksum(table):
-        raise ValueError(f"{STATE} has changed")
+    try:
+        table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        whole = table.pop("checksum") == _checksum(table)
+    except (OSError, ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{STATE} is not what was written")
     for name, entry in table["files"].items():
         if hash_file(folder / name) != (entry["size"], entry["sha256"]):
             raise ValueError(f"{name} does not have the SHA-256 that was noted")

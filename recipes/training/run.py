@@ -208,7 +208,7 @@ class _Run:
             same_tokens(tokenizer, tokenizer_of(teacher, "--teacher", tokenizer), (student.name, teacher.name))
         store = open_tokens(checkpoints.work_path(self.out) / "tokens", student, tokenizer, options, run, progress)
         held_out = [HeldOut(name, held_out_windows(name, tokenizer, options)) for name in options.eval_data]
-        found = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
+        found, broken = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
         dtype = _dtype(options.dtype, run.device)
         model, mentor, attention = self._load(student, teacher, dtype)
         names = choose(model, options.train)
@@ -232,6 +232,8 @@ class _Run:
             loop = Loop(module, weights, optimizer, store, options, run, log, work, held_out, progress)
             if found is not None:
                 self._restore(found, loop, log)
+            for line in broken:
+                log.write("note", note=f"not gone on from {line}")
             loop.train(0 if found is None else found.step)
             facts = end_facts(facts, options, run, loop.elapsed(), loop.last)
             log.write("end", **{key: facts[key] for key in ("steps", "tokens", "seconds", "last", "peak_memory_bytes")})
@@ -276,11 +278,14 @@ class _Run:
 
         return warn
 
-    def _earlier(self, work: checkpoints.WorkFolder | None, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
-        """The checkpoint to go on from, the same in every process."""
+    def _earlier(
+        self, work: checkpoints.WorkFolder | None, identity: dict[str, Any]
+    ) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, the same in every process; and what is wrong with newer ones."""
         step, folder = -1, checkpoints.work_path(self.out)
+        broken: list[str] = []
         if work is not None:
-            found, _ = (None, []) if self.resume == "never" else work.newest()
+            found, broken = (None, broken) if self.resume == "never" else work.newest()
             if found is None:
                 work.clear()
             else:
@@ -293,9 +298,9 @@ class _Run:
             folder = work.path
         step = self.run.agreed(step)
         if step < 0:
-            return None
+            return None, broken
         place = folder / f"step-{step:08d}"
-        return checkpoints.Checkpoint(place, step, checkpoints.read_state(place))
+        return checkpoints.Checkpoint(place, step, checkpoints.read_state(place)), broken
 
     def _module(self, model: Any, mentor: Any, dtype: torch.dtype) -> Any:
         from rehead.recipes.training.losses import StudentWithLoss

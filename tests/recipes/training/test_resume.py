@@ -154,6 +154,7 @@ def test_a_checkpoint_whose_hash_fails_gives_way_to_the_former(tiny, whole: Path
     events: list[dict] = []
     uptrain(tiny.student, out, **tiny.options(), on_event=events.append)
     assert events[0] == {"event": "resume", "step": 2, "processes": 1, "device": "cpu"}
+    assert events[1]["note"].startswith(f"not gone on from step-00000004: {file} ")
     assert _weights(out) == _weights(whole)
 
 
