@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -26,17 +25,6 @@ from rehead.errors import UnsupportedError, UsageError
 
 CPU = torch.device("cpu")
 SMALL = {"calibration": ["random"], "calibration_tokens": 4096, "calibration_length": 32}
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+import planted
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,18 +21,6 @@ from rehead.convert.methods.registry import MethodContext
 from rehead.convert.model import hosted, open_model
 from rehead.convert.regroup import regroup
 
-HERE = Path(__file__).parent
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny, planted = _load("tiny"), _load("planted")
 NAMES = [*FAMILIES, *tiny.VARIANTS]
 IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
+import hub_server
 import pytest
 
 from rehead.convert.manifest import verify_files
@@ -17,18 +18,6 @@ from rehead.convert.source import LocalSource
 from rehead.convert.target import Target
 
 HERE = Path(__file__).parent
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-hub_server = _load("hub_server")
-checkpoints = _load("checkpoints")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import random
 import shutil
@@ -18,14 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoints
 import pytest
 
 from rehead.convert.manifest import verify_files
 
 HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("checkpoints", HERE / "checkpoints.py")
-checkpoints = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(checkpoints)
 
 HELPER = """
 import json, os, sys

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import canonical
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,18 +16,6 @@ from rehead.convert.families.layouts import GATE, merge, shared_norm_names, spli
 from rehead.convert.families.resolve import with_checkpoint_prefix
 from rehead.convert.heads import Heads
 
-HERE = Path(__file__).parent
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny, canonical = _load("tiny"), _load("canonical")
 NAMES = [*FAMILIES, *tiny.VARIANTS, *tiny.CLAMPED]
 IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 

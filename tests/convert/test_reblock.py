@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -21,18 +21,6 @@ from rehead.convert.commands import convert_command
 from rehead.convert.reblock import parse_layers
 from rehead.errors import UnsupportedError, UsageError
 
-HERE = Path(__file__).parent
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny")
 IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
 CARRIED = ["llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import planted
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -17,18 +17,6 @@ from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_wid
 from rehead.convert.safetensors_io import header_bytes
 from rehead.errors import UnsupportedError, UsageError
 
-HERE = Path(__file__).parent
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny, planted = _load("tiny"), _load("planted")
 IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 FFN = ["llama", "qwen3", "gemma2", "phi3", "glm", "starcoder2", "falcon", "gpt_neox", "gpt2"]
 HIDDEN = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "granite", "olmo2"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,18 +20,6 @@ from rehead.convert.families.resolve import with_checkpoint_prefix
 from rehead.convert.freedom import key_freedom
 from rehead.errors import UnsupportedError
 
-HERE = Path(__file__).parent
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny")
 NAMES = [*FAMILIES, *tiny.VARIANTS]
 GUESSED = ("llama", "qwen2", "qwen3", "cohere", "glm", "olmo2", "gpt_oss", "starcoder2", "stablelm-plain", "phi")
 

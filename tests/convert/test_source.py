@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,10 +18,6 @@ from rehead.convert.safetensors_io import DTYPE_BITS, header_bytes, read_header
 from rehead.convert.smallfiles import travels
 from rehead.convert.source import DTYPE_NAMES, LocalSource, open_source, torch_dtype
 from rehead.errors import ReheadError, UnsupportedError, UsageError
-
-_spec = importlib.util.spec_from_file_location("checkpoints", Path(__file__).parent / "checkpoints.py")
-checkpoints = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(checkpoints)
 
 
 def refused(call, kind: type[ReheadError], *words: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+import writing
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,10 +16,6 @@ from rehead.convert.source import LocalSource, open_source
 from rehead.convert.target import OutputTensor, Target
 from rehead.errors import UnsupportedError, UsageError, VerificationError
 
-HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("writing", HERE / "writing.py")
-writing = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(writing)
 checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
 expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import writing
 
 from rehead.convert.target import ResourceError
 
 HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("writing", HERE / "writing.py")
-writing = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(writing)
 checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
 expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
 

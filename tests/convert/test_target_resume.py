@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
+import writing
 
 from rehead.convert.manifest import completed, read_manifest, verify_files
 from rehead.convert.source import open_source
 from rehead.convert.target import Target, finish_commit
 from rehead.errors import UsageError
 
-HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("writing", HERE / "writing.py")
-writing = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(writing)
 checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
 expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
 

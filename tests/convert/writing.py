@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
+import checkpoints
 import torch
 
 from rehead.convert.source import open_source
 from rehead.convert.target import Target
-
-HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("checkpoints", HERE / "checkpoints.py")
-checkpoints = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(checkpoints)
 
 
 def convert(folder: Path, out: Path, size: str | int = "5GB", plan=None, **options) -> Path:
