@@ -74,7 +74,7 @@ class UptrainOptions(BaseModel):
     micro_batch: Annotated[int | None, BeforeValidator(parse_count)] = Field(
         None, gt=0, description="Rows in a forward pass; default: as many as fit, tried out on a GPU."
     )
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
     learning_rates: Annotated[dict[str, float], BeforeValidator(_pairs)] = Field(
         default_factory=dict,
         description="PATTERN=FACTOR: another learning rate for parameters whose names hold PATTERN "
