@@ -250,6 +250,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def growth(rows: Sequence[dict[str, Any]]) -> str:
+    """How the extra memory of Rehead grows with the length, for rules measured at several lengths: one line each."""
+    measured: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.get("rehead_tiled MB") is not None:
+            rule = f"{row['name'].split(',')[0]}, {row['heads']}/{row['kv_heads']} heads"
+            measured.setdefault(rule, []).append((row["length"], row["rehead_tiled MB"]))
+    lines = []
+    for rule, points in measured.items():
+        if len(points) > 1:
+            parts = (
+                f"{size:.0f} MB at {length // 1024}k ({1e3 * size / length:.1f} KB a token)" for length, size in points
+            )
+            lines.append(f"extra memory, {rule}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
     parser = argparse.ArgumentParser(prog="rehead bench cpu", description="Tiled attention on the CPU beside SDPA")
@@ -279,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cpu_time:
         print("seconds are CPU seconds of the process")
     print(table(rows))
+    if not args.no_memory and growth(rows):
+        print(growth(rows))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine(args.threads), "rows": rows}, indent=2))
 

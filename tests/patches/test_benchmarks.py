@@ -75,3 +75,12 @@ def test_cpu_attention():
     assert rows[0]["rehead_tiled MB"] is not None
     assert "sdpa fwd" not in rows[1]
     assert len(cpu_attention.table(rows).splitlines()) == 3
+
+
+def test_growth_says_how_memory_grows():
+    rows = [
+        {"name": f"window 1024, {n}k", "heads": 8, "kv_heads": 2, "length": n * 1024, "rehead_tiled MB": size}
+        for n, size in ((4, 8.192), (16, 32.768))
+    ]
+    line = "extra memory, window 1024, 8/2 heads: 8 MB at 4k (2.0 KB a token), 33 MB at 16k (2.0 KB a token)"
+    assert cpu_attention.growth([*rows, {**rows[0], "name": "causal 4k"}]) == line
