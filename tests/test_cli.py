@@ -125,7 +125,7 @@ BAD = [
     ("quantised", ["--kv-heads", "1"], 3, "quantised"),
     ("pickle", ["--kv-heads", "1"], 3, "pickled"),
     ("bert", ["--kv-heads", "1"], 3, "encoder"),
-    ("t5", ["--kv-heads", "1"], 3, "encoder"),
+    ("bart", ["--kv-heads", "1"], 3, "encoder-decoder"),
     ("mamba", ["--kv-heads", "1"], 3, "attention"),
     ("remote", ["--kv-heads", "1"], 3, "remote code"),
     ("no type", ["--kv-heads", "1"], 3, "model_type"),
@@ -163,7 +163,7 @@ def harmed(model: Path, harm: str) -> None:
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     elif harm == "pickle":
         weights.rename(model / "pytorch_model.bin")
-    elif harm in ("bert", "t5", "mamba"):
+    elif harm in ("bert", "bart", "mamba"):
         config = {"model_type": harm, "architectures": ["X"]}
     elif harm == "remote":
         config |= {"model_type": "brand_new", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}

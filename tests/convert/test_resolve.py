@@ -83,7 +83,6 @@ def test_every_causal_type_is_converted_or_refused_with_a_reason(model_type: str
         ("ctrl", "one KV head for each query head"),
         ("mamba2", "no attention"),
         ("bert", "encoder"),
-        ("t5", "encoder-decoder"),
         ("bart", "encoder-decoder"),
         ("vit", "no text generator"),
         ("gemma3", "multimodal"),
