@@ -91,9 +91,10 @@ def host(build: Builder) -> Recipe:
     root = build.root + ("decoder." if kind == "opt" else "")
     scale = math.sqrt(config.hidden_size) if getattr(config, "scale_embedding", False) else 1.0
     table = f"{root}{layout.table}.weight"
-    build.make("transformer.wte.weight", (table,), lambda rows: rows * scale, rounds=True) if scale != 1.0 else (
+    if scale == 1.0:
         build.copy("transformer.wte.weight", table)
-    )
+    else:
+        build.make("transformer.wte.weight", (table,), lambda rows: rows * scale, rounds=True)
     if layout.positions is None:
         build.make("transformer.wpe.weight", (table,), lambda rows: _sinusoids(config, rows))
     elif layout.offset:

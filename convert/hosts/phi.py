@@ -71,13 +71,11 @@ def _gpt_neox(build: Builder) -> Recipe:
     build.rounds = True
     for layer in range(config.num_hidden_layers):
         old, new = layers.format(i=layer), build.target.layer.format(i=layer)
-        weight, bias, second = f"{old}mlp.dense_h_to_4h.weight", f"{old}mlp.dense_h_to_4h.bias", (
-            f"{old}post_attention_layernorm.weight", f"{old}post_attention_layernorm.bias"
-        )  # fmt: skip
-        build.make(f"{new}input_layernorm.weight", norm(layer)[:1], _ones)
-        build.make(f"{new}input_layernorm.bias", norm(layer)[1:], _zeros)
-        build.make(f"{new}mlp.fc1.weight", (weight, second[0]), fold_matrix, rounds=True)
-        build.make(f"{new}mlp.fc1.bias", (weight, second[1], bias), fold_bias, rounds=True)
+        first, second, up = f"{old}input_layernorm", f"{old}post_attention_layernorm", f"{old}mlp.dense_h_to_4h"
+        build.make(f"{new}input_layernorm.weight", (f"{first}.weight",), _ones)
+        build.make(f"{new}input_layernorm.bias", (f"{first}.bias",), _zeros)
+        build.make(f"{new}mlp.fc1.weight", (f"{up}.weight", f"{second}.weight"), fold_matrix, rounds=True)
+        build.make(f"{new}mlp.fc1.bias", (f"{up}.weight", f"{second}.bias", f"{up}.bias"), fold_bias, rounds=True)
         build.pair(f"{new}mlp.fc2", f"{old}mlp.dense_4h_to_h")
     build.pair("model.final_layernorm", f"{root}final_layer_norm")
     _head(build, "embed_out" if build.has("embed_out.weight") else "lm_head")
