@@ -47,6 +47,7 @@ def _one(summary: Summary, everything: list[Summary]) -> Verdict:
     points = [("saves", saves(summary)), ("costs", costs(summary)), ("control", control(summary))]
     before = [s for s in everything if s.entry.stage == CONVERTED and s.entry is not summary.entry]
     points += [("start", start(item)) for item in before]
+    points += [("uptraining", worse(summary, item)) for item in before if _harmed(item, summary)]
     points += gates([summary])
     made = how(summary)
     return Verdict(f"{change(summary)}{f' ({made})' if made else ''}: {_bargain(summary)}.", points)
@@ -192,6 +193,9 @@ def _point(best: Summary, group: list[Summary], everything: list[Summary]) -> st
     if before:
         starts = [f"{s.entry.series or s.name} {_short(s)}" for s in sorted(before, key=_badness)]
         parts.append(f"Before uptraining: {listed(starts)}.")
+        parts += [
+            worse(best, s) for s in before if s.entry.series == best.entry.series and _badness(s) < _badness(best)
+        ]
     return " ".join(parts)
 
 
@@ -208,6 +212,19 @@ def _figures(summary: Summary) -> str:
     if text.top1_agreement is not None:
         parts.append(f"the same most likely token at {percent(text.top1_agreement)} of positions")
     return ", ".join(parts)
+
+
+def _harmed(before: Summary, after: Summary) -> bool:
+    """Whether an uptraining did more harm than two runs differ by."""
+    return _badness(after) > 1.02 * _badness(before)
+
+
+def worse(after: Summary, before: Summary) -> str:
+    """What to do about an uptraining that did harm."""
+    return (
+        f"Uptraining has made it worse ({_short(before)} before, {_short(after)} after): keep the conversion, or train "
+        "with a lower learning rate or on more tokens."
+    )
 
 
 def _short(summary: Summary) -> str:

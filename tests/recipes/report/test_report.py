@@ -203,6 +203,17 @@ def test_one_model_with_and_without_what_may_be_missing(tmp_path) -> None:
     assert points["start"].startswith("before uptraining: perplexity")
 
 
+def test_an_uptraining_that_did_harm_is_called_so() -> None:
+    pair = [Entry("a", made.evaluation(0.2, 1), "a", "converted"),
+            Entry("b", made.evaluation(0.9, 1, tokens=1e6), "a", "uptrained")]  # fmt: skip
+    assert "has made it worse" in dict(verdict([summarise(entry) for entry in pair]).points)["uptraining"]
+    more = [Entry("c", made.evaluation(0.1, 2), "a", "converted"),
+            Entry("d", made.evaluation(0.05, 2, tokens=1e6), "a", "uptrained")]  # fmt: skip
+    points = dict(verdict([summarise(entry) for entry in (*pair, *more)]).points)
+    assert "has made it worse" in points["1 KV head"]
+    assert "has made it worse" not in points["2 KV heads"]
+
+
 def test_failed_gates_are_said_and_shown(tmp_path) -> None:
     gates = [{"name": "kl", "limit": 0.1, "value": 0.2, "passed": False},
              {"name": "perplexity-ratio", "limit": 2.0, "value": 1.2, "passed": True}]  # fmt: skip
