@@ -200,8 +200,8 @@ def caveats(summaries: list[Summary]) -> list[str]:
     if tokens and min(tokens) < 20_000:
         found.append(f"The smallest text has {count(min(tokens))} tokens; mind the intervals.")
     if any(s.speed and s.entry.evaluation.conditions.device == "cpu" for s in summaries):
-        found.append("Speed was measured on a CPU, where whatever else runs shows in it; a smaller cache pays on GPUs, at "
-                     "large batches and long contexts.")  # fmt: skip
+        found.append("Speed was measured on a CPU, where whatever else runs shows in it; a smaller cache pays on GPUs, "
+                     "at large batches and long contexts.")  # fmt: skip
     if not any(s.entry.evaluation.tasks for s in summaries):
         found.append("No downstream task was run: perplexity and KL can miss the loss of an ability.")
     if not any(s.entry.evaluation.needle for s in summaries):
