@@ -29,7 +29,8 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--multiple-of", type=int, metavar="N", help="Of the new width; 128 by default."),
         click.option("--block", metavar="FORM", help="Give blocks another form: parallel or serial."),
         click.option("--layers", metavar="LIST",
-                     help="Of --block: all (the default), a list like 0,4-7, or auto for those that lose least."),
+                     help="Of --block: all (the default), a list like 0,4-7, or those that lose least: auto up to "
+                          "--kl-budget, auto:6 or auto:50%."),
         click.option("--kl-budget", type=float, metavar="NATS",
                      help="What --layers auto may cost; the whole model is loaded to measure it."),
         click.option("--plain", is_flag=True, help="Refuse blocks for which the result needs a file of ours."),

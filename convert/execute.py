@@ -22,6 +22,7 @@ from rehead.convert.methods.registry import MethodContext
 from rehead.convert.model import open_model
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
+from rehead.convert.reblock.layers import is_auto
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
 from rehead.convert.target import Target, finish_commit
@@ -159,8 +160,8 @@ def convert(
         reinvest: ``ffn`` or ``hidden``, to widen the model by what shared KV heads free, with the same function.
         multiple_of: what the new width must be a multiple of; 128 when None.
         block: ``parallel`` or ``serial``, to give blocks that form; not the same function.
-        layers: which of them: ``all``, a list such as ``0,4-7`` or indices, or ``auto`` for those that lose least up to
-            ``kl_budget``, for which the whole model is loaded on ``device``.
+        layers: which of them: ``all``, a list such as ``0,4-7`` or indices, or those that lose least, for which the
+            whole model is loaded on ``device``: ``auto`` up to ``kl_budget``, ``auto:6`` or ``auto:50%`` of them.
         kl_budget: nats a token, for ``layers="auto"``.
         plain: refuse a form for which the checkpoint would have to carry a modelling file.
         resume: go on from what a killed run left.
@@ -186,7 +187,7 @@ def convert(
     opened = open_model(model, revision)
     with opened.source:
         chosen: dict[str, Any] = {}
-        if options.layers == "auto":
+        if is_auto(options.layers):
             from rehead.convert.reblock.auto import choose
 
             options, chosen = choose(opened, options, resolve_device(device), progress)
@@ -214,7 +215,7 @@ def plan(model: str | os.PathLike[str], *, revision: str | None = None, **option
     """
     options["calibration"] = tuple(options.get("calibration", ()))
     asked = ConvertOptions(**options)
-    if asked.layers == "auto":
+    if is_auto(asked.layers):
         raise UsageError(
             "--layers auto: chooses by running the model, which a plan does not; name the layers or convert"
         )

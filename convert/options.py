@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rehead.convert.methods.registry import get_method
+from rehead.convert.reblock.layers import AUTO, is_auto
 from rehead.convert.shards import parse_size
 from rehead.errors import UsageError, unknown_name
 
@@ -38,7 +39,8 @@ class ConvertOptions:
         reinvest: ``"ffn"`` or ``"hidden"``: widen the model by what shared KV heads free.
         multiple_of: what the new width must be a multiple of; 128 when None.
         block: ``"parallel"`` or ``"serial"``: the form that blocks are given.
-        layers: of ``block``: ``"all"`` (also None), ``"auto"``, a list such as ``"0,4-7"``, or indices.
+        layers: of ``block``: ``"all"`` (also None), a list such as ``"0,4-7"``, indices, or those that lose least:
+            ``"auto"`` up to ``kl_budget``, ``"auto:6"`` or ``"auto:50%"`` up to a number.
         kl_budget: of ``layers="auto"``: nats a token that the changed blocks may cost.
         plain: refuse a block form that transformers' own class cannot express.
     """
@@ -105,8 +107,12 @@ class ConvertOptions:
                 raise UsageError(f"--{flag}: says nothing without --{step}; give both or leave it out")
         if self.multiple_of is not None and self.multiple_of < 1:
             raise UsageError(f"--multiple-of {self.multiple_of}: must be 1 or more")
-        if (self.layers == "auto") != (self.kl_budget is not None):
-            raise UsageError("--layers auto and --kl-budget NATS go together; give both, or name the layers")
+        if self.kl_budget is not None and not is_auto(self.layers):
+            raise UsageError("--kl-budget NATS: limits --layers auto; give both, or name the layers")
+        if self.layers == AUTO and self.kl_budget is None:
+            raise UsageError(
+                "--layers auto: needs a limit; give --kl-budget NATS, or a number as in auto:6 or auto:50%"
+            )
         if self.kl_budget is not None and not self.kl_budget > 0:
             raise UsageError(f"--kl-budget {self.kl_budget:g}: must be more than 0 nats")
 

@@ -11,6 +11,7 @@ import torch
 from rehead.convert.model import Model, causal_lm_class
 from rehead.convert.options import ConvertOptions
 from rehead.convert.reblock.forms import reblock
+from rehead.convert.reblock.layers import auto_count
 from rehead.convert.reblock.switches import SWITCHES
 from rehead.errors import UnsupportedError, UsageError
 
@@ -38,7 +39,7 @@ def choose(
     from rehead.patches.blocks.ranking import choose_layers
 
     assert options.block is not None
-    assert options.kl_budget is not None
+    assert isinstance(options.layers, str)
     if model.config.model_type in SWITCHES:
         raise UnsupportedError(f"{model.config.model_type}: its class switches all layers together; leave --layers out")
     reblock(model, options.block, None, options.plain)
@@ -60,14 +61,23 @@ def choose(
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnsupportedError(f"{source.id}: cannot be loaded to choose layers ({first}); name --layers") from None
     live = live.to(device).eval()
-    choice = choose_layers(live, text.tokens, form=options.block, kl_budget=options.kl_budget, progress=progress)
+    choice = choose_layers(
+        live,
+        text.tokens,
+        form=options.block,
+        kl_budget=options.kl_budget,
+        count=auto_count(options.layers, int(model.config.num_hidden_layers)),
+        progress=progress,
+    )
     if not choice.layers:
         least = choice.alone[0]
+        assert options.kl_budget is not None
         raise UsageError(
             f"--kl-budget {options.kl_budget:g}: the layer that loses least, {least.layer}, loses {least.kl:.3g} nats; "
             "raise the budget or name --layers"
         )
     facts = {
+        "asked": options.layers,
         "kl_budget": options.kl_budget,
         "kl": round(choice.kl, 6),
         "tokens": int(text.tokens.numel()),

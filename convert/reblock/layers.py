@@ -1,4 +1,4 @@
-"""Which layers: ``all``, ``auto``, or a list such as ``0,4-7``."""
+"""Which layers: ``all``, ``auto`` (``auto:6``, ``auto:50%``), or a list such as ``0,4-7``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,43 @@ from collections.abc import Sequence
 from rehead.errors import UsageError
 
 AUTO = "auto"
+
+
+def is_auto(layers: str | Sequence[int] | None) -> bool:
+    """Whether layers are to be chosen by what they lose.
+
+    Raises:
+        UsageError: ``auto:`` is followed by neither a number of layers nor a share of them.
+    """
+    if not isinstance(layers, str) or layers.partition(":")[0] != AUTO:
+        return False
+    if layers != AUTO and _limit(layers) is None:
+        raise UsageError(
+            f"--layers {layers}: is neither a number of layers nor a share of them; write auto:6 or auto:50%"
+        )
+    return True
+
+
+def auto_count(layers: str, count: int) -> int | None:
+    """How many layers ``auto:6`` or ``auto:50%`` means in a model of ``count``; None where ``auto`` sets no number.
+
+    Raises:
+        UsageError: more layers than there are.
+    """
+    match = _limit(layers)
+    if match is None:
+        return None
+    if match[2]:
+        if not 0 < int(match[1]) <= 100:
+            raise UsageError(f"--layers {layers}: must be more than 0 and at most 100 per cent")
+        return max(1, round(count * int(match[1]) / 100))
+    if not 1 <= int(match[1]) <= count:
+        raise UsageError(f"--layers {layers}: the model has {count} layers; choose from 1 to {count}")
+    return int(match[1])
+
+
+def _limit(layers: str) -> re.Match[str] | None:
+    return re.fullmatch(r"auto:(\d{1,6})(%?)", layers)
 
 
 def parse_layers(text: str | Sequence[int] | None, count: int) -> list[int]:

@@ -182,6 +182,26 @@ def test_auto_takes_what_the_budget_allows(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_auto_takes_as_many_layers_as_asked(tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    best = {}
+    for layers in ("auto:1", "auto:50%"):
+        out = tmp_path / layers.strip("%")
+        done = convert(source, out, block="parallel", layers=layers, **CALIBRATION)
+        facts = json.loads((out / "rehead.json").read_text())["calibration"]["chosen_layers"]
+        assert facts["asked"] == layers
+        assert done.plan.model.reblocked == [facts["path"][0][0]]
+        best[layers] = done.plan.model.reblocked
+        assert facts["alone"][str(best[layers][0])] == min(facts["alone"].values())
+    assert best["auto:1"] == best["auto:50%"]
+    with pytest.raises(UsageError, match="choose from 1 to 2"):
+        convert(source, tmp_path / "no", block="parallel", layers="auto:3", **CALIBRATION)
+    for wrong in ("auto:", "auto:x", "auto:0%", "auto:101%", "auto:1.5"):
+        with pytest.raises(UsageError, match=r"auto:6 or auto:50%|per cent"):
+            convert(source, tmp_path / "no", block="parallel", layers=wrong, **CALIBRATION)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_switch_and_a_host_in_one_run(tmp_path: Path) -> None:
     """A serial GPT-NeoX becomes parallel, and with that a Phi."""
     source = tiny.tiny_model("gpt_neox-serial")
