@@ -7,14 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from rehead.errors import ReheadError
+from rehead.errors import ReheadError, UsageError
 
 
 def main(path: str, quiet: bool = False) -> int:
     """Uptrain; a user's mistake is written beside the arguments, for the process that launched this one.
 
     Args:
-        path: a JSON file of :func:`rehead.recipes.uptrain`'s arguments.
+        path: a JSON file of :func:`rehead.recipes.uptrain`'s arguments, and of how many ``processes`` there should be.
         quiet: draw nothing.
 
     Returns:
@@ -26,6 +26,12 @@ def main(path: str, quiet: bool = False) -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        wanted, there = arguments.pop("processes"), int(os.environ.get("WORLD_SIZE", "1"))
+        if there != wanted:
+            raise UsageError(
+                f"launch: accelerate started {there} process{'es' * (there > 1)} where {wanted} were asked for; give a "
+                "launch.config that it can start them with, such as ddp or fsdp2"
+            )
         if quiet or not first:
             uptrain(**arguments)
         else:

@@ -139,7 +139,7 @@ def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> 
     config = accelerate_config(launch["config"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "arguments.json"
-        path.write_text(json.dumps(arguments), encoding="utf-8")
+        path.write_text(json.dumps({**arguments, "processes": launch["processes"]}), encoding="utf-8")
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
             "--num_processes", str(launch["processes"]), "-m", "rehead.recipes.pipeline.launched", str(path),

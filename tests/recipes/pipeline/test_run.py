@@ -303,26 +303,24 @@ def test_a_new_model_is_made_and_trained(home) -> None:
     assert text["perplexity"] < text["baseline"]
 
 
-ACCELERATE = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_CPU
-use_cpu: true
-num_machines: 1
-machine_rank: 0
-mixed_precision: "no"
-"""
+# accelerate starts a single process from this, whatever number is asked for.
+ALONE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nmixed_precision: 'no'\n"
 
 
 @pytest.mark.slow
 def test_uptraining_in_two_processes(run, home) -> None:
-    (home / "cpu.yaml").write_text(ACCELERATE)
     path = home / "recipe.yaml"
-    text = path.read_text() + "launch: {processes: 2, config: cpu.yaml}\ncontrol: false\n"
+    text = path.read_text() + "launch: {processes: 2, config: ddp}\ncontrol: false\n"
     path.write_text(text)
     code, _, err = run("run", path, "--quiet")
     assert code == 0, err
     manifest = json.loads((next((home / "out").glob("uptrain-*")) / "rehead.json").read_text())
     assert manifest["uptraining"]["processes"] == 2
+    (home / "alone.yaml").write_text(ALONE)
+    path.write_text(text.replace("config: ddp", "config: alone.yaml"))
+    code, _, err = run("run", path, "--quiet")
+    assert code == 2
+    assert "accelerate started 1 process where 2 were asked for" in err
     # A mistake in the launched processes is the same one line as anywhere.
     path.write_text(text.replace("train.txt#lines", "nowhere.txt"))
     code, _, err = run("run", path, "--quiet")
