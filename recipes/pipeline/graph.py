@@ -144,6 +144,9 @@ class _Builder:
         heads = options["num_key_value_heads"]
         size = f"{heads} KV head{'s' if heads != 1 else ''}" if heads else "the same heads"
         self.how = f"{size}, {' + '.join(method)}"
+        if options.get("block"):
+            blocks = f"{options['block']} blocks, layers {options.get('layers') or 'all'}"
+            self.how = f"{self.how}, {blocks}" if heads else blocks
         slug = "-".join([f"{heads or 'same'}kv", *(part.replace(" ", "") for part in method)])
         return self.add(Stage(CONVERT, self.how, options, {"model": original}, data, slug))
 

@@ -61,6 +61,8 @@ def conversion(stage: Stage) -> str:
         return ""
     name, revision = split_revision(place)
     options = {key: value for key, value in stage.options.items() if key != "device"}
+    if str(options.get("layers") or "").startswith("auto"):
+        return f"layers {options['layers']}: chosen by running the model"
     facts = plan(name, revision=revision, calibration=stage.data["calibration"], **options).as_json()
     heads, cache = facts["num_key_value_heads"], facts["kv_bytes_per_token"]
     before, after = f"{cache['before']:,}", f"{cache['after']:,}"

@@ -94,7 +94,8 @@ def test_shipped_recipes_are_valid_and_planned(name, tmp_path, tiny_model) -> No
     assert {"convert", "evaluate"} <= kinds
     rows = preview(planned)
     assert {row["action"] for row in rows} == {"run"}
-    assert all("KV heads" in row["change"] for row in rows if row["kind"] == "convert")
+    changes = [row["change"] for row in rows if row["kind"] == "convert"]
+    assert all("KV heads" in change or "chosen by running the model" in change for change in changes)
 
 
 def test_recipes_are_listed_shown_and_copied(run, tmp_path) -> None:
