@@ -11,8 +11,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from rehead.lazy import exports
 
 _EXPORTS = {
     "convert": "rehead.convert.execute",
@@ -26,10 +25,4 @@ _EXPORTS = {
 }
 
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Load a function on first use, so that reading headers never imports torch."""
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'rehead.convert' has no attribute {name!r}")
+__getattr__ = exports(__name__, _EXPORTS)

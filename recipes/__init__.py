@@ -11,8 +11,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from rehead.lazy import exports
 
 _EXPORTS = {
     "uptrain": "rehead.recipes.training",
@@ -22,10 +21,4 @@ _EXPORTS = {
 }
 
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Load a function on first use, so that listing commands never imports torch."""
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'rehead.recipes' has no attribute {name!r}")
+__getattr__ = exports(__name__, _EXPORTS)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rehead.errors import UsageError, unknown_name
+from rehead.registry import Registry
 
 if TYPE_CHECKING:
     from rehead.convert.calibration.statistics import LayerStatistics
@@ -55,12 +54,11 @@ class Method:
     any_dtype: bool = False
 
 
-_METHODS: dict[str, Method] = {}
-
 # The modules that register a method when imported; importing them needs torch, naming them does not.
 METHOD_MODULES: dict[str, str] = {
     name: f"rehead.convert.methods.{name}" for name in ("mean", "first", "random", "procrustes", "svd")
 }
+METHODS: Registry[Method] = Registry("method", METHOD_MODULES)
 
 
 def register(
@@ -73,9 +71,7 @@ def register(
     """
 
     def add(pool: Pool) -> Pool:
-        if name in _METHODS:
-            raise ValueError(f"a method named {name!r} is registered already; choose another name")
-        _METHODS[name] = Method(name, pool, summary, needs_calibration, any_dtype)
+        METHODS.add(name, Method(name, pool, summary, needs_calibration, any_dtype))
         return pool
 
     return add
@@ -83,7 +79,7 @@ def register(
 
 def method_names() -> list[str]:
     """Every method that can be asked for, those that ship and those that a user registered."""
-    return [*METHOD_MODULES, *(name for name in _METHODS if name not in METHOD_MODULES)]
+    return METHODS.names()
 
 
 def get_method(name: str) -> Method:
@@ -92,8 +88,4 @@ def get_method(name: str) -> Method:
     Raises:
         UsageError: there is none; the nearest name is suggested.
     """
-    if name not in _METHODS and name in METHOD_MODULES:
-        import_module(METHOD_MODULES[name])
-    if name not in _METHODS:
-        raise UsageError(unknown_name("method", name, method_names()))
-    return _METHODS[name]
+    return METHODS.get(name)

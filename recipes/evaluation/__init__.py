@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from rehead.lazy import exports
 
 _EXPORTS = {
     "evaluate": "rehead.recipes.evaluation.run",
@@ -12,10 +11,4 @@ _EXPORTS = {
 }
 
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Load a name on first use, so that the command line starts without torch."""
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'rehead.recipes.evaluation' has no attribute {name!r}")
+__getattr__ = exports(__name__, _EXPORTS)

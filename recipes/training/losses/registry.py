@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from rehead.errors import UsageError, unknown_name
+from rehead.errors import UsageError
+from rehead.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +39,11 @@ class Term:
     fused: str | None = None
 
 
-_TERMS: dict[str, Term] = {}
-
 # The modules that register a loss when imported; importing them needs torch, naming them does not.
 TERM_MODULES: dict[str, str] = {
     name: f"rehead.recipes.training.losses.{name}" for name in ("kd", "ce", "reverse", "js", "mse", "cosine")
 }
+TERMS: Registry[Term] = Registry("loss", TERM_MODULES)
 
 
 def loss(
@@ -57,11 +56,9 @@ def loss(
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        if name in _TERMS:
-            raise ValueError(f"a loss named {name!r} is registered already; choose another name")
         if not re.fullmatch(_NAME, name):
             raise ValueError(f"{name!r} cannot name a loss; use a letter first, then letters, digits and underscores")
-        _TERMS[name] = Term(name, function, summary, kind, needs_teacher, fused)
+        TERMS.add(name, Term(name, function, summary, kind, needs_teacher, fused))
         return function
 
     return add
@@ -69,7 +66,7 @@ def loss(
 
 def loss_names() -> list[str]:
     """Every loss that can be asked for, those that ship and those that a user registered."""
-    return [*TERM_MODULES, *(name for name in _TERMS if name not in TERM_MODULES)]
+    return TERMS.names()
 
 
 def get_loss(name: str) -> Term:
@@ -78,11 +75,7 @@ def get_loss(name: str) -> Term:
     Raises:
         UsageError: there is none; the nearest name is suggested.
     """
-    if name not in _TERMS and name in TERM_MODULES:
-        import_module(TERM_MODULES[name])
-    if name not in _TERMS:
-        raise UsageError(unknown_name("loss", name, loss_names()))
-    return _TERMS[name]
+    return TERMS.get(name)
 
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"

@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, whole: Path, tmp_path: Pa
         assert [step for step, *_ in steps] == list(range(1, 9))
         assert all(figure == figure for row in steps for figure in row)
     finally:
-        registry._TERMS.pop("fifth_is_nan")
+        registry.TERMS.remove("fifth_is_nan")
 
 
 def test_a_step_that_is_not_waited_for_is_named_as_well(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_a_step_that_is_not_waited_for_is_named_as_well(tiny, tmp_path: Path, mo
             uptrain(tiny.student, tmp_path / "out", **options)
         assert calls["left"] == -1  # the fifth had been launched
     finally:
-        registry._TERMS.pop("fourth_is_nan")
+        registry.TERMS.remove("fourth_is_nan")
 
 
 def test_a_full_disk_leaves_the_former_checkpoint_whole(tiny, whole: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_only_cross_entropy_does_without_a_teacher() -> None:
 
 
 def test_a_name_is_registered_once_and_can_be_written(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "_TERMS", dict(registry._TERMS))
+    monkeypatch.setattr(registry.TERMS, "_known", dict(registry.TERMS._known))
     get_loss("kd")
     with pytest.raises(ValueError, match="registered already"):
         loss("kd", "again")(lambda batch: batch.student.sum(-1))
