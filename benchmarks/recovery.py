@@ -184,7 +184,7 @@ def run(
     print(" ".join(f"{key} {value}" for key, value in machine.items()))
     print(f"{'':34}{'KL from':>9}{'KL':>9}{'top-1':>7}{'ppl':>10}{'tokens/s':>12}{'GiB':>7}{'s':>8}", flush=True)
     results: dict[str, Any] = {"machine": machine, "conversions": {}, "rows": [], "curves": {}}
-    common = {"data": list(data), "eval_data": list(held_out), **(common or {})}
+    common = {"data": list(data), "eval_data": list(held_out), "token_cache": str(work / "tokens"), **(common or {})}
     began = time.monotonic()
     for cell in cells:
         if time.monotonic() - began > budget:

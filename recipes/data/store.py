@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def write_store(
     streaming: bool = False,
     option: str = "--data",
     progress: Any = None,
+    cache: Path | None = None,
 ) -> TokenStore:
     """Tokenise sources into a folder; one that holds the same already is used as it is.
 
@@ -120,6 +122,7 @@ def write_store(
         streaming: read Hub datasets over the network as they are needed.
         option: the flag that the names came from, for messages.
         progress: called with (stage, tokens so far, limit or 0).
+        cache: a folder in which stores of earlier runs are looked for, and in which this one is kept.
 
     Raises:
         UsageError: a source is missing, empty or not text, or a token is outside the model's vocabulary.
@@ -128,6 +131,8 @@ def write_store(
     held = _facts(folder)
     if held is not None and held.key == key:
         return TokenStore(folder)
+    if cache is not None:
+        return _through(cache / key[:32], folder, names, tokenizer, vocab_size, key, limit, streaming, option, progress)
     dtype = "uint16" if max(vocab_size, len(tokenizer)) <= 1 << 16 else "uint32"
     sources = [documents_of(parse_source(name, option=option), streaming, option) for name in names]
     documents = _in_turn(sources) if limit is not None else (text for source in sources for text in source)
@@ -136,7 +141,8 @@ def write_store(
     total = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _FACTS).unlink(missing_ok=True)
+        for name in (_FACTS, _TOKENS, _STARTS):  # never written over: a cache may have linked them elsewhere
+            (folder / name).unlink(missing_ok=True)
         with open(folder / _TOKENS, "wb") as file:
             for ids, begins in token_pieces(documents, tokenizer):
                 if ids.size and int(ids.max()) >= vocab_size:
@@ -161,6 +167,48 @@ def write_store(
         (folder / _STARTS).write_bytes(begins_at)
         facts = StoreFacts(key, dtype, total, len(starts), digest.hexdigest())
         (folder / _FACTS).write_text(json.dumps(asdict(facts)) + "\n")
+        sync_dir(folder)
+    except OSError as error:
+        raise write_error(error, str(folder)) from None
+    return TokenStore(folder)
+
+
+def _through(
+    kept: Path,
+    folder: Path,
+    names: Sequence[str],
+    tokenizer: Any,
+    vocab_size: int,
+    key: str,
+    limit: int | None,
+    streaming: bool,
+    option: str,
+    progress: Any,
+) -> TokenStore:
+    """A store by way of the cache: made there unless it is there, then linked (or copied) into ``folder``."""
+    from filelock import FileLock
+
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_suffix(".lock")):  # runs that start together tokenise once
+            write_store(
+                kept,
+                names,
+                tokenizer,
+                vocab_size,
+                key=key,
+                limit=limit,
+                streaming=streaming,
+                option=option,
+                progress=progress,
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (_TOKENS, _STARTS, _FACTS):  # the facts last: without them there is no store
+                (folder / name).unlink(missing_ok=True)
+                try:
+                    os.link(kept / name, folder / name)
+                except OSError:  # another disk, or one that has no links
+                    shutil.copyfile(kept / name, folder / name)
         sync_dir(folder)
     except OSError as error:
         raise write_error(error, str(folder)) from None

@@ -12,7 +12,7 @@ from rehead.recipes.pipeline.schema import checked
 from rehead.recipes.training.options import parse_count
 
 #: Options that say how a stage is run or watched, not what it makes: they are no part of its identity.
-ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "tracker"})
+ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "token_cache", "tracker"})
 
 
 def convert_options(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -120,6 +120,9 @@ class UptrainOptions(BaseModel):
     eval_data: Names = Field((), description="Held-out text to evaluate on while training (repeat for more).")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: ten times in all.")
     eval_tokens: Count = Field(32768, gt=0, description="Tokens of each held-out text.")
+    token_cache: str | None = Field(
+        None, description="Folder that keeps tokenised data, so that runs on the same data tokenise it once."
+    )
     tracker: Names = Field((), description="tensorboard, wandb or trackio (repeat for more).")
 
     @model_validator(mode="after")
@@ -159,7 +162,18 @@ class UptrainOptions(BaseModel):
 
 #: Options that change how a run is done or watched but not what it computes; ``device`` may change the last digits.
 _ENVIRONMENT = frozenset(
-    {"device", "checkpoint_every", "keep", "eval_data", "eval_every", "eval_tokens", "tracker", "data", "teacher"}
+    {
+        "device",
+        "checkpoint_every",
+        "keep",
+        "eval_data",
+        "eval_every",
+        "eval_tokens",
+        "token_cache",
+        "tracker",
+        "data",
+        "teacher",
+    }
 )
 
 

@@ -56,15 +56,17 @@ def open_tokens(
     limit = options.steps * options.rows_per_step * options.seq_length + 1 if options.streaming else None
     if run.main:
         parts = [identity(options.data), _tokenizer_hash(tokenizer), limit]
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()
         write_store(
             folder,
             options.data,
             tokenizer,
             student.config.get_text_config(decoder=True).vocab_size,
-            key=hashlib.sha256(repr(parts).encode()).hexdigest(),
+            key=key,
             limit=limit,
             streaming=options.streaming,
             progress=progress,
+            cache=None if options.token_cache is None else Path(options.token_cache),
         )
     run.wait()
     store = TokenStore(folder)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rehead.errors import UsageError
+from rehead.recipes.data import store as store_module
 from rehead.recipes.data import tokens as tokens_module
 from rehead.recipes.data.store import IGNORED, TokenStore, write_store
 from rehead.recipes.data.tokens import token_pieces, token_stream
@@ -114,3 +115,23 @@ def test_a_limit_takes_sources_in_turn(tokenizer, tmp_path: Path) -> None:
 def test_a_tokenizer_that_is_too_large(tokenizer, text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the model has 100"):
         write_store(tmp_path / "store", [text], tokenizer, 100, key="k")
+
+
+def test_a_cache_is_filled_once_and_never_written_over(tmp_path: Path, tokenizer, monkeypatch) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Peace and commerce with all nations. " * 40)
+    cache, calls = tmp_path / "cache", []
+    made = store_module.token_pieces
+    monkeypatch.setattr(store_module, "token_pieces", lambda *a: calls.append(1) or made(*a))
+    first = write_store(tmp_path / "one", [str(text)], tokenizer, 280, key="a" * 64, cache=cache)
+    again = write_store(tmp_path / "two", [str(text)], tokenizer, 280, key="a" * 64, cache=cache)
+    assert len(calls) == 1
+    assert first.facts == again.facts
+    plain = write_store(tmp_path / "plain", [str(text)], tokenizer, 280, key="a" * 64)
+    assert plain.facts == first.facts
+    # Another text in the same folder leaves what the cache holds alone.
+    text.write_text("War. " * 90)
+    write_store(tmp_path / "two", [str(text)], tokenizer, 280, key="b" * 64)
+    third = write_store(tmp_path / "three", ["nowhere.txt"], tokenizer, 280, key="a" * 64, cache=cache)
+    assert third.facts == first.facts
+    assert torch.equal(third.read(np.array([0]), 16).input_ids, plain.read(np.array([0]), 16).input_ids)
