@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,11 @@ def _flags(tiny) -> list[str]:
     return ["--data", tiny.train, "--tokens", "2k", "--batch-tokens", "512", "--seq-length", "32", "--device", "cpu"]
 
 
-def test_it_trains_and_tells(tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_it_trains_and_tells(
+    tiny, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = str(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["rehead", "uptrain", str(tiny.student), out, "--resume=auto"])
     extra = ["--eval-data", tiny.held, "--lr-for", "k_proj=2", "--betas", "0.9", "0.99", "--train", "attention"]
     code, told, err = _run(capsys, "uptrain", str(tiny.student), out, *_flags(tiny), *extra)
     assert code == 0
@@ -31,7 +35,7 @@ def test_it_trains_and_tells(tiny, tmp_path: Path, capsys: pytest.CaptureFixture
         assert words in told
     assert "step 4" in err
     recorded = json.loads((tmp_path / "out" / "rehead.json").read_text())
-    assert recorded["command"].startswith("rehead ")
+    assert recorded["command"] == f"rehead uptrain {tiny.student} {out}"
     assert recorded["uptraining"]["options"]["learning_rates"] == {"k_proj": 2.0}
     assert recorded["uptraining"]["options"]["betas"] == [0.9, 0.99]
 
