@@ -186,12 +186,12 @@ def _point(best: Summary, group: list[Summary], everything: list[Summary]) -> st
     if fastest is not None:
         parts.append(f"Decoding at {times(fastest.factor)} the speed (batch {fastest.batch}, context "
                      f"{count(fastest.context)}).")  # fmt: skip
-    others = [f"{s.entry.series or s.name} {_short(s)}" for s in sorted(group, key=_badness) if s is not best]
+    others = [f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(group, key=_badness) if s is not best]
     if others:
-        parts.append(f"Others: {listed(others)}.")
+        parts.append(f"Not as near: {listed(others)}.")
     before = [s for s in everything if s.entry.stage == CONVERTED and s.kv_heads == best.kv_heads and s not in group]
     if before:
-        starts = [f"{s.entry.series or s.name} {_short(s)}" for s in sorted(before, key=_badness)]
+        starts = [f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(before, key=_badness)]
         parts.append(f"Before uptraining: {listed(starts)}.")
         parts += [
             worse(best, s) for s in before if s.entry.series == best.entry.series and _badness(s) < _badness(best)

@@ -128,7 +128,7 @@ def test_verdict_opens_the_page_and_gives_the_figures(sweep_report) -> None:
     assert figure(best.worst.perplexity) in point
     assert f"KL {figure(best.worst.kl)}" in point
     assert times(best.worst.against_control) in point
-    assert "mean KL" in point
+    assert "mean (KL" in point
     text = sweep_report.html.read_text(encoding="utf-8")
     assert text.index("KV cache 2 times smaller") < text.index("Overview") < text.index("Conditions")
     assert "Not all cells." in text
