@@ -5,6 +5,7 @@ A name is a path or a Hub dataset id. A revision may follow a Hub id, and option
     speeches.txt.gz#lines,chars=:-200000      one document a line, all but the last 200,000 characters
     allenai/c4@main#config=en,split=train     a configuration and a split of a Hub dataset
     posts.jsonl#column=body                   another column than "text"
+    built-in:heldout                          a text that ships with Rehead
 
 Without ``#lines`` a text file is one document: nothing in it says where another would begin.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rehead.errors import UsageError, unknown_name
+from rehead.recipes.data.builtin import text_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -66,7 +68,7 @@ def parse_source(text: str, *, split: str = "train", column: str | None = None, 
         raise UsageError(f"{option}: a name is empty; give a file, a folder or a Hub dataset")
     if os.path.exists(text):
         return replace(source, name=text)
-    name, _, options = text.partition("#")
+    name, _, options = text_path(text).partition("#")
     if not os.path.exists(name) and "@" in name.rsplit("/", 1)[-1]:
         name, _, revision = name.rpartition("@")
         source = replace(source, revision=revision)

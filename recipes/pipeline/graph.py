@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rehead.errors import UsageError
+from rehead.recipes.data import builtin
 from rehead.recipes.pipeline import names, sections
 from rehead.recipes.pipeline.schema import Recipe, checked
 from rehead.recipes.pipeline.sweep import Cell
@@ -226,7 +227,7 @@ class _Builder:
 
 
 def _texts(data: list[str]) -> list[str]:
-    return [names.text_path(name) for name in data]
+    return [builtin.text_path(name) for name in data]
 
 
 def _needs_teacher(options: dict[str, Any], where: str) -> bool:

@@ -1,21 +1,14 @@
-"""Models and texts that recipes may call by name."""
+"""Models that recipes may call by name."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
 
-from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.errors import UnsupportedError
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"
-PREFIX = "built-in:"
-#: Texts that ship with Rehead: name -> (package, file).
-TEXTS = {
-    "built-in:calibration": ("rehead.convert.assets", "calibration.txt.gz"),
-    "built-in:speeches": ("rehead.recipes.assets", "speeches.txt.gz"),
-    "built-in:heldout": ("rehead.recipes.assets", "heldout.txt.gz"),
-}
 
 
 def embedded_model() -> Path:
@@ -28,21 +21,6 @@ def embedded_model() -> Path:
     if not (folder / "config.json").is_file():
         raise UnsupportedError("embedded: this installation lacks the embedded model; install Rehead anew")
     return folder
-
-
-def text_path(name: str) -> str:
-    """A text's name as files are named: built-in names become paths, their options stay; others stay as they are.
-
-    Raises:
-        UsageError: there is no built-in text of that name.
-    """
-    if not name.startswith(PREFIX):
-        return name
-    plain, mark, options = name.partition("#")
-    if plain not in TEXTS:
-        raise UsageError(unknown_name("text", plain, TEXTS))
-    package, file = TEXTS[plain]
-    return f"{files(package) / file}{mark}{options}"
 
 
 def write_smollm2(out: Path) -> None:

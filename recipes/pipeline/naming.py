@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rehead.recipes.pipeline import names
+from rehead.recipes.data import builtin
 from rehead.recipes.pipeline.graph import Stage
 
 
@@ -19,7 +19,7 @@ def shown_names(stages: Iterable[Stage], out: Path) -> dict[str, str]:
         stages: every stage of a recipe.
         out: the recipe's folder.
     """
-    built_in = {names.text_path(text): text for text in names.TEXTS}
+    built_in = {builtin.text_path(text): text for text in builtin.TEXTS}
     found = {f"{out}/": ""}
     for stage in stages:
         for text in (text for texts in stage.data.values() for text in texts):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rehead.recipes.data.builtin import TEXTS, text_path
 from rehead.recipes.demo import RECIPES, main
 from rehead.recipes.pipeline.load import library_names
-from rehead.recipes.pipeline.names import TEXTS, embedded_model, text_path
+from rehead.recipes.pipeline.names import embedded_model
 from rehead.recipes.pipeline.run import plan_recipe
 
 ROOT = Path(__file__).parent.parent.parent

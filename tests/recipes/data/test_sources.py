@@ -124,3 +124,12 @@ def test_identity_changes_with_the_file(tmp_path: Path) -> None:
     assert identity([str(place)]) == before
     place.write_text("some other text")
     assert identity([str(place)]) != before
+
+
+def test_texts_that_ship_are_known_by_name() -> None:
+    whole = "".join(read_documents(["built-in:heldout"]))
+    assert len(whole) > 50_000
+    assert next(read_documents(["built-in:heldout#chars=100:200"])) == whole[100:200]
+    assert len(list(read_documents(["built-in:speeches#lines"]))) > 5
+    with pytest.raises(UsageError, match="did you mean 'built-in:heldout'"):
+        list(read_documents(["built-in:heldouts"]))
