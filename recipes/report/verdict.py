@@ -169,6 +169,11 @@ def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
         more = f", the worst of {len(finals[0].texts)} texts" if len(finals[0].texts) > 1 else ""
         points.append(("text", f"measured on {worst.name}{more}."))
     original = heads_phrase(finals[0].baseline_kv_heads) if finals[0].baseline_kv_heads else "The original"
+    if len(sizes) == 1 and finals[0].kv_heads == finals[0].baseline_kv_heads:  # blocks were changed, no heads shared
+        best = min(finals, key=_badness)
+        text = best.worst
+        price = f"{times(text.ratio)} the perplexity, " if text is not None and text.ratio is not None else ""
+        return Verdict(f"{best.entry.series or best.name}: {price}with the KV cache as it was.", points)
     return Verdict(f"{original} {'; '.join(offers)}.", points)
 
 

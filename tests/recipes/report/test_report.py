@@ -274,3 +274,16 @@ def test_reports_need_evaluations_with_names_of_their_own(tmp_path) -> None:
 )  # fmt: skip
 def test_wording(text, expected) -> None:
     assert text == expected
+
+
+def test_changed_blocks_are_not_told_as_a_smaller_cache() -> None:
+    entries = [
+        Entry(
+            f"layers {layers}, {stage}", made.evaluation(kl, 8, name=f"out/{layers}-{stage}"), f"layers {layers}", stage
+        )
+        for layers, kl in (("all", 0.9), ("4-7", 0.1))
+        for stage in ("converted", "uptrained")
+    ]
+    said = verdict([summarise(entry) for entry in entries])
+    assert said.headline.startswith("layers 4-7: ×1.11 the perplexity")
+    assert said.headline.endswith("with the KV cache as it was.")
