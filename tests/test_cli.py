@@ -10,28 +10,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from rehead.cli import main
-
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llama"
     tiny.save_tiny("llama", folder)
     return folder
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the CLI in this process: (exit code, standard output, standard error)."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
 
 
 def heads(folder: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny import IDS, loaded, logits
 
 from rehead.convert import convert
 from rehead.convert.calibration.statistics import LayerStatistics
@@ -22,7 +22,6 @@ from rehead.convert.model import hosted, open_model
 from rehead.convert.regroup import regroup
 
 NAMES = [*FAMILIES, *tiny.VARIANTS]
-IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
 
 # Classes that with a cache compute something else than without one, unconverted too.
@@ -42,22 +41,6 @@ def target_of(family, config) -> int:
         if 0 < fewer < kv and not family.refusal(config, fewer):
             return fewer
     return kv
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
-def loaded(folder: Path):
-    """Load as anybody would; nothing may be missing, unexpected or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    return model.eval()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import IDS, loaded, logits
 from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, inspect, plan, verify
@@ -16,7 +17,6 @@ from rehead.convert.hosts.registry import _PAIRS
 from rehead.convert.safetensors_io import read_header
 from rehead.errors import UnsupportedError, UsageError
 
-IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 # (tiny model, its config's changes, host, whether weights are folded)
@@ -39,21 +39,6 @@ PAIRS = [
     ("biogpt", {"scale_embedding": False}, "gpt_bigcode", False),
     ("xglm", {}, "gpt_bigcode", True),
 ]
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
-def loaded(folder: Path):
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    return model.eval()
 
 
 def test_every_pair_is_tried() -> None:

@@ -13,7 +13,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny import IDS, loaded, logits
 
 from rehead.convert import convert, plan, verify
 from rehead.convert.calibration import run as calibration_run
@@ -21,23 +21,9 @@ from rehead.convert.commands import convert_command
 from rehead.convert.reblock import parse_layers
 from rehead.errors import UnsupportedError, UsageError
 
-IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
 CARRIED = ["llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2"]
 SWITCHED = ["gpt_neox-serial", "falcon-rw", "stablelm"]
-
-
-def logits(model, ids=IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
-def loaded(folder: Path):
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
 
 
 def parallel_by_definition(model, layers: set[int]) -> torch.Tensor:

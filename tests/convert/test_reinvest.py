@@ -9,6 +9,7 @@ import planted
 import pytest
 import tiny
 import torch
+from tiny import IDS, logits
 from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, plan, verify
@@ -17,14 +18,8 @@ from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_wid
 from rehead.convert.safetensors_io import header_bytes
 from rehead.errors import UnsupportedError, UsageError
 
-IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 FFN = ["llama", "qwen3", "gemma2", "phi3", "glm", "starcoder2", "falcon", "gpt_neox", "gpt2"]
 HIDDEN = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "granite", "olmo2"]
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
 
 
 def shared(name: str, folder: Path, **overrides) -> tuple[object, int]:

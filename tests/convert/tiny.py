@@ -225,3 +225,24 @@ def save_tiny(name: str, folder: Path | str, seed: int = 0, **overrides: Any) ->
     """Save :func:`tiny_model` as a safetensors checkpoint and return its folder."""
     tiny_model(name, seed, **overrides).save_pretrained(folder)
     return Path(folder)
+
+
+#: Two sequences of twelve tokens.
+IDS = torch.arange(24).view(2, 12) * 7 % VOCAB
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """A model's logits, without a cache."""
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def loaded(folder: Path) -> Any:
+    """A model loaded as anybody would; nothing may be missing, unexpected or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rehead.cli import main
 from rehead.recipes import evaluate
 from rehead.recipes.evaluation.commands import evaluate_command
 from rehead.recipes.evaluation.options import EvaluateOptions
@@ -18,20 +17,6 @@ from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.scratch import NewModel, new_model
 
 SMALL = ("--window", 64, "--tokens", 1024)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the CLI in this process: (exit code, standard output, standard error)."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from rehead.cli import main
 from rehead.recipes.scratch import NewModel, new_model
 
 TEXT = "the of and to in we that our for a people nation government have not this will all with be war peace law"
@@ -33,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_model(folder, [make_text(200)], shape)
 
 
-def write_home(folder: Path, model: Path) -> Path:
+def _write_home(folder: Path, model: Path) -> Path:
     """Texts and a recipe that does everything, small."""
     (folder / "train.txt").write_text(make_text(150, seed=1))
     (folder / "heldout.txt").write_text(make_text(60, seed=2))
@@ -41,10 +40,16 @@ def write_home(folder: Path, model: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def write_home(tiny_model: Path):
+    """Fill a folder with texts and a recipe that does everything, small."""
+    return lambda folder: _write_home(folder, tiny_model)
+
+
 @pytest.fixture
-def home(tmp_path: Path, tiny_model: Path) -> Path:
+def home(tmp_path: Path, write_home) -> Path:
     """A folder with texts and the recipe."""
-    return write_home(tmp_path, tiny_model)
+    return write_home(tmp_path)
 
 
 RECIPE = """\
@@ -80,17 +85,3 @@ evaluate:
   speed_repeats: 2
   resamples: 50
 """
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    """Run the CLI in this process: (exit code, standard output, standard error)."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call

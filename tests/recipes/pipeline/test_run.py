@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -31,12 +30,9 @@ KINDS = ["convert", "control", "uptrain", "evaluate", "evaluate"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_model) -> Path:
+def finished(tmp_path_factory, write_home) -> Path:
     """A folder in which the recipe has run to its end; tests that change it copy it."""
-    spec = importlib.util.spec_from_file_location("pipeline_conftest", Path(__file__).parent / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    home = module.write_home(tmp_path_factory.mktemp("finished"), tiny_model)
+    home = write_home(tmp_path_factory.mktemp("finished"))
     result = run_recipe(str(home / "recipe.yaml"))
     assert [(outcome.kind, outcome.action) for outcome in result.stages] == [(kind, "done") for kind in KINDS]
     return home

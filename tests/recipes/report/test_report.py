@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import made
 import pytest
 
 from rehead.errors import UsageError
@@ -19,11 +18,6 @@ from rehead.recipes.report.facts import read_training, summarise
 from rehead.recipes.report.plots import MOST_LINES, draw_all
 from rehead.recipes.report.verdict import verdict
 from rehead.recipes.report.wording import bytes_of, figure, heads_phrase, listed, short, times
-
-_spec = importlib.util.spec_from_file_location("made", Path(__file__).parent / "made.py")
-made = importlib.util.module_from_spec(_spec)
-sys.modules["made"] = made
-_spec.loader.exec_module(made)
 
 EVIL = '<script>alert("1")</script>|`*_](http://x) & \'"\n# heading'
 VOID = {"meta", "link", "br", "hr", "img", "input", "use", "path", "rect", "line", "circle"}

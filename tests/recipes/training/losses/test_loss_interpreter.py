@@ -1,41 +1,15 @@
-"""Runs the loss kernel's tests in Triton's interpreter, in a child process, which chooses it before Triton is there."""
+"""Runs the loss kernel's tests in Triton's interpreter."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-RUNNER = """
-import sys, pytest
-from triton.runtime import interpreter
-
-# The interpreter keeps scalars as arrays of one element, which recent NumPy refuses to turn into an int.
-original = interpreter._patch_lang_tensor
-def patched(tensor, scope):
-    original(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
-interpreter._patch_lang_tensor = patched
-sys.exit(pytest.main(sys.argv[1:]))
-"""
+from interpreting import no_gpu, passes_interpreted, triton_there
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@no_gpu
+@triton_there
 @pytest.mark.parametrize("name", ["test_loss_kernels.py"])
 def test_in_the_interpreter(name):
-    options = ["-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    child = subprocess.run(
-        [sys.executable, "-c", RUNNER, *options, str(Path(__file__).with_name(name))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-1000:]
-    assert " passed" in child.stdout
+    passes_interpreted(Path(__file__).with_name(name))

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from loss_reference import LOSSES, apart, head_side, plain_loss, whole
 
 from rehead.patches.kernels import unavailable
 from rehead.recipes.training.losses import fused, parse_objective
 from rehead.recipes.training.losses.chunked import head_loss
 from rehead.recipes.training.losses.head import Shape
-
-
-def _load(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"losses_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _load("reference")
-LOSSES, apart, head_side, plain_loss, whole = (
-    reference.LOSSES,
-    reference.apart,
-    reference.head_side,
-    reference.plain_loss,
-    reference.whole,
-)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
