@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from rehead import __version__
 from rehead.convert.card import model_card
 from rehead.convert.families.layouts import merge
+from rehead.convert.manifest import made_by
 from rehead.convert.methods.registry import MethodContext
 from rehead.convert.model import open_model
 from rehead.convert.options import ConvertOptions
@@ -289,17 +289,9 @@ def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progre
 
 def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any]) -> dict[str, Any]:
     """What ``rehead.json`` records, less the files and their hashes."""
-    import transformers
-
     table = plan.as_json()
     return {
-        "tool": {"name": "rehead", "version": __version__},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": command,
+        **made_by(command),
         **{key: table[key] for key in (
             "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
             "kv_bytes_per_token", "parameters", "reinvest", "block", "exact", "rounded", "options", "config_changes",

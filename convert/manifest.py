@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rehead import __version__
 from rehead.convert.safetensors_io import check_shard_name, loads_strict, shown
 from rehead.convert.smallfiles import MANIFEST_NAME
 from rehead.convert.stream import CHUNK, hash_file
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
 
-__all__ = ["MANIFEST_NAME", "completed", "manifest_bytes", "read_manifest", "verify_files"]
+__all__ = [
+    "MANIFEST_NAME",
+    "completed",
+    "made_by",
+    "manifest_bytes",
+    "read_manifest",
+    "verify_files",
+    "versions",
+]
 
 FORMAT = 1
 _MAX_BYTES = 256_000_000
 _REPEAT = "convert again or fetch it again"
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: Python, torch and transformers."""
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """How every manifest begins: the tool, the versions and the command."""
+    return {"tool": {"name": "rehead", "version": __version__}, "versions": versions(), "command": command}
 
 
 def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, str]], fingerprint: str) -> bytes:

@@ -124,10 +124,15 @@ def _tokenizer(source: Source) -> Any:
         ) from None
 
 
+def built_in_text() -> str:
+    """The text that ships with Rehead for calibration."""
+    return gzip.decompress((files("rehead.convert.assets") / BUILT_IN).read_bytes()).decode("utf-8")
+
+
 def _read(name: str) -> str:
     """The whole of a text as one string."""
     if name == "built in":
-        return gzip.decompress((files("rehead.convert.assets") / BUILT_IN).read_bytes()).decode("utf-8")
+        return built_in_text()
     # Imported here: recipes build on conversions, and most conversions read no text.
     from rehead.recipes.data.sources import read_documents
 

@@ -60,10 +60,9 @@ def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512) ->
         tokens: how many in all; at least one sequence.
         length: of a sequence.
     """
-    import gzip
-    from importlib.resources import files
+    from rehead.convert.calibration.text import built_in_text
 
-    text = gzip.decompress((files("rehead.convert.assets") / "calibration.txt.gz").read_bytes()).decode("utf-8")
+    text = built_in_text()
     count = max(1, tokens // length)
     stride, size, rows = len(text) // count, 10 * length, []
     for start in range(0, count * stride, stride):

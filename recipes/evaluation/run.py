@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import rehead
 from rehead.convert.execute import resolve_device
+from rehead.convert.manifest import versions
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.data.tokens import token_stream
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
@@ -166,19 +166,12 @@ def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[Toke
 def _conditions(
     device: torch.device, model: Loaded, texts: list[TokenisedText], chosen: EvaluateOptions
 ) -> schema.Conditions:
-    import transformers
-
     attention = chosen.attention or getattr(model.model.config, "_attn_implementation", None) or "its own"
     return schema.Conditions(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=perplexity.dtype_name(model.model),
         attention=attention,
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rehead": rehead.__version__,
-        },
+        versions={**versions(), "rehead": rehead.__version__},
         seed=chosen.seed,
         data=[schema.Text(name=text.name, tokens=len(text.tokens), bytes=text.bytes) for text in texts],
         threads=torch.get_num_threads(),

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rehead.convert.stream import ResourceError, hash_file, sync_dir, write_error
 from rehead.errors import UnsupportedError, UsageError
-from rehead.recipes.training.tensorfile import read_tensors, write_tensors, write_text
+from rehead.recipes.files import write_file
+from rehead.recipes.training.tensorfile import read_tensors, write_tensors
 
 try:
     import fcntl
@@ -83,10 +84,7 @@ class WorkFolder:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Note what decides the result, before anything is computed."""
-        part = self.path / f"{RUN}.part"
-        write_text(part, json.dumps(identity, indent=1, sort_keys=True) + "\n")
-        os.replace(part, self.path / RUN)
-        sync_dir(self.path)
+        write_file(self.path / RUN, json.dumps(identity, indent=1, sort_keys=True) + "\n")
 
     def noted(self) -> dict[str, Any] | None:
         """What an earlier run noted, or None."""
@@ -181,7 +179,7 @@ def save(
             **state,
             "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in files.items()},
         }
-        write_text(part / STATE, json.dumps({**table, "checksum": _checksum(table)}, indent=1) + "\n")
+        write_file(part / STATE, json.dumps({**table, "checksum": _checksum(table)}, indent=1) + "\n")
         sync_dir(part)
         if final.exists():
             _remove(final)

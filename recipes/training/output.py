@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead import __version__
+from rehead.convert.manifest import made_by
 from rehead.convert.shards import OutputTensor, parse_size, plan_shards
 from rehead.convert.source import Source, torch_dtype
 from rehead.convert.target import Target
@@ -152,18 +152,10 @@ def write_output(
 
 
 def _manifest(student: Opened, uptraining: Mapping[str, Any], command: str) -> dict[str, Any]:
-    import transformers
-
     conversion = {key: value for key, value in student.conversion.items() if key != "files"}
     earlier = {"uptraining_before": conversion.pop("uptraining")} if "uptraining" in conversion else {}
     return {
-        "tool": {"name": "rehead", "version": __version__},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": command,
+        **made_by(command),
         "source": student.source.id,
         "revision": student.source.revision,
         **{key: conversion[key] for key in _KEPT if key in conversion},

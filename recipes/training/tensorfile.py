@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rehead.convert.safetensors_io import header_bytes
 from rehead.convert.source import DTYPE_NAMES
-from rehead.convert.stream import HashingWriter, ResourceError, new_pool, sync_close, write_error
+from rehead.convert.stream import HashingWriter, new_pool, sync_close
 from rehead.errors import UnsupportedError
 
 DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
@@ -93,21 +92,3 @@ def _fill(tensor: Any, value: Tensor) -> None:
         local.copy_(part.to_local())
     else:
         tensor.copy_(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and sync it.
-
-    Raises:
-        ResourceError: the disk is full or fails.
-    """
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise write_error(error, path.name) from None
-
-
-__all__ = ["ResourceError", "dtype_code", "read_tensors", "whole", "write_tensors", "write_text"]
