@@ -51,7 +51,8 @@ def test_kernel(loss, vocabulary, temperature, dtype, shaped) -> None:
     rows = fused.token_losses(raw, other if needed else None, *arguments, False)
     assert torch.equal(raw, before), "without a gradient the logits stay as they are"
     again = fused.token_losses(raw, other if needed else None, *arguments, True)
-    assert torch.equal(rows, again)
+    # The two are compiled apart, so a sum may be contracted differently: the last bit of float32, no more.
+    torch.testing.assert_close(again, rows, rtol=1e-6, atol=1e-6)
     assert apart(rows[0].sum(), want) < 1e-4
     assert apart(raw, gradient) < LIMIT[dtype]
     assert apart(rows[2].sum(), torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum")) < 1e-4
