@@ -181,10 +181,16 @@ def _layers(build: Builder, layout: _Layout):
 
 
 def _sinusoids(config: object, like: Tensor) -> Tensor:
-    """XGLM's positions [max_position_embeddings, n]: sines, then cosines, of frequencies from 1 down to 1/10000."""
+    """XGLM's positions [max_position_embeddings, n]: sines, then cosines, of frequencies from 1 down to 1/10000.
+
+    Its table zeroes the row numbered as the padding token, which is a real position unless that token is below two.
+    """
     count, width = int(config.max_position_embeddings), like.shape[1]  # type: ignore[attr-defined]
     half = width // 2
     frequencies = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
     angles = torch.arange(_OFFSET, _OFFSET + count).float()[:, None] * frequencies
     rows = torch.cat([angles.sin(), angles.cos(), torch.zeros(count, width - 2 * half)], 1)
+    padding = config.pad_token_id  # type: ignore[attr-defined]
+    if padding is not None and _OFFSET <= padding < _OFFSET + count:
+        rows[padding - _OFFSET] = 0
     return rows.to(like.device, like.dtype)

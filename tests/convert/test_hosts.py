@@ -38,6 +38,7 @@ PAIRS = [
     ("biogpt", {}, "gpt_bigcode", True),
     ("biogpt", {"scale_embedding": False}, "gpt_bigcode", False),
     ("xglm", {}, "gpt_bigcode", True),
+    ("xglm", {"pad_token_id": 5}, "gpt_bigcode", True),
 ]
 
 
@@ -140,6 +141,7 @@ def test_old_names_and_buffers(tmp_path: Path) -> None:
         ("gpt_neox", {}, {"host": "gpt_bigcode"}, "cannot stand in"),
         ("llama", {}, {"host": "auto"}, "leave --host out"),
         ("gptj", {"activation_function": "gelu_new"}, {"host": "phy"}, "'phi'"),
+        ("gptj", {"rotary_dim": 64}, {"host": "phi"}, "64 dimensions of heads of 8"),
         ("gptj", {}, {}, "nothing to do"),
     ],
 )
