@@ -31,12 +31,14 @@ def attention(
     """Exact tiled attention on whatever device the tensors are on.
 
     Arguments, result and errors are those of :func:`rehead.patches.cpu.attention`: query ``[B, H, Sq, D]``, key
-    ``[B, K, Skv, D]``, value ``[B, K, Skv, Dv]``, result ``[B, Sq, H, Dv]``.
+    ``[B, K, Skv, D]``, value ``[B, K, Skv, Dv]``, result ``[B, Sq, H, Dv]``. Under autocast, query, key and value are
+    cast as it casts them for ``scaled_dot_product_attention``.
 
     Raises:
         UnsupportedError: a device, dtype, head_dim or combination that no path here computes.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    query, key, value = _autocast(query, key, value)
     if query.device.type == "cpu":
         return cpu.attention(query, key, value, scale=scale, bias=bias, deterministic=deterministic, **rules)
     from rehead.patches import kernels
@@ -54,6 +56,15 @@ def attention(
     if reason is not None:
         raise UnsupportedError(f"rehead_tiled cannot compute this attention: {reason}; use attn_implementation='sdpa'")
     return kernels.attention(query, key, value, deterministic=deterministic, **rules)
+
+
+def _autocast(*tensors: Tensor) -> Any:
+    """The tensors in autocast's dtype where it is on: rotary positions leave float32 queries beside its values."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _is_decode(query: Tensor, key: Tensor, value: Tensor, rules: dict[str, Any]) -> bool:

@@ -29,7 +29,8 @@ def cpu_attention(
 
     ``options`` are the fields of :class:`Options`; ``q_offset_tensor`` counts in place of ``q_offset``.
     """
-    return forward(query, key, value, _options(q_offset_tensor, options))
+    with torch.autocast("cpu", enabled=False):  # scores of tiles stay in float32
+        return forward(query, key, value, _options(q_offset_tensor, options))
 
 
 @cpu_attention.register_fake
@@ -60,7 +61,8 @@ def cpu_attention_backward(
     *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward of :func:`attention`; sinks and bias gradients are empty where they were not asked for."""
-    return backward(grad_out, query, key, value, out, lse, _options(q_offset_tensor, options), bias_grad)
+    with torch.autocast("cpu", enabled=False):
+        return backward(grad_out, query, key, value, out, lse, _options(q_offset_tensor, options), bias_grad)
 
 
 @cpu_attention_backward.register_fake
