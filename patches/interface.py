@@ -82,6 +82,8 @@ def _column_sinks(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Sinks that differ between tokens, ``[B, H, Sq, 1]``: one more key of zeros whose bias is the sink."""
     bias = rules.get("bias")
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros((), dtype=sinks.dtype, device=sinks.device).where(bias, float("-inf"))
     if mask is not None:
         seen = mask.materialize()
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -156,6 +158,8 @@ def tiled_attention(
     mask = attention_mask if isinstance(attention_mask, TiledMask) else None
     rules: dict[str, Any]
     if attention_mask is not None and mask is None:
+        if record is not None and record.window is not None:
+            raise UnsupportedError(NO_WINDOW)
         rules = {"causal": False, "bias": _as_bias(attention_mask, query, key)}  # type: ignore[arg-type]
     else:
         if mask is None:
@@ -193,6 +197,11 @@ def tiled_attention(
 NO_WEIGHTS = (
     "output_attentions=True asks for attention weights, which tiled attention never forms; "
     "call model.set_attn_implementation('eager') for that run, or leave output_attentions out"
+)
+
+NO_WINDOW = (
+    "a window cannot be added to a mask of values (a 4-D one of your own, or that of a model whose layers read it); "
+    "drop the window option"
 )
 
 

@@ -89,6 +89,9 @@ def mpt(module: nn.Module) -> dict[str, Any]:
                     f"mpt has {n_key} keys but biases for {position_bias.shape[-1]} positions; raise config.max_seq_len"
                 )
             bias = position_bias[None, :, -1:, position_bias.shape[-1] - n_key :].to(query.dtype)
+        if isinstance(attention_mask, Tensor):
+            # MPT reads a user's own 4-D mask as bool, True where the mask would add something: there it hides.
+            attention_mask = ~attention_mask.bool()
         out, _ = tiled_attention(
             self,
             query,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rehead.patches.adapters import register_adapter
@@ -22,6 +23,15 @@ def _attend(
     return out.transpose(1, 2), None
 
 
+def _own_rule(seen: Tensor, n_query: int, n_key: int, mask: Tensor | None) -> Tensor:
+    """A user's own 4-D mask narrowed by a layer's buffer ``[1, 1, S, S]``, which such layers apply to any mask."""
+    seen = seen[:, :, n_key - n_query : n_key, :n_key]
+    if mask is None:
+        return seen
+    mask = mask[..., :n_key]
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+
+
 @register_adapter("gptj.GPTJAttention", "codegen.CodeGenAttention")
 def gptj(module: nn.Module) -> dict[str, Any]:
     """GPT-J and CodeGen: rotary positions, one scale, no window."""
@@ -37,7 +47,9 @@ def gpt_neo(module: nn.Module) -> dict[str, Any]:
     """GPT-Neo: unscaled scores, and a window in every second layer that only its own buffer knows about."""
 
     def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-        if self.attention_type == "local" and isinstance(attention_mask, TiledMask):
+        if not isinstance(attention_mask, TiledMask):
+            attention_mask = _own_rule(self.bias, query.shape[-2], key.shape[-2], attention_mask)
+        elif self.attention_type == "local":
             attention_mask = attention_mask.with_window(self.config.window_size)
         return _attend(self, query, key, value, attention_mask, 1.0, self.attn_dropout)
 

@@ -268,6 +268,19 @@ def test_sinks_of_each_token():
     same(out, (weights @ V.repeat_interleave(2, 1)).transpose(1, 2))
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "dense descriptor"])
+def test_sinks_of_each_token_beside_a_dense_mask(kind):
+    sinks = torch.randn(2, 4, 20, 1, generator=GEN)
+    seen = (torch.rand(2, 1, 20, 20, generator=GEN) > 0.4) & torch.ones(20, 20, dtype=torch.bool).tril()
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    if kind == "dense descriptor":
+        mask = TiledMask(2, 20, 20, torch.device("cpu"), causal=False, dense=seen)
+    scores = (Q @ K.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5).masked_fill(~seen, -torch.inf)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    out = tiled_attention(MODULE, Q, K, V, mask, sinks=sinks)[0]
+    same(out, (weights @ V.repeat_interleave(2, 1)).transpose(1, 2))
+
+
 def test_keys_chosen_by_an_indexer():
     indices = torch.rand(2, 20, 20, generator=GEN).topk(7).indices
     chosen = torch.zeros(2, 20, 20, dtype=torch.bool).scatter(-1, indices, True)[:, None]

@@ -137,6 +137,38 @@ def test_models_that_accept_the_name_and_ignore_it_say_so(model_type):
     one_line(error)
 
 
+def _own_mask():
+    """A user's own 4-D masks, bool (True is visible) and float, that are neither causal nor the same in both rows."""
+    gen = torch.Generator().manual_seed(4)
+    seen = (torch.rand(2, 1, 24, 24, generator=gen) > 0.3) | torch.eye(24, dtype=torch.bool)
+    return seen, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "falcon", "gptj", "gpt_neo", "mpt", "xglm", "roformer"])
+def test_a_float_mask_of_the_users_own_means_what_eager_reads(model_type):
+    model = tiny_model(model_type, "eager")
+    _, added = _own_mask()
+    before = logits(model, attention_mask=added)
+    with patch_model(model, "tiled"):
+        torch.testing.assert_close(logits(model, attention_mask=added), before, atol=2e-5, rtol=1e-5)
+
+
+def test_a_bool_mask_of_the_users_own_means_what_sdpa_reads(model):
+    seen, _ = _own_mask()
+    before = logits(model, attention_mask=seen)
+    with patch_model(model, "tiled"):
+        torch.testing.assert_close(logits(model, attention_mask=seen), before, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "doge"])
+def test_a_window_is_not_dropped_beside_a_mask_of_values(model_type):
+    """Doge's layers read their mask, so they get one of values whatever the user passes."""
+    mask = _own_mask()[0] if model_type == "llama" else torch.ones_like(TOKENS)
+    with patch_model(tiny_model(model_type), "tiled", window=4) as patch, pytest.raises(UnsupportedError) as caught:
+        logits(patch.model, attention_mask=mask)
+    assert "window" in one_line(caught)
+
+
 def test_registry_rejects_a_second_patch_of_a_name():
     class Again(PATCHES["tiled"]):
         name = "tiled"
