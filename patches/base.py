@@ -111,7 +111,7 @@ class Patch(ABC):
         **options: fields of :attr:`Options`.
 
     Raises:
-        UsageError: an option that does not exist.
+        UsageError: not a model, or an option that does not exist.
     """
 
     name: ClassVar[str]
@@ -123,6 +123,10 @@ class Patch(ABC):
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         assert is_dataclass(self.Options)
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"patch_model wants a loaded model, not {type(model).__name__}; call from_pretrained first"
+            )
         known = [f.name for f in fields(self.Options)]
         for given in options:
             if given not in known:
@@ -165,6 +169,11 @@ class Patch(ABC):
         for name, module in self.model.named_modules():
             if APPLIED in module.__dict__:
                 other = module.__dict__[APPLIED]
+                if other.model is not module:
+                    raise UsageError(
+                        f"{name or 'this model'} is a copy of one under patch {other.name!r} and keeps that patch; "
+                        "copy the model before patching it"
+                    )
                 raise UsageError(
                     f"patch {other.name!r} is already applied to {name or 'this model'}; call its revert() first"
                 )
@@ -199,10 +208,17 @@ class Patch(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of a patched model works, but its undo log would restore the original's modules, so it gets none.
-        clone = copy.copy(self)
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
         clone._undo = UndoLog()
         memo[id(self)] = clone
         return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            f"a model under patch {self.name!r} cannot be pickled (torch.save of a whole model, a new process); "
+            "call revert() first, or save with save_pretrained or state_dict()"
+        )
 
     def report(self) -> PatchReport:
         """Per layer: what it was, what it is, and how often it was called."""
@@ -258,7 +274,7 @@ def patch_model(model: nn.Module, name: str, **options: Any) -> Patch:
         **options: the patch's options.
 
     Raises:
-        UsageError: no such patch or option (the nearest name is suggested).
+        UsageError: no such patch or option (the nearest name is suggested), or not a model.
     """
     if name not in PATCHES:
         raise UsageError(unknown_name("patch", name, PATCHES))

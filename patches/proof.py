@@ -266,17 +266,18 @@ def prove(
     names = [record.name for record in patch._records]
     with _frozen(model):
         probe = _probe(model, input_ids, length, padding)
-        with unpatched(patch):
-            theirs, reached = _called(model, names, lambda: _run(model, probe))
+        # First as the model is: taking the patch off and putting it back would mend what somebody changed since.
         before = {record.name: record.calls for record in patch._records}
         plain = _logits(model, probe.plain)
         calls = {record.name: record.calls - before[record.name] for record in patch._records}
         mine = _run(model, probe, plain)
+        with unpatched(patch):
+            theirs, reached = _called(model, names, lambda: _run(model, probe))
         silent = [name for name in names if name in reached and not calls[name]]
         if silent:
             raise VerificationError(
                 f"{silent[0]}{f' and {len(silent) - 1} more layers' if len(silent) > 1 else ''} ran without calling "
-                "the patched attention: the model ignores it; revert the patch"
+                "the patched attention: the model ignores it, or its attn_implementation was set anew; revert the patch"
             )
         if not reached:
             raise VerificationError(

@@ -13,7 +13,7 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import adapters, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
 from rehead.patches.discover import Found, MaskStyle, find_attention, mask_style
-from rehead.patches.interface import NAME, NO_WEIGHTS, RECORD
+from rehead.patches.interface import NAME, RECORD
 from rehead.patches.masking import PLAIN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -155,11 +155,9 @@ def check_model(model: nn.Module) -> None:
     """Refuse what no tiled attention could run on; changes nothing.
 
     Raises:
-        UsageError: not a model, or attention weights are asked for in the config.
+        UsageError: attention weights are asked for in the config.
         UnsupportedError: meta device, tensor parallelism, dtype or head_dim.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"patch_model wants a loaded model, not {type(model).__name__}; call from_pretrained first")
     floating: set[torch.dtype] = set()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -178,7 +176,10 @@ def check_model(model: nn.Module) -> None:
         )
     config = getattr(model, "config", None)
     if getattr(config, "output_attentions", False):
-        raise UsageError(NO_WEIGHTS.replace("output_attentions=True", "config.output_attentions=True"))
+        raise UsageError(
+            "config.output_attentions=True asks for attention weights, which tiled attention never forms; "
+            "set it to False before patching"
+        )
     for name, module in model.named_modules():
         dim = module.__dict__.get("head_dim")
         on_gpu = dim is not None and any(p.is_cuda for p in module.parameters(recurse=True))
@@ -203,7 +204,10 @@ def _is_quantised(layer: Any) -> bool:
 def _refuse_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: what a call asks for that no tiled attention can give."""
     if kwargs.get("output_attentions"):
-        raise UsageError(NO_WEIGHTS)
+        raise UsageError(
+            "output_attentions=True asks for attention weights, which tiled attention never forms; "
+            "revert the patch for that run, or leave output_attentions out"
+        )
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache) and any(_is_quantised(layer) for layer in _cache_layers(cache)):
         raise UnsupportedError(

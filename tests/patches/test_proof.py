@@ -87,6 +87,14 @@ def test_prove_catches_a_layer_that_ignores_the_patch(model):
         one_line(error)
 
 
+def test_prove_does_not_mend_what_it_finds(model):
+    with patch_model(model, "tiled") as patch:
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(VerificationError, match="set anew") as error:
+            patch.prove()
+        one_line(error)
+
+
 @pytest.mark.parametrize("name", ["T5", "Bart", "Bert"])
 def test_encoders_are_proved_too(name):
     """Relative position biases, cross-attention and attention in both directions."""

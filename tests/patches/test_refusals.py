@@ -1,5 +1,8 @@
 """Bad input: one line with the mend, and the model left as it was."""
 
+import copy
+import io
+
 import pytest
 import torch
 from probes import TOKENS, logits, one_line
@@ -74,10 +77,38 @@ def test_unsupported_dtype(model):
 
 
 def test_attention_weights(model):
-    with patch_model(model, "tiled"), pytest.raises(UsageError, match="set_attn_implementation") as error:
+    with patch_model(model, "tiled"), pytest.raises(UsageError, match="revert the patch") as error:
         model(TOKENS, output_attentions=True)
     one_line(error)
     assert model(TOKENS, output_attentions=False).logits is not None
+
+
+def test_attention_weights_in_the_config():
+    eager = tiny_model("llama", "eager")
+    eager.config.output_attentions = True
+    refused(eager, UsageError, "set it to False")
+
+
+def test_something_that_is_not_a_model():
+    with pytest.raises(UsageError, match="wants a loaded model, not str") as error:
+        patch_model("gpt2", "tiled")
+    one_line(error)
+
+
+def test_pickling_a_patched_model(model):
+    with patch_model(model, "tiled"):
+        with pytest.raises(UsageError, match="cannot be pickled") as error:
+            torch.save(model, io.BytesIO())
+        one_line(error)
+    torch.save(model, io.BytesIO())
+
+
+def test_patching_a_copy_of_a_patched_model(model):
+    with patch_model(model, "tiled"):
+        clone = copy.deepcopy(model)
+    with pytest.raises(UsageError, match="is a copy of one") as error:
+        patch_model(clone, "tiled").apply()
+    one_line(error)
 
 
 def test_a_quantised_cache(model):
