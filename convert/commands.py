@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -103,10 +104,10 @@ def plan_command(model: str, revision: str | None, as_json: bool, **options: Any
     _table(f"{facts['source']} -> {facts['num_key_value_heads']['after']} KV heads", _plan_rows(facts))
     shown: dict[str, list[str]] = {}
     for change in facts["changes"]:
-        kind = change["name"].replace(f".{change['layer']}.", ".{i}.", 1)
+        kind = re.sub(r"\.\d+\.", ".{i}.", change["name"], count=1)
         shown.setdefault(f"{kind}  {change['before']} -> {change['after']}", []).append(str(change["layer"]))
     for line, layers in shown.items():
-        click.echo(f"  {line}  in {len(layers)} layers")
+        click.echo(f"  {line}" + (f"  in {len(layers)} layers" if layers != ["None"] else ""))
 
 
 @click.command("convert")

@@ -298,7 +298,7 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         ) if key in table},
         "calibration": details,
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},
-        "changed_tensors": [change.name for change in plan.changes],
+        "changed_tensors": [change.name for change in plan.rewritten],
     }  # fmt: skip
 
 

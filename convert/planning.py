@@ -27,10 +27,10 @@ KV_ONLY = ("mean", "first", "random")
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor that the conversion rewrites."""
+    """One tensor that the conversion rewrites; ``layer`` is None for one outside the layers."""
 
     name: str
-    layer: int
+    layer: int | None
     old_shape: tuple[int, ...]
     new_shape: tuple[int, ...]
 
@@ -43,7 +43,7 @@ class Plan:
         source: the checkpoint as it was opened.
         model: the same under the class that it is converted in: its own, or the one that stands in for it.
         options: what was asked, with the number of KV heads filled in.
-        changes: tensors that are computed anew.
+        changes: tensors that layers compute anew, before the model is widened.
         outputs: every tensor of the result, copied or computed, in the source's order.
         raw_config: the result's ``config.json``.
         config: the same, resolved.
@@ -109,7 +109,19 @@ class Plan:
     @property
     def layer_of(self) -> dict[str, int]:
         """The layer that computes each changed tensor."""
-        return {change.name: change.layer for change in self.changes}
+        return {change.name: change.layer for change in self.changes if change.layer is not None}
+
+    @property
+    def rewritten(self) -> list[Change]:
+        """Every change of a tensor of ``model``, widening included, with the shape that it ends in."""
+        shapes = {tensor.name: tensor.shape for tensor in self.outputs}
+        changes = [replace(change, new_shape=shapes[change.name]) for change in self.changes]
+        widened = self.widening.shapes.keys() - self.layer_of if self.widening else set()
+        for name in shapes:
+            if name in widened:
+                layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+                changes.append(Change(name, layer, self.model.source.tensors[name].shape, shapes[name]))
+        return changes
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
@@ -143,7 +155,7 @@ class Plan:
             },
             "changes": [
                 {"name": c.name, "layer": c.layer, "before": list(c.old_shape), "after": list(c.new_shape)}
-                for c in self.changes
+                for c in self.rewritten
             ],
             "unchanged_tensors": sum(1 for tensor in self.outputs if tensor.origin is not None),
         }

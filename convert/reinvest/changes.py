@@ -90,6 +90,11 @@ def ffn_changes(before: Mapping[str, Slot], after: Mapping[str, Slot], width: in
             )
         if len(axes) != 1:
             raise UnsupportedError(f"{name} grows along both axes with the FFN, so it cannot be widened")
+        if slot.shape[axes[0]] % width:
+            raise UnsupportedError(
+                f"{name} has {slot.shape[axes[0]]} channels where the config says {width}, so it cannot be widened; "
+                "leave --reinvest out"
+            )
         reads_ffn = slot.leaf == "weight" and axes[0] == _input_axis(slot.owner)
         fill = "zero" if reads_ffn or slot.leaf == "bias" else "random"
         changes[name] = _grown(name, axes[0], width, new[axes[0]], fill, seed)

@@ -17,6 +17,8 @@ from rehead.patches.tiny import LAYERS, LISTS, SIZES, randomize
 EPSILON = 0.05
 TOLERANCE = 1e-5
 _VOCAB = 64
+#: What classes read from the rotary parameters, whatever the type of scaling.
+_KEPT_ROPE = ("rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
 
 
 def shrunk(config: Any, **overrides: Any) -> Any:
@@ -50,7 +52,7 @@ def shrunk(config: Any, **overrides: Any) -> Any:
         raw.pop("parallel_layers")
     rope = raw.get("rope_parameters")
     if isinstance(rope, dict) and "rope_type" in rope:
-        kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        kept = {key: rope[key] for key in _KEPT_ROPE if key in rope}
         raw["rope_parameters"] = {"rope_type": "default", **kept}
     raw |= overrides
     raw.pop("dtype", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from rehead.convert.families.spec import Config
 from rehead.convert.model import Model, resolve_config
 from rehead.convert.reinvest import proof
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
-from rehead.convert.reinvest.changes import Change, Slot, Variant, ffn_changes, hidden_changes, slots
+from rehead.convert.reinvest.changes import Change, Slot, Variant, ffn_changes, hidden_changes, resized, slots
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 
 #: Where configs keep the FFN's width and the norms' epsilon; the first that a config has counts.
@@ -72,42 +72,90 @@ def widen(
         raise UsageError(
             f"--reinvest {what}: nothing is freed while the model keeps its {kv} KV heads; give --kv-heads"
         )
-    sizes = _sizes(model, config, name)
     widen_one = _ffn if what == "ffn" else _hidden
     try:
-        return widen_one(model, raw, config, sizes, kv, multiple, seed)
+        return widen_one(model, raw, config, kv, multiple, seed)
     except ReheadError as error:
         raise type(error)(f"{name}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # A class that ties other sizes to the one that grows fails somewhere in its own code.
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        mend = "use --reinvest ffn" if what == "hidden" else "leave --reinvest out"
+        raise UnsupportedError(f"{name}: its class does not run at another width ({reason}); {mend}") from error
 
 
-def _sizes(model: Model, config: Config, name: str) -> BlockSizes:
+def _ffn_key(config: Config) -> str:
     key = next((key for key in _FFN_KEYS if hasattr(config, key)), None)
     if key is None:
-        raise UnsupportedError(f"{name}: its config does not say how wide its FFN is; leave --reinvest out")
-    width = getattr(config, key)
-    hidden = int(config.hidden_size)
-    width = 4 * hidden if width is None else int(width)
-    gated = any(part in slot for slot in slots(config) for part in ("gate_proj", "gate_up_proj"))
-    return BlockSizes(hidden, model.num_heads, model.head_dim, width, 3 if gated else 2)
+        raise UnsupportedError("its config does not say how wide its FFN is in a way known here; leave --reinvest out")
+    return key
+
+
+def _ffn_width(config: Config) -> int:
+    width = getattr(config, _ffn_key(config))
+    return 4 * int(config.hidden_size) if width is None else int(width)
+
+
+def _sizes(model: Model, config: Config, kv: int, ffn_matrices: int) -> BlockSizes:
+    """The sizes of a model with ``kv`` KV heads; what is neither attention nor FFN is counted in the class itself."""
+    hidden, blocks = int(config.hidden_size), int(config.num_hidden_layers)
+    width = _ffn_width(config)
+    sizes = BlockSizes(hidden, model.num_heads, model.head_dim, width, ffn_matrices, blocks, len(model.layers))
+    shapes = [slot.shape for name, slot in slots(config).items() if _layer_of(name) is not None]
+    every = sum(math.prod(shape) for shape in shapes if len(shape) > 1 and hidden in shape)
+    return replace(sizes, other=(every - sizes.weights(kv)) // hidden)
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to, or None."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _ffn_matrices(config: Config, wider: Config, by: int) -> int:
+    """Matrices of a block that run along the FFN's channels, of which the wider config has ``by`` more.
+
+    Raises:
+        UnsupportedError: not every block has an FFN of that width, or the class makes another width of it.
+    """
+    before, after = slots(config), slots(wider)
+    blocks, hidden = int(config.num_hidden_layers), int(config.hidden_size)
+    grown = [name for name in resized(before, after) if len(before[name].shape) > 1]
+    having = {_layer_of(name) for name in grown}
+    if len(having) != blocks:
+        raise UnsupportedError(
+            f"{len(having)} of its {blocks} layers alone have an FFN of that width (a mixture of experts?) and would "
+            "have to take what all of them free; leave --reinvest out"
+        )
+    weights = sum(math.prod(after[name].shape) - math.prod(before[name].shape) for name in grown)
+    matrices, rest = divmod(weights, blocks * hidden * by)
+    if rest or not matrices:
+        raise UnsupportedError("its class makes an FFN width of its own of the config's; leave --reinvest out")
+    return matrices
 
 
 def _facts(sizes: BlockSizes, what: str, before: int, kv: int, key: str, old: int, new: int, multiple: int) -> dict:
-    matrices = f"{sizes.ffn_matrices} FFN matrices"
-    freed = sizes.weights(before) - sizes.weights(kv)
+    one = replace(sizes, blocks=1, attention_blocks=1, other=0)
+    # Where blocks are alike, one of them says it all.
+    counted, where = (one, "a layer") if sizes.uniform else (sizes, f"in {sizes.attention_blocks} attention layers")
+    freed = counted.weights(before) - counted.weights(kv)
+    every = "" if sizes.uniform else f" x {sizes.blocks} layers"
+    times = "" if sizes.uniform else f" x {sizes.attention_blocks}"
+    a_channel = counted.weights(kv) // sizes.hidden
     return {
         "what": what,
         "key": key,
         "before": old,
         "after": new,
         "multiple_of": multiple,
-        "freed_per_layer": freed,
+        "freed_per_layer": one.weights(before) - one.weights(kv),
         "arithmetic": (
-            f"2 x {sizes.hidden} x ({before} - {kv}) x {sizes.head_dim} = {freed:,} weights a layer; "
+            f"2 x {sizes.hidden} x ({before} - {kv}) x {sizes.head_dim}{times} = {freed:,} weights {where}; "
             + (
-                f"/ ({matrices} x {sizes.hidden}) = {freed / (sizes.ffn_matrices * sizes.hidden):.1f} channels; "
+                f"/ ({sizes.ffn_matrices} FFN matrices x {sizes.hidden}{every}) = "
+                f"{freed / counted.ffn_channel:.1f} channels; "
                 if what == "ffn"
-                else f"{sizes.weights(before):,} weights over {sizes.weights(kv) // sizes.hidden:,} a channel = "
-                f"{sizes.weights(before) / (sizes.weights(kv) // sizes.hidden):.1f} channels; "
+                else f"{counted.weights(before):,} weights over {a_channel:,} a channel = "
+                f"{counted.weights(before) / a_channel:.1f} channels; "
             )
             + f"{old} -> {new}, a multiple of {multiple}"
         ),
@@ -120,15 +168,10 @@ def _raw_key(raw: dict[str, Any], config: Config, key: str) -> str:
     return alias if alias is not None and key not in raw else key
 
 
-def _ffn(
-    model: Model, raw: dict[str, Any], config: Config, sizes: BlockSizes, kv: int, multiple: int | None, seed: int
-) -> Widening:
-    key = next(key for key in _FFN_KEYS if hasattr(config, key))
+def _ffn(model: Model, raw: dict[str, Any], config: Config, kv: int, multiple: int | None, seed: int) -> Widening:
+    key = _ffn_key(config)
     before = model.num_kv_heads
     multiple = multiple or _DEFAULT_MULTIPLE
-    width = ffn_width(sizes, before, kv, multiple)
-    new_raw = {**copy.deepcopy(raw), _raw_key(raw, config, key): width}
-    new = resolve_config(new_raw, model.source.id)
     small = proof.shrunk(config)
     narrow = 4 * small.hidden_size if getattr(small, key) is None else getattr(small, key)
     wide = proof.shrunk(config, **{key: narrow + 40})
@@ -136,17 +179,27 @@ def _ffn(
     source = proof.tiny(small)
     result = proof.widened(source, wide, changes)
     _require(proof.distance(proof.states(result)[1], proof.states(source)[1]))
+
+    def at(width: int) -> tuple[dict[str, Any], Config]:
+        changed = {**copy.deepcopy(raw), _raw_key(raw, config, key): width}
+        return changed, resolve_config(changed, model.source.id)
+
+    _, trial = at(_ffn_width(config) + multiple)
+    sizes = _sizes(model, config, kv, _ffn_matrices(config, trial, multiple))
+    width = ffn_width(sizes, before, kv, multiple)
+    new_raw, new = at(width)
     wider = slots(new)
     changes, shapes = _by_checkpoint_name(model, ffn_changes(slots(config), wider, sizes.ffn, seed), wider)
     facts = _facts(sizes, "ffn", before, kv, key, sizes.ffn, width, multiple)
     return Widening(new_raw, new, changes, shapes, facts, rounds=False)
 
 
-def _hidden(
-    model: Model, raw: dict[str, Any], config: Config, sizes: BlockSizes, kv: int, multiple: int | None, seed: int
-) -> Widening:
+def _hidden(model: Model, raw: dict[str, Any], config: Config, kv: int, multiple: int | None, seed: int) -> Widening:
     before = model.num_kv_heads
-    epsilon = next((key for key in _EPSILON_KEYS if hasattr(config, key)), None)
+    gated = any(part in slot for slot in slots(config) for part in ("gate_proj", "gate_up_proj"))
+    sizes = _sizes(model, config, kv, 3 if gated else 2)
+    # A class may have the key of another kind of norm and not use it.
+    epsilon = next((key for key in _EPSILON_KEYS if getattr(config, key, None) is not None), None)
     small = proof.shrunk(config, **({epsilon: proof.EPSILON} if epsilon else {}))
     norm = _centring(proof.tiny(small))
     if norm is not None:
@@ -206,7 +259,12 @@ def _wider(
         _raw_key(raw, config, epsilon): getattr(config, epsilon) * shrink,
         "head_dim": head_dim,
     }
-    return changed, resolve_config(changed, name)
+    try:
+        return changed, resolve_config(changed, name)
+    except UnsupportedError:
+        raise UnsupportedError(
+            f"its class refuses a hidden size of {width} beside its other sizes; use --reinvest ffn"
+        ) from None
 
 
 def _variant(model: Model, small: Config, wide: Config, tied: bool, seed: int) -> Variant:

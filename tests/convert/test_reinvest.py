@@ -9,16 +9,18 @@ import planted
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from tiny import IDS, logits
 from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, plan, verify
+from rehead.convert.commands import plan_command
 from rehead.convert.families import FAMILIES
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
 from rehead.convert.safetensors_io import header_bytes
 from rehead.errors import UnsupportedError, UsageError
 
-FFN = ["llama", "qwen3", "gemma2", "phi3", "glm", "starcoder2", "falcon", "gpt_neox", "gpt2"]
+FFN = ["llama", "ministral3", "qwen3", "gemma2", "phi3", "glm", "starcoder2", "falcon", "gpt_neox", "gpt2"]
 HIDDEN = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "granite", "olmo2"]
 
 
@@ -82,6 +84,27 @@ def test_plan_shows_the_arithmetic_of_chatglm2(tmp_path: Path) -> None:
     assert wide.config.hidden_size % 64 == 0
     assert wide.config.head_dim == 128
     assert plan(tmp_path, num_key_value_heads=8, reinvest="hidden").config.hidden_size == 4736
+    shapes = {change["name"]: change["after"] for change in facts["changes"]}
+    assert shapes == {f"{block}mlp.{name}_proj.weight": [13696, n] for name in ("gate", "up")} | {
+        f"{block}mlp.down_proj.weight": [n, 13696],
+        **{f"{block}self_attn.{name}_proj.weight": [128, n] for name in "kv"},
+    }
+    shown = CliRunner().invoke(plan_command, [str(tmp_path), "--kv-heads", "1", "--reinvest", "hidden"])
+    assert "model.layers.{i}.self_attn.k_proj.weight  [4096, 4096] -> [128, 4992]  in 1 layers" in shown.output
+    assert "  model.norm.weight  [4096] -> [4992]\n" in shown.output, "not said to be in so many layers"
+
+
+@pytest.mark.parametrize("name", ["bamba", "olmo_hybrid", "qwen3_5_text"])
+def test_a_hybrid_gets_back_what_its_attention_layers_freed(name: str, tmp_path: Path) -> None:
+    """One layer of two has attention, and every layer an FFN: each FFN takes half of what one attention freed."""
+    if not tiny.available(name):
+        pytest.skip("not in the installed transformers")
+    source = tiny.save_tiny(name, tmp_path)
+    pooled, made = (plan(source, num_key_value_heads=1, **o) for o in ({}, {"reinvest": "ffn", "multiple_of": 1}))
+    freed = made.widening.facts["freed_per_layer"]
+    given = made.as_json()["parameters"]["after"] - pooled.as_json()["parameters"]["after"]
+    assert freed <= given < freed + 2 * 3 * 64, "no more than a channel in each layer"
+    assert "in 1 attention layers; / (3 FFN matrices x 64 x 2 layers)" in made.widening.facts["arithmetic"]
 
 
 def test_a_class_that_wants_whole_heads_gets_them(tmp_path: Path) -> None:
@@ -165,7 +188,13 @@ def test_widening_follows_calibrated_pooling_and_verifies(tmp_path: Path) -> Non
         ),
         ("falcon", {"reinvest": "hidden", "num_key_value_heads": 2}, UnsupportedError, "a hidden size of"),
         ("mixtral", {"reinvest": "ffn", "num_key_value_heads": 2}, UnsupportedError, "experts"),
+        ("dots1", {"reinvest": "ffn", "num_key_value_heads": 2}, UnsupportedError, "1 of its 2 layers alone"),
         ("bitnet", {"reinvest": "ffn", "num_key_value_heads": 2}, UnsupportedError, "ffn_sub_norm"),
+        ("bitnet", {"reinvest": "hidden", "num_key_value_heads": 2}, UnsupportedError, "does not run at another"),
+        ("helium", {"reinvest": "hidden", "num_key_value_heads": 2}, UnsupportedError, "use --reinvest ffn"),
+        ("bamba", {"reinvest": "hidden", "num_key_value_heads": 2}, UnsupportedError, "refuses a hidden size of"),
+        ("recurrent_gemma", {"reinvest": "ffn", "num_key_value_heads": 1}, UnsupportedError, "48 channels where"),
+        ("cohere2_moe", {"reinvest": "hidden", "num_key_value_heads": 2}, UnsupportedError, "subtract the mean"),
         ("llama", {"reinvest": "ffn"}, UsageError, "--kv-heads"),
         ("llama", {"reinvest": "ffn", "num_key_value_heads": 4}, UsageError, "nothing is freed"),
         ("llama", {"reinvest": "fnn", "num_key_value_heads": 2}, UsageError, "'ffn'"),
@@ -174,6 +203,8 @@ def test_widening_follows_calibrated_pooling_and_verifies(tmp_path: Path) -> Non
     ],
 )
 def test_refuses_what_would_not_be_exact(name: str, options: dict, error: type, says: str, tmp_path: Path) -> None:
+    if not tiny.available(name):
+        pytest.skip("not in the installed transformers")
     source = tiny.save_tiny(name, tmp_path)
     with pytest.raises(error, match=says) as caught:
         plan(source, **options)

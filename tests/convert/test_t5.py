@@ -118,6 +118,7 @@ def test_the_plan_and_inspection_name_the_decoder_alone(tmp_path: Path) -> None:
     assert inspect(str(tmp_path / "source"))["can_convert_to"].keys() == {"1", "2"}
     shown = CliRunner().invoke(plan_command, [str(tmp_path / "source"), "--kv-heads", "1"])
     assert shown.exit_code == 0, shown.output
+    assert "decoder.block.{i}.layer.1.EncDecAttention.k.weight  [32, 32] -> [8, 32]  in 2 layers" in shown.output
     same = convert(tmp_path / "source", tmp_path / "same", num_key_value_heads=4)
     assert same.plan.config.model_type == "t5"
     assert json.loads((tmp_path / "same" / "config.json").read_text())["model_type"] == "t5"
