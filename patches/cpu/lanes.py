@@ -76,7 +76,7 @@ class Lane:
 def _rows(opts: Options, batch: int, n_query: int, n_key: int) -> list[tuple[slice, Row]]:
     """Group the batch by what its rows may see; one group when nothing depends on the row."""
     per_row = (opts.kv_start, opts.kv_end, opts.key_mask, opts.q_segments)
-    if all(item is None for item in per_row):
+    if batch == 0 or all(item is None for item in per_row):
         rows = [(slice(0, batch), Row([Rect(0, n_query, 0, n_key)]))]
     else:
         starts = [0] * batch if opts.kv_start is None else opts.kv_start.tolist()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rehead.errors import UnsupportedError
 from rehead.patches.cpu.lanes import DTYPES, Options, backward, forward
+from rehead.patches.kernels.rules import Rules, check_rules
 from rehead.patches.schema import schema
 
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? q_offset_tensor"
@@ -150,18 +151,24 @@ def attention(
         ``[B, Sq, H, Dv]`` in the query's dtype, contiguous.
 
     Raises:
-        UnsupportedError: shapes or dtypes that do not fit together.
+        UnsupportedError: shapes or dtypes of query, key, value and bias that do not fit together.
+        UsageError: rules that do not fit them: an extent that is not positive, a tensor of another shape.
     """
     _check(query, key, value, bias)
+    rules = Rules(
+        0.0, causal, 0, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap, alibi_slopes
+    )  # fmt: skip
+    check_rules(query.shape[0], query.shape[1], query.shape[2], key.shape[2], rules, sinks)
     dim, value_dim = query.shape[-1], value.shape[-1]
     scale = dim**-0.5 if scale is None else float(scale)
+    if scale <= 0:
+        # The kernel scales what it has masked already, and -inf times such a scale would be NaN or +inf.
+        query, scale = query * scale, 1.0
     # The kernel wants one head_dim. Zero columns change neither scores nor the columns that are kept.
     if dim < value_dim:
         query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
     elif dim > value_dim:
         value = F.pad(value, (0, dim - value_dim))
-    if (q_segments is None) != (kv_segments is None):
-        raise UnsupportedError("q_segments and kv_segments come together; pass both or neither")
     opts = Options(
         scale, causal, 0 if isinstance(q_offset, Tensor) else q_offset, window, chunk, kv_start, kv_end, key_mask,
         q_segments, kv_segments, softcap, alibi_slopes, sinks, bias,
@@ -182,7 +189,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> No
         )
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise UnsupportedError("query, key and value must be [batch, heads, length, head_dim]; reshape them first")
-    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+    if key.shape[1] != value.shape[1] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise UnsupportedError(
             f"{query.shape[1]} query heads cannot share {key.shape[1]} key and {value.shape[1]} value heads; "
             "the key and value heads must agree and divide the query heads"

@@ -84,6 +84,15 @@ def check(query: Tensor, key: Tensor, value: Tensor, rules: Rules, sinks: Tensor
         raise UsageError(
             f"{heads} query heads cannot share {kv_heads} KV heads; the first must be a multiple of the second"
         )
+    check_rules(batch, heads, num_q, num_k, rules, sinks)
+    if rules.bias is not None:
+        shape = tuple(rules.bias.shape)
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (num_q, num_k):
+            raise UsageError(f"bias has shape {_shape(rules.bias)}; it must be [B or 1, H or 1, {num_q}, {num_k}]")
+
+
+def check_rules(batch: int, heads: int, num_q: int, num_k: int, rules: Rules, sinks: Tensor | None) -> None:
+    """Raise :class:`UsageError` for extents that are not positive and tensors that do not fit the call's."""
     for name, extent in (("window", rules.window), ("chunk", rules.chunk), ("softcap", rules.softcap)):
         if extent is not None and extent <= 0:
             raise UsageError(f"{name} is {extent}; give a positive number or None")
@@ -101,10 +110,6 @@ def check(query: Tensor, key: Tensor, value: Tensor, rules: Rules, sinks: Tensor
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise UsageError(f"{name} has shape {_shape(tensor)}; it must be {'x'.join(map(str, shape))}")
-    if rules.bias is not None:
-        shape = tuple(rules.bias.shape)
-        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (num_q, num_k):
-            raise UsageError(f"bias has shape {_shape(rules.bias)}; it must be [B or 1, H or 1, {num_q}, {num_k}]")
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, rules: Rules, sinks: Tensor | None) -> str | None:

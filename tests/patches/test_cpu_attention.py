@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, UsageError
 from rehead.patches.cpu import attention
 from rehead.patches.kernels import reference
 
@@ -97,6 +97,12 @@ def test_decoding(name, n_query):
     rules = dict(RULES[name])
     rules["q_offset"] = 40 - n_query
     compare(tensors(2, 4, 2, n_query, 40, 8), rules)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("name", ["causal", "chunk", "packed", "softcap", "window"])
+def test_a_scale_that_is_not_positive(name, scale):
+    compare(tensors(2, 4, 2, 40, 40, 8), {**RULES[name], "scale": scale})
 
 
 @pytest.mark.parametrize(("d", "dv"), [(8, 12), (12, 8), (33, 33), (7, 1)])
@@ -208,3 +214,34 @@ def test_bad_input_is_one_line(shapes, dtype, word):
     with pytest.raises(UnsupportedError, match=word) as error:
         attention(*(torch.ones(s).to(dtype) for s in shapes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "word"),
+    [
+        ({"window": 0}, "window is 0; give a positive number"),
+        ({"window": -3}, "window is -3"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"softcap": 0.0}, "softcap is 0"),
+        ({"key_mask": torch.ones(2, 5, dtype=torch.bool)}, "key_mask has shape 2x5; it must be 2x6"),
+        ({"sinks": torch.zeros(3)}, "sinks has shape 3"),
+        ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes has shape 3"),
+        ({"q_segments": torch.zeros(2, 6)}, "go together"),
+    ],
+)
+def test_rules_that_do_not_fit_are_one_line(rules, word):
+    """Left to the kernel, a negative window would end the process."""
+    with pytest.raises(UsageError, match=word) as error:
+        attention(*tensors(2, 4, 2, 6, 6, 8), **rules)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 6, 6, 8), (2, 4, 2, 0, 6, 8), (2, 4, 2, 6, 0, 8), (2, 4, 2, 1, 0, 8)])
+def test_nothing_in_nothing_out(shape):
+    args = [x.requires_grad_() for x in tensors(*shape)]
+    mask = torch.ones(shape[0], shape[4], dtype=torch.bool)
+    out = attention(*args, key_mask=mask)
+    out.sum().backward()
+    assert out.shape == (shape[0], shape[3], 4, 8)
+    assert not out.any()
+    assert all(x.grad.shape == x.shape for x in args)
