@@ -127,6 +127,7 @@ class Patch(ABC):
             raise UsageError(
                 f"patch_model wants a loaded model, not {type(model).__name__}; call from_pretrained first"
             )
+        model = unwrapped(model)
         known = [f.name for f in fields(self.Options)]
         for given in options:
             if given not in known:
@@ -242,6 +243,17 @@ class Patch(ABC):
         raise UsageError(f"patch {self.name!r} with these options is exact; call prove()")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel``, which share its modules."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 PatchType = TypeVar("PatchType", bound=type[Patch])
 
 PATCHES: dict[str, type[Patch]] = {}
@@ -269,7 +281,8 @@ def patch_model(model: nn.Module, name: str, **options: Any) -> Patch:
             patch.prove()
 
     Args:
-        model: a transformers model, possibly wrapped by PEFT.
+        model: a transformers model, possibly wrapped by PEFT; of one wrapped by ``torch.compile`` or
+            ``DistributedDataParallel``, the model inside is patched.
         name: a registered patch.
         **options: the patch's options.
 

@@ -98,11 +98,7 @@ def find_attention(model: nn.Module) -> Found:
     wanted = text_configs(model)
     for name, module in model.named_modules():
         cls = type(module)
-        if (
-            isinstance(module, PreTrainedModel)
-            or cls.__module__.startswith("torch.")
-            or not _has_children_or_parameters(module)
-        ):
+        if isinstance(module, PreTrainedModel) or cls.__module__.startswith("torch.") or not _has_state(module):
             continue
         interface = uses_interface(cls)  # type: ignore[arg-type]
         if not interface and not is_softmax_attention(cls):  # type: ignore[arg-type]
@@ -117,8 +113,9 @@ def find_attention(model: nn.Module) -> Found:
     return found
 
 
-def _has_children_or_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=True), None) is not None
+def _has_state(module: nn.Module) -> bool:
+    """Whether a module has weights; quantised linear layers keep theirs outside ``parameters()``."""
+    return next(module.parameters(recurse=True), None) is not None or bool(module.state_dict())
 
 
 def _nearest_config(model: nn.Module, name: str) -> Any:

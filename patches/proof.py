@@ -115,7 +115,8 @@ def probe_tokens(model: nn.Module, length: int, batch: int, seed: int) -> Tensor
     vocabulary = int(getattr(config, "vocab_size", 0) or 0)
     if vocabulary < 4:
         raise UsageError("the model's config has no vocab_size to draw probe tokens from; pass input_ids= to prove()")
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    # Of a model that is offloaded as a whole, accelerate moves the inputs.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     gen = torch.Generator().manual_seed(seed)
     return torch.randint(min(8, vocabulary // 2), vocabulary, (batch, length), generator=gen).to(device)
 

@@ -159,11 +159,14 @@ def check_model(model: nn.Module) -> None:
         UnsupportedError: meta device, tensor parallelism, dtype or head_dim.
     """
     floating: set[torch.dtype] = set()
+    offloaded = _offloaded(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in offloaded:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights before patching")
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise UnsupportedError(f"{name} is split over GPUs by tensor parallelism; load the model without tp_plan")
+            raise UnsupportedError(
+                f"{name} is split over devices; load the model without tp_plan, or patch it before fully_shard"
+            )
         if parameter.is_floating_point():
             floating.add(parameter.dtype)
     if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -188,6 +191,16 @@ def check_model(model: nn.Module) -> None:
                 f"{name} has head_dim {dim}, over the {MAX_GPU_HEAD_DIM} that the GPU kernels take; "
                 "leave it on attn_implementation='sdpa'"
             )
+
+
+def _offloaded(model: nn.Module) -> set[int]:
+    """Ids of the parameters that accelerate keeps elsewhere and brings in as their module runs (``device_map``)."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        if getattr(module.__dict__.get("_hf_hook"), "offload", False)
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 def _cache_layers(cache: Any) -> list[Any]:

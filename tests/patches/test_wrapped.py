@@ -1,0 +1,65 @@
+"""Models inside something else: compiled, parallel, offloaded, quantised."""
+
+import copy
+
+import pytest
+import torch
+from probes import TOKENS, logits, one_line
+from torch import nn
+
+from rehead.errors import UnsupportedError
+from rehead.patches import patch_model
+from rehead.patches.discover import find_attention
+from rehead.patches.tiny import tiny_model
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["dp", "compile"])
+def test_a_wrapper_is_looked_through(model, wrap):
+    before = logits(model)
+    wrapper = wrap(model)
+    with patch_model(wrapper, "tiled") as patch:
+        assert patch.model is model
+        assert patch.prove().layers == 2
+        torch.testing.assert_close(logits(wrapper), before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(wrapper), before)
+    assert "_rehead_patch" not in {**vars(wrapper), **vars(model)}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "bloom", "gptj"])
+def test_an_offloaded_model(model_type):
+    hooks = pytest.importorskip("accelerate.hooks")
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model(model_type)
+    before = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    with patch_model(model, "tiled") as patch:
+        assert patch.prove().layers == 2
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(model), before)
+    hooks.remove_hook_from_submodules(model)
+    with pytest.raises(UnsupportedError, match="load the weights") as error:
+        patch_model(model.to("meta"), "tiled").apply()
+    one_line(error)
+
+
+def test_weights_that_are_no_parameters(model):
+    """As quantised linear layers keep theirs."""
+
+    class Packed(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("weight", linear.weight.detach())
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    packed = copy.deepcopy(model)
+    for layer in packed.model.layers:
+        for name, linear in list(layer.self_attn.named_children()):
+            setattr(layer.self_attn, name, Packed(linear))
+    assert not list(packed.model.layers[0].self_attn.parameters())
+    assert len(find_attention(packed).interface) == 2
+    with patch_model(packed, "tiled") as patch:
+        patch.prove()
+        torch.testing.assert_close(packed(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
