@@ -17,6 +17,14 @@ QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summar
 REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
 
 
+def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """``512,2048`` as numbers."""
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no number of tokens; write 2048 or 512,2048") from None
+
+
 def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
     """The flags that `plan` and `convert` share."""
     options = [
@@ -43,8 +51,8 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Text file (.txt, .txt.gz, .jsonl, .parquet) or Hub dataset; repeat for more. "
                           "Default: the text that ships with Rehead."),
         click.option("--calibration-tokens", type=int, default=131072, show_default=True, metavar="N"),
-        click.option("--calibration-length", type=int, default=512, show_default=True, metavar="N",
-                     help="Tokens in a calibration sequence."),
+        click.option("--calibration-length", default="512,2048", show_default=True, metavar="N[,N]", callback=_lengths,
+                     help="Tokens in a calibration sequence; several lengths share the tokens equally."),
         click.option("--refit", is_flag=True, help="Refit each layer's attention by least squares."),
         click.option("--fit", type=int, default=0, metavar="STEPS", help="Then fit each layer for STEPS steps."),
         click.option("--dtype", default="auto", show_default=True, metavar="NAME",

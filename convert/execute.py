@@ -115,7 +115,7 @@ def convert(
     grouping: str = "contiguous",
     calibration: Sequence[str] = (),
     calibration_tokens: int = 131072,
-    calibration_length: int = 512,
+    calibration_length: int | Sequence[int] = (512, 2048),
     refit: bool = False,
     fit: int = 0,
     device: str = "auto",
@@ -147,7 +147,7 @@ def convert(
         grouping: ``contiguous`` or ``similar``.
         calibration: text files or Hub datasets for ``svd``, ``refit`` and ``fit``; the built-in text when empty.
         calibration_tokens: tokens of it to use.
-        calibration_length: tokens in a sequence.
+        calibration_length: tokens in a sequence; several lengths share the tokens equally.
         refit: refit each layer's attention by least squares on what the converted layers before it really produce.
         fit: optimiser steps for each layer after that.
         device: where calibration runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
@@ -178,7 +178,8 @@ def convert(
         UnsupportedError: a model that cannot be converted, broken input, or a full disk; ``out`` is as it was.
     """
     options = ConvertOptions(
-        num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens, calibration_length,
+        num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens,
+        calibration_length if isinstance(calibration_length, int) else tuple(calibration_length),
         refit, fit, dtype, max_shard_size, seed, host, reinvest, multiple_of, block,
         layers if layers is None or isinstance(layers, str) else tuple(layers), kl_budget, plain,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def prove_layout(model: Model, tokens: int = 48) -> float:
     worst = 0.0
     with torch.no_grad():
         runner = LayerwiseModel(model, model.config, device)
-        hidden = runner.embed(ids, 2)
+        hidden = runner.embed([ids], ids.numel())[0]
         for layer in dict.fromkeys((model.layers[0], model.layers[-1])):
             runner.load_layer(layer)
             before = runner.run_layer(layer, hidden)

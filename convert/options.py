@@ -28,7 +28,9 @@ class ConvertOptions:
         grouping: ``"contiguous"``, or ``"similar"`` to choose which heads share a KV head.
         calibration: texts to calibrate on: files or Hub datasets; the text that ships with Rehead when empty.
         calibration_tokens: tokens to calibrate on.
-        calibration_length: tokens in one calibration sequence.
+        calibration_length: tokens in one calibration sequence. Several lengths share the tokens equally, so that both
+            short and long contexts are calibrated on; one beyond the model's positions is cut to them, one that its
+            share does not fill once is left out.
         refit: refit queries, keys, values and the output projection by least squares after pooling.
         fit: optimiser steps for each layer after the refit; 0 for none.
         dtype: of the converted floating-point weights; ``"auto"`` keeps them.
@@ -50,7 +52,7 @@ class ConvertOptions:
     grouping: str = "contiguous"
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 131072
-    calibration_length: int = 512
+    calibration_length: int | tuple[int, ...] = (512, 2048)
     refit: bool = False
     fit: int = 0
     dtype: str = "auto"
@@ -79,12 +81,14 @@ class ConvertOptions:
             raise UsageError(f"--kv-heads {self.num_key_value_heads}: must be 1 or more")
         if self.fit < 0:
             raise UsageError(f"--fit {self.fit}: must be 0 or more steps")
-        if self.calibration_length < 16:
-            raise UsageError(f"--calibration-length {self.calibration_length}: must be 16 or more tokens")
-        if self.calibration_tokens < self.calibration_length:
+        if not self.calibration_lengths:
+            raise UsageError("--calibration-length: is empty; give tokens in a sequence, such as 2048 or 512,2048")
+        for length in self.calibration_lengths:
+            if length < 16:
+                raise UsageError(f"--calibration-length {length}: must be 16 or more tokens")
+        if self.calibration_tokens < (least := min(self.calibration_lengths)):
             raise UsageError(
-                f"--calibration-tokens {self.calibration_tokens}: must be at least one sequence of "
-                f"{self.calibration_length}"
+                f"--calibration-tokens {self.calibration_tokens}: must be at least one sequence of {least}"
             )
         parse_size(self.max_shard_size)
 
@@ -122,6 +126,12 @@ class ConvertOptions:
         return [name for name in _STEPS if getattr(self, name) is not None]
 
     @property
+    def calibration_lengths(self) -> tuple[int, ...]:
+        """Tokens in a calibration sequence, one entry for each length."""
+        length = self.calibration_length
+        return (length,) if isinstance(length, int) else tuple(length)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the model has to be run over text."""
         return get_method(self.method).needs_calibration or self.refit or self.fit > 0
@@ -137,4 +147,6 @@ class ConvertOptions:
                 table.pop(name)
         else:
             table["calibration"] = list(self.calibration) or ["built in"]
+            lengths = self.calibration_lengths
+            table["calibration_length"] = lengths[0] if len(lengths) == 1 else list(lengths)
         return table

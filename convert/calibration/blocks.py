@@ -62,14 +62,14 @@ class WriterRefit:
 
 
 def refit_writers(
-    healer: LayerHealer, layer: int, pooled: Heads, ours: Tensor, after: Tensor
+    healer: LayerHealer, layer: int, pooled: Heads, ours: list[Tensor], after: list[Tensor]
 ) -> tuple[Heads, dict[str, Tensor], list[float]]:
     """Refit what a changed block writes.
 
     Args:
         healer: holds the two models.
         pooled: the layer's heads.
-        ours: the converted prefix's hidden states before the layer [N, S, n].
+        ours: the converted prefix's hidden states before the layer [N, S, n], for each length of sequence.
         after: the original's after it.
 
     Returns:
@@ -88,7 +88,7 @@ def refit_writers(
     biases = [module.bias for module in modules if module.bias is not None]
     refit = WriterRefit([module.weight for module in modules], torch.stack(biases).sum(0) if biases else None)
     scale = model.family.residual_scale(model.config, layer)
-    for rows in healer.batches(len(ours)):
+    for index, rows in healer.every_batch(ours):
         seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def keep(
@@ -99,9 +99,9 @@ def refit_writers(
         with ExitStack() as stack:
             for module in modules:
                 stack.callback(module.register_forward_hook(keep).remove)
-            out = healer.converted.run_layer(layer, ours[rows].to(healer.device))
+            out = healer.converted.run_layer(layer, ours[index][rows].to(healer.device))
         flat = [(x.reshape(*out.shape[:2], -1), y.reshape(out.shape)) for x, y in (seen[m] for m in modules)]
-        target = (after[rows].to(healer.device) - out) / scale + sum(y for _, y in flat)
+        target = (after[index][rows].to(healer.device) - out) / scale + sum(y for _, y in flat)
         refit.add([x for x, _ in flat], target)
     weights, bias, errors = refit.solve()
     extra = _ffn_tensors(

@@ -7,7 +7,7 @@ values and output moving together, through the softmax, norms and all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,22 +22,20 @@ DRIFT = 0.5
 
 def fit_attention(
     parameters: dict[str, nn.Parameter],
-    forward: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    targets: Callable[[Tensor], Tensor],
+    forward: Callable[[int, Tensor], Tensor],
+    targets: Callable[[int, Tensor], Tensor],
     steps: int,
-    batch: int,
+    batches: Sequence[tuple[int, int]],
     seed: int,
 ) -> float:
     """Fit an attention module in place.
 
     Args:
         parameters: what may move.
-        forward: rows of calibration sequences -> the module's output on them, differentiable.
-        inputs: anything whose first dimension counts the sequences.
-        targets: row indices -> what the output should be [b, S, m].
+        forward: index of a length, rows of its sequences -> the module's output on them [b, S, m], differentiable.
+        targets: the same -> what the output should be.
         steps: optimiser steps.
-        batch: sequences in a step.
+        batches: (sequences, sequences in a step) for each length.
         seed: of the order of the sequences.
 
     Returns:
@@ -52,17 +50,14 @@ def fit_attention(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
+    order = _shuffled(batches, generator)
     recent: list[Tensor] = []
     with torch.enable_grad(), _fast_matmul():
-        for step in range(steps):
-            if len(order) < batch:
-                order = torch.randperm(len(inputs), generator=generator).tolist()
-            rows, order = torch.tensor(order[:batch]), order[batch:]
+        for step, (index, rows) in zip(range(steps), order):
             pace = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * pace
-            loss = (forward(rows) - targets(rows)).square().sum(-1).mean()
+            loss = (forward(index, rows) - targets(index, rows)).square().sum(-1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -71,6 +66,18 @@ def fit_attention(
         parameter.requires_grad_(False)
         parameter.grad = None
     return float(torch.stack(recent).mean()) if recent else 0.0
+
+
+def _shuffled(batches: Sequence[tuple[int, int]], generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """(index of a length, rows of its sequences) without end: all of the text, then all of it again, in new orders."""
+    while True:
+        epoch = [
+            (index, rows)
+            for index, (count, size) in enumerate(batches)
+            for rows in torch.randperm(count, generator=generator).split(size)
+            if len(rows) == size
+        ]
+        yield from (epoch[i] for i in torch.randperm(len(epoch), generator=generator).tolist())
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Converting one layer on calibration text: gather statistics, pool, refit, fit."""
+"""Converting one layer on calibration text: pool by what it sees, refit, fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 from rehead.convert.calibration.blocks import refit_writers
 from rehead.convert.calibration.fit import DRIFT, fit_attention
-from rehead.convert.calibration.layerwise import LayerwiseModel
-from rehead.convert.calibration.probe import PROBE, Seen, observing
+from rehead.convert.calibration.layerwise import batch_rows
 from rehead.convert.calibration.refit import (
     LogitModel,
     LogitTargets,
@@ -23,75 +21,33 @@ from rehead.convert.calibration.refit import (
     logit_error,
     refit_logits,
 )
-from rehead.convert.calibration.statistics import LayerStatistics, StatisticsGatherer
+from rehead.convert.calibration.sight import QUERY_ROWS, LayerSight, Stop, hooked, ordered, spread, with_one
+from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.execute import layer_tensors
 from rehead.convert.families.layouts import split
 from rehead.convert.grouping import permute, similar_groups
 from rehead.convert.heads import Heads
 from rehead.convert.methods.registry import MethodContext, get_method
-from rehead.convert.planning import Plan
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
 
 #: Memory for the logits that the refit matches, and the most sequences it uses.
 _LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _LOGIT_SEQUENCES = {"cpu": 48, "cuda": 192}
-#: Queries of each sequence whose attention is looked at; their keys are all there.
-_QUERY_ROWS = 64
-#: Tokens for the statistics of attention itself.
-_ATTENTION_TOKENS = {"cpu": 16384, "cuda": 65536}
 
 
-class _Stop(Exception):
-    """What was wanted of a forward pass has been seen."""
-
-
-class LayerHealer:
-    """Converts layers one after another; holds what they share.
-
-    Args:
-        plan: the conversion.
-        original, converted: the two models, of which the layer at hand is loaded in ``original``.
-        batch: sequences in one forward pass.
-    """
-
-    def __init__(self, plan: Plan, original: LayerwiseModel, converted: LayerwiseModel, batch: int) -> None:
-        self.plan, self.original, self.converted, self.batch = plan, original, converted, batch
-        self.model, self.options = plan.model, plan.options
-        self.device = original.device
-
-    # ---- running
-
-    def batches(self, count: int) -> Iterator[slice]:
-        """Slices of whole batches."""
-        return (slice(at, at + self.batch) for at in range(0, count, self.batch))
-
-    def run(self, model: LayerwiseModel, layer: int, hidden: Tensor) -> Tensor:
-        """A loaded layer over all of the text; ``hidden`` is overwritten with the result."""
-        for rows in self.batches(len(hidden)):
-            hidden[rows] = model.run_layer(layer, hidden[rows].to(self.device)).to(hidden.device)
-        return hidden
-
-    def _glimpse(
-        self, model: LayerwiseModel, layer: int, hidden: Tensor, handle: Any, implementation: str | None = None
-    ) -> None:
-        """Run a loaded layer on some sequences until a hook has seen enough and stops it; the hook is removed."""
-        with _hooked(handle), suppress(_Stop):
-            model.run_layer(layer, hidden.to(self.device), implementation)
-
-    def _modules(self, model: LayerwiseModel, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """(attention, the projection that reads its input, the output projection)."""
-        family = self.model.family
-        attention = model.layers[layer].get_submodule(family.attention.rstrip("."))
-        return attention, attention.get_submodule(family.names.query), attention.get_submodule(family.names.output)
+class LayerHealer(LayerSight):
+    """Converts layers one after another; holds what they share."""
 
     # ---- one layer
 
-    def convert(self, layer: int, hidden: Tensor, ours: Tensor) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    def convert(
+        self, layer: int, hidden: list[Tensor], ours: list[Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
         """Convert the layer that is loaded in ``original``.
 
         Args:
-            hidden: the original's hidden states before the layer [N, S, n]; overwritten with those after it.
+            hidden: the original's hidden states before the layer; overwritten with those after it.
             ours: the converted prefix's.
 
         Returns:
@@ -106,6 +62,7 @@ class LayerHealer:
         pooled, inputs = heads, None
         if pools:
             pooled, inputs, facts = self._pool(layer, heads, hidden, ours)
+            inputs = inputs if options.fit else None  # as large as the hidden states: not kept for nothing
         target = self._run_original(layer, hidden, ours) if (options.refit or options.fit) else None
         if target is None:
             self.run(self.original, layer, hidden)
@@ -124,20 +81,22 @@ class LayerHealer:
         dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in self.plan.outputs}
         return tensors | {name: tensor.to(dtypes[name]) for name, tensor in extra.items()}, facts, hidden
 
-    def _pool(self, layer: int, heads: Heads, hidden: Tensor, ours: Tensor) -> tuple[Heads, Tensor, dict[str, Any]]:
+    def _pool(
+        self, layer: int, heads: Heads, hidden: list[Tensor], ours: list[Tensor]
+    ) -> tuple[Heads, list[Tensor] | None, dict[str, Any]]:
         """(pooled heads, attention's inputs on the converted prefix, facts); logits are refitted if asked for."""
         options, kv = self.options, self.plan.kv
-        rotation, scaling = self._geometry(layer, heads, hidden)
-        inputs, order = self._inputs(layer, ours), None
+        rotation, scaling = self.geometry(layer, heads, hidden)
+        inputs, order = self.inputs_of(layer, ours), None
         groups = None
         if options.grouping == "similar":
-            whole = self._statistics(layer, ours, inputs, 1, rotation, None)
+            whole = self.statistics(layer, ours, inputs, 1, rotation, None)
             groups = similar_groups(heads, kv, options.method, whole)
             heads = permute(heads, groups)
             span = torch.arange(heads.group_size)
             order = torch.cat([head * heads.group_size + span for group in groups for head in torch.tensor(group)])
         need = get_method(options.method).needs_calibration or options.refit
-        statistics = self._statistics(layer, ours, inputs, kv, rotation, order) if need else None
+        statistics = self.statistics(layer, ours, inputs, kv, rotation, order) if need else None
         spread = getattr(self.model.config, "initializer_range", None) or 0.02
         context = MethodContext(layer, options.seed, statistics, spread)
         result = regroup(heads, kv, options.method, "contiguous", context)
@@ -149,103 +108,14 @@ class LayerHealer:
             facts.update(note)
         return pooled, inputs, facts
 
-    # ---- what the layer sees
-
-    def _inputs(self, layer: int, ours: Tensor) -> Tensor:
-        """The attention's inputs on the converted prefix, [N, S, n]."""
-        _, reader, _ = self._modules(self.original, layer)
-        found = torch.empty_like(ours)
-
-        for rows in self.batches(len(ours)):
-
-            def keep(module: nn.Module, args: tuple[Tensor, ...], rows: slice = rows) -> None:
-                found[rows] = args[0].to(found.device)
-                raise _Stop
-
-            self._glimpse(self.original, layer, ours[rows], reader.register_forward_pre_hook(keep))
-        return found
-
-    def _statistics(
-        self, layer: int, ours: Tensor, inputs: Tensor, kv: int, rotation: Rotation | None, order: Tensor | None
-    ) -> LayerStatistics:
-        width = inputs.shape[-1] + 1
-        gatherer = StatisticsGatherer(width, kv, self.device)
-        _, _, output = self._modules(self.original, layer)
-        # What attention makes of the inputs costs far more to gather than the inputs themselves, and less will do.
-        enough = max(_ATTENTION_TOKENS.get(self.device.type, 16384), 8 * width) // inputs.shape[1]
-        every = max(1, len(inputs) // self.batch // max(enough // self.batch, 1))
-        for number, rows in enumerate(self.batches(len(inputs))):
-            x = _with_one(inputs[rows].to(self.device))
-            gatherer.add_inputs(x)
-            if number % every:
-                continue
-
-            rows_seen = _spread(x.shape[1], _QUERY_ROWS, number, self.device)
-
-            def see(seen: Seen, x: Tensor = x, rows_seen: Tensor = rows_seen) -> None:
-                gatherer.add_attention(x, _picked(seen.probabilities, rows_seen, order))
-
-            with observing(see):
-                self._glimpse(self.original, layer, ours[rows], output.register_forward_pre_hook(_stop), PROBE)
-        angles = None
-        if rotation is not None and len(rotation.pairs) and len(rotation.factors) > 1:
-            angles = (rotation.factors[1] / rotation.factors[0]).angle().cpu()
-        return gatherer.finish(angles, inputs.shape[1])
-
-    def _geometry(self, layer: int, heads: Heads, hidden: Tensor) -> tuple[Rotation | None, float | None]:
-        """How the layer rotates and scales, proved on numbers: None where its logits are not what we compute."""
-        rotation = self._rotation(layer, heads, hidden.shape[1])
-        if rotation is None or heads.key_norm != "none":
-            return rotation, None
-        rows = hidden[: self.batch][:1]
-        seen = self._seen(layer, rows)
-        if seen is None:
-            return rotation, None
-        x = _with_one(self._inputs_of(layer, rows))
-        model = LogitModel(rotation, seen.scaling)
-        q, k = model.weights(heads)
-        ours, theirs = model.scores(model.states(x, q), model.states(x, k)), seen.scores
-        mask = seen.visible.expand_as(theirs)
-        gap = (ours - theirs)[mask].abs().max() / theirs[mask].abs().max().clamp_min(1e-6)
-        return rotation, seen.scaling if float(gap) < 1e-3 else None
-
-    def _rotation(self, layer: int, heads: Heads, length: int) -> Rotation | None:
-        """The model's own rotary factors for this layer, from what the layer is called with."""
-        pairs = heads.pairs
-        if pairs is None or not len(pairs):
-            return Rotation(torch.ones(length, 0, dtype=torch.complex64, device=self.device), torch.empty(0, 2).long())
-        call = self.original.calls[self.original.default][layer]
-        given = call.kwargs.get("position_embeddings")
-        if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
-            return None
-        cos, sin = (part.float().reshape(-1, *part.shape[-2:])[0] for part in given)
-        count = len(pairs)
-        if cos.shape[-1] == 2 * count:
-            twice = bool(torch.equal(cos[:, 0::2], cos[:, 1::2]))
-            cos, sin = (part[:, 0::2] if twice else part[:, :count] for part in (cos, sin))
-        if cos.shape[-1] != count or len(cos) < length:
-            return None
-        return Rotation(torch.complex(cos, sin)[:length].to(self.device), pairs.to(self.device))
-
-    def _seen(self, layer: int, hidden: Tensor) -> Seen | None:
-        """What the original's attention computes on a few sequences; None where it cannot be observed."""
-        _, _, output = self._modules(self.original, layer)
-        found: list[Seen] = []
-        with observing(found.append):
-            self._glimpse(self.original, layer, hidden, output.register_forward_pre_hook(_stop), PROBE)
-        return found[0] if found else None
-
-    def _inputs_of(self, layer: int, hidden: Tensor) -> Tensor:
-        return self._inputs(layer, hidden).to(self.device)
-
     # ---- healing
 
     def _refit_logits(
         self,
         layer: int,
         pooled: Heads,
-        hidden: Tensor,
-        inputs: Tensor,
+        hidden: list[Tensor],
+        inputs: list[Tensor],
         geometry: tuple[Rotation | None, float | None],
         statistics: LayerStatistics,
         order: Tensor | None,
@@ -253,18 +123,17 @@ class LayerHealer:
         rotation, scaling = geometry
         if rotation is None or scaling is None:
             return pooled, {"logits": "not refitted: not linear in the projections"}
-        length, kind = hidden.shape[1], self.device.type
-        cost = 8 * pooled.num_heads * length * min(_QUERY_ROWS, length)
-        count = max(1, min(_LOGIT_BYTES.get(kind, 1 << 30) // cost, _LOGIT_SEQUENCES.get(kind, 24), len(hidden)))
-        chosen = torch.linspace(0, len(hidden) - 1, count).long()
-        step = max(1, min(8, count, self.batch))
         targets = []
-        for number, rows in enumerate(chosen.split(step)):
-            seen = self._seen(layer, hidden[rows])
-            assert seen is not None
-            at = _spread(length, _QUERY_ROWS, number, self.device)
-            p, scores = _picked(seen.probabilities, at, order), _picked(seen.scores, at, order)
-            targets.append(LogitTargets(_with_one(inputs[rows].to(self.device)), at, p, scores))
+        for part, mine in zip(hidden, inputs):
+            length = part.shape[1]
+            count = self._logit_sequences(part, pooled.num_heads, len(hidden))
+            chosen = torch.linspace(0, len(part) - 1, count).long()
+            for number, rows in enumerate(chosen.split(min(8, batch_rows(part, self.batch_tokens)))):
+                at = spread(length, QUERY_ROWS, number, self.device)
+                seen = self.seen(layer, part[rows], at)
+                assert seen is not None
+                p, scores = ordered(seen.probabilities, order), ordered(seen.scores, order)
+                targets.append(LogitTargets(with_one(mine[rows].to(self.device)), at, p, scores))
         model = LogitModel(rotation, scaling)
         before = logit_error(model, targets, pooled)
         refitted = refit_logits(pooled, model, targets, statistics)
@@ -273,43 +142,51 @@ class LayerHealer:
             return pooled, {"logit_error": [round(before, 5), round(before, 5)]}
         return refitted, {"logit_error": [round(before, 5), round(after, 5)]}
 
-    def _run_original(self, layer: int, hidden: Tensor, ours: Tensor) -> OutputTarget:
+    def _logit_sequences(self, part: Tensor, heads: int, lengths: int) -> int:
+        """How many of the sequences of one length the logits are matched on: an equal share of what memory holds."""
+        kind = self.device.type
+        cost = 8 * heads * part.shape[1] * min(QUERY_ROWS, part.shape[1])
+        most = min(_LOGIT_BYTES.get(kind, 1 << 30) // cost, _LOGIT_SEQUENCES.get(kind, 48)) // lengths
+        return max(1, min(most, len(part)))
+
+    def _run_original(self, layer: int, hidden: list[Tensor], ours: list[Tensor]) -> OutputTarget:
         """Advance ``hidden`` through the original layer and say what the converted attention ought to give."""
-        _, _, output = self._modules(self.original, layer)
+        _, _, output = self.modules(self.original, layer)
         family, config = self.model.family, self.model.config
         drift = None
         if not family.post_norm_of(config):
-            drift = (hidden - ours) / family.residual_scale(config, layer)
-        clean: Tensor | None = None
-        for rows in self.batches(len(hidden)):
-            kept: list[Tensor] = []
-            with _hooked(output.register_forward_hook(lambda module, args, result, kept=kept: kept.append(result))):
-                after = self.original.run_layer(layer, hidden[rows].to(self.device))
-            if clean is None:
-                clean = torch.empty(*hidden.shape[:-1], kept[0].shape[-1], device=hidden.device)
-            clean[rows] = kept[0].reshape(clean[rows].shape).to(clean.device)
-            hidden[rows] = after.to(hidden.device)
-        assert clean is not None
+            scale = family.residual_scale(config, layer)
+            drift = [(theirs - mine) / scale for theirs, mine in zip(hidden, ours)]
+        clean = []
+        for part in hidden:
+            outputs: list[Tensor] = []
+            for rows in self.batches(part):
+                kept: list[Tensor] = []
+                with hooked(output.register_forward_hook(lambda module, args, result, kept=kept: kept.append(result))):
+                    after = self.original.run_layer(layer, part[rows].to(self.device))
+                outputs.append(kept[0].reshape(*after.shape[:2], -1).to(part.device))
+                part[rows] = after.to(part.device)
+            clean.append(torch.cat(outputs))
         return OutputTarget(clean, drift)
 
     def _refit_output(
         self,
         layer: int,
         pooled: Heads,
-        ours: Tensor,
+        ours: list[Tensor],
         goal: OutputTarget,
     ) -> Heads:
         self.load_converted(layer, pooled)
-        _, _, output = self._modules(self.converted, layer)
+        _, _, output = self.modules(self.converted, layer)
         refit = OutputRefit(pooled)
-        for rows in self.batches(len(ours)):
-            target = goal.at(rows, 1.0, self.device)
+        for index, rows in self.every_batch(ours):
+            target = goal.at(index, rows, 1.0, self.device)
 
             def count(module: nn.Module, args: tuple[Tensor, ...], target: Tensor = target) -> None:
                 refit.add(args[0].reshape(*target.shape[:-1], -1), target)
-                raise _Stop
+                raise Stop
 
-            self._glimpse(self.converted, layer, ours[rows], output.register_forward_pre_hook(count))
+            self.glimpse(self.converted, layer, ours[index][rows], output.register_forward_pre_hook(count))
         self.converted.unload_layer(layer)
         return refit.solve(pooled)
 
@@ -317,10 +194,12 @@ class LayerHealer:
         result = LayerResult(pooled, [], 0.0, 0.0)
         self.converted.load_layer(layer, layer_tensors(self.plan, layer, result, keep_float=True))
 
-    def _fit(self, layer: int, pooled: Heads, inputs: Tensor, ours: Tensor, goal: OutputTarget) -> tuple[Heads, float]:
+    def _fit(
+        self, layer: int, pooled: Heads, inputs: list[Tensor], ours: list[Tensor], goal: OutputTarget
+    ) -> tuple[Heads, float]:
         self.load_converted(layer, pooled)
-        attention, reader, output = self._modules(self.converted, layer)
-        forward = self._attention_call(layer, attention, reader, ours)
+        attention, _, output = self.modules(self.converted, layer)
+        forwards = [self._attention_call(layer, attention, output, part) for part in ours]
         moved = {
             name: parameter
             for name, parameter in attention.named_parameters()
@@ -328,11 +207,10 @@ class LayerHealer:
         }
         loss = fit_attention(
             moved,
-            lambda rows: forward(inputs[rows].to(self.device), output),
-            inputs,
-            lambda rows: goal.at(rows, DRIFT, self.device),
+            lambda index, rows: forwards[index](inputs[index][rows].to(self.device)),
+            lambda index, rows: goal.at(index, rows, DRIFT, self.device),
             self.options.fit,
-            self.batch,
+            [(len(part), batch_rows(part, self.batch_tokens)) for part in inputs],
             self.options.seed + layer,
         )
         prefix = self.model.family.prefix(layer)
@@ -344,22 +222,22 @@ class LayerHealer:
         return replace(pooled, **moved_weights), round(loss, 6)
 
     def _attention_call(
-        self, layer: int, attention: nn.Module, reader: nn.Module, ours: Tensor
-    ) -> Callable[[Tensor, nn.Module], Tensor]:
+        self, layer: int, attention: nn.Module, output: nn.Module, ours: Tensor
+    ) -> Callable[[Tensor], Tensor]:
         """The attention module as a function of its input, called as the layer calls it."""
         caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append((args, kwargs))
-            raise _Stop
+            raise Stop
 
         handle = attention.register_forward_pre_hook(catch, with_kwargs=True)
-        self._glimpse(self.converted, layer, ours[: self.batch], handle)
+        self.glimpse(self.converted, layer, ours[: batch_rows(ours, self.batch_tokens)], handle)
         args, kwargs = caught[0]
 
-        def forward(x: Tensor, output: nn.Module) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
             kept: list[Tensor] = []
-            with _hooked(output.register_forward_hook(lambda module, args, result: kept.append(result))):
+            with hooked(output.register_forward_hook(lambda module, args, result: kept.append(result))):
                 if "hidden_states" in kwargs:
                     attention(*args, **{**kwargs, "hidden_states": x})
                 else:
@@ -372,33 +250,3 @@ class LayerHealer:
 def _projections(family: Any) -> set[str]:
     names = family.names
     return {names.query, names.key, names.value, names.output}
-
-
-def _spread(length: int, count: int, number: int, device: torch.device) -> Tensor:
-    """``count`` positions spread evenly over a sequence, shifted from batch to batch so that all come up."""
-    count = min(count, length)
-    stride = length // count
-    return torch.arange(count, device=device) * stride + number % stride
-
-
-def _picked(attention: Tensor, rows: Tensor, order: Tensor | None) -> Tensor:
-    """Some queries' rows of [b, H, S, S], with the heads in a new order; memory of its own."""
-    picked = attention[:, :, rows]
-    return picked if order is None else picked[:, order.to(picked.device)]
-
-
-def _with_one(x: Tensor) -> Tensor:
-    """x~ = [x, 1]: the one carries biases."""
-    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
-
-
-def _stop(module: nn.Module, args: Any) -> None:
-    raise _Stop
-
-
-@contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

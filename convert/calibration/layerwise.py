@@ -8,7 +8,7 @@ positions, and one that does not is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,8 @@ class LayerwiseModel:
         self.module.requires_grad_(False)
         path = model.module_layer.split("{i}")[0].rstrip(".")
         self.layers: nn.ModuleList = self.module.get_submodule(path)  # type: ignore[assignment]
-        self.calls: dict[str, list[Call]] = {}
+        #: By attention implementation and length of the sequences.
+        self.calls: dict[tuple[str, int], list[Call]] = {}
         self._implementation = self.module.config._attn_implementation or "eager"
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_meta:
@@ -102,30 +103,34 @@ class LayerwiseModel:
 
     # ---- before the layers
 
-    def embed(self, tokens: Tensor, batch: int) -> Tensor:
+    def embed(self, tokens: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
         """Run everything before the first layer and note what the layers are called with.
 
         Args:
-            tokens: int64 [N, S]; batch: sequences at a time.
+            tokens: int64 [N, S] for each length of sequence; batch_tokens: how many at a time.
 
         Returns:
-            Hidden states [N, S, n], float32, on the CPU or where they fit.
+            Hidden states [N, S, n] for each length, float32, on the device.
 
         Raises:
             UnsupportedError: the layers are called with more than hidden states and positions.
         """
         self._load_outside()
+        states = [self._embed(part, batch_rows(part, batch_tokens)) for part in tokens]
+        self._unload_outside()
+        return states
+
+    def _embed(self, tokens: Tensor, batch: int) -> Tensor:
         hidden: list[Tensor] = []
         for start in range(0, len(tokens), batch):
             rows = tokens[start : start + batch].to(self.device)
             first, calls = self._until_layers(rows, self.default)
             hidden.append(first.float())
             if start == 0:
-                self.calls[self.default] = calls
+                self.calls[self.default, tokens.shape[1]] = calls
             elif start == batch:
                 self._refuse_dependence(calls, rows)
-        self.calls[PROBE] = self._until_layers(tokens[:batch].to(self.device), PROBE)[1]
-        self._unload_outside()
+        self.calls[PROBE, tokens.shape[1]] = self._until_layers(tokens[:batch].to(self.device), PROBE)[1]
         return torch.cat(hidden)
 
     def _until_layers(self, tokens: Tensor, implementation: str) -> tuple[Tensor, list[Call]]:
@@ -172,7 +177,7 @@ class LayerwiseModel:
 
     def _refuse_dependence(self, calls: list[Call], tokens: Tensor) -> None:
         """The text must not reach the layers by any way but the hidden states."""
-        for ours, theirs in zip(self.calls[self.default], calls):
+        for ours, theirs in zip(self.calls[self.default, tokens.shape[1]], calls):
             mine = ours.rows(len(tokens))
             if not _equal((mine.args, mine.kwargs), (theirs.args, theirs.kwargs)):
                 raise UnsupportedError(
@@ -280,7 +285,7 @@ class LayerwiseModel:
         """A loaded layer's output on a batch of hidden states [b, S, n]."""
         implementation = implementation or self.default
         self._use(implementation)
-        call = self.calls[implementation][layer].rows(len(hidden))
+        call = self.calls[implementation, hidden.shape[1]][layer].rows(len(hidden))
         result = self.layers[layer](hidden, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
@@ -289,6 +294,12 @@ class LayerwiseModel:
             config = getattr(module, "config", None)
             if config is not None and hasattr(config, "_attn_implementation"):
                 config._attn_implementation = implementation
+
+
+def batch_rows(part: Tensor, batch_tokens: int) -> int:
+    """Sequences in one forward pass over ``part`` [N, S, ...]: at least one, all of about the same number."""
+    most = max(1, batch_tokens // part.shape[1])
+    return -(-len(part) // -(-len(part) // most))
 
 
 def _widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:

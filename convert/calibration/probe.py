@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ PROBE = "rehead_probe"
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention call computed.
+    """What one attention call computed, for the R queries that are looked at.
 
     Attributes:
-        scores: scaled dot products before soft cap and mask, [b, H, S, S].
-        probabilities: [b, H, S, S].
+        scores: scaled dot products before soft cap and mask, [b, H, R, S].
+        probabilities: [b, H, R, S].
         visible: which keys a query may see, broadcastable to the scores.
         scaling: the factor on the dot products.
     """
@@ -34,9 +34,14 @@ class Seen:
     scaling: float
 
 
+class Observed(Exception):
+    """The probed attention has been seen; the rest of the layer is not needed."""
+
+
 Observer = Callable[[Seen], None]
 
-_observers: list[Observer] = []
+#: Whom to show what, and the positions of the queries that they want to see, int64 [R].
+_observers: list[tuple[Observer, Tensor]] = []
 
 
 def probe_attention(
@@ -50,41 +55,52 @@ def probe_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Plain attention that shows its scores and probabilities to the current observer.
+) -> Never:
+    """Plain attention for some of the queries, shown to the observers and to nobody else.
+
+    Rows that nobody looks at are not computed, so that a long sequence costs R x S memory, not S x S.
 
     Args:
         query: [b, H, S, D]; key, value: [b, K, S, D].
-        attention_mask: additive, [b or 1, 1 or H, S, S]; None for causal.
+        attention_mask: additive or boolean, [b or 1, 1 or H, S, S]; None for causal.
 
-    Returns:
-        ([b, S, H, D], None), as the interface asks.
+    Raises:
+        Observed: always, when all have seen it; whoever runs the layer stops there.
     """
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    for observer, rows in _observers:
+        observer(_seen(query, key, rows, attention_mask, scaling, softcap, s_aux))
+    raise Observed
+
+
+def _seen(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Seen:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query @ key.transpose(-1, -2)).float() * scale
-    shown = scores
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    length = scores.shape[-1]
+    asked = query[:, :, rows].unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the queries of a KV head in one product
+    shown = (asked @ key.transpose(-1, -2)).reshape(*query.shape[:2], len(rows), -1).float() * scale
+    scores = shown if softcap is None else softcap * torch.tanh(shown / softcap)
     if attention_mask is None:
-        seen = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()[None, None]
+        seen = (torch.arange(key.shape[2], device=key.device) <= rows[:, None])[None, None]
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     elif attention_mask.dtype == torch.bool:
-        seen = attention_mask
+        seen = attention_mask[:, :, rows]
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     else:
-        seen = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-        scores = scores + attention_mask
+        mask = attention_mask[:, :, rows]
+        seen = mask > torch.finfo(mask.dtype).min / 2
+        scores = scores + mask
     if s_aux is not None:
         sink = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)
         probabilities = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     else:
         probabilities = scores.softmax(-1)
-    for observer in _observers:
-        observer(Seen(shown, probabilities, seen, scale))
-    return (probabilities.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+    return Seen(shown, probabilities, seen, scale)
 
 
 def register_probe() -> None:
@@ -97,10 +113,15 @@ def register_probe() -> None:
 
 
 @contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Show every probed attention inside the block to ``observer``."""
-    _observers.append(observer)
+def observing(observer: Observer, rows: Tensor) -> Iterator[None]:
+    """Show the queries at ``rows`` (int64 [R]) of the probed attention inside the block to ``observer``.
+
+    The block ends there: what follows the attention is not run.
+    """
+    _observers.append((observer, rows))
     try:
         yield
+    except Observed:
+        pass
     finally:
-        _observers.remove(observer)
+        _observers.pop()

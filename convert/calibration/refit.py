@@ -52,7 +52,7 @@ class LogitTargets:
 
 @dataclass
 class Rotation:
-    """How the model turns a head's rotary pairs at each position: complex [S, P] (length is the rope's own scale)."""
+    """How the model turns a head's rotary pairs at each position: complex [S, P] up to the longest sequence."""
 
     factors: Tensor
     pairs: Tensor
@@ -68,7 +68,7 @@ class Rotation:
         count = len(self.pairs)
         if not count:
             return states
-        factors = self.factors if rows is None else self.factors[rows]
+        factors = self.factors[: states.shape[-2]] if rows is None else self.factors[rows]
         cos, sin = factors.real, -factors.imag if inverse else factors.imag
         real, imag, rest = states[..., :count], states[..., count : 2 * count], states[..., 2 * count :]
         return torch.cat([real * cos - imag * sin, real * sin + imag * cos, rest], -1)
@@ -246,18 +246,18 @@ class OutputTarget:
     """What the converted layer's attention ought to give.
 
     Attributes:
-        clean: the original's attention output [N, S, m].
-        drift: what the prefix has drifted by, in the output's scale, [N, S, m]; None where a norm stands between the
+        clean: the original's attention output [N, S, m], for each length of sequence.
+        drift: what the prefix has drifted by, in the output's scale, likewise; None where a norm stands between the
             output and the residual stream.
     """
 
-    clean: Tensor
-    drift: Tensor | None
+    clean: list[Tensor]
+    drift: list[Tensor] | None
 
-    def at(self, rows: Any, share: float, device: torch.device) -> Tensor:
-        """The targets of some sequences, taking back ``share`` of the drift."""
-        wanted = self.clean[rows] if self.drift is None else self.clean[rows] + share * self.drift[rows]
-        return wanted.to(device)
+    def at(self, index: int, rows: Any, share: float, device: torch.device) -> Tensor:
+        """The targets of some sequences of one length, taking back ``share`` of the drift."""
+        wanted = self.clean[index][rows]
+        return (wanted if self.drift is None else wanted + share * self.drift[index][rows]).to(device)
 
 
 class OutputRefit:

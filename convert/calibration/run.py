@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +49,25 @@ def calibrate(
     from rehead.convert.execute import resolve_device
 
     where, options, model = resolve_device(device), plan.options, plan.model
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 10**9)
     text = load_calibration(
         options.calibration,
         model.source,
         int(model.config.vocab_size),
         options.calibration_tokens,
-        min(options.calibration_length, int(getattr(model.config, "max_position_embeddings", None) or 10**9)),
+        [min(length, positions) for length in options.calibration_lengths],
         options.seed,
     )
-    tokens = text.tokens
-    batch = max(1, min(_BATCH_TOKENS.get(where.type, 4096) // tokens.shape[1], len(tokens)))
-    tokens = tokens[: len(tokens) // batch * batch]
-    if int(tokens.max()) >= int(model.config.vocab_size):
+    batch_tokens = _BATCH_TOKENS.get(where.type, 4096)
+    if max(int(part.max()) for part in text.tokens) >= int(model.config.vocab_size):
         raise UsageError(f"{model.source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
     with torch.no_grad():
         original = LayerwiseModel(plan.original, plan.original.config, where)
         converted = LayerwiseModel(model, plan.layer_config, where)
-        hidden = _placed(original.embed(tokens, batch), where)
+        hidden = _placed(original.embed(text.tokens, batch_tokens), where)
         converted.calls = original.calls
-        healer = LayerHealer(plan, original, converted, batch)
-        ours = hidden.clone()
+        healer = LayerHealer(plan, original, converted, batch_tokens)
+        ours = [part.clone() for part in hidden]
         total = model.config.num_hidden_layers
         for layer in range(total):
             if progress is not None:
@@ -92,12 +91,14 @@ def calibrate(
             converted.unload_layer(layer)
         if progress is not None:
             progress("calibrating", total, total)
+    lengths = [part.shape[1] for part in text.tokens]
+    gap, size = (sum(float(part.square().sum()) for part in parts) for parts in (_between(ours, hidden), hidden))
     details = {
         "text": text.names,
-        "tokens": int(tokens.numel()),
-        "length": int(tokens.shape[1]),
+        "tokens": text.count,
+        "length": lengths[0] if len(lengths) == 1 else lengths,
         "device": str(where),
-        "drift": round(float((ours - hidden).norm() / hidden.norm().clamp_min(1e-12)), 6),
+        "drift": round((gap / max(size, 1e-24)) ** 0.5, 6),
     }
 
     def provide(layer: int) -> dict[str, Tensor]:
@@ -108,11 +109,15 @@ def calibrate(
     return provide, details
 
 
-def _placed(hidden: Tensor, device: torch.device) -> Tensor:
+def _placed(hidden: list[Tensor], device: torch.device) -> list[Tensor]:
     """Keep the text's hidden states where the layers run, if several copies of them fit there."""
-    if device.type == "cuda" and hidden.nbytes * 8 > torch.cuda.mem_get_info(device)[0]:
-        return hidden.cpu()
+    if device.type == "cuda" and sum(part.nbytes for part in hidden) * 8 > torch.cuda.mem_get_info(device)[0]:
+        return [part.cpu() for part in hidden]
     return hidden
+
+
+def _between(ours: list[Tensor], theirs: list[Tensor]) -> Iterator[Tensor]:
+    return (a - b for a, b in zip(ours, theirs))
 
 
 def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ BUILT_IN = "calibration.txt.gz"
 RANDOM = "random"
 #: With less than this, second moments say more about the sample than about the model.
 MIN_TOKENS = 1024
+#: More characters than a token has on average in any text worth calibrating on.
+_CHARACTERS = 7
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,26 @@ class CalibrationText:
     """Sequences to run a model over.
 
     Attributes:
-        tokens: int64 [sequences, length].
+        tokens: int64 [sequences, length], one tensor for each length, the longest first.
         names: what they were taken from.
     """
 
-    tokens: Tensor
+    tokens: list[Tensor]
     names: list[str]
+
+    @property
+    def count(self) -> int:
+        """Tokens in all."""
+        return sum(part.numel() for part in self.tokens)
 
 
 def load_calibration(
-    texts: Sequence[str], source: Source, vocab_size: int, tokens: int, length: int, seed: int = 0
+    texts: Sequence[str], source: Source, vocab_size: int, tokens: int, lengths: Sequence[int], seed: int = 0
 ) -> CalibrationText:
     """Read texts and cut them into sequences with the model's own tokenizer.
 
-    Excerpts are spread evenly over each text; several texts share the tokens equally and take turns. Each excerpt is
-    tokenised by itself, so a tokenizer that starts a text with a special token starts every sequence with it.
+    Excerpts are spread evenly over each text and do not overlap; several texts share the tokens equally. A tokenizer
+    that starts a text with a special token starts every sequence with it.
 
     Args:
         texts: files (.txt, .txt.gz, .md, .jsonl, .parquet), folders or Hub datasets, with options as
@@ -48,59 +56,100 @@ def load_calibration(
         source: the model, for its tokenizer.
         vocab_size: for ``"random"``.
         tokens: how many in all; fewer are used where the texts hold fewer.
-        length: tokens in a sequence.
+        lengths: tokens in a sequence; several share the tokens equally, less those that their share does not fill once.
         seed: for ``"random"``.
 
     Raises:
         UsageError: a text is missing, empty, not text, or too short; or the model has no tokenizer.
     """
-    wanted = max(tokens // length, 1)
+    counts = _counts(tokens, lengths)
     if list(texts) == [RANDOM]:
         generator = torch.Generator().manual_seed(seed)
-        return CalibrationText(torch.randint(0, vocab_size, (wanted, length), generator=generator), ["random tokens"])
+        drawn = [torch.randint(0, vocab_size, (count, length), generator=generator) for length, count in counts.items()]
+        return CalibrationText(drawn, ["random tokens"])
     names = list(texts) or ["built in"]
     contents = [_read(name) for name in names]
     for name, content in zip(names, contents):
         if not content.strip():
             raise UsageError(f"--calibration {name}: is empty; give a file with text")
     tokenizer = _tokenizer(source)
-    share = -(-wanted // len(names))
-    found = [_sequences(content, tokenizer, share, length) for content in contents]
-    mixed = [row for rows in zip(*_padded(found)) for row in rows if row is not None][:wanted]
-    least = min(MIN_TOKENS, wanted * length)
-    if len(mixed) * length < least:
+    found = []
+    for i, content in enumerate(contents):
+        share = {length: (count + len(contents) - 1 - i) // len(contents) for length, count in counts.items()}
+        found.append(_sequences(content, tokenizer, _slots(share)))
+    turns = [row for rows in zip_longest(*found) for row in rows if row is not None]
+    parts = [[row for row in turns if len(row) == length] for length in counts]
+    least = min(MIN_TOKENS, sum(length * count for length, count in counts.items()))
+    if (held := sum(map(len, turns))) < least:
         raise UsageError(
-            f"--calibration {', '.join(names)}: too short, {len(mixed) * length} tokens in whole sequences of {length} "
-            f"where at least {least} are needed; give more text or a smaller --calibration-length"
+            f"--calibration {', '.join(names)}: too short, {held} tokens in whole sequences of "
+            f"{' and '.join(map(str, counts))} where at least {least} are needed; give more text or a smaller "
+            "--calibration-length"
         )
-    return CalibrationText(torch.tensor(mixed), names)
+    return CalibrationText([torch.tensor(part) for part in parts if part], names)
 
 
-def _padded(found: list[list[list[int]]]) -> list[list[list[int] | None]]:
-    longest = max(len(rows) for rows in found)
-    return [[*rows, *[None] * (longest - len(rows))] for rows in found]
+def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
+    """How many sequences of each length, longest first; what a length cannot use goes to the shorter ones."""
+    counts: dict[int, int] = {}
+    distinct = sorted(set(lengths), reverse=True)
+    for i, length in enumerate(distinct):
+        count = tokens // (len(distinct) - i) // length
+        if i == len(distinct) - 1 and not counts:
+            count = max(count, 1)
+        if count:
+            counts[length] = count
+            tokens -= count * length
+    return counts
 
 
-def _sequences(text: str, tokenizer: Any, count: int, length: int) -> list[list[int]]:
-    """At most ``count`` sequences of ``length`` tokens, spread evenly over a text."""
-    # Excerpts generous enough for a sequence each at up to seven characters a token, evenly spread.
-    size = min(7 * length, max(len(text) // count, 1))
-    if size < 7 * length:
-        ids = tokenizer(text).input_ids
-        rows = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
-        step = max(len(rows) / count, 1.0)
-        return [rows[int(i * step)] for i in range(min(count, len(rows)))]
-    rows = []
-    stride = (len(text) - size) / max(count - 1, 1)
-    for i in range(count):
-        start = int(i * stride)
+def _slots(counts: dict[int, int]) -> list[int]:
+    """The lengths of all sequences in the order in which they come up in a text: each spread evenly over it."""
+    places = [((i + 0.5) / count, length) for length, count in counts.items() for i in range(count)]
+    return [length for _, length in sorted(places)]
+
+
+def _sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list[int]]:
+    """Sequences of the lengths of ``slots``, in this order and spread evenly over a text; those that it holds."""
+    wanted = sum(slots)
+    if len(text) < _CHARACTERS * wanted:
+        return _all_sequences(text, tokenizer, slots)
+    # Room for excerpts with generous ends, so the rest of the text need not be tokenised.
+    rows, at = [], 0
+    for length in slots:
+        start = int(len(text) * (at / wanted))
+        at += length
         if start:  # not in the middle of a word
             space = text.find(" ", start, start + 200)
             start = space + 1 if space >= 0 else start
-        ids = tokenizer(text[start : start + size]).input_ids[:length]
+        ids = tokenizer(text[start : start + _CHARACTERS * length]).input_ids[:length]
         if len(ids) == length:
             rows.append(ids)
     return rows
+
+
+def _all_sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list[int]]:
+    """The same for a text that has to be tokenised whole; the first slots use up one that is too short for all."""
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    start = _start(tokenizer, text, ids)
+    spare = max(len(ids) - sum(length - len(start) for length in slots), 0)
+    rows, at, shift = [], 0, spare / max(len(slots), 1)
+    for i, length in enumerate(slots):
+        begin = at + int(i * shift)
+        body = ids[begin : begin + length - len(start)]
+        if len(start) + len(body) == length:
+            rows.append([*start, *body])
+            at += len(body)
+    return rows
+
+
+def _start(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """The special tokens that a tokenizer puts before a text with these tokens."""
+    marked = list(tokenizer(text[:1000]).input_ids)
+    for count in range(len(marked)):
+        if marked[count : count + 4] == ids[:4]:
+            return marked[:count]
+    return []
 
 
 def _tokenizer(source: Source) -> Any:

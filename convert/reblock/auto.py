@@ -45,9 +45,10 @@ def choose(
     reblock(model, options.block, None, options.plain)
     vocab = int(model.config.vocab_size)
     count = min(options.calibration_tokens, max(_FEWEST, _LOGITS // vocab))
-    longest = min(options.calibration_length, int(getattr(model.config, "max_position_embeddings", None) or 10**9))
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 10**9)
+    longest = min(*options.calibration_lengths, positions)
     text = load_calibration(
-        options.calibration, model.source, vocab, max(count, longest), min(longest, count), options.seed
+        options.calibration, model.source, vocab, max(count, longest), [min(longest, count)], options.seed
     )
     source = model.source
     source.materialise()
@@ -63,7 +64,7 @@ def choose(
     live = live.to(device).eval()
     choice = choose_layers(
         live,
-        text.tokens,
+        text.tokens[0],
         form=options.block,
         kl_budget=options.kl_budget,
         count=auto_count(options.layers, int(model.config.num_hidden_layers)),
@@ -80,7 +81,7 @@ def choose(
         "asked": options.layers,
         "kl_budget": options.kl_budget,
         "kl": round(choice.kl, 6),
-        "tokens": int(text.tokens.numel()),
+        "tokens": text.count,
         "text": text.names,
         "path": [[layer, round(kl, 6)] for layer, kl in choice.path],
         "alone": {str(loss.layer): round(loss.kl, 6) for loss in choice.alone},

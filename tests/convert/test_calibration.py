@@ -50,7 +50,7 @@ def test_layer_by_layer_is_the_model_itself(name: str, tmp_path: Path) -> None:
         plain.base_model(input_ids=ids, use_cache=False)
         runner = LayerwiseModel(model, model.config, CPU)
         assert all(parameter.is_meta for parameter in runner.module.parameters())
-        hidden = runner.embed(ids, 2)
+        hidden = runner.embed([ids], 40)[0]
         for layer in range(model.config.num_hidden_layers):
             runner.load_layer(layer)
             hidden = torch.cat([runner.run_layer(layer, rows) for rows in hidden.split(2)])
@@ -168,8 +168,8 @@ def test_refit_finds_queries_and_keys_that_give_the_logits() -> None:
 class Letters:
     """Stands in for a tokenizer: a token for each character, after a start token."""
 
-    def __call__(self, text: str):
-        return type("Ids", (), {"input_ids": [1, *(2 + ord(c) % 60 for c in text)]})
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        return type("Ids", (), {"input_ids": [1] * add_special_tokens + [2 + ord(c) % 60 for c in text]})
 
 
 @pytest.fixture
@@ -183,14 +183,15 @@ def test_texts_share_the_tokens_and_take_turns(letters, tmp_path: Path) -> None:
         f.write("xyz " * 20000)
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": "qrs " * 50}) for _ in range(200)))
     names = [str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl")]
-    found = load_calibration(names, None, 64, 12 * 128, 128)
-    assert found.tokens.shape == (12, 128)
-    assert (found.tokens[0] == found.tokens[3]).float().mean() > 0.2
-    sets = [set(row.tolist()) - {1} for row in found.tokens[:3]]
+    found = load_calibration(names, None, 64, 12 * 128, [128])
+    (rows,) = found.tokens
+    assert rows.shape == (12, 128)
+    assert (rows[0] == rows[3]).float().mean() > 0.2
+    sets = [set(row.tolist()) - {1} for row in rows[:3]]
     assert sets[0] != sets[1] != sets[2]
-    assert found.tokens[0, 0] == 1
-    built_in = load_calibration([], None, 64, 8 * 512, 512)
-    assert built_in.tokens.shape == (8, 512)
+    assert bool((rows[:, 0] == 1).all())
+    built_in = load_calibration([], None, 64, 8 * 512, [512])
+    assert built_in.tokens[0].shape == (8, 512)
     assert built_in.names == ["built in"]
 
 
@@ -205,7 +206,7 @@ def test_texts_share_the_tokens_and_take_turns(letters, tmp_path: Path) -> None:
 def test_bad_texts(letters, tmp_path: Path, make, says: str) -> None:
     make(tmp_path / "t.txt")
     with pytest.raises(UsageError, match=says):
-        load_calibration([str(tmp_path / "t.txt")], None, 64, 8192, 128)
+        load_calibration([str(tmp_path / "t.txt")], None, 64, 8192, [128])
 
 
 def test_a_guessed_layout_is_proved_on_numbers(llama: Path) -> None:
@@ -230,3 +231,55 @@ def test_inputs_are_decomposed_once_for_a_layer(monkeypatch) -> None:
     torch.testing.assert_close(((vectors * values) @ vectors.T).float(), statistics.inputs, atol=1e-4, rtol=1e-4)
     assert statistics.input_roots[0] is root
     assert calls == [1]
+
+
+def test_lengths_share_the_tokens_without_overlap(letters, tmp_path: Path) -> None:
+    """Half of the tokens in each length, spread over the text, no character twice; a start token in every sequence."""
+    text = "".join(chr(33 + i % 60) for i in range(40000))
+    for content, name in ((text, "long"), (text[:4300], "short")):
+        (tmp_path / name).write_text(content)
+        found = load_calibration([str(tmp_path / name)], None, 64, 4096, [64, 512])
+        assert [tuple(part.shape) for part in found.tokens] == [(4, 512), (32, 64)]
+        assert found.count == 4096
+        assert all(bool((part[:, 0] == 1).all()) for part in found.tokens)
+    (tmp_path / "numbered").write_text(" ".join(f"{i:04d}" for i in range(860)))
+
+    class Numbers:
+        def __call__(self, text: str, add_special_tokens: bool = True):
+            return type("Ids", (), {"input_ids": [1] * add_special_tokens + [2 + int(word) for word in text.split()]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rehead.convert.calibration.text._tokenizer", lambda source: Numbers())
+        found = load_calibration([str(tmp_path / "numbered")], None, 1000, 800, [40, 200])
+    seen = torch.cat([part[:, 1:].flatten() for part in found.tokens])
+    assert len(seen) == len(seen.unique())
+    assert int(seen.max()) > 780
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "shapes"),
+    [
+        (131072, (512, 2048), [(32, 2048), (128, 512)]),
+        (4096, (2048, 512), [(1, 2048), (4, 512)]),
+        (2048, (512, 2048), [(4, 512)]),
+        (1000, (512, 2048), [(1, 512)]),
+        (131072, (256, 256), [(512, 256)]),
+        (300, (2048,), [(1, 2048)]),
+    ],
+)
+def test_a_length_that_its_share_does_not_fill_is_left_out(tokens: int, lengths, shapes) -> None:
+    found = load_calibration(["random"], None, 64, tokens, lengths)
+    assert [tuple(part.shape) for part in found.tokens] == shapes
+
+
+def test_mixed_lengths_are_healed_for_both(llama: Path, tmp_path: Path) -> None:
+    """Short and long sequences go through every stage; a length beyond the positions of the model is cut to them."""
+    options = {"calibration": ["random"], "calibration_tokens": 4096, "calibration_length": (16, 4096)}
+    done = convert(llama, tmp_path / "mixed", num_key_value_heads=1, method="svd", refit=True, fit=20, **options)
+    convert(llama, tmp_path / "svd", num_key_value_heads=1, method="svd", **options)
+    assert distance(tmp_path / "mixed", llama) < distance(tmp_path / "svd", llama)
+    manifest = json.loads((tmp_path / "mixed" / "rehead.json").read_text())
+    positions = json.loads((llama / "config.json").read_text())["max_position_embeddings"]
+    assert manifest["calibration"]["length"] == [positions, 16]
+    assert manifest["options"]["calibration_length"] == [16, 4096]
+    assert done.layers[0]["logit_error"][1] < done.layers[0]["logit_error"][0]
