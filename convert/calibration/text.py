@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -46,8 +47,9 @@ def load_calibration(
 ) -> CalibrationText:
     """Read texts and cut them into sequences with the model's own tokenizer.
 
-    Excerpts are spread evenly over each text and do not overlap; several texts share the tokens equally. A tokenizer
-    that starts a text with a special token starts every sequence with it.
+    Excerpts lie at random places of equal stretches of each text and do not overlap (at even distances, a text whose
+    parts take turns may show only some of them); several texts share the tokens equally. A tokenizer that starts a text
+    with a special token starts every sequence with it.
 
     Args:
         texts: files (.txt, .txt.gz, .md, .jsonl, .parquet), folders or Hub datasets, with options as
@@ -57,7 +59,7 @@ def load_calibration(
         vocab_size: for ``"random"``.
         tokens: how many in all; fewer are used where the texts hold fewer.
         lengths: tokens in a sequence; several share the tokens equally, less those that their share does not fill once.
-        seed: for ``"random"``.
+        seed: of the places, and for ``"random"``.
 
     Raises:
         UsageError: a text is missing, empty, not text, or too short; or the model has no tokenizer.
@@ -76,7 +78,7 @@ def load_calibration(
     found = []
     for i, content in enumerate(contents):
         share = {length: (count + len(contents) - 1 - i) // len(contents) for length, count in counts.items()}
-        found.append(_sequences(content, tokenizer, _slots(share)))
+        found.append(_sequences(content, tokenizer, _slots(share), seed))
     turns = [row for rows in zip_longest(*found) for row in rows if row is not None]
     parts = [[row for row in turns if len(row) == length] for length in counts]
     least = min(MIN_TOKENS, sum(length * count for length, count in counts.items()))
@@ -109,15 +111,16 @@ def _slots(counts: dict[int, int]) -> list[int]:
     return [length for _, length in sorted(places)]
 
 
-def _sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list[int]]:
-    """Sequences of the lengths of ``slots``, in this order and spread evenly over a text; those that it holds."""
-    wanted = sum(slots)
-    if len(text) < _CHARACTERS * wanted:
+def _sequences(text: str, tokenizer: Any, slots: Sequence[int], seed: int) -> list[list[int]]:
+    """Sequences of the lengths of ``slots``, in this order and spread over a text; those that it holds."""
+    wanted, draw = sum(slots), random.Random(seed).random
+    spare = len(text) - _CHARACTERS * wanted
+    if spare < 0:
         return _all_sequences(text, tokenizer, slots)
     # Room for excerpts with generous ends, so the rest of the text need not be tokenised.
     rows, at = [], 0
     for length in slots:
-        start = int(len(text) * (at / wanted))
+        start = int(len(text) * (at / wanted) + draw() * spare * (length / wanted))
         at += length
         if start:  # not in the middle of a word
             space = text.find(" ", start, start + 200)
