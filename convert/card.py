@@ -85,8 +85,9 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         ]
     if plan.raw_config.get("auto_map"):
         lines += [
-            "Transformers has no class for this model: `import rehead` before loading, or trust the modelling file "
-            "beside the weights.",
+            "Transformers has no class for this model: load it by an Auto class, after `import rehead` or trusting the "
+            "modelling file beside the weights."
+            + (" Its serial class would take the weights and compute something else." if plan.parallel_layers else ""),
             "",
         ]
     if details.get("text"):

@@ -10,6 +10,7 @@ are made from the installed transformers when they are first asked for.
 """
 
 import functools
+import importlib
 import sys
 from typing import Any
 
@@ -45,7 +46,8 @@ FAMILIES = {
 ``post_attention_layernorm`` and ``mlp``."""
 
 TYPE_PREFIX = "rehead_parallel_"
-"""Put before the serial model type. The type differs, so that nothing can load the weights as a serial model."""
+"""Put before the serial model type. The type differs, so that no auto class takes the weights for a serial model's; a
+serial class that is called by its name warns of the type and computes the serial function."""
 
 _NO_DROPOUT = nn.Identity()
 
@@ -166,8 +168,14 @@ def _share_weight_conversion(model_type: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Make ``Parallel<Prefix>Config``, ``...Model`` or ``...ForCausalLM`` when it is first used (PEP 562)."""
+    """Make ``Parallel<Prefix>Config``, ``...Model`` or ``...ForCausalLM`` when it is first used (PEP 562).
+
+    So with ``...DecoderLayer``, by which a pickled model finds the classes of its layers.
+    """
     for model_type, prefix in FAMILIES.items():
+        if name == f"Parallel{prefix}DecoderLayer":
+            serial = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+            return _parallel_layer_class(getattr(serial, f"{prefix}DecoderLayer"))
         for suffix in ("Config", "Model", "ForCausalLM"):
             if name == f"Parallel{prefix}{suffix}":
                 made = _config_class(model_type) if suffix == "Config" else _model_class(model_type, suffix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,15 @@ def test_trains_saves_and_loads_again(tmp_path):
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_rehead_parallel.ParallelLlamaForCausalLM"
     assert config["parallel_layers"] == [0, 1]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "two").eval()), logits(model))
+
+
+def test_a_model_can_be_pickled(tmp_path):
+    """As torch.save and processes that are spawned do."""
+    checkpoint(tmp_path, "llama", [0])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.model.layers[0]) is type(model.model.layers[0])
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_the_model_without_a_head(tmp_path):
