@@ -87,7 +87,11 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         lines += [
             "Transformers has no class for this model: load it by an Auto class, after `import rehead` or trusting the "
             "modelling file beside the weights."
-            + (" Its serial class would take the weights and compute something else." if plan.parallel_layers else ""),
+            + (
+                " Its serial class would take the weights and compute something else."
+                if "parallel_layers" in plan.raw_config
+                else ""
+            ),
             "",
         ]
     if details.get("text"):
