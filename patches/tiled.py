@@ -13,6 +13,9 @@ from rehead.patches import cpu
 DECODE_ROWS = 16
 """Most query rows that the decode kernel takes."""
 
+DECODE_PAIRS = 65535
+"""Most pairs of batch row and KV head that its grid holds."""
+
 _MASK_RULES = ("causal", "q_offset", "window", "chunk", "kv_start", "kv_end", "key_mask")
 DECODE_RULES = frozenset((*_MASK_RULES, "scale", "softcap", "alibi_slopes", "sinks", "bias"))
 """Rules that the decode kernel takes."""
@@ -43,6 +46,7 @@ def attention(
         return cpu.attention(query, key, value, scale=scale, bias=bias, deterministic=deterministic, **rules)
     from rehead.patches import kernels
 
+    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
     if bias is not None:
         bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
     rules = dict(rules, scale=scale, bias=bias)
@@ -69,7 +73,7 @@ def _autocast(*tensors: Tensor) -> Any:
 
 def _is_decode(query: Tensor, key: Tensor, value: Tensor, rules: dict[str, Any]) -> bool:
     """Few rows, no gradient, and no rule that the decode kernel lacks."""
-    if query.shape[2] > DECODE_ROWS:
+    if query.shape[2] > DECODE_ROWS or query.shape[0] * key.shape[1] > DECODE_PAIRS:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return False

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from rehead.patches import patch_model
+from rehead.patches.tiled import attention
 from rehead.patches.tiny import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -61,6 +62,28 @@ def test_proof_and_revert(arch):
         proof = patch.prove(tolerance=TOLERANCE)
         assert proof.leak <= proof.unpatched_leak
     assert torch.equal(model(ids, use_cache=False).logits, before)
+
+
+def test_autocast():
+    model = build("llama")
+    ids = TOKENS.cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16), torch.no_grad():
+        theirs = model(ids, use_cache=False).logits
+        with patch_model(model, "tiled"):
+            mine = model(ids, use_cache=False).logits
+    assert float((mine - theirs).abs().max()) <= 4e-2 * float(theirs.abs().max())
+
+
+def test_any_layout_and_more_pairs_than_the_decode_grid_holds():
+    """A head_dim that is not contiguous is copied; 65,536 pairs of row and KV head take the general kernels."""
+    query, key, value = (torch.randn(1 << 13, 8, s, 16, device="cuda") for s in (1, 5, 5))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    out = attention(query, key, value, causal=False)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+    strided = key.transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(
+        attention(query[:9], strided[:9], value[:9], causal=False), out[:9], atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

@@ -58,6 +58,34 @@ def test_prove_catches_wrong_attention(model, monkeypatch, change, word):
         assert patch.applied
 
 
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        (1, lambda rules: {**rules, "kv_start": None, "kv_end": None, "key_mask": None}),
+        (1, lambda rules: {**rules, "window": 20}),
+        (23, lambda rules: {**rules, "q_offset": 0}),
+    ],
+)
+def test_prove_catches_what_is_wrong_from_a_cache_alone(model, monkeypatch, rows, change):
+    """A step of one token, and the rest of a prompt in one piece, have code of their own below the interface."""
+    from rehead.patches import tiled
+
+    real, wrong = tiled.attention, wrong_attention(change)
+    monkeypatch.setattr(
+        "rehead.patches.interface.tiled.attention",
+        lambda query, *args, **rules: (wrong if query.shape[2] == rows else real)(query, *args, **rules),
+    )
+    with patch_model(model, "tiled") as patch, pytest.raises(VerificationError, match="differ"):
+        patch.prove(length=48)
+
+
+def test_prove_reports_decoding(model):
+    with patch_model(model, "tiled") as patch:
+        proof = patch.prove()
+    assert 0 < proof.decoding <= proof.difference <= proof.tolerance
+    assert "from a cache" in str(proof)
+
+
 def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
     with patch_model(model, "tiled") as patch:
         real = proof_module._logits
