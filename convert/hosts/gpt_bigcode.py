@@ -96,7 +96,7 @@ def host(build: Builder) -> Recipe:
     else:
         build.make("transformer.wte.weight", (table,), lambda rows: rows * scale, rounds=True)
     if layout.positions is None:
-        build.make("transformer.wpe.weight", (table,), lambda rows: _sinusoids(config, rows))
+        build.make("transformer.wpe.weight", (table,), lambda rows: _sinusoids(config, rows), rounds=True)
     elif layout.offset:
         old = f"{root}{layout.positions}.weight"
         build.make("transformer.wpe.weight", (old,), lambda rows: rows[layout.offset :].contiguous())

@@ -38,7 +38,7 @@ PAIRS = [
     ("biogpt", {}, "gpt_bigcode", True),
     ("biogpt", {"scale_embedding": False}, "gpt_bigcode", False),
     ("xglm", {}, "gpt_bigcode", True),
-    ("xglm", {"pad_token_id": 5}, "gpt_bigcode", True),
+    ("xglm", {"pad_token_id": 5, "scale_embedding": False}, "gpt_bigcode", True),
 ]
 
 
