@@ -17,6 +17,7 @@ from torch import Tensor
 from rehead import __version__
 from rehead.convert.card import model_card
 from rehead.convert.families.layouts import merge
+from rehead.convert.finite import first_nonfinite
 from rehead.convert.manifest import made_by
 from rehead.convert.methods.registry import MethodContext
 from rehead.convert.model import open_model
@@ -26,7 +27,7 @@ from rehead.convert.reblock.layers import is_auto
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
 from rehead.convert.target import Target, finish_commit
-from rehead.errors import UsageError
+from rehead.errors import UnsupportedError, UsageError
 
 Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total); stages are "calibrating", "writing"."""
@@ -103,7 +104,24 @@ def layer_tensors(plan: Plan, layer: int, result: LayerResult, keep_float: bool 
     if keep_float:
         return tensors
     dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in plan.outputs}
-    return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items() if not tensor.is_meta}
+    return {name: cast(name, tensor, dtypes[name]) for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A computed weight in the dtype that is written.
+
+    Raises:
+        UnsupportedError: a number is beyond the dtype.
+    """
+    result = tensor.to(dtype)
+    if first_nonfinite(result) is not None:
+        if first_nonfinite(tensor) is not None:
+            raise UnsupportedError(f"{name}: came out not finite; use --method mean, and report this model")
+        limit = f"{str(dtype).removeprefix('torch.')}'s {torch.finfo(dtype).max:.3g}"
+        raise UnsupportedError(
+            f"{name}: holds {float(tensor.abs().max()):.3g}, beyond {limit}; choose --dtype bfloat16 or float32"
+        )
+    return result
 
 
 def convert(
@@ -269,10 +287,9 @@ def _execute(
 
 def modeling_files(plan: Plan) -> dict[str, str]:
     """The modelling file of ours that the result's ``auto_map`` names, if any, by its name beside the weights."""
-    from rehead.convert.modeling import modeling_file
+    from rehead.convert.modeling import carried_modules, modeling_file
 
-    modules = {str(path).split(".")[0] for path in (plan.raw_config.get("auto_map") or {}).values()}
-    return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in sorted(modules)}
+    return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in carried_modules(plan.raw_config)}
 
 
 def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progress | None) -> None:
@@ -281,7 +298,7 @@ def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progre
     widened = plan.widening.changes if plan.widening else {}
 
     def fetch(name: str) -> Tensor:
-        tensor = provider(layers[name])[name] if name in layers else plan.model.read(name).to(dtypes[name])
+        tensor = provider(layers[name])[name] if name in layers else cast(name, plan.model.read(name), dtypes[name])
         return widened[name](tensor) if name in widened else tensor
 
     tick = None if progress is None else lambda done, total: progress("writing", done, total)

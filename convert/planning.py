@@ -150,7 +150,7 @@ class Plan:
             "options": self.options.as_json(),
             "config_changes": {
                 key: {"before": self.source.source.config.get(key), "after": value}
-                for key, value in self.raw_config.items()
+                for key, value in (dict.fromkeys(self.source.source.config) | self.raw_config).items()
                 if self.source.source.config.get(key) != value
             },
             "changes": [
@@ -186,7 +186,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     _refuse_together(source, model, options, kv)
     if kv != old and (reason := model.family.refusal(model.config, kv)):
         raise UnsupportedError(f"{model.source.id}: {reason}")
-    raw = copy.deepcopy(model.source.config)
+    raw = _without_remote_code(copy.deepcopy(model.source.config))
     if kv != old:
         model.family.set_kv(raw, kv)
     code = DTYPES[options.dtype]
@@ -219,6 +219,16 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
     )
     return Plan(source, model, options, changes, outputs, raw, config, layer_config, widening)
+
+
+def _without_remote_code(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config without an ``auto_map`` of somebody's code: transformers' own class loads the result, and remote code
+    neither knows of the change nor comes along."""
+    from rehead.convert.modeling import carried_modules
+
+    if raw.get("auto_map") and not carried_modules(raw):
+        raw.pop("auto_map")
+    return raw
 
 
 def _outputs(

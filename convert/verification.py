@@ -75,7 +75,8 @@ def verify(
     shapes = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
     report = load_report(config, shapes)
     if report and (source is None or report.beyond(_report_of(source, revision))):
-        raise VerificationError(f"{out}: does not load cleanly: {report.line()}; convert it again")
+        mend = "give --source MODEL if its source lacks them too" if source is None else "convert it again"
+        raise VerificationError(f"{out}: does not load cleanly: {report.line()}; {mend}")
     tokens = _tokens(config, positions)
     model = _load(str(out), config)
     logits = _logits(model, tokens)
@@ -113,7 +114,8 @@ def _tokens(config: Any, count: int) -> Tensor:
 
 
 def _load(path: str, config: Any, revision: str | None = None) -> Any:
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what neither checkpoint holds (the head of a base model) is drawn alike for both
         try:
             model = causal_lm_class(config).from_pretrained(path, revision=revision or "main", dtype=torch.float32)
         except Exception as error:

@@ -168,7 +168,8 @@ class _KeyGroup:
         else:
             inside = basis @ self.key_root @ rows.T  # [d, d], the basis seen within the subspace
             u, s, vh = torch.linalg.svd(inside)
-            s = s.clamp_min(1e-3 * s[0])  # directions that the pairwise rows miss would otherwise blow up the queries
+            # Directions that the pairwise rows miss would otherwise blow up the queries.
+            s = s.clamp_min(max(1e-3 * float(s[0]), _TINY))
             key = (u * s) @ vh @ rows @ self.key_unroot
             asked = forms @ rows.T @ (vh.T / s) @ u.T
         q, k = q.clone(), k.clone()

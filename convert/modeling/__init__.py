@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -20,12 +20,20 @@ from typing import Any
 from rehead.errors import UnsupportedError, UsageError
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-PARALLEL = "modeling_rehead_parallel"
+PREFIX = "modeling_rehead_"
+PARALLEL = PREFIX + "parallel"
 
 
 def modeling_file(name: str = PARALLEL) -> Path:
     """The file that a checkpoint carries, by its module name."""
     return Path(__file__).with_name(f"{name}.py")
+
+
+def carried_modules(config: Mapping[str, Any]) -> list[str]:
+    """The modules of ours that a ``config.json`` names in its ``auto_map``, sorted."""
+    named = (config.get("auto_map") or {}).values()
+    modules = {str(path).split(".")[0] for path in named}
+    return sorted(name for name in modules if name.startswith(PREFIX) and modeling_file(name).is_file())
 
 
 def parallel_families() -> dict[str, str]:

@@ -180,6 +180,18 @@ def test_svd_gauge_is_balanced() -> None:
     assert float(torch.linalg.cond(pooled.v[0].double())) < 1e3
 
 
+def test_a_layer_of_zeros_stays_one() -> None:
+    """Layers that were emptied (block expansion, pruning) have no direction to share; nothing may blow up."""
+    heads = Heads(
+        *(torch.zeros(4, 8, WIDTH) for _ in range(3)), torch.zeros(WIDTH, 4, 8), pairs=rotary_pairs("half", 8)
+    )
+    x = torch.randn(64, WIDTH + 1, generator=torch.Generator().manual_seed(0))
+    moment = x.T @ x / 64
+    statistics = LayerStatistics(moment, moment[None], moment[None], torch.full((4,), 1e-4), 64)
+    pooled = get_method("svd").pool(heads, 1, MethodContext(statistics=statistics))
+    assert max(float(tensor.abs().max()) for tensor in (pooled.q, pooled.k, pooled.v, pooled.o)) < 1e-20
+
+
 def test_random_is_seeded_and_first_is_first() -> None:
     heads = make_heads(4).to(torch.float32)
     draw = lambda seed: get_method("random").pool(heads, 2, MethodContext(seed=seed)).k  # noqa: E731

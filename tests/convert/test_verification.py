@@ -1,0 +1,62 @@
+"""Checkpoints as people have them: what is not the usual comes out plain, is told apart, or is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rehead.convert import convert, verify
+from rehead.errors import UnsupportedError, VerificationError
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return tiny.save_tiny("llama", tmp_path / "llama")
+
+
+def test_somebodys_auto_map_is_left_behind(llama: Path, tmp_path: Path) -> None:
+    """Falcon's, Phi-3's and others' configs name remote code though transformers has the class: the result is plain."""
+    path = llama / "config.json"
+    names = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "configuration_x.Y"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": names}))
+    (llama / "modeling_x.py").write_text("raise SystemExit")
+    done = convert(llama, tmp_path / "out", num_key_value_heads=1)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert done.plan.as_json()["config_changes"]["auto_map"] == {"before": names, "after": None}
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert verify(tmp_path / "out", str(llama)).plain
+    assert "modelling file" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_base_model_is_compared_through_the_same_head(llama: Path, tmp_path: Path) -> None:
+    """A checkpoint without a head gets a random one from transformers: both models must get the same."""
+    AutoModelForCausalLM.from_pretrained(llama).base_model.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "same", num_key_value_heads=tiny.KV_HEADS)
+    convert(tmp_path / "base", tmp_path / "one", num_key_value_heads=1)
+    state = torch.get_rng_state()
+    found = verify(tmp_path / "same", str(tmp_path / "base")).against_source
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found is not None
+    assert found["max_difference"] == 0
+    pooled = verify(tmp_path / "one", str(tmp_path / "base")).against_source
+    assert pooled is not None
+    assert pooled["max_difference"] > 0
+    with pytest.raises(VerificationError, match=r"missing.*give --source MODEL"):
+        verify(tmp_path / "same")
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj"])
+def test_numbers_beyond_the_dtype_are_refused(llama: Path, tmp_path: Path, name: str) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors[f"model.layers.1.{name}.weight"][0] = 1e6
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedError, match=rf"layers.1.{name}.weight: holds .*e\+0.*beyond float16's 6.55e\+04"):
+        convert(llama, tmp_path / "out", num_key_value_heads=tiny.KV_HEADS // 2, method="first", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    convert(llama, tmp_path / "out", num_key_value_heads=1, dtype="bfloat16")
