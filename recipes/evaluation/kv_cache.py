@@ -105,6 +105,38 @@ def cache_row(who: schema.Who, model: Any, dtype: torch.dtype) -> schema.KVCache
     )
 
 
+def cache_note(row: schema.KVCache, model_type: str) -> str | None:
+    """One line where transformers caches more than the KV heads; None where both figures agree.
+
+    Falcon's class repeats its KV heads for the query heads before it caches them, so sharing heads saves nothing there.
+    """
+    computed, measured = row.computed_bytes_per_token, row.measured_bytes_per_token
+    if not computed or not measured or measured <= computed * 1.005:
+        return None
+    return (
+        f"transformers' {model_type} caches {measured / computed:.3g} times the {row.who}'s KV heads, since it repeats "
+        f"them first; an engine that caches them as they are holds {computed:,.0f} bytes a token, not {measured:,.0f}"
+    )
+
+
+def stated_heads(config: Any, cached: list[int]) -> list[int]:
+    """KV heads by attention layer: as cached, or as the config has them where every layer caches them repeated.
+
+    Args:
+        config: a transformers config.
+        cached: heads in each layer's cache.
+    """
+    from rehead.convert.families import FAMILIES
+
+    config = config.get_text_config(decoder=True)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return cached
+    stated = family.num_kv_heads(config)
+    repeated = all(heads > stated and heads % stated == 0 for heads in cached)
+    return [stated] * len(cached) if repeated else cached
+
+
 def _tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
     """Every tensor that an object holds, however deep, once."""
     seen = set() if seen is None else seen

@@ -12,7 +12,7 @@ import torch
 from rehead.convert.source import Source, open_source, torch_dtype
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.kv_cache import measure_cache
+from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
 
 TILED = "tiled"
 
@@ -53,7 +53,7 @@ class Loaded:
             parameters=sum(parameter.numel() for parameter in parameters),
             weight_bytes=self.weight_bytes,
             num_attention_heads=heads if isinstance(heads, int) else None,
-            num_key_value_heads=cache.heads if cache else [],
+            num_key_value_heads=stated_heads(self.model.config, cache.heads) if cache else [],
             head_dim=cache.head_dim if cache else None,
             kv_bytes_per_token=scale * cache.bytes_per_token if cache else None,
             conversion=_conversion(manifest),

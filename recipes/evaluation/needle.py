@@ -27,6 +27,7 @@ from torch import Tensor
 from rehead.errors import UsageError
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import batch_size, evaluating, next_logits
+from rehead.recipes.positions import position_limit
 
 KEY, VALUE = 4, 2
 
@@ -60,16 +61,12 @@ def needle_cells(
     Raises:
         UsageError: the text has too few words or is shorter than the longest context.
     """
+    require_length(tokens, lengths)
     words = word_tokens(tokens, tokenizer)
     cells: list[schema.NeedleCell] = []
     notes: list[str] = []
     done = 0
     for length in lengths:
-        if len(tokens) < length:
-            raise UsageError(
-                f"--needle {length}: the text has only {len(tokens)} tokens; give more text, more --tokens or a "
-                "smaller length"
-            )
         fitting = {}
         for who, model in models.items():
             limit = position_limit(model)
@@ -89,6 +86,16 @@ def needle_cells(
             if progress is not None:
                 progress(done, len(lengths) * len(depths))
     return cells, notes
+
+
+def require_length(tokens: Tensor, lengths: Sequence[int]) -> None:
+    """Raise UsageError where a text is shorter than the longest context."""
+    length = max(lengths, default=0)
+    if len(tokens) < length:
+        raise UsageError(
+            f"--needle {length}: the text has only {len(tokens)} tokens; give more text, more --tokens or a smaller "
+            "length"
+        )
 
 
 def prompt(tokens: Tensor, words: Tensor, tokenizer: Any, length: int, depth: float, seed: Sequence[int]) -> Tensor:
@@ -150,12 +157,6 @@ def word_tokens(tokens: Tensor, tokenizer: Any) -> Tensor:
     if len(found) < KEY + VALUE:
         raise UsageError(f"--needle: the text has {len(found)} different words, too few to hide one; give more text")
     return found
-
-
-def position_limit(model: Any) -> int | None:
-    """Positions that a model was made for; None where its config does not say."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _begins_word(piece: str | None) -> bool:

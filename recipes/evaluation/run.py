@@ -17,7 +17,7 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.data.tokens import token_stream
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
-from rehead.recipes.evaluation.kv_cache import cache_row, measure_cache
+from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
 from rehead.recipes.evaluation.models import (
     Loaded,
     load_model,
@@ -25,9 +25,10 @@ from rehead.recipes.evaluation.models import (
     open_named,
     require_same_tokenizer,
 )
-from rehead.recipes.evaluation.needle import needle_cells
+from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
 from rehead.recipes.evaluation.speed import speed_rows
+from rehead.recipes.positions import check_positions
 
 Progress = Callable[[str, float, float], None]
 
@@ -88,6 +89,8 @@ def evaluate(
         manager = task_manager(chosen.tasks, chosen.tasks_dir)
     device = resolve_device(chosen.device)
     texts = _texts(data, baseline or model, chosen)
+    if texts:
+        require_length(texts[0].tokens, chosen.needle)
     loaded = _load({"baseline": baseline, "control": control, "model": model}, chosen, device, progress)
     run = _Run(loaded, texts, chosen, progress)
     facts = {item.who: item.facts() for item in loaded}
@@ -98,6 +101,7 @@ def evaluate(
         conditions=_conditions(device, loaded[0], texts, chosen),
         kv_cache=[cache_row(item.who, item.model, item.dtype) for item in loaded],
     )
+    found.notes += run.notes(found)
     if texts:
         run.quality(found)
     if chosen.damage:
@@ -201,6 +205,20 @@ class _Run:
     def _by_who(self) -> dict[schema.Who, Loaded]:
         return {item.who: item for item in self.loaded}
 
+    def notes(self, found: schema.Evaluation) -> list[str]:
+        """What a reader must know of the models before any figure.
+
+        Raises:
+            UsageError: a window is longer than a model has positions for.
+        """
+        notes = [cache_note(row, found.facts()[row.who].model_type) for row in found.kv_cache]
+        if self.texts:
+            window = self.chosen.window
+            # The last token of a window is only predicted, but for what begins with a prefix.
+            read = window if "rolling" in self.chosen.conventions else window - 1
+            notes += [check_positions(item.model, read, item.name, f"--window {window}") for item in self.loaded]
+        return list(dict.fromkeys(note for note in notes if note))
+
     def quality(self, found: schema.Evaluation) -> None:
         """Perplexity and divergence on every text."""
         for text in self.texts:
@@ -277,8 +295,9 @@ class _Run:
             if self._gated("damage"):
                 raise
             found.notes.append(f"damage left out: {error}")
-        if not found.damage and not found.notes:
-            found.notes.append("damage left out: no layer differs from the baseline's")
+        else:
+            if not found.damage:
+                found.notes.append("damage left out: no layer differs from the baseline's")
 
     def needle(self, found: schema.Evaluation) -> None:
         """Retrieval at every length and depth, in passages of the first text."""

@@ -31,7 +31,7 @@ class ModelFacts(Section):
         dtype: of the checkpoint's weights, which the sizes below are given for, whatever it was evaluated in.
         weight_bytes: of the checkpoint's tensors.
         num_attention_heads: query heads; None where the config has no one number.
-        num_key_value_heads: by attention layer, as the cache really holds them.
+        num_key_value_heads: by attention layer; repeats that a class makes before it caches (Falcon) do not count.
         head_dim: width of a key head in the first attention layer; None without attention.
         kv_bytes_per_token: cache bytes that each further token takes, measured.
         conversion: what ``rehead.json`` says the conversion did (method, KV heads, refit, ...); None without one.

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.needle import position_limit
 from rehead.recipes.evaluation.scoring import evaluating, keeps_logits, vocabulary
+from rehead.recipes.positions import position_limit
 
 #: Decoding steps that are timed after each prefill, behind one that is not.
 STEPS = 8
+
+
+class NoCache(Exception):
+    """A model that gives back no key-value cache to decode with."""
 
 
 def speed_rows(
@@ -61,6 +65,8 @@ def speed_rows(
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     reason = "out of memory"
+                except NoCache as error:
+                    return [], [*notes, f"speed left out: {error}"]
             if reason is not None:
                 notes.append(f"speed at batch {batch}, context {context} left out: {reason}")
             done += 1
@@ -109,6 +115,8 @@ def _once(model: Any, tokens: Tensor) -> tuple[float, list[float], int | None]:
         start = _now(device)
         result = model(input_ids=tokens, use_cache=True, **keep)
         prefill = _now(device) - start
+        if getattr(result, "past_key_values", None) is None:
+            raise NoCache(f"{model.config.model_type} gives back no KV cache to decode with")
         for step in range(STEPS + 1):
             cache, latest = result.past_key_values, result.logits[:, -1:].argmax(-1)
             start = _now(device)

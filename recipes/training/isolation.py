@@ -45,7 +45,7 @@ def prove_isolation(model: Any, name: str) -> float:
     moved = float((packed[0] - alone).abs().max() / size)
     if not max(seen, moved) <= _TOLERANCE.get(dtype, 5e-2):
         raise UnsupportedError(
-            f"{name}: packed documents see each other under this attention (logits change by {max(seen, moved):.1e}); "
-            "try --attention eager, or train with --packing joined"
+            f"{name}: packed documents see each other in this class (logits change by {max(seen, moved):.1e}); "
+            "train with --packing joined"
         )
     return max(seen, moved)

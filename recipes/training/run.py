@@ -16,6 +16,7 @@ from rehead.convert.resume import finish_commit
 from rehead.convert.staging import check_out
 from rehead.errors import UsageError
 from rehead.recipes.data.sources import identity as data_identity
+from rehead.recipes.positions import check_positions
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
 from rehead.recipes.training.facts import end_facts, start_facts
@@ -223,7 +224,11 @@ class _Run:
             if found is None:
                 log.write("start", **facts, shared_bytes=shared)
                 if run.main:
-                    warn_if_unbalanced(student, teacher, self._warner(log, on_event))
+                    warn = self._warner(log, on_event)
+                    warn_if_unbalanced(student, teacher, warn)
+                    beyond = check_positions(model, options.seq_length, student.name, self._length())
+                    if beyond is not None:
+                        warn(beyond)
                 if options.joint_layers:
                     fit_windows(model, mentor, store, options, run, log, progress)
             module = self._module(model, mentor, dtype)
@@ -260,13 +265,22 @@ class _Run:
         options, device = self.options, self.run.device
         model = load(student, dtype, device)
         attention = set_attention(model, options.attention, student.name, options.seq_length)
-        if options.packing == "isolated":
-            prove_isolation(model, student.name)
         if teacher is None:
-            return model, None, attention
-        mentor = load(teacher, dtype, device).requires_grad_(False)
-        set_attention(mentor, options.attention, teacher.name, options.seq_length)
+            mentor = None
+        else:
+            mentor = load(teacher, dtype, device).requires_grad_(False)
+            set_attention(mentor, options.attention, teacher.name, options.seq_length)
+        for one, opened in ((model, student), (mentor, teacher)):
+            if one is None or opened is None:
+                continue
+            check_positions(one, options.seq_length, opened.name, self._length())
+            if options.packing == "isolated":
+                # A teacher that saw the other documents would teach what the student cannot know.
+                prove_isolation(one, opened.name)
         return model, mentor, attention
+
+    def _length(self) -> str:
+        return f"--seq-length {self.options.seq_length}"
 
     def _warner(self, log: RunLog, on_event: Listener | None) -> Callable[[str], None]:
         """Warnings go to the log; and to Python's logging where nobody listens to ours."""

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 from rehead.patches.tiny import tiny_model
 from rehead.recipes.evaluation import speed
-from rehead.recipes.evaluation.kv_cache import computed_bytes_per_token, measure_cache
+from rehead.recipes.evaluation.kv_cache import (
+    cache_note,
+    cache_row,
+    computed_bytes_per_token,
+    measure_cache,
+    stated_heads,
+)
 
 DENSE = ["llama", "gpt2", "falcon", "gpt_bigcode", "qwen3", "gemma2", "phi3", "opt", "mistral", "gpt_neox", "glm4"]
 
@@ -80,3 +87,23 @@ def test_running_out_of_memory_is_noted(load, original, monkeypatch):
     rows, notes = speed.speed_rows({"model": load(original)}, {}, [1], [16])
     assert rows == []
     assert notes == ["speed at batch 1, context 16 left out: out of memory"]
+
+
+def test_heads_that_are_repeated_before_they_are_cached_are_told_of():
+    shape = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    model = FalconForCausalLM(FalconConfig(**shape, num_kv_heads=2, new_decoder_architecture=True)).eval()
+    row = cache_row("model", model, torch.bfloat16)
+    assert row.measured_bytes_per_token == 4 * row.computed_bytes_per_token
+    assert stated_heads(model.config, measure_cache(model).heads) == [2, 2]
+    note = cache_note(row, "falcon")
+    assert "caches 4 times the model's KV heads" in note
+    assert "holds 128 bytes a token, not 512" in note
+    plain = tiny_model("llama")
+    assert cache_note(cache_row("model", plain, torch.bfloat16), "llama") is None
+    assert stated_heads(plain.config, [2, 2]) == [2, 2]
+
+
+def test_a_model_without_a_cache_is_not_timed():
+    rows, notes = speed.speed_rows({"model": tiny_model("mamba")}, {}, [1], [16], repeats=1)
+    assert not rows
+    assert notes == ["speed left out: mamba gives back no KV cache to decode with"]

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from rehead.convert.manifest import verify_files
@@ -128,3 +130,34 @@ def test_compiled_layers_train_alike(tiny, tmp_path: Path) -> None:
         uptrain(tiny.student, tmp_path / str(compiled), **tiny.options(compile=compiled), on_event=events.append)
         curves.append([event["loss"] for event in events if event["event"] == "step"])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def _saved(model, tiny, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    load_tokenizer(tiny.teacher).save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_that_sees_other_documents_is_refused(tiny, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 32}
+    opt = OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=32, max_position_embeddings=64))
+    teacher = _saved(opt, tiny, tmp_path / "opt")
+    with pytest.raises(UnsupportedError, match=r"opt: packed documents see each other.*--packing joined"):
+        uptrain(tiny.student, tmp_path / "out", **tiny.options(teacher=str(teacher)))
+    joined = tiny.options(teacher=str(teacher), packing="joined", tokens=512)
+    assert uptrain(tiny.student, tmp_path / "out", **joined).steps == 1
+
+
+def test_rows_longer_than_a_model_has_positions_for(tiny, tmp_path: Path) -> None:
+    teacher = _saved(_models()["gpt2"], tiny, tmp_path / "gpt2")
+    options = tiny.options(seq_length=160, tokens=640, batch_tokens=320)
+    with pytest.raises(UsageError, match=r"--seq-length 160: .*gpt2 has positions for 128 tokens; give 128 or less"):
+        uptrain(teacher, tmp_path / "out", **options, loss="ce")
+    with pytest.raises(UsageError, match=r"--seq-length 160: .*gpt2 has positions for 128"):
+        uptrain(tiny.student, tmp_path / "out", **options, teacher=str(teacher))
+    rotary = _saved(_models()["gemma2"], tiny, tmp_path / "gemma2")
+    events: list[dict] = []
+    uptrain(rotary, tmp_path / "out", **options, loss="ce", on_event=events.append)
+    notes = [event["note"] for event in events if event["event"] == "warning"]
+    assert any("--seq-length 160: more than the 128 positions that this gemma2 was made for" in note for note in notes)
