@@ -21,6 +21,7 @@ from rehead.convert.finite import first_nonfinite
 from rehead.convert.manifest import made_by
 from rehead.convert.methods.registry import MethodContext
 from rehead.convert.model import open_model
+from rehead.convert.modeling import carried_files
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
 from rehead.convert.reblock.layers import is_auto
@@ -276,20 +277,13 @@ def _execute(
         _write(plan, target, provider, progress)
         target.copy_small_files(skip=("config.json",))
         target.write_text("config.json", json.dumps(plan.raw_config, indent=2, ensure_ascii=False) + "\n")
-        for name, text in modeling_files(plan).items():
+        for name, text in carried_files(plan.raw_config).items():
             target.write_text(name, text)
         if chosen:
             details["chosen_layers"] = chosen
         target.write_text("README.md", model_card(plan, result.layers, command, details))
         target.commit(manifest(plan, result.layers, command, details))
     return result
-
-
-def modeling_files(plan: Plan) -> dict[str, str]:
-    """The modelling file of ours that the result's ``auto_map`` names, if any, by its name beside the weights."""
-    from rehead.convert.modeling import carried_modules, modeling_file
-
-    return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in carried_modules(plan.raw_config)}
 
 
 def _write(plan: Plan, target: Target, provider: LayerProvider, progress: Progress | None) -> None:

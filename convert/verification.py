@@ -12,6 +12,7 @@ from torch import Tensor
 from rehead.convert.manifest import verify_files
 from rehead.convert.meta import load_report, quiet_transformers
 from rehead.convert.model import causal_lm_class, resolve_config
+from rehead.convert.modeling import carried_files
 from rehead.convert.source import open_source
 from rehead.errors import VerificationError
 
@@ -72,6 +73,9 @@ def verify(
     manifest = verify_files(out)
     folder = open_source(str(out))
     config = resolve_config(folder.config, str(out))
+    absent = carried_files(folder.config).keys() - set(folder.list_files())
+    if absent:
+        raise VerificationError(f"{out}: its config.json names {min(absent)}, which is not there; make it again")
     shapes = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
     report = load_report(config, shapes)
     if report and (source is None or report.beyond(_report_of(source, revision))):

@@ -36,6 +36,11 @@ def carried_modules(config: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in modules if name.startswith(PREFIX) and modeling_file(name).is_file())
 
 
+def carried_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """The text of the modelling files of ours that a ``config.json`` names, by their names beside it."""
+    return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in carried_modules(config)}
+
+
 def parallel_families() -> dict[str, str]:
     """Serial model types that have a parallel counterpart here, with the prefix of their classes."""
     return dict(importlib.import_module(f"{__name__}.{PARALLEL}").FAMILIES)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rehead import __version__
 from rehead.convert.manifest import made_by
+from rehead.convert.modeling import carried_files
 from rehead.convert.shards import OutputTensor, parse_size, plan_shards
 from rehead.convert.source import Source, torch_dtype
 from rehead.convert.target import Target
@@ -145,6 +146,8 @@ def write_output(
         target.write_weights(entries, fetch, "5GB", tick)
         target.copy_small_files(skip=("config.json", LOG_NAME))
         target.write_text("config.json", json.dumps(source.config, indent=2, ensure_ascii=False) + "\n")
+        for name, text in carried_files(source.config).items():
+            target.write_text(name, text)
         target.write_text("README.md", _card(source.model_card() or "", student.name, uptraining, command))
         if log is not None:
             target.write_bytes(LOG_NAME, log.read_bytes())

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rehead.convert import verify
+from rehead.convert import convert, verify
 from rehead.convert.manifest import verify_files
-from rehead.errors import UsageError
+from rehead.errors import UsageError, VerificationError
 from rehead.recipes import uptrain
 from rehead.recipes.data.tokens import load_tokenizer, token_stream
 from rehead.recipes.training.checkpoints import work_path
@@ -67,6 +67,23 @@ def test_out_is_a_plain_checkpoint_with_its_history(trained, tiny) -> None:
     assert "## Uptraining" in (out / "README.md").read_text()
     assert not work_path(out).exists()
     assert done.as_json()["steps"] == 32
+
+
+def test_a_modelling_file_goes_along(tiny, tmp_path: Path) -> None:
+    """Trained, a model that no class of transformers can express still loads by its own file."""
+    convert(tiny.teacher, tmp_path / "parallel", block="parallel")
+    uptrain(tmp_path / "parallel", tmp_path / "out", **tiny.options(tokens=512))
+    names = {path.name for path in (tmp_path / "parallel").iterdir()} | {"training-log.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    verify(tmp_path / "out")
+    file = "modeling_rehead_parallel.py"
+    assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "parallel" / file).read_bytes()
+    (tmp_path / "out" / file).unlink()
+    manifest = json.loads((tmp_path / "out" / "rehead.json").read_text())
+    manifest["files"].pop(file)
+    (tmp_path / "out" / "rehead.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match=r"modeling_rehead_parallel\.py, which is not there"):
+        verify(tmp_path / "out")
 
 
 def test_held_out_figures_are_those_of_a_plain_loop(trained, tiny) -> None:
