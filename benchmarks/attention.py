@@ -240,11 +240,13 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
-    parser = argparse.ArgumentParser(description="Attention kernels beside SDPA flash, SDPA cuDNN and FlexAttention")
+    parser = argparse.ArgumentParser(
+        prog="rehead bench attention", description="Attention kernels beside SDPA flash, SDPA cuDNN and FlexAttention"
+    )
     parser.add_argument(
         "--only", action="append", help=f"one of {', '.join(shape.name for shape in SHAPES)}; repeatable"
     )
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="names with commas between (default: all of them)")
     parser.add_argument("--budget-ms", type=float, default=300.0, help="GPU time for each figure")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)

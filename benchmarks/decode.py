@@ -198,9 +198,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
-    parser = argparse.ArgumentParser(description="Decode attention as a share of the copy bandwidth, beside SDPA")
+    parser = argparse.ArgumentParser(
+        prog="rehead bench decode", description="Decode attention as a share of the copy bandwidth, beside SDPA"
+    )
     parser.add_argument("--only", action="append", help=f"one of {', '.join(case.name for case in CASES)}; repeatable")
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="names with commas between (default: all of them)")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     rows = run(args.only, args.peers.split(","))

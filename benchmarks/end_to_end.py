@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -100,6 +101,30 @@ def build(setting: Setting, kv_heads: int, device: str) -> LlamaForCausalLM:
     finally:
         torch.set_default_dtype(before)
     return model.eval()
+
+
+def check_room(setting: Setting, kv_heads: int, device: str) -> None:
+    """Refuse, before anything is allocated, what cannot fit in the memory of the machine or of the GPU.
+
+    Raises:
+        UnsupportedError: weights and cache are larger than it.
+    """
+    if device == "cuda":
+        room = torch.cuda.get_device_properties(0).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    model = build(setting, kv_heads, "meta")
+    head_dim = setting.hidden_size // setting.heads
+    cached = 2 * setting.layers * kv_heads * head_dim * setting.batch * (setting.context + setting.steps)
+    needed = (sum(p.numel() for p in model.parameters()) + cached) * (2 if device == "cuda" else 4)
+    if needed > room:
+        place = "GPU" if device == "cuda" else "machine"
+        raise UnsupportedError(
+            f"weights and cache with {kv_heads} KV heads take {needed / 1e9:.0f} GB and the {place} has "
+            f"{room / 1e9:.0f} GB; give smaller --batch, --context or --layers"
+        )
 
 
 def filled_cache(model: Any, setting: Setting) -> StaticCache:
@@ -253,7 +278,7 @@ def run(
 
     Raises:
         UsageError: an implementation that does not exist.
-        UnsupportedError: KV heads that do not divide the query heads.
+        UnsupportedError: KV heads that do not divide the query heads, or more bytes than there is memory.
     """
     for name in implementations:
         if name not in IMPLEMENTATIONS:
@@ -263,6 +288,7 @@ def run(
             raise UnsupportedError(f"{setting.heads} query heads cannot share {count} KV heads; choose a divisor")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ordered = sorted(kv_heads, reverse=True)
+    check_room(setting, ordered[0], device)
     rows = [row for count in ordered for row in measure(setting, count, implementations, device)]
     for row in rows:
         base = next(r for r in rows if r.implementation == row.implementation and r.kv_heads == ordered[0])
@@ -283,13 +309,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def counts(text: str) -> list[int]:
+    """Numbers with commas between."""
+    return [int(count) for count in text.split(",")]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
     parser = argparse.ArgumentParser(
         prog="rehead bench end-to-end", description="Decoding with a 7B-shaped model under a static cache"
     )
     defaults = Setting()
-    parser.add_argument("--kv-heads", default="32,8,1")
+    parser.add_argument("--kv-heads", type=counts, default="32,8,1", help="numbers with commas between")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
     for name in ("batch", "context", "steps", "layers", "heads", "hidden_size", "intermediate_size", "vocab_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
@@ -304,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = Setting.__dataclass_fields__
     setting = Setting(**{name: getattr(args, name) for name in names})
-    rows = run(setting, [int(n) for n in args.kv_heads.split(",")], args.implementations.split(","))
+    rows = run(setting, args.kv_heads, args.implementations.split(","))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}  torch {torch.__version__}  batch {setting.batch}  context {setting.context}  {setting.backend}")
     print(table(rows))

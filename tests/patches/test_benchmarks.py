@@ -58,6 +58,9 @@ def test_end_to_end_refuses():
         end_to_end.run(SMALL, [1], ["flash"])
     with pytest.raises(UnsupportedError, match="divisor"):
         end_to_end.run(SMALL, [3])
+    # Before anything is allocated: a laptop would be brought down by the default sizes.
+    with pytest.raises(UnsupportedError, match="give smaller"):
+        end_to_end.run(end_to_end.Setting(**{**SMALL.__dict__, "context": 1 << 40}), [1])
 
 
 def test_cpu_attention():
