@@ -13,6 +13,7 @@ Without ``#lines`` a text file is one document: nothing in it says where another
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ class DataSource:
         chars: (start, stop) of the part of a text file that is read, in characters, as in a Python slice.
         config: configuration of a Hub dataset.
         split: split of a Hub dataset or of a saved one.
-        column: the column that holds the text; "text", or the first column of strings, when None.
+        column: the column that holds the text; "text", or the only column of strings, when None.
     """
 
     name: str
@@ -194,12 +195,13 @@ def _suffix(path: Path) -> str:
 
 
 def _file(path: Path, source: DataSource, option: str) -> Iterator[str]:
+    if source.split != "train" or source.config is not None:
+        _refuse(source, option, "split and config are for datasets, and this is a file; leave them out")
     kind = TABLE_SUFFIXES.get(_suffix(path))
     if kind is None:
         yield from _text(path, source, option)
         return
-    if source.chars != (None, None) or source.lines:
-        _refuse(source, option, "lines and chars are for text files; leave them out for tables")
+    _refuse_ranges(source, option)
     from datasets import load_dataset
 
     # Streaming, since otherwise a copy of the file would be written to the cache of `datasets`.
@@ -209,9 +211,14 @@ def _file(path: Path, source: DataSource, option: str) -> Iterator[str]:
         )
 
 
+def _refuse_ranges(source: DataSource, option: str) -> None:
+    if source.chars != (None, None) or source.lines:
+        _refuse(source, option, "lines and chars are for text files; leave them out for tables and datasets")
+
+
 def _text(path: Path, source: DataSource, option: str) -> Iterator[str]:
     opener = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:  # a mark of byte order at the beginning is no text
         if source.lines and source.chars == (None, None):
             for line in file:
                 yield _checked(line.rstrip("\n"), source, option)
@@ -227,6 +234,7 @@ def _checked(text: str, source: DataSource, option: str) -> str:
 
 
 def _saved(path: Path, source: DataSource, option: str) -> Iterator[str]:
+    _refuse_ranges(source, option)
     from datasets import DatasetDict, load_from_disk
 
     with _table_errors(source, option):
@@ -239,6 +247,7 @@ def _saved(path: Path, source: DataSource, option: str) -> Iterator[str]:
 
 
 def _hub(source: DataSource, streaming: bool, option: str) -> Iterator[str]:
+    _refuse_ranges(source, option)
     from datasets import load_dataset
 
     with _table_errors(source, option):
@@ -249,15 +258,18 @@ def _hub(source: DataSource, streaming: bool, option: str) -> Iterator[str]:
 
 
 class _table_errors:  # noqa: N801
-    """Turns whatever ``datasets`` raises while a source is opened or read into one line."""
+    """Turns whatever ``datasets`` raises while a source is opened or read into one line; it logs the same, unasked."""
 
     def __init__(self, source: DataSource, option: str) -> None:
         self._source, self._option = source, option
 
     def __enter__(self) -> None:
-        return None
+        self._logger = logging.getLogger("datasets")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.CRITICAL)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: object) -> None:
+        self._logger.setLevel(self._level)
         if error is None or not isinstance(error, Exception) or isinstance(error, UsageError):
             return
         local = os.path.exists(self._source.name)
@@ -271,17 +283,24 @@ def _column(rows: Iterable[Any], source: DataSource, option: str) -> Iterator[st
     column = None
     for row in rows:
         if column is None:
-            column = source.column or (
-                "text" if "text" in row else next((key for key, value in row.items() if isinstance(value, str)), None)
-            )
-            if column is None:
-                _refuse(source, option, "has no column of text; give one with a column 'text'")
+            column = source.column or ("text" if "text" in row else _only_column(row, source, option))
             if column not in row:
                 _refuse(source, option, unknown_name("column", column, map(str, row)))
         value = row[column]
         if value is not None and not isinstance(value, str):
             _refuse(source, option, f"column {column!r} holds {type(value).__name__} and not text; name another")
         yield value or ""
+
+
+def _only_column(row: Any, source: DataSource, option: str) -> str:
+    """The one column of strings; of several, ids and titles among them, none is guessed at."""
+    found = [str(key) for key, value in row.items() if isinstance(value, str)]
+    if not found:
+        _refuse(source, option, "has no column of text; give one with a column 'text'")
+    if len(found) > 1:
+        listed = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+        _refuse(source, option, f"has several columns of text ({listed}); name one, such as #column={found[-1]}")
+    return found[0]
 
 
 def _refuse(source: DataSource, option: str, why: str) -> NoReturn:

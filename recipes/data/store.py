@@ -189,7 +189,11 @@ def _through(
     from filelock import FileLock
 
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"--token-cache {kept.parent}: cannot be made ({reason}); give another folder") from None
         with FileLock(kept.with_suffix(".lock")):  # runs that start together tokenise once
             write_store(
                 kept,

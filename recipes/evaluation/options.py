@@ -58,7 +58,7 @@ class EvaluateOptions(BaseModel):
         fail_above, fail_below: quality gates, limits by name (see ``rehead.recipes.evaluation.gates``).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     window: Count = 512
     stride: Count | None = None
@@ -82,7 +82,7 @@ class EvaluateOptions(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     resamples: Count = 2000
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     fail_above: dict[str, float] = {}
     fail_below: dict[str, float] = {}
 
@@ -119,4 +119,5 @@ def checked_options(values: dict[str, Any]) -> EvaluateOptions:
         if first["type"] == "extra_forbidden":
             raise UsageError(unknown_name("option", name, EvaluateOptions.model_fields)) from None
         given = repr(first.get("input"))[:60]
-        raise UsageError(f"--{name.replace('_', '-')} {given}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        what = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--{name.replace('_', '-')} {given}: {what[:1].lower()}{what[1:]}") from None

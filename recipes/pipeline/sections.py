@@ -50,11 +50,8 @@ def share_of(tokens: Any, pretraining: str | int | None, where: str) -> Any:
         return tokens
     if pretraining is None:
         raise UsageError(f"{where}: tokens {tokens} is a share of pretraining_tokens, which is missing; give it")
-    text = str(pretraining).strip().lower()
-    number = parse_count(text.removesuffix("t"))
     try:
-        total = float(number) * (10**12 if text.endswith("t") else 1)
-        count = int(float(tokens.strip().removesuffix("%")) / 100 * total)
+        count = int(float(tokens.strip().removesuffix("%")) / 100 * parse_count(str(pretraining)))
     except ValueError:
         raise UsageError(f"{where}: {tokens} of pretraining_tokens {pretraining}: no number; write 5% and 2T") from None
     if count < 1:

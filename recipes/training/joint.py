@@ -61,7 +61,9 @@ def fit_windows(
         )
     if run.sharded:
         raise UsageError("--joint-layers: needs whole parameters; launch with the DDP configuration or leave it out")
-    stage = options.model_copy(update={"tokens": options.joint_tokens})
+    # A warm-up of so many steps is of the run's; a window, which has steps of its own, takes the same share of them.
+    warmup = options.warmup / options.steps if options.warmup >= 1 else options.warmup
+    stage = options.model_copy(update={"tokens": options.joint_tokens, "warmup": min(warmup, 0.5)})
     starts = range(0, len(ours), options.joint_layers)
     trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     for done, first in enumerate(starts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,16 @@ def same_tokens(student: Any, teacher: Any, names: tuple[str, str]) -> None:
     )
 
 
-def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a checkpoint with plain transformers, dropout off.
+#: Config keys of what a model adds in training only: dropout of values, of layers, of stochastic depth, and jitter.
+_NOISE = re.compile(r"dropout|layerdrop|_p?drop$|jitter")
+#: PhiMoE's is a margin between experts, which it keeps in inference too.
+_NOT_NOISE = frozenset({("phimoe", "router_jitter_noise")})
 
-    Pretrained weights are trained on without dropout: a short run needs no regularising, and a distance to the teacher
+
+def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a checkpoint with plain transformers, dropout and jitter off.
+
+    Pretrained weights are trained on without noise: a short run needs no regularising, and a distance to the teacher
     should not hold noise of the student's own.
 
     Args:
@@ -113,7 +120,7 @@ def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
     model_class: Any = causal_lm_class(opened.config)
     config = resolve_config(opened.source.config, opened.name)
     for key, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("_drop") or key.endswith("_pdrop")):
+        if isinstance(value, float) and _NOISE.search(key) and (config.model_type, key) not in _NOT_NOISE:
             setattr(config, key, 0.0)
     opened.source.materialise()
     folder = opened.source.small_path("config.json").parent

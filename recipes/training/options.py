@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rehead.errors import UsageError, unknown_name
 
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_FACTORS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 def parse_count(value: Any) -> Any:
-    """``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; anything else as it is."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgb]i?|)", value.strip().replace("_", "").replace(",", "").lower())
-        if match and match[2] in _FACTORS:
-            number = float(match[1]) * _FACTORS[match[2]]
-            return int(number) if number == int(number) else value
-    return value
+    """``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; what is no text as it is.
+
+    Raises:
+        ValueError: a text that is no whole number.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([a-z]*)", value.strip().replace("_", "").replace(",", "").lower())
+    number = Fraction(match[1]) * _FACTORS[match[2]] if match and match[2] in _FACTORS else None
+    if number is None or number.denominator != 1:
+        raise ValueError("is no whole number; write 8000000, 8M or 32Ki")
+    return int(number)
 
 
 def _pairs(value: Any) -> Any:
@@ -29,7 +36,7 @@ def _pairs(value: Any) -> Any:
         for item in value:
             name, equals, number = str(item).rpartition("=")
             if not equals or not name:
-                raise ValueError(f"{item!r} is no PATTERN=FACTOR")
+                raise ValueError(f"{item!r} is no PATTERN=FACTOR; write k_proj=2")
             pairs[name] = number
         return pairs
     return value
@@ -46,7 +53,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 class UptrainOptions(BaseModel):
     """What an uptraining is asked to do. Field descriptions are the help of the flags of the same names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     data: Names = Field(
         description="Text to train on: file, folder or Hub dataset (repeat for more); NAME#lines takes "
@@ -75,7 +82,7 @@ class UptrainOptions(BaseModel):
         None, gt=0, description="Rows in a forward pass; default: as many as fit, tried out on a GPU."
     )
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
-    learning_rates: Annotated[dict[str, float], BeforeValidator(_pairs)] = Field(
+    learning_rates: Annotated[dict[str, Annotated[float, Field(ge=0)]], BeforeValidator(_pairs)] = Field(
         default_factory=dict,
         description="PATTERN=FACTOR: another learning rate for parameters whose names hold PATTERN "
         "(a regular expression); repeat for more.",
@@ -112,7 +119,7 @@ class UptrainOptions(BaseModel):
         "auto", description="Of the arithmetic; master weights are float32. auto: bfloat16 on a GPU."
     )
     device: str = Field("auto", description="auto, cpu, cuda, ...")
-    seed: int = Field(0, description="Of the order of the data and of everything drawn.")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="Of the order of the data and of everything drawn.")
     checkpoint_every: int = Field(
         100, ge=0, description="Steps between checkpoints; 0 writes one only when interrupted."
     )
@@ -131,6 +138,11 @@ class UptrainOptions(BaseModel):
             raise ValueError("data: name at least one text")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup {self.warmup:g}: is neither a share below 1 nor a number of steps")
+        if self.warmup > max(self.steps, 1):
+            raise ValueError(
+                f"warmup {self.warmup:g}: is more than the run's {self.steps} step{'s' * (self.steps != 1)}, so it "
+                "would never reach its learning rate; give fewer, or a share such as 0.05"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas}: must lie in [0, 1)")
         for pattern in self.learning_rates:

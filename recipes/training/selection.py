@@ -13,8 +13,9 @@ from rehead.errors import UsageError, unknown_name
 #: What the words of ``--train`` mean, as regular expressions on parameter names.
 PARTS = {
     "all": r"",
-    "attention": r"(^|\.)((self_|linear_)?attn|(self_|linear_)?attention|self_attn\w*|attn\w*)\.",
-    "mlp": r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert\w*|fc1|fc2)\.",
+    "attention": r"(^|\.)((self_|linear_)?attn|(self_|linear_)?attention|self_attn\w*|attn\w*)\."
+    r"|\.(mixer|temporal_block)\.[qkvo]_proj\.",
+    "mlp": r"(^|\.)(mlp|mlp_block|shared_mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert\w*|fc1|fc2)\.",
     "norms": r"(norm\w*|ln_\w+|layernorm\w*)\.(weight|bias)$",
     "embeddings": r"(^|\.)(embed_\w+|wte|wpe|word_embeddings|embeddings|lm_head)\.",
 }

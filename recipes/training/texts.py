@@ -87,9 +87,9 @@ def held_out_windows(name: str, tokenizer: Any, options: UptrainOptions) -> Tens
     tokens = token_stream([name], tokenizer, options.eval_tokens, option="--eval-data")
     windows = tokens[: len(tokens) // options.seq_length * options.seq_length].view(-1, options.seq_length)
     if not len(windows):
+        more = "more text" if len(tokens) < options.eval_tokens else "a larger --eval-tokens"
         raise UsageError(
-            f"--eval-data {name}: too short, {len(tokens)} tokens where a window has {options.seq_length}; give more "
-            "text"
+            f"--eval-data {name}: too short, {len(tokens)} tokens where a window has {options.seq_length}; give {more}"
         )
     return windows
 

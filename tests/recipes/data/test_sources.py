@@ -79,6 +79,9 @@ def test_whole_files_ranges_splits_and_columns(tmp_path: Path, forms: dict[str, 
         (b"text", "a.txt#chars=1", "no range"),
         (b"text", "a.txt#chars", "has no value"),
         (b'{"a": "x"}\n', "a.jsonl#lines", "text files"),
+        (b'{"id": "a1", "title": "x", "body": "y"}\n', "a.jsonl", "several columns of text (id, title, body)"),
+        (b'{"a": "x"}\n', "a.jsonl#split=test", "split and config are for datasets"),
+        (b"text", "a.txt#config=en", "split and config are for datasets"),
     ],
 )
 def test_bad_sources_are_named(tmp_path: Path, make: bytes | None, name: str, words: str) -> None:
@@ -91,6 +94,29 @@ def test_bad_sources_are_named(tmp_path: Path, make: bytes | None, name: str, wo
     assert words in line
     assert line.startswith("--data ")
     assert "\n" not in line
+
+
+def test_the_only_column_of_text_is_taken_and_a_mark_of_byte_order_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"id": 1, "content": "x"}\n{"id": 2, "content": null}\n{"id": 3, "content": "y"}\n'
+    )
+    assert list(read_documents([str(tmp_path / "a.jsonl")])) == ["x", "y"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert list(read_documents([str(tmp_path / "a.txt")])) == ["text"]
+
+
+@pytest.mark.parametrize("name", ["owner/name#chars=:-100", "saved#lines"])
+def test_ranges_of_datasets_are_refused_not_ignored(forms: dict[str, str], tmp_path: Path, name: str) -> None:
+    place = str(tmp_path / name) if name.startswith("saved") else name
+    with pytest.raises(UsageError, match="lines and chars are for text files"):
+        list(read_documents([place]))
+
+
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    with pytest.raises(UsageError, match="cannot be read"):
+        list(read_documents([str(tmp_path / "a.jsonl")]))
+    assert capfd.readouterr().err == ""
 
 
 def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,8 @@ BAD = [
     (["MODEL", "--data", "TEXT", "--window", "1"], 2, "2 or more"),
     (["MODEL", "--data", "TEXT", "--tokens", "lots"], 2, "--tokens"),
     (["MODEL", "--data", "TEXT", "--stride", "1024"], 2, "would skip tokens"),
+    (["MODEL", "--data", "TEXT", "--seed", "-1"], 2, "--seed"),
+    (["MODEL", "--data", "TEXT", "--needle", "64,1M"], 2, "--needle 1000000: the text has only"),
     (["MODEL", "--data", "TEXT", "--device", "warp"], 2, "warp"),
     (["MODEL", "--data", "TEXT", "--dtype", "bf16"], 2, "bfloat16"),
     (["MODEL", "--data", "TEXT", "--attention", "flush"], 2, "--attention flush"),

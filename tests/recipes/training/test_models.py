@@ -24,6 +24,8 @@ from rehead.convert.manifest import verify_files
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes import uptrain
 from rehead.recipes.data.tokens import load_tokenizer
+from rehead.recipes.training.models import load, open_checkpoint
+from rehead.recipes.training.selection import choose
 
 _SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
@@ -161,3 +163,29 @@ def test_rows_longer_than_a_model_has_positions_for(tiny, tmp_path: Path) -> Non
     uptrain(rotary, tmp_path / "out", **options, loss="ce", on_event=events.append)
     notes = [event["note"] for event in events if event["event"] == "warning"]
     assert any("--seq-length 160: more than the 128 positions that this gemma2 was made for" in note for note in notes)
+
+
+@pytest.mark.parametrize(("key", "kind"), [("router_jitter_noise", "mixtral"), ("layerdrop", "opt")])
+def test_what_a_model_adds_in_training_only_is_off(tmp_path: Path, key: str, kind: str) -> None:
+    if kind == "opt":
+        shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 32}
+        OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=32, layerdrop=0.9)).save_pretrained(tmp_path)
+    else:
+        config = MixtralConfig(**_SIZES, **_HEADS, num_local_experts=4, router_jitter_noise=0.5)
+        MixtralForCausalLM(config).save_pretrained(tmp_path)
+    model = load(open_checkpoint(str(tmp_path)), torch.float32, torch.device("cpu"))
+    assert getattr(model.config, key) == 0
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        still = model.eval()(ids).logits
+        assert torch.equal(model.train()(ids).logits, still)
+
+
+def test_parts_of_models_with_names_of_their_own() -> None:
+    from rehead.patches.tiny import tiny_model
+
+    chosen = {kind: choose(tiny_model(kind), "mlp") for kind in ("granitemoeshared", "recurrent_gemma")}
+    assert any("shared_mlp.input_linear" in name for name in chosen["granitemoeshared"])
+    assert any("mlp_block.up_proj" in name for name in chosen["recurrent_gemma"])
+    names = choose(tiny_model("recurrent_gemma"), "attention")
+    assert {name.rsplit(".", 2)[1] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}

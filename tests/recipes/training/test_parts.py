@@ -28,7 +28,15 @@ from rehead.recipes.training.weights import Weights
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("8M", 8_000_000), ("32k", 32_000), ("32Ki", 32_768), ("1.5b", 1_500_000_000), ("7", 7), (9, 9)],
+    [
+        ("8M", 8_000_000),
+        ("32k", 32_000),
+        ("32Ki", 32_768),
+        ("1.5b", 1_500_000_000),
+        ("2T", 2 * 10**12),
+        ("7", 7),
+        (9, 9),
+    ],
 )
 def test_sizes(text: str | int, number: int) -> None:
     assert parse_count(text) == number
@@ -50,6 +58,13 @@ def test_sizes(text: str | int, number: int) -> None:
         ({"betas": (0.9, 1.0)}, "must lie in"),
         ({"train": "attention,("}, "no regular expression"),
         ({"data": ()}, "name at least one text"),
+        ({"tokens": "1.5"}, "--tokens '1.5': is no whole number; write 8000000, 8M or 32Ki"),
+        ({"learning_rate": float("inf")}, "finite"),
+        ({"learning_rates": ["k_proj=-1"]}, "greater than or equal to 0"),
+        ({"learning_rates": ["k_proj=nan"]}, "finite"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 1 << 70}, "--seed"),
+        ({"warmup": 300, "tokens": 32768 * 8}, "is more than the run's 8 steps"),
     ],
 )
 def test_options_that_cannot_be_meant(values: dict, words: str) -> None:
@@ -79,6 +94,7 @@ def test_flags_recipe_keys_and_signature_are_one() -> None:
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_schedules_rise_and_fall(steps: int, schedule: str, warmup: float, end: float) -> None:
+    warmup = min(warmup, steps)
     options = make_options({
         "data": "a", "tokens": steps * 8, "batch_tokens": 8, "seq_length": 8, "schedule": schedule, "warmup": warmup,
         "final_learning_rate": end,
