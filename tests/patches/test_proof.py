@@ -79,6 +79,17 @@ def test_prove_catches_what_is_wrong_from_a_cache_alone(model, monkeypatch, rows
         patch.prove(length=48)
 
 
+def test_a_model_loaded_by_name_is_not_proved_against_itself(monkeypatch):
+    with patch_model(tiny_model("llama", "rehead_tiled"), "tiled") as patch:
+        assert patch.prove().against == "eager"
+        monkeypatch.setattr(
+            "rehead.patches.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "scale": 0.3})
+        )
+        with pytest.raises(VerificationError, match="differ"):
+            patch.prove()
+    assert patch.model.config._attn_implementation == "rehead_tiled"
+
+
 def test_prove_reports_decoding(model):
     with patch_model(model, "tiled") as patch:
         proof = patch.prove()
