@@ -264,7 +264,8 @@ class Fusion:
         """(weight, bias) of the joint output matrix: attention's columns, then the FFN's; biases added."""
         rows = [as_rows(m) for m in self.writers]
         biases = [bias for _, bias in rows if bias is not None]
-        return torch.cat([w for w, _ in rows], dim=1), sum(biases[1:], biases[0]) if biases else None
+        # A bias that is alone must not be shared with the block's own parameter, which stays as it is while fused.
+        return torch.cat([w for w, _ in rows], dim=1), sum(biases[1:], biases[0].clone()) if biases else None
 
     def fused(self) -> dict[str, FusedLinear]:
         """The fused matrices that are in place, by their names in the layer."""
