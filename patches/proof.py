@@ -310,7 +310,7 @@ def prove(
         calls = {record.name: record.calls - before[record.name] for record in patch._records}
         mine = _run(model, probe, plain)
         # A model that was loaded under this attention's name would be held to itself.
-        named = any(record.was == record.now for record in patch._records)
+        named = any(record.how == "interface" and record.was == record.now for record in patch._records)
         with unpatched(patch), _eager(model) if named else nullcontext():
             theirs, reached = _called(model, names, lambda: _run(model, probe))
             theirs.cached = _continued_if_it_can(model, probe)
