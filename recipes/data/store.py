@@ -18,7 +18,7 @@ from torch import Tensor
 from rehead.convert.stream import sync_dir, write_error
 from rehead.errors import UsageError
 from rehead.recipes.data.sources import documents_of, parse_source
-from rehead.recipes.data.tokens import token_pieces
+from rehead.recipes.data.tokens import require_known, token_pieces
 
 IGNORED = -100
 _TOKENS, _STARTS, _FACTS = "tokens.raw", "documents.raw", "tokens.json"
@@ -145,11 +145,8 @@ def write_store(
             (folder / name).unlink(missing_ok=True)
         with open(folder / _TOKENS, "wb") as file:
             for ids, begins in token_pieces(documents, tokenizer):
-                if ids.size and int(ids.max()) >= vocab_size:
-                    raise UsageError(
-                        f"{option}: the tokenizer gives token {int(ids.max())}, the model has {vocab_size}; give the "
-                        "model with its own tokenizer"
-                    )
+                if ids.size:
+                    require_known(int(ids.max()), vocab_size, option)
                 if begins:
                     starts.append(total)
                 data = ids.astype(dtype).tobytes()

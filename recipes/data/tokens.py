@@ -43,6 +43,21 @@ def load_tokenizer(folder: Any, option: str = "--data") -> Any:
         ) from None
 
 
+def require_known(highest: int, vocab_size: int, option: str) -> None:
+    """Raise UsageError where a tokenizer gives a token that a model has no embedding for.
+
+    Args:
+        highest: the highest token of a text.
+        vocab_size: rows of the model's embedding.
+        option: the flag that the text came from.
+    """
+    if highest >= vocab_size:
+        raise UsageError(
+            f"{option}: the tokenizer gives token {highest}, the model has {vocab_size}; give the model with its own "
+            "tokenizer"
+        )
+
+
 def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[np.ndarray, bool]]:
     """The token ids of documents, piece by piece: ``(ids, whether the piece begins a document)``.
 

@@ -14,7 +14,7 @@ import rehead
 from rehead.convert.execute import resolve_device
 from rehead.convert.manifest import versions
 from rehead.errors import UnsupportedError, UsageError
-from rehead.recipes.data.tokens import token_stream
+from rehead.recipes.data.tokens import require_known, token_stream
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
@@ -27,6 +27,7 @@ from rehead.recipes.evaluation.models import (
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
+from rehead.recipes.evaluation.scoring import vocabulary
 from rehead.recipes.evaluation.speed import speed_rows
 from rehead.recipes.positions import check_positions
 
@@ -209,11 +210,13 @@ class _Run:
         """What a reader must know of the models before any figure.
 
         Raises:
-            UsageError: a window is longer than a model has positions for.
+            UsageError: a window is longer than a model has positions for, or a token is outside its vocabulary.
         """
         notes = [cache_note(row, found.facts()[row.who].model_type) for row in found.kv_cache]
         if self.texts:
             window = self.chosen.window
+            for item in self.loaded:
+                require_known(max(int(text.tokens.max()) for text in self.texts), vocabulary(item.model), "--data")
             # The last token of a window is only predicted, but for what begins with a prefix.
             read = window if "rolling" in self.chosen.conventions else window - 1
             notes += [check_positions(item.model, read, item.name, f"--window {window}") for item in self.loaded]

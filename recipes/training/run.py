@@ -208,7 +208,7 @@ class _Run:
         if teacher is not None:
             same_tokens(tokenizer, tokenizer_of(teacher, "--teacher", tokenizer), (student.name, teacher.name))
         store = open_tokens(checkpoints.work_path(self.out) / "tokens", student, tokenizer, options, run, progress)
-        held_out = [HeldOut(name, held_out_windows(name, tokenizer, options)) for name in options.eval_data]
+        held_out = [HeldOut(name, held_out_windows(name, student, tokenizer, options)) for name in options.eval_data]
         found, broken = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
         dtype = _dtype(options.dtype, run.device)
         model, mentor, attention = self._load(student, teacher, dtype)

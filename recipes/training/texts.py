@@ -11,7 +11,7 @@ from torch import Tensor
 from rehead.errors import UsageError
 from rehead.recipes.data.sources import identity
 from rehead.recipes.data.store import TokenStore, write_store
-from rehead.recipes.data.tokens import load_tokenizer, token_stream
+from rehead.recipes.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.recipes.training.loop import Progress
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions
@@ -61,7 +61,7 @@ def open_tokens(
             folder,
             options.data,
             tokenizer,
-            student.config.get_text_config(decoder=True).vocab_size,
+            _vocab_size(student),
             key=key,
             limit=limit,
             streaming=options.streaming,
@@ -78,13 +78,14 @@ def open_tokens(
     return store
 
 
-def held_out_windows(name: str, tokenizer: Any, options: UptrainOptions) -> Tensor:
+def held_out_windows(name: str, student: Opened, tokenizer: Any, options: UptrainOptions) -> Tensor:
     """Disjoint windows of a held-out text, int64 ``[n, seq_length]``.
 
     Raises:
-        UsageError: the text is missing, empty, not text, or shorter than a window.
+        UsageError: the text is missing, empty, not text, or shorter than a window; a token is outside the vocabulary.
     """
     tokens = token_stream([name], tokenizer, options.eval_tokens, option="--eval-data")
+    require_known(int(tokens.max()), _vocab_size(student), "--eval-data")
     windows = tokens[: len(tokens) // options.seq_length * options.seq_length].view(-1, options.seq_length)
     if not len(windows):
         more = "more text" if len(tokens) < options.eval_tokens else "a larger --eval-tokens"
@@ -92,6 +93,10 @@ def held_out_windows(name: str, tokenizer: Any, options: UptrainOptions) -> Tens
             f"--eval-data {name}: too short, {len(tokens)} tokens where a window has {options.seq_length}; give {more}"
         )
     return windows
+
+
+def _vocab_size(student: Opened) -> int:
+    return int(student.config.get_text_config(decoder=True).vocab_size)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -153,6 +153,7 @@ BAD = [
     (["MODEL", "--data", "TEXT", "--attention", "flush"], 2, "--attention flush"),
     (["MODEL", "--data", "TEXT", "--out", "MODEL"], 2, "is a checkpoint"),
     (["MODEL", "--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
+    (["LARGER", "--data", "TEXT"], 2, "the tokenizer gives token"),
     (["BROKEN", "--data", "TEXT"], 3, "gives no finite probability"),
     (["HALF", "--data", "TEXT"], 3, "is missing"),
     (["T5", "--data", "TEXT"], 3, "is an encoder-decoder"),
@@ -173,6 +174,8 @@ def harmed(tmp_path_factory, original, text):
     new_model(place / "OTHER", text.read_text().splitlines(), shape)
     for name in ("RENAMED", "BROKEN", "HALF"):
         shutil.copytree(original, place / name)
+    shutil.copytree(place / "OTHER", place / "LARGER")  # with the tokenizer of a model that has more tokens
+    shutil.copy(original / "tokenizer.json", place / "LARGER")
     tokenizer = json.loads((place / "RENAMED" / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]

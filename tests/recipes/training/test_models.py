@@ -83,7 +83,9 @@ def test_adapters_are_merged(tiny, tmp_path: Path) -> None:
     from rehead.recipes.training.texts import held_out_windows
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", tiny.teacher))
-    windows = held_out_windows(tiny.held, load_tokenizer(tmp_path / "out"), make_options(options))
+    windows = held_out_windows(
+        tiny.held, open_checkpoint(str(tmp_path / "out")), load_tokenizer(tmp_path / "out"), make_options(options)
+    )
     found = evaluate_held_out(StudentWithLoss(student, teacher), HeldOut("", windows), join_processes("cpu"), 8)
     assert found["kl"] == pytest.approx(figures[-1]["kl"], rel=1e-4)
 
