@@ -200,8 +200,8 @@ class TiledMask:
     def _refusal(self, what: str) -> UnsupportedError:
         return UnsupportedError(
             f"this model reads its attention mask itself ({what}), so it does not use the attention that rehead_tiled "
-            "provides; patch it with rehead.patches.patch_model(model, 'tiled') or load it with "
-            "attn_implementation='eager'"
+            "provides; load it with attn_implementation='eager', or, if it was loaded by name, try "
+            "rehead.patches.patch_model(model, 'tiled') (and under gradient checkpointing call backward() before revert())"
         )
 
     @classmethod

@@ -24,9 +24,6 @@ logger = logging.getLogger("rehead.patches")
 SYNC_ROWS = 16
 """Masks for more query rows than this (a prefill or a training step) may wait for the device once; decode steps not."""
 
-PLAIN: set[type] = set()
-"""Config classes whose models pass their mask on untouched, as far as has been looked."""
-
 _said: set[str] = set()
 
 
@@ -209,11 +206,21 @@ def tiled_mask(
             )
         return attention_mask
     # The most common mask needs nothing that a compiled graph cannot do, so it stays inside one.
-    if torch.compiler.is_compiling() and mask_function is masking_utils.causal_mask_function and type(config) in PLAIN:
+    if (
+        torch.compiler.is_compiling()
+        and mask_function is masking_utils.causal_mask_function
+        and _passes_it_on(type(config))
+    ):
         return _causal(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     return _make(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, use_vmap, config
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _passes_it_on(config_class: type) -> bool:
+    """Whether the models of a config class hand their mask to attention untouched: a constant to a graph."""
+    return mask_style(config_class) is MaskStyle.PASSED
 
 
 def _causal(
@@ -264,10 +271,8 @@ def _make(
         _say_dense(config, "its layers read the mask")
         dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
         return masking_utils.eager_mask(**dense_arguments, dtype=dtype)
-    if style is MaskStyle.PASSED:
-        PLAIN.add(type(config))
-        if mask_function is masking_utils.causal_mask_function:
-            return _causal(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+    if style is MaskStyle.PASSED and mask_function is masking_utils.causal_mask_function:
+        return _causal(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     mask = TiledMask(
         batch_size, q_length, kv_length, torch.device(device), q_offset=_snapshot(q_offset, q_length) - kv_offset
     )

@@ -12,9 +12,8 @@ from transformers import Cache
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import adapters, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
-from rehead.patches.discover import Found, MaskStyle, find_attention, mask_style
+from rehead.patches.discover import Found, find_attention
 from rehead.patches.interface import NAME, RECORD
-from rehead.patches.masking import PLAIN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GPU_HEAD_DIM = 256
@@ -105,8 +104,6 @@ class TiledPatch(Patch):
         for config in targets.values():
             # The public setter would hand the name down to sub-configs, and so to towers that are left alone.
             config._attn_implementation_internal = NAME
-            if mask_style(type(config)) is MaskStyle.PASSED:  # type: ignore[arg-type]
-                PLAIN.add(type(config))
 
     def prove(self, **options: Any) -> Any:
         """Parity with the unpatched model, every layer called, no leak from later tokens; see :func:`proof.prove`.

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from rehead.patches import patch_model
+from rehead.patches.discover import mask_style
 from rehead.patches.tiny import tiny_model
 
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
@@ -316,6 +317,16 @@ def test_training_compiles_without_graph_breaks():
         plain = torch.compile(model, backend="aot_eager")
         close(plain(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
     model.zero_grad(set_to_none=True)
+
+
+def test_a_model_loaded_by_name_compiles_without_graph_breaks():
+    """Before anything has looked at its class."""
+    torch._dynamo.reset()
+    mask_style.cache_clear()
+    model = tiny_model("llama", "rehead_tiled")
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    theirs = shared("llama")(TOKENS, attention_mask=LEFT, use_cache=False).logits
+    close(fast(TOKENS, attention_mask=LEFT, use_cache=False).logits, theirs, LEFT)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_oss"])
