@@ -89,20 +89,30 @@ class NormAndProduct(_Part):
 
     Hands on the bare normalised input. Readers that were replaced ignore it; anything else would compute with a norm
     that lacks its weight, which the proof after fusing finds out.
+
+    Args:
+        sizes: reader -> its share of the product.
+        clamped: attention clamps its pieces where they are (OLMo), which autograd allows no part of a split.
     """
 
     def __init__(
-        self, exchange: Exchange, matrix: FusedLinear, kind: NormKind, sizes: dict[str, int], record: LayerRecord
+        self,
+        exchange: Exchange,
+        matrix: FusedLinear,
+        kind: NormKind,
+        sizes: dict[str, int],
+        record: LayerRecord,
+        clamped: bool,
     ) -> None:
         super().__init__(exchange, matrix)
-        self.kind, self.sizes, self.record = kind, sizes, record
+        self.kind, self.sizes, self.record, self.clamped = kind, sizes, record, clamped
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.record.calls += 1
         bare = self.kind.normalise(x)
         pieces = self.matrix(bare).split(list(self.sizes.values()), dim=-1)
-        self.exchange.pieces.update(zip(self.sizes, pieces))
+        self.exchange.pieces.update(zip(self.sizes, (p.clone() for p in pieces) if self.clamped else pieces))
         return bare
 
 
@@ -294,6 +304,7 @@ class Fusion:
                     self.attention_kind if attribute == FUSED_IN else self.ffn_kind,
                     sizes,
                     self.record,
+                    getattr(getattr(block.attention, "config", None), "clip_qkv", None) is not None,
                 )
             attention_norm = block.child_name(block.attention_norm)
             if not block.shared_norm:

@@ -126,6 +126,7 @@ def test_gradients_are_the_unfused_ones():
     ("model_type", "config"),
     [
         *((name, {}) for name in ("llama", "qwen2", "gemma", "phi", "gpt2", "gpt_neox")),
+        ("olmo", {"clip_qkv": 0.5}),  # clamps queries, keys and values where they are
         ("llama", {"attention_bias": True}),  # of its two output matrices one has a bias
     ],
 )
