@@ -201,4 +201,4 @@ def validate_command(file: str, settings: tuple[str, ...], as_json: bool) -> Non
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     cells = f"{len(planned.cells)} cells, " if planned.sweep else ""
-    click.echo(f"{file} is valid: {cells}{len(stages)} stages")
+    click.echo(f"{file} is valid: {cells}{len(stages)} stage{'s' * (len(stages) != 1)}")

@@ -184,6 +184,11 @@ class _Builder:
         teacher = options.pop("teacher")
         if teacher is not None:
             models["teacher"] = Place(model=teacher)
+        elif _needs_teacher(options, f"{self.where}: control"):
+            raise UsageError(
+                f"{self.where}: control: loss {options['loss']} would teach the original by itself; give it a teacher "
+                "or leave its loss out"
+            )
         title = f"the original, {options['loss']}, {short(options['tokens'])} tokens"
         self.control = self.add(self._training(CONTROL, title, options, models))
 

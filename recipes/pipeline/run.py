@@ -111,7 +111,7 @@ def plan_recipe(recipe: str, settings: Sequence[str] = (), out: str | os.PathLik
     """
     loaded = load_recipe(recipe, settings)
     base: Recipe = checked(Recipe, {**loaded.raw}, loaded.origin)
-    folder = Path(os.path.abspath(out)) if out is not None else Path(base.out or loaded.base / f"{base.name}-out")
+    folder = Path(os.path.abspath(out or base.out or loaded.base / f"{base.name}-out"))
     return Planned(loaded, base, folder, [plan_cell(cell, loaded.origin) for cell in cells(loaded.raw, loaded.origin)])
 
 

@@ -41,7 +41,7 @@ def cells(raw: dict[str, Any], where: str) -> list[Cell]:
         where: its origin, for messages.
 
     Raises:
-        UsageError: an axis is empty, of the wrong form, sets a key that another sets, or the product is absurd.
+        UsageError: an axis is empty, of the wrong form, sets a key that another sets, or the product is absurd; or two cells have one name.
     """
     base = {key: value for key, value in raw.items() if key != "sweep"}
     sweep = raw.get("sweep")
@@ -69,6 +69,12 @@ def cells(raw: dict[str, Any], where: str) -> list[Cell]:
         labels = [label for label, _ in point]
         others = [label for label, values in point if list(values) != [HEADS]]
         found.append(Cell(index, ", ".join(labels), ", ".join(others), overrides, table))
+    names = [cell.label for cell in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(
+            f"{where}: sweep: two cells are called {twice!r}; leave one out, or name the points of its axis"
+        )
     return found
 
 

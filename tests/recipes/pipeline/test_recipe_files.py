@@ -36,6 +36,8 @@ BAD = [
     ("new: {data: a.txt}", "either model or new"),
     ("sweep: {convert.method: []}", "list of values"),
     ("sweep: {convert.method: [mean], start: {a: {convert.method: svd}}}", "both set convert.method"),
+    ("sweep: {convert.method: [mean, mean]}", "two cells are called 'mean'"),
+    ("control: {loss: kd}\nuptrain: {data: a.txt}\nevaluate: {data: a.txt}", "would teach the original by itself"),
     ("sweep: {uptrain.data: [[a.txt], [b.txt]]}\nuptrain: 5", "dictionary"),
     ("evaluate: {data: built-in:held-out}", "did you mean 'built-in:heldout'"),
     ("model: x", "stands twice"),
@@ -128,6 +130,7 @@ def test_paths_start_from_the_recipe_and_settings_from_the_working_folder(tmp_pa
     assert raw["uptrain"]["data"] == [f"{there / 'a.txt.gz'}#lines,chars=:-5", "owner/name#config=en"]
     assert raw["evaluate"]["data"] == [str(here / "b.txt")]
     assert plan_recipe(str(path)).out == there / "r-out"
+    assert plan_recipe(f"../{there.name}/r.yaml").out == there / "r-out"
     assert plan_recipe(str(path), out="o").out == here / "o"
     assert plan_recipe("demo", [f"model={there}"]).out == here / "demo-out"
 
