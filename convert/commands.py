@@ -226,7 +226,7 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if "host" in facts:
         rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same"))
     rows += [
-        ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(options)),
+        ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(facts)),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
@@ -240,12 +240,15 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))
     if "calibration" in options:
         source = ", ".join(options["calibration"])
-        rows.append(("calibration", f"{options['calibration_tokens']:,} tokens of {source}"))
+        length = options["calibration_length"]
+        lengths = " and ".join(map(str, length)) if isinstance(length, list) else length
+        rows.append(("calibration", f"{options['calibration_tokens']:,} tokens of {source}, sequences of {lengths}"))
     return rows
 
 
-def _unpooled(options: dict[str, Any]) -> str:
-    return "none: the number of KV heads stays" + ("; least-squares refit" if options["refit"] else "")
+def _unpooled(facts: dict[str, Any]) -> str:
+    refits = facts["options"]["refit"] and "block" in facts
+    return "none: the number of KV heads stays" + ("; least-squares refit" if refits else "")
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

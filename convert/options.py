@@ -136,13 +136,13 @@ class ConvertOptions:
         """Whether the model has to be run over text."""
         return get_method(self.method).needs_calibration or self.refit or self.fit > 0
 
-    def as_json(self) -> dict[str, Any]:
-        """For the manifest and ``--json``; calibration options only where they count."""
+    def as_json(self, calibrated: bool = True) -> dict[str, Any]:
+        """For the manifest and ``--json``; calibration options only where they count, never unless ``calibrated``."""
         table = asdict(self)
         for name in (*_STEPS, *_OF_STEPS):
             if table[name] in (None, False):
                 table.pop(name)
-        if not self.needs_calibration:
+        if not (calibrated and self.needs_calibration):
             for name in ("calibration", "calibration_tokens", "calibration_length"):
                 table.pop(name)
         else:

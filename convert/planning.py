@@ -147,7 +147,7 @@ class Plan:
             "exact": self.exact,
             "rounded": self.rounded,
             **({"reinvest": self.widening.facts} if self.widening else {}),
-            "options": self.options.as_json(),
+            "options": self.options.as_json(self.calibrated),
             "config_changes": {
                 key: {"before": self.source.source.config.get(key), "after": value}
                 for key, value in (dict.fromkeys(self.source.source.config) | self.raw_config).items()

@@ -73,7 +73,11 @@ def test_convert_then_verify(run, llama, tmp_path) -> None:
 
 def test_same_number_of_heads_is_exact_and_verified_so(run, llama, tmp_path) -> None:
     out = tmp_path / "out"
-    assert run("convert", llama, out, "--kv-heads", heads(llama), "--method", "svd")[0] == 0
+    code, text, _ = run("convert", llama, out, "--kv-heads", heads(llama), "--method", "svd", "--refit")
+    assert code == 0
+    assert "calibration" not in text
+    assert "refit" not in text
+    assert "sequences of 512 and 2048" in run("plan", llama, "--kv-heads", 1, "--method", "svd")[1]
     theirs, ours = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

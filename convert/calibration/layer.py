@@ -31,9 +31,9 @@ from rehead.convert.methods.registry import MethodContext, get_method
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
 
-#: Memory for the logits that the refit matches, and the most sequences it uses.
+#: Memory for the logits that the refit matches, and the most queries whose logits it matches.
 _LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-_LOGIT_SEQUENCES = {"cpu": 48, "cuda": 192}
+_LOGIT_QUERIES = {"cpu": 48 * QUERY_ROWS, "cuda": 192 * QUERY_ROWS}
 
 
 class LayerHealer(LayerSight):
@@ -126,10 +126,10 @@ class LayerHealer(LayerSight):
         targets = []
         for part, mine in zip(hidden, inputs):
             length = part.shape[1]
-            count = self._logit_sequences(part, pooled.num_heads, len(hidden))
+            count, queries = self._logit_share(part, pooled.num_heads, len(hidden))
             chosen = torch.linspace(0, len(part) - 1, count).long()
             for number, rows in enumerate(chosen.split(min(8, batch_rows(part, self.batch_tokens)))):
-                at = spread(length, QUERY_ROWS, number, self.device)
+                at = spread(length, queries, number, self.device)
                 seen = self.seen(layer, part[rows], at)
                 assert seen is not None
                 p, scores = ordered(seen.probabilities, order), ordered(seen.scores, order)
@@ -142,12 +142,16 @@ class LayerHealer(LayerSight):
             return pooled, {"logit_error": [round(before, 5), round(before, 5)]}
         return refitted, {"logit_error": [round(before, 5), round(after, 5)]}
 
-    def _logit_sequences(self, part: Tensor, heads: int, lengths: int) -> int:
-        """How many of the sequences of one length the logits are matched on: an equal share of what memory holds."""
-        kind = self.device.type
-        cost = 8 * heads * part.shape[1] * min(QUERY_ROWS, part.shape[1])
-        most = min(_LOGIT_BYTES.get(kind, 1 << 30) // cost, _LOGIT_SEQUENCES.get(kind, 48)) // lengths
-        return max(1, min(most, len(part)))
+    def _logit_share(self, part: Tensor, heads: int, lengths: int) -> tuple[int, int]:
+        """(sequences of one length that logits are matched on, queries of each).
+
+        Every length gets as many queries, however few its sequences are: what lies far back is seen in long ones alone.
+        """
+        kind, (have, length) = self.device.type, part.shape[:2]
+        queries = _LOGIT_QUERIES.get(kind, 48 * QUERY_ROWS) // lengths
+        queries = min(queries, _LOGIT_BYTES.get(kind, 1 << 30) // lengths // (8 * heads * length))
+        count = max(1, min(queries // min(QUERY_ROWS, length), have))
+        return count, max(1, min(queries // count, length))
 
     def _run_original(self, layer: int, hidden: list[Tensor], ours: list[Tensor]) -> OutputTarget:
         """Advance ``hidden`` through the original layer and say what the converted attention ought to give."""
