@@ -201,7 +201,7 @@ class TiledMask:
         return UnsupportedError(
             f"this model reads its attention mask itself ({what}), so it does not use the attention that rehead_tiled "
             "provides; load it with attn_implementation='eager', or, if it was loaded by name, try "
-            "rehead.patches.patch_model(model, 'tiled') (and under gradient checkpointing call backward() before revert())"
+            "rehead.patches.patch_model(model, 'tiled') (with gradient checkpointing, backward() comes before revert())"
         )
 
     @classmethod
