@@ -41,6 +41,8 @@ STEPS = ("train", "decode")
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The fastest first, the same for both forms."""
 
+_COUNTS = ("layers", "batch", "length", "decode_batch", "context", "head_dim")
+
 PARTS = 4
 """Into how many parts an overlapped output product is cut."""
 
@@ -278,10 +280,14 @@ def shapes(args: argparse.Namespace, size: int) -> list[Shape]:
     """The table's shapes.
 
     Raises:
-        UsageError: a size that heads or ranks do not divide.
+        UsageError: a size below 1, or one that heads or ranks do not divide.
     """
-    made = []
-    for hidden in _numbers(args.hidden, "--hidden"):
+    made, sizes = [], _numbers(args.hidden, "--hidden")
+    given = {"--hidden": min(sizes)} | {f"--{name.replace('_', '-')}": getattr(args, name) for name in _COUNTS}
+    for flag, value in given.items():
+        if value < 1:
+            raise UsageError(f"{flag} {value}: must be 1 or more")
+    for hidden in sizes:
         if hidden % args.head_dim or (hidden // args.head_dim) % size:
             raise UsageError(f"--hidden {hidden}: its heads of {args.head_dim} do not divide over {size} ranks")
         heads = hidden // args.head_dim

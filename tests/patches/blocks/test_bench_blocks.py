@@ -159,6 +159,9 @@ def test_refusals():
         blocks.main([*SMALL, "--hidden", "100"])
     with pytest.raises(UsageError, match="whole numbers"):
         blocks.main([*SMALL, "--hidden", "big"])
+    for wrong in (["--layers", "0"], ["--batch", "-1"], ["--head-dim", "0"], ["--hidden", "256,0"]):
+        with pytest.raises(UsageError, match=f"{wrong[0]} .*must be 1 or more"):
+            main(["--cpu", *wrong])
     with pytest.raises(UsageError, match="--kv"):
         blocks.main([*SMALL, "--kv", "some"])
     with pytest.raises(UsageError, match="do not divide over 3"):
