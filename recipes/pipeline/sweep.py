@@ -41,7 +41,8 @@ def cells(raw: dict[str, Any], where: str) -> list[Cell]:
         where: its origin, for messages.
 
     Raises:
-        UsageError: an axis is empty, of the wrong form, sets a key that another sets, or the product is absurd; or two cells have one name.
+        UsageError: an axis is empty, of the wrong form, sets a key that another sets, or the product is absurd; or two
+            cells have one name.
     """
     base = {key: value for key, value in raw.items() if key != "sweep"}
     sweep = raw.get("sweep")
