@@ -161,7 +161,7 @@ def test_refusals():
         blocks.main([*SMALL, "--hidden", "big"])
     for wrong in (["--layers", "0"], ["--batch", "-1"], ["--head-dim", "0"], ["--hidden", "256,0"]):
         with pytest.raises(UsageError, match=f"{wrong[0]} .*must be 1 or more"):
-            main(["--cpu", *wrong])
+            blocks.main([*SMALL, *wrong])
     with pytest.raises(UsageError, match="--kv"):
         blocks.main([*SMALL, "--kv", "some"])
     with pytest.raises(UsageError, match="do not divide over 3"):
