@@ -297,7 +297,13 @@ def _log_if_wide(ax: Any, values: list[float]) -> None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=12))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(lambda y, _: figure(y, 2))
+    ax.yaxis.set_major_formatter(lambda y, _: figure(y, _digits(ax.yaxis.get_majorticklocs())))
+
+
+def _digits(ticks: Any) -> int:
+    """Significant digits, at least two, that tell an axis's ticks apart."""
+    apart = (digits for digits in range(2, 8) if len({figure(tick, digits) for tick in ticks}) == len(ticks))
+    return next(apart, 8)
 
 
 @contextmanager

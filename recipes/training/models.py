@@ -40,7 +40,8 @@ def open_checkpoint(name: str) -> Opened:
 
     Raises:
         UsageError: there is no such checkpoint.
-        UnsupportedError: it is quantised, in another format, or of a type that transformers does not have.
+        UnsupportedError: it is quantised, an encoder-decoder, in another format, or of a type that transformers does
+            not have.
     """
     place, revision = name, None
     if "@" in name.rsplit("/", 1)[-1] and not name.startswith((".", "/", "~")):
@@ -54,7 +55,13 @@ def open_checkpoint(name: str) -> Opened:
             conversion = json.loads(source.small_path(MANIFEST_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UnsupportedError(f"{name}: its {MANIFEST_NAME} cannot be read; convert it again") from None
-    return Opened(name, source, resolve_config(source.config, name), conversion)
+    config = resolve_config(source.config, name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{name}: is an encoder-decoder, which does not continue running text; uptrain it with transformers' "
+            "Seq2SeqTrainer on pairs of your own"
+        )
+    return Opened(name, source, config, conversion)
 
 
 def teacher_name(student: Opened, options: UptrainOptions) -> str | None:

@@ -229,6 +229,16 @@ def test_many_models_still_make_readable_plots(tmp_path) -> None:
     assert all(len(plot.keys) <= MOST_LINES + 1 for plot in plots)
 
 
+@pytest.mark.parametrize("kl", [17.0, 2.03, 0.3, 1e-7])
+def test_ticks_of_an_axis_are_told_apart(tmp_path, kl: float) -> None:
+    page = write_report(tmp_path, [Entry("one", made.evaluation(kl, 1))]).html.read_text()
+    drawing = page[page.index("Quality against KV size") :]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawing[: drawing.index("KL to the original</text>")])
+    ticks = texts[texts.index("KV cache a token") + 1 :]
+    assert len(ticks) >= 3
+    assert len(set(ticks)) == len(ticks), ticks
+
+
 def test_training_logs_are_read_as_a_resumed_run_leaves_them(tmp_path) -> None:
     path = made.training_log(tmp_path / "training-log.jsonl", steps=10)
     with path.open("a") as f:  # steps 9 and 10 again, after a resume, and a line cut off by a kill
