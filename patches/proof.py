@@ -144,8 +144,12 @@ def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     found = getattr(out, "logits", None)
     if found is None:
         found = getattr(out, "last_hidden_state", None)
-    if not isinstance(found, Tensor):
-        raise UsageError(f"{type(model).__name__} returns neither logits nor last_hidden_state; prove a causal LM")
+    if not isinstance(found, Tensor) or found.ndim < 3:
+        # A head that says one thing of a whole sequence hides what a proof is about: one row a token.
+        hidden = getattr(model(**inputs, use_cache=False, output_hidden_states=True), "hidden_states", None)
+        if not hidden:
+            raise UsageError(f"{type(model).__name__} returns no logits or hidden states of tokens; prove a causal LM")
+        found = hidden[-1]
     return found
 
 
@@ -173,6 +177,8 @@ def _probe(model: nn.Module, input_ids: Tensor | None, length: int | None, paddi
     """Tokens, the same with a changed second half, and the same with the first row padded on the left."""
     if input_ids is None:
         input_ids = probe_tokens(model, length or default_length(model), 2, seed=0)
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise UsageError("input_ids must be an integer tensor [batch, length]; tokenise with return_tensors='pt'")
     length = input_ids.shape[1]
     if length < 2:
         raise UsageError("a proof needs at least two tokens; pass longer input_ids")
@@ -213,7 +219,7 @@ def _continued(model: nn.Module, probe: _Probe) -> Tensor | None:
         step: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         out = model(input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **step)
         cache, found = getattr(out, "past_key_values", None), getattr(out, "logits", None)
-        if cache is None or not isinstance(found, Tensor):
+        if cache is None or not isinstance(found, Tensor) or found.ndim < 3:
             return None
         rows.append(found[mask[:, start:stop].bool()])
     return torch.cat(rows)
@@ -306,7 +312,14 @@ def prove(
         probe = _probe(model, input_ids, length, padding)
         # First as the model is: taking the patch off and putting it back would mend what somebody changed since.
         before = {record.name: record.calls for record in patch._records}
-        plain = _logits(model, probe.plain)
+        try:
+            plain = _logits(model, probe.plain)
+        except IndexError as error:
+            shape = " x ".join(map(str, probe.plain["input_ids"].shape))
+            raise UsageError(
+                f"{type(model).__name__} cannot look up tokens or positions of a probe of {shape} tokens ({error}); "
+                "pass a smaller length=, or input_ids= it knows"
+            ) from error
         calls = {record.name: record.calls - before[record.name] for record in patch._records}
         mine = _run(model, probe, plain)
         # A model that was loaded under this attention's name would be held to itself.

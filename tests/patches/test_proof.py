@@ -176,6 +176,33 @@ def test_an_implementation_that_drops_something_is_held_to_eager(model, monkeypa
     assert model.config._attn_implementation == "lossy"
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"length": 1000}, "smaller length="),
+        ({"length": 1}, "at least two tokens"),
+        ({"input_ids": TOKENS[0]}, "integer tensor"),
+        ({"input_ids": [[1, 2, 3]]}, "integer tensor"),
+    ],
+)
+def test_a_probe_that_cannot_be(options, word):
+    with patch_model(tiny_model("gpt2"), "tiled") as patch:
+        with pytest.raises(UsageError, match=word) as error:
+            patch.prove(**options)
+        one_line(error)
+
+
+def test_a_classifier_is_proved_by_its_hidden_states(monkeypatch):
+    model = randomize(transformers.LlamaForSequenceClassification(tiny_model("llama").config)).eval()
+    with patch_model(model, "tiled") as patch:
+        assert patch.prove().layers == 2
+        monkeypatch.setattr(
+            "rehead.patches.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "causal": False})
+        )
+        with pytest.raises(VerificationError):
+            patch.prove()
+
+
 def test_prove_needs_an_applied_patch(model):
     with pytest.raises(UsageError, match="not applied"):
         patch_model(model, "tiled").prove()
