@@ -18,6 +18,7 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
 )
 
 from rehead.convert.manifest import verify_files
@@ -119,6 +120,9 @@ def test_models_that_cannot_be_trained(tiny, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(UnsupportedError, match="is quantised"):
+        uptrain(folder, tmp_path / "out", **tiny.options())
+    (folder / "config.json").write_text(json.dumps(T5Config().to_dict()))
+    with pytest.raises(UnsupportedError, match="is an encoder-decoder"):
         uptrain(folder, tmp_path / "out", **tiny.options())
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").unlink()
