@@ -79,7 +79,9 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
         return
     rows = [
         ("type", f"{facts['model_type']}, {facts['attention']} attention, {facts['block']} blocks"),
-        ("layers", f"{facts['layers']}, {facts['attention_layers']} of them with attention"),
+        ("layers", f"{facts['layers']}, {facts['attention_layers']} of them with attention"
+                   if facts["attention_layers"] <= facts["layers"]
+                   else f"{facts['attention_layers']} attentions of the decoder, to itself and to the encoder"),
         ("heads", f"{facts['num_attention_heads']} query, {facts['num_key_value_heads']} KV, "
                   f"head_dim {facts['head_dim']}"),
         ("projections", facts["packing"] + (f", biases on {', '.join(facts['biases'])}" if facts["biases"] else "")),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rehead.convert.families.parallel import base_type
+from rehead.convert.families.table import FAMILIES
 from rehead.convert.hosts.recipe import Derived, Recipe
 from rehead.convert.model import Model, under
 from rehead.convert.reblock.layers import parse_layers
@@ -37,13 +38,14 @@ def reblock(model: Model, form: str, layers: str | Sequence[int] | None = None, 
     kind = model.config.model_type
     if kind in SWITCHES:
         return _switched(model, form, chosen)
-    if base_type(kind) not in parallel_families():
+    known = [name for name in parallel_families() if name in FAMILIES]
+    if base_type(kind) not in known:
         state = model.family.block_of(model.config)
         if state == form:
             raise UsageError(f"--block {form}: {kind}'s blocks are {form} already; leave --block out")
         raise UnsupportedError(
             f"{kind}: its class has {state} blocks only, and Rehead has none of its own for it; "
-            f"of the models whose blocks can change there are {', '.join([*SWITCHES, *parallel_families()])}"
+            f"of the models whose blocks can change there are {', '.join([*SWITCHES, *known])}"
         )
     return _carried(model, form, chosen, plain)
 

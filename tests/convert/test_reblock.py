@@ -277,6 +277,7 @@ def test_refusals_are_one_line(name: str, options: dict, error: type, says: str,
     with pytest.raises(error, match=says) as caught:
         plan(source, **options)
     assert "\n" not in str(caught.value)
+    assert "persimmon" not in str(caught.value), "which has a parallel class to load, but cannot be converted"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

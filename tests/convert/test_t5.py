@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from rehead.convert import convert, inspect, plan, verify
-from rehead.convert.commands import plan_command
+from rehead.convert.commands import inspect_command, plan_command
 from rehead.errors import UnsupportedError
 
 SIZES = {
@@ -116,6 +116,7 @@ def test_the_plan_and_inspection_name_the_decoder_alone(tmp_path: Path) -> None:
     assert len(facts["changes"]) == 8
     assert facts["kv_bytes_per_token"]["after"] * 2 == facts["kv_bytes_per_token"]["before"] == 2 * 4 * 4 * 8 * 4
     assert inspect(str(tmp_path / "source"))["can_convert_to"].keys() == {"1", "2"}
+    assert "4 attentions of the decoder" in CliRunner().invoke(inspect_command, [str(tmp_path / "source")]).output
     shown = CliRunner().invoke(plan_command, [str(tmp_path / "source"), "--kv-heads", "1"])
     assert shown.exit_code == 0, shown.output
     assert "decoder.block.{i}.layer.1.EncDecAttention.k.weight  [32, 32] -> [8, 32]  in 2 layers" in shown.output
