@@ -45,7 +45,8 @@ def layer_damage(
         UsageError: the text is shorter than one window.
     """
     ours, theirs = decoder_layers(model), decoder_layers(baseline)
-    _require_alike(baseline, theirs, ours, name)
+    _require_alike(theirs, ours, name)
+    _require_width(baseline, model, name)
     changed = [i for i, pair in enumerate(zip(theirs, ours)) if _differ(*pair)]
     windows = cut("disjoint", len(tokens), window)
     kl = torch.zeros(len(changed), dtype=torch.float64)
@@ -100,7 +101,19 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found.parameters()))
 
 
-def _require_alike(baseline: Any, theirs: nn.ModuleList, ours: nn.ModuleList, name: str) -> None:
+def _require_width(baseline: Any, model: Any, name: str) -> None:
+    """Layers pass hidden states on, and get their rotary angles from the model around them."""
+    ours, theirs = (one.config.get_text_config(decoder=True) for one in (model, baseline))
+    for key in ("hidden_size", "head_dim"):
+        mine, other = (getattr(config, key, None) for config in (ours, theirs))
+        if mine is not None and other is not None and mine != other:
+            raise UnsupportedError(
+                f"{name}: has a {key} of {mine} and the baseline one of {other}, so its layers cannot stand alone in "
+                "the baseline; leave --damage out"
+            )
+
+
+def _require_alike(theirs: nn.ModuleList, ours: nn.ModuleList, name: str) -> None:
     if len(theirs) != len(ours):
         raise UnsupportedError(
             f"{name}: has {len(ours)} layers and the baseline {len(theirs)}, so none stands for another; "

@@ -91,3 +91,12 @@ def test_layers_of_other_kinds_are_refused(load, original, copying_model):
         layer_damage(load(original), copying_model(), torch.arange(64), 16)
     with pytest.raises(UnsupportedError, match="MistralDecoderLayer and the baseline's a LlamaDecoderLayer"):
         layer_damage(copying_model(), copying_model(16), torch.arange(64), 16)
+
+
+def test_layers_of_another_width_are_refused(load, original):
+    from transformers import LlamaForCausalLM
+
+    config = load(original).config
+    config.hidden_size *= 2  # as when what was freed goes into the hidden size; heads stay as wide as they were
+    with pytest.raises(UnsupportedError, match="has a hidden_size of 64 and the baseline one of 32"):
+        layer_damage(load(original), LlamaForCausalLM(config), torch.arange(64), 16)
