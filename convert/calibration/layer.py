@@ -21,7 +21,7 @@ from rehead.convert.calibration.refit import (
     logit_error,
     refit_logits,
 )
-from rehead.convert.calibration.sight import QUERY_ROWS, LayerSight, Stop, hooked, ordered, spread, with_one
+from rehead.convert.calibration.sight import QUERY_ROWS, LayerSight, Stop, hooked, ordered, queries_of, spread, with_one
 from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.execute import layer_tensors
 from rehead.convert.families.layouts import split
@@ -145,13 +145,13 @@ class LayerHealer(LayerSight):
     def _logit_share(self, part: Tensor, heads: int, lengths: int) -> tuple[int, int]:
         """(sequences of one length that logits are matched on, queries of each).
 
-        Every length gets as many queries, however few its sequences are: what lies far back is seen in long ones alone.
+        Every length gets as many queries for its tokens: what lies far back is seen in long ones alone.
         """
         kind, (have, length) = self.device.type, part.shape[:2]
         queries = _LOGIT_QUERIES.get(kind, 48 * QUERY_ROWS) // lengths
         queries = min(queries, _LOGIT_BYTES.get(kind, 1 << 30) // lengths // (8 * heads * length))
         count = max(1, min(queries // min(QUERY_ROWS, length), have))
-        return count, max(1, min(queries // count, length))
+        return count, max(1, min(queries // count, queries_of(length)))
 
     def _run_original(self, layer: int, hidden: list[Tensor], ours: list[Tensor]) -> OutputTarget:
         """Advance ``hidden`` through the original layer and say what the converted attention ought to give."""

@@ -16,7 +16,7 @@ from rehead.convert.calibration.statistics import LayerStatistics, StatisticsGat
 from rehead.convert.heads import Heads
 from rehead.convert.planning import Plan
 
-#: Queries of each sequence whose attention is looked at; their keys are all there.
+#: Queries of a short sequence whose attention is looked at; their keys are all there.
 QUERY_ROWS = 64
 #: Tokens for the statistics of attention itself.
 _ATTENTION_TOKENS = {"cpu": 16384, "cuda": 65536}
@@ -109,8 +109,7 @@ class LayerSight:
                 gatherer.add_inputs(x)
                 if number % every:
                     continue
-                # As many queries a token in long sequences as in short ones.
-                looked_at = spread(x.shape[1], max(QUERY_ROWS, x.shape[1] // 8), number, self.device)
+                looked_at = spread(x.shape[1], queries_of(x.shape[1]), number, self.device)
 
                 def see(seen: Seen, x: Tensor = x) -> None:
                     gatherer.add_attention(x, ordered(seen.probabilities, order))
@@ -172,6 +171,11 @@ class LayerSight:
         found: list[Seen] = []
         self._look(layer, hidden, at, found.append)
         return found[0] if found else None
+
+
+def queries_of(length: int) -> int:
+    """Queries of a sequence to look at: as many a token in long sequences as in those of 512."""
+    return min(length, max(QUERY_ROWS, length // 8))
 
 
 def spread(length: int, count: int, number: int, device: torch.device) -> Tensor:

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, open_model
+from rehead.convert.calibration import layer as healing
 from rehead.convert.calibration import run as calibration_run
 from rehead.convert.calibration import statistics as statistics_module
+from rehead.convert.calibration.layer import LayerHealer
 from rehead.convert.calibration.layerwise import LayerwiseModel
 from rehead.convert.calibration.refit import LogitModel, LogitTargets, Rotation, logit_error, refit_logits
 from rehead.convert.calibration.statistics import LayerStatistics
@@ -283,3 +285,22 @@ def test_mixed_lengths_are_healed_for_both(llama: Path, tmp_path: Path) -> None:
     assert manifest["calibration"]["length"] == [positions, 16]
     assert manifest["options"]["calibration_length"] == [16, 4096]
     assert done.layers[0]["logit_error"][1] < done.layers[0]["logit_error"][0]
+
+
+@pytest.mark.parametrize(("tokens", "device"), [(8192, "cpu"), (131072, "cpu"), (131072, "cuda"), (1 << 20, "cuda")])
+def test_logits_are_matched_far_back_as_often_as_near(tokens: int, device: str) -> None:
+    """Of two lengths with equal tokens, each gets the same number of queries, within the budget."""
+    healer = object.__new__(LayerHealer)
+    healer.device = torch.device(device)
+    counts = {}
+    for length in (512, 2048):
+        part = torch.empty(tokens // 2 // length, length, 4, device="meta")
+        sequences, queries = healer._logit_share(part, 9, 2)
+        assert sequences <= len(part)
+        assert queries <= length // 8
+        counts[length] = sequences * queries
+    assert counts[512] == counts[2048]
+    budget = healing._LOGIT_QUERIES[device]
+    assert sum(counts.values()) <= budget
+    assert tokens < 32768 or sum(counts.values()) == budget
+    assert healer._logit_share(torch.empty(4, 1 << 16, 4, device="meta"), 512, 1)[1] * 8 * 512 << 16 <= 1 << 32
