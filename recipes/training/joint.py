@@ -20,6 +20,7 @@ from rehead.recipes.data.store import Rows, TokenStore
 from rehead.recipes.training.batches import first_micro_batch, forward_inputs
 from rehead.recipes.training.layers import decoder_layers
 from rehead.recipes.training.log import RunLog
+from rehead.recipes.training.losses.head import transformer
 from rehead.recipes.training.optimizer import Optimizer
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
@@ -58,6 +59,12 @@ def fit_windows(
     if len(ours) != len(theirs):
         raise UsageError(
             f"--joint-layers: the student has {len(ours)} layers and the teacher {len(theirs)}; leave it out"
+        )
+    mine, other = (transformer(model).config.get_text_config(decoder=True).hidden_size for model in (student, teacher))
+    if mine != other:
+        raise UsageError(
+            f"--joint-layers: compares hidden states, of {mine} numbers in the student and {other} in the teacher; "
+            "leave it out"
         )
     if run.sharded:
         raise UsageError("--joint-layers: needs whole parameters; launch with the DDP configuration or leave it out")

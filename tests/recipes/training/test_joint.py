@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rehead.convert import convert
 from rehead.errors import UsageError
 from rehead.recipes import uptrain
 from rehead.recipes.training.joint import _output_of
@@ -61,3 +62,9 @@ def test_nothing_behind_a_window_is_computed(tiny) -> None:
 def test_it_needs_a_teacher(tiny, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--joint-layers: needs a teacher"):
         uptrain(tiny.student, tmp_path / "out", **tiny.options(loss="ce", joint_layers=2))
+
+
+def test_it_needs_hidden_states_of_one_width(tiny, tmp_path: Path) -> None:
+    convert(tiny.teacher, tmp_path / "wide", num_key_value_heads=1, reinvest="hidden")
+    with pytest.raises(UsageError, match=r"--joint-layers: compares hidden states, of \d+ numbers .* leave it out"):
+        uptrain(tmp_path / "wide", tmp_path / "out", **tiny.options(joint_layers=2, joint_tokens=512))
