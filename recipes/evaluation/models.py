@@ -109,7 +109,7 @@ def load_model(
             ) from None
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            if attention is not None and "attn_implementation" in str(error):
+            if attention is not None and ("attn_implementation" in str(error) or "flash" in str(error).lower()):
                 raise UsageError(f"--attention {attention}: {first}") from None
             raise UnsupportedError(f"{name}: transformers does not load it ({first}); check the checkpoint") from None
     if report["missing_keys"] or report.get("mismatched_keys"):

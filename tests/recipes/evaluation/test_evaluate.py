@@ -151,6 +151,7 @@ BAD = [
     (["MODEL", "--data", "TEXT", "--device", "warp"], 2, "warp"),
     (["MODEL", "--data", "TEXT", "--dtype", "bf16"], 2, "bfloat16"),
     (["MODEL", "--data", "TEXT", "--attention", "flush"], 2, "--attention flush"),
+    (["MODEL", "--data", "TEXT", "--attention", "flash_attention_2"], 2, "--attention flash_attention_2"),
     (["MODEL", "--data", "TEXT", "--out", "MODEL"], 2, "is a checkpoint"),
     (["MODEL", "--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["LARGER", "--data", "TEXT"], 2, "the tokenizer gives token"),
