@@ -41,14 +41,26 @@ def divergence(reference: Tensor, variant: Tensor) -> Tensor:
     return torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def batches(input_ids: Tensor, rows: int = ROWS) -> list[Tensor]:
+def batches(input_ids: Tensor, model: nn.Module | None = None, rows: int = ROWS) -> list[Tensor]:
     """``[B, S]`` in pieces of at most ``rows`` sequences.
 
+    Args:
+        input_ids: int ``[B, S]``.
+        model: what will read them.
+        rows: sequences in a piece.
+
     Raises:
-        UsageError: not token ids of two dimensions.
+        UsageError: not token ids of two dimensions, or ids that ``model`` does not have.
     """
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise UsageError("input_ids must be an integer tensor [sequences, length]; tokenise the text first")
+    if not input_ids.numel():
+        raise UsageError("input_ids holds no tokens; tokenise some text first")
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    table = getattr(embeddings, "num_embeddings", None)
+    if table is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table:
+        worst = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+        raise UsageError(f"input_ids holds token {worst}, the model has {table}; use the model's own tokenizer")
     return list(input_ids.split(rows))
 
 

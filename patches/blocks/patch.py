@@ -57,7 +57,7 @@ class BlockPatch(Patch):
         if (given == AUTO) != (self.options.kl_budget is not None):
             raise UsageError("layers='auto' and kl_budget= go together; give both or neither")
         if self.options.calibration is not None:
-            batches(self.options.calibration)
+            batches(self.options.calibration, model)
         self._measured: BlockMeasure | None = None
         self._measured_on = ""
         self._fusions: list[Fusion] = []
@@ -237,7 +237,7 @@ class BlockPatch(Patch):
         if given is None:
             given = proof.probe_tokens(self.model, length or proof.default_length(self.model), 2, seed=0)
         device = next(self.model.parameters()).device
-        parts = [part.to(device) for part in batches(given)]
+        parts = [part.to(device) for part in batches(given, self.model)]
         fused = self.options.fused
         with self._same_parameters(), proof._frozen(self.model):
             variants = [self._logits(part) for part in parts] if fused else []

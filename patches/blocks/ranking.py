@@ -68,7 +68,7 @@ class BlockSwitch:
         check_live(model)
         self.model = model
         device = next(model.parameters()).device
-        self._parts = [part.to(device) for part in batches(input_ids)]
+        self._parts = [part.to(device) for part in batches(input_ids, model)]
         blocks = [block for block in find_blocks(model) if block.form != form]
         if not blocks:
             raise UsageError(f"every layer is {form} already; there is nothing to choose from")

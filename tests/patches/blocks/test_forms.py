@@ -233,6 +233,10 @@ def test_bad_options():
         patch_model(model, "parallel", layers="auto")
     with pytest.raises(UsageError, match="integer tensor"):
         patch_model(model, "parallel", calibration=torch.rand(2, 3))
+    with pytest.raises(UsageError, match="holds token 4093, the model has 128"):
+        patch_model(model, "parallel", calibration=torch.full((1, 4), 4093))
+    with pytest.raises(UsageError, match="no tokens"):
+        patch_model(model, "parallel", calibration=torch.zeros(0, 4, dtype=torch.long))
     with pytest.raises(UsageError, match="already"):
         patch_model(model, "serial").apply()
     with pytest.raises(UsageError, match="not exact"), patch_model(model, "parallel") as patch:
