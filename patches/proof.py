@@ -150,7 +150,8 @@ def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not hidden:
             raise UsageError(f"{type(model).__name__} returns no logits or hidden states of tokens; prove a causal LM")
         found = hidden[-1]
-    return found
+    # Virtual tokens (prompt tuning) come before those of the probe.
+    return found[:, -inputs["input_ids"].shape[1] :]
 
 
 def _called(model: nn.Module, names: list[str], run: Any) -> tuple[Any, set[str]]:
@@ -221,7 +222,7 @@ def _continued(model: nn.Module, probe: _Probe) -> Tensor | None:
         cache, found = getattr(out, "past_key_values", None), getattr(out, "logits", None)
         if cache is None or not isinstance(found, Tensor) or found.ndim < 3:
             return None
-        rows.append(found[mask[:, start:stop].bool()])
+        rows.append(found[:, start - stop :][mask[:, start:stop].bool()])
     return torch.cat(rows)
 
 

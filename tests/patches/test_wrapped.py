@@ -63,3 +63,21 @@ def test_weights_that_are_no_parameters(model):
     with patch_model(packed, "tiled") as patch:
         patch.prove()
         torch.testing.assert_close(packed(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens(model, kind):
+    """A cache that is there before the first token, and rows of logits that no token of the input has."""
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    mask = torch.ones_like(TOKENS)
+    mask[0, :7] = 0
+
+    def run():
+        with torch.no_grad():
+            return tuned(TOKENS, attention_mask=mask).logits[:, -TOKENS.shape[1] :][mask.bool()]
+
+    before = run()
+    with patch_model(tuned, "tiled") as patch:
+        assert patch.prove().layers == 2
+        torch.testing.assert_close(run(), before, atol=1e-5, rtol=1e-5)
