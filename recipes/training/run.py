@@ -49,6 +49,8 @@ from rehead.recipes.training.weights import Weights
 logger = logging.getLogger("rehead.recipes.training")
 
 RESUME = ("auto", "never")
+#: Text that is repeated more often teaches less and less (Muennighoff et al. 2023, arXiv 2305.16264).
+_MOST_EPOCHS = 4
 
 
 @dataclass
@@ -229,6 +231,11 @@ class _Run:
                     beyond = check_positions(model, options.seq_length, student.name, self._length())
                     if beyond is not None:
                         warn(beyond)
+                    if facts["epochs"] > _MOST_EPOCHS:
+                        warn(
+                            f"the data has {store.facts.tokens:,} tokens, so each is seen {facts['epochs']:.3g} times; "
+                            "give more data or fewer --tokens"
+                        )
                 if options.joint_layers:
                     fit_windows(model, mentor, store, options, run, log, progress)
             module = self._module(model, mentor, dtype)

@@ -195,3 +195,17 @@ def test_parts_of_models_with_names_of_their_own() -> None:
     assert any("mlp_block.up_proj" in name for name in chosen["recurrent_gemma"])
     names = choose(tiny_model("recurrent_gemma"), "attention")
     assert {name.rsplit(".", 2)[1] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_data_that_is_seen_over_and_over_is_warned_of(tiny, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text(" ".join(["peace commerce treaty union"] * 40))
+
+    def warned(tokens: int) -> list[str]:
+        events: list[dict] = []
+        options = tiny.options(data=[str(tmp_path / "few.txt")], tokens=tokens, batch_tokens=64, loss="ce")
+        uptrain(tiny.student, tmp_path / f"out-{tokens}", **options, on_event=events.append)
+        return [event["note"] for event in events if event["event"] == "warning" and "is seen" in event["note"]]
+
+    assert not warned(64)
+    (line,) = warned(2048)
+    assert "give more data or fewer --tokens" in line
