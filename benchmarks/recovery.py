@@ -92,7 +92,8 @@ def convert_start(model: str, start: str, folder: Path, kv_heads: int, calibrati
     began = time.monotonic()
     options = STARTS[start]
     texts = calibration if options["method"] == "svd" or options.get("refit") else ()
-    convert(model, folder, num_key_value_heads=kv_heads, calibration=texts, **options)
+    # The rows that are trained and evaluated on have 512 tokens.
+    convert(model, folder, num_key_value_heads=kv_heads, calibration=texts, calibration_length=512, **options)
     return time.monotonic() - began
 
 
