@@ -90,10 +90,10 @@ def convert_start(model: str, start: str, folder: Path, kv_heads: int, calibrati
     if folder.exists():
         return 0.0
     began = time.monotonic()
-    options = STARTS[start]
-    texts = calibration if options["method"] == "svd" or options.get("refit") else ()
     # The rows that are trained and evaluated on have 512 tokens.
-    convert(model, folder, num_key_value_heads=kv_heads, calibration=texts, calibration_length=512, **options)
+    options = {"calibration_length": 512, **STARTS[start]}
+    texts = calibration if options["method"] == "svd" or options.get("refit") else ()
+    convert(model, folder, num_key_value_heads=kv_heads, calibration=texts, **options)
     return time.monotonic() - began
 
 
