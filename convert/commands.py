@@ -51,7 +51,7 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Text file (.txt, .txt.gz, .jsonl, .parquet) or Hub dataset; repeat for more. "
                           "Default: the text that ships with Rehead."),
         click.option("--calibration-tokens", type=int, default=131072, show_default=True, metavar="N"),
-        click.option("--calibration-length", default="512,2048", show_default=True, metavar="N[,N]", callback=_lengths,
+        click.option("--calibration-length", default="2048", show_default=True, metavar="N[,N]", callback=_lengths,
                      help="Tokens in a calibration sequence; several lengths share the tokens equally."),
         click.option("--refit", is_flag=True, help="Refit each layer's attention by least squares."),
         click.option("--fit", type=int, default=0, metavar="STEPS", help="Then fit each layer for STEPS steps."),

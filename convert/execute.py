@@ -134,7 +134,7 @@ def convert(
     grouping: str = "contiguous",
     calibration: Sequence[str] = (),
     calibration_tokens: int = 131072,
-    calibration_length: int | Sequence[int] = (512, 2048),
+    calibration_length: int | Sequence[int] = 2048,
     refit: bool = False,
     fit: int = 0,
     device: str = "auto",

@@ -29,8 +29,8 @@ class ConvertOptions:
         calibration: texts to calibrate on: files or Hub datasets; the text that ships with Rehead when empty.
         calibration_tokens: tokens to calibrate on.
         calibration_length: tokens in one calibration sequence. Several lengths share the tokens equally, so that both
-            short and long contexts are calibrated on; one beyond the model's positions is cut to them, one that its
-            share does not fill once is left out.
+            short and long contexts are calibrated on. One beyond the model's positions or ``calibration_tokens`` is cut
+            to them; of several, one that its share does not fill once is left out.
         refit: refit queries, keys, values and the output projection by least squares after pooling.
         fit: optimiser steps for each layer after the refit; 0 for none.
         dtype: of the converted floating-point weights; ``"auto"`` keeps them.
@@ -52,7 +52,7 @@ class ConvertOptions:
     grouping: str = "contiguous"
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 131072
-    calibration_length: int | tuple[int, ...] = (512, 2048)
+    calibration_length: int | tuple[int, ...] = 2048
     refit: bool = False
     fit: int = 0
     dtype: str = "auto"
@@ -81,15 +81,13 @@ class ConvertOptions:
             raise UsageError(f"--kv-heads {self.num_key_value_heads}: must be 1 or more")
         if self.fit < 0:
             raise UsageError(f"--fit {self.fit}: must be 0 or more steps")
+        if self.calibration_tokens < 16:
+            raise UsageError(f"--calibration-tokens {self.calibration_tokens}: must be 16 or more")
         if not self.calibration_lengths:
             raise UsageError("--calibration-length: is empty; give tokens in a sequence, such as 2048 or 512,2048")
         for length in self.calibration_lengths:
             if length < 16:
                 raise UsageError(f"--calibration-length {length}: must be 16 or more tokens")
-        if self.calibration_tokens < (least := min(self.calibration_lengths)):
-            raise UsageError(
-                f"--calibration-tokens {self.calibration_tokens}: must be at least one sequence of {least}"
-            )
         parse_size(self.max_shard_size)
 
     def _check_steps(self) -> None:
@@ -127,17 +125,26 @@ class ConvertOptions:
 
     @property
     def calibration_lengths(self) -> tuple[int, ...]:
-        """Tokens in a calibration sequence, one entry for each length."""
+        """Tokens in a calibration sequence, one entry for each length, none above ``calibration_tokens``."""
         length = self.calibration_length
-        return (length,) if isinstance(length, int) else tuple(length)
+        lengths = (length,) if isinstance(length, int) else tuple(length)
+        return tuple(dict.fromkeys(min(length, self.calibration_tokens) for length in lengths))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the model has to be run over text."""
         return get_method(self.method).needs_calibration or self.refit or self.fit > 0
 
-    def as_json(self, calibrated: bool = True) -> dict[str, Any]:
-        """For the manifest and ``--json``; calibration options only where they count, never unless ``calibrated``."""
+    def lengths_within(self, positions: int | None) -> tuple[int, ...]:
+        """The calibration lengths of a model that has so many positions; None for any number."""
+        return tuple(dict.fromkeys(min(length, positions or length) for length in self.calibration_lengths))
+
+    def as_json(self, calibrated: bool = True, positions: int | None = None) -> dict[str, Any]:
+        """For the manifest and ``--json``.
+
+        Calibration options only where they count, never unless ``calibrated``; lengths as the model's ``positions``
+        allow them.
+        """
         table = asdict(self)
         for name in (*_STEPS, *_OF_STEPS):
             if table[name] in (None, False):
@@ -147,6 +154,6 @@ class ConvertOptions:
                 table.pop(name)
         else:
             table["calibration"] = list(self.calibration) or ["built in"]
-            lengths = self.calibration_lengths
+            lengths = self.lengths_within(positions)
             table["calibration_length"] = lengths[0] if len(lengths) == 1 else list(lengths)
         return table

@@ -147,7 +147,9 @@ class Plan:
             "exact": self.exact,
             "rounded": self.rounded,
             **({"reinvest": self.widening.facts} if self.widening else {}),
-            "options": self.options.as_json(self.calibrated),
+            "options": self.options.as_json(
+                self.calibrated, getattr(self.model.config, "max_position_embeddings", None)
+            ),
             "config_changes": {
                 key: {"before": self.source.source.config.get(key), "after": value}
                 for key, value in (dict.fromkeys(self.source.source.config) | self.raw_config).items()

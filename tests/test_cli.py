@@ -77,7 +77,12 @@ def test_same_number_of_heads_is_exact_and_verified_so(run, llama, tmp_path) -> 
     assert code == 0
     assert "calibration" not in text
     assert "refit" not in text
-    assert "sequences of 512 and 2048" in run("plan", llama, "--kv-heads", 1, "--method", "svd")[1]
+    planned = ("plan", llama, "--kv-heads", 1, "--method", "svd", "--calibration-length")
+    positions = json.loads((llama / "config.json").read_text())["max_position_embeddings"]
+    assert positions < 2048
+    assert f"sequences of 16 and {positions}" in run(*planned, "16,2048")[1]
+    assert f"sequences of {positions}" in run(*planned[:-1])[1]
+    assert "sequences of 100" in run(*planned[:-1], "--calibration-tokens", 100)[1]
     theirs, ours = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

@@ -49,13 +49,12 @@ def calibrate(
     from rehead.convert.execute import resolve_device
 
     where, options, model = resolve_device(device), plan.options, plan.model
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 10**9)
     text = load_calibration(
         options.calibration,
         model.source,
         int(model.config.vocab_size),
         options.calibration_tokens,
-        [min(length, positions) for length in options.calibration_lengths],
+        options.lengths_within(getattr(model.config, "max_position_embeddings", None)),
         options.seed,
     )
     batch_tokens = _BATCH_TOKENS.get(where.type, 4096)

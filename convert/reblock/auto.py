@@ -45,8 +45,7 @@ def choose(
     reblock(model, options.block, None, options.plain)
     vocab = int(model.config.vocab_size)
     count = min(options.calibration_tokens, max(_FEWEST, _LOGITS // vocab))
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 10**9)
-    longest = min(*options.calibration_lengths, positions)
+    longest = min(options.lengths_within(getattr(model.config, "max_position_embeddings", None)))
     text = load_calibration(
         options.calibration, model.source, vocab, max(count, longest), [min(longest, count)], options.seed
     )

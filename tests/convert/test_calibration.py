@@ -283,7 +283,7 @@ def test_mixed_lengths_are_healed_for_both(llama: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "mixed" / "rehead.json").read_text())
     positions = json.loads((llama / "config.json").read_text())["max_position_embeddings"]
     assert manifest["calibration"]["length"] == [positions, 16]
-    assert manifest["options"]["calibration_length"] == [16, 4096]
+    assert manifest["options"]["calibration_length"] == [16, positions]
     assert done.layers[0]["logit_error"][1] < done.layers[0]["logit_error"][0]
 
 
