@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache
 
 from rehead.errors import UnsupportedError, UsageError
-from rehead.patches import adapters, proof
+from rehead.patches import adapters, measure, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
 from rehead.patches.discover import Found, find_attention
 from rehead.patches.interface import NAME, RECORD
@@ -117,14 +117,14 @@ class TiledPatch(Patch):
         return proof.prove(self, **options)
 
     def measure(self, **options: Any) -> Any:
-        """How far the windowed model is from the original, and what is left without the window; see ``proof.measure``.
+        """How far the windowed model is from the original, and without the window; see :func:`measure.measure`.
 
         Raises:
             UsageError: the patch is not applied, or is exact.
         """
         if self.exact:
             return super().measure(**options)
-        return proof.measure(self, **options)
+        return measure.measure(self, **options)
 
     def switched_off(self) -> list[tuple[LayerRecord, str, Any]]:
         """The record fields that make this patch approximate, with their exact values, for :meth:`measure`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rehead.errors import ReheadError, UnsupportedError, UsageError
-from rehead.patches import proof
+from rehead.patches import probing
 from rehead.patches.discover import find_attention
 
 SERIAL, PARALLEL = "serial", "parallel"
@@ -160,10 +160,10 @@ def find_blocks(model: nn.Module, input_ids: Tensor | None = None) -> list[Block
     matrices = [m for layer, _ in layers.values() for m in layer.modules() if is_matrix(m)]
     watched = [module for name in layers for module in (layers[name][0], *parts[name])]
     if input_ids is None:
-        input_ids = proof.probe_tokens(model, PROBE_TOKENS, 2, seed=0)
+        input_ids = probing.probe_tokens(model, PROBE_TOKENS, 2, seed=0)
     try:
-        with proof._frozen(model), recorded([*watched, *matrices]) as calls:
-            proof._logits(model, {"input_ids": input_ids})
+        with probing.frozen(model), recorded([*watched, *matrices]) as calls:
+            probing.logits(model, {"input_ids": input_ids})
     except ReheadError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UsageError
-from rehead.patches import proof
+from rehead.patches import measure, probing
 from rehead.patches.base import LayerRecord
 from rehead.patches.blocks.anatomy import Block, first_tensor
 
@@ -19,7 +19,7 @@ ROWS = 2
 
 
 @dataclass
-class BlockMeasure(proof.Measure):
+class BlockMeasure(measure.Measure):
     """How far a model with changed blocks is from the original.
 
     Attributes:
@@ -32,13 +32,6 @@ class BlockMeasure(proof.Measure):
     layers: dict[int, float] = field(default_factory=dict)
     updates: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
-
-
-def divergence(reference: Tensor, variant: Tensor) -> Tensor:
-    """Kullback-Leibler divergence, reference to variant, in nats: logits ``[..., V]`` -> float32 ``[...]``."""
-    log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (reference, variant))
-    # Capped vocabularies give -inf on both sides.
-    return torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def batches(input_ids: Tensor, model: nn.Module | None = None, rows: int = ROWS) -> list[Tensor]:
@@ -128,7 +121,7 @@ def block_errors(
         for (block, record), (_, changed) in zip(pairs, now):
             handles.append(block.layer.register_forward_hook(compare(block, record, changed), with_kwargs=True))
         for part in batches(input_ids):
-            proof._logits(model, {"input_ids": part})
+            probing.logits(model, {"input_ids": part})
     finally:
         for handle in handles:
             handle.remove()

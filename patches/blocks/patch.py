@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError, UsageError, VerificationError
-from rehead.patches import proof
+from rehead.patches import probing, proof
 from rehead.patches.base import Patch, UndoLog, register_patch
 from rehead.patches.blocks.anatomy import PARALLEL, SERIAL, Block, check_live, find_blocks
-from rehead.patches.blocks.fused import FusedLinear, Fusion
-from rehead.patches.blocks.measure import BlockMeasure, batches, block_errors, divergence
+from rehead.patches.blocks.fused import Fusion
+from rehead.patches.blocks.measure import BlockMeasure, batches, block_errors
+from rehead.patches.blocks.parts import FusedLinear
 from rehead.patches.blocks.redirect import redirect
 from rehead.patches.blocks.report import BlockRecord, BlockReport, FusionProof
 
@@ -144,8 +145,8 @@ class BlockPatch(Patch):
             undo.run()
 
     def _probe_logits(self) -> Tensor:
-        with proof._frozen(self.model):
-            return proof._logits(self.model, {"input_ids": proof.probe_tokens(self.model, 8, 2, seed=1)})
+        with probing.frozen(self.model):
+            return probing.logits(self.model, {"input_ids": probing.probe_tokens(self.model, 8, 2, seed=1)})
 
     def _check_fusion(self, want: Tensor) -> None:
         """What reads a norm past the matrices that were found, or runs in another order, shows here."""
@@ -157,7 +158,7 @@ class BlockPatch(Patch):
                 f"{type(self.model).__name__} does not run fused ({reason}); patch it with fused=False"
             ) from error
         limit = proof.TOLERANCE.get(want.dtype, 1e-5) * max(1.0, float(want.abs().nan_to_num(0, 0, 0).max()))
-        gap = proof._difference(got, want)
+        gap = probing.difference(got, want)
         if not gap <= limit:
             raise UnsupportedError(
                 f"{type(self.model).__name__} computes something else when fused (by {gap:.1e}, {limit:.1e} allowed): "
@@ -235,13 +236,13 @@ class BlockPatch(Patch):
         given = input_ids if input_ids is not None else self.options.calibration
         on = "random tokens" if given is None else "the tokens given"
         if given is None:
-            given = proof.probe_tokens(self.model, length or proof.default_length(self.model), 2, seed=0)
+            given = probing.probe_tokens(self.model, length or probing.default_length(self.model), 2, seed=0)
         device = next(self.model.parameters()).device
         parts = [part.to(device) for part in batches(given, self.model)]
         fused = self.options.fused
-        with self._same_parameters(), proof._frozen(self.model):
+        with self._same_parameters(), probing.frozen(self.model):
             variants = [self._logits(part) for part in parts] if fused else []
-            with proof.unpatched(self):
+            with probing.unpatched(self):
                 references = [self._logits(part) for part in parts]
                 twin = self._twin()
                 with twin:
@@ -254,16 +255,16 @@ class BlockPatch(Patch):
                     for record, form in now:
                         record.now = form
         variants = variants or plain
-        divergences = torch.cat([divergence(a, b).flatten() for a, b in zip(references, variants)])
+        divergences = torch.cat([probing.divergence(a, b).flatten() for a, b in zip(references, variants)])
         same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(references, variants)])
         residual = (
-            max(proof._difference(a, b) for a, b in zip(plain, variants))
+            max(probing.difference(a, b) for a, b in zip(plain, variants))
             if fused
-            else proof._difference(off, references[0])
+            else probing.difference(off, references[0])
         )
         measured = BlockMeasure(
             kl=float(divergences.double().mean()),
-            difference=max(proof._difference(a, b) for a, b in zip(references, variants)),
+            difference=max(probing.difference(a, b) for a, b in zip(references, variants)),
             agreement=float(same.double().mean()),
             residual=residual,
             layers=share,
@@ -277,7 +278,7 @@ class BlockPatch(Patch):
         return measured
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        return proof._logits(self.model, {"input_ids": tokens})
+        return probing.logits(self.model, {"input_ids": tokens})
 
     def prove(self, **options: Any) -> Any:
         """Fused equals unfused: with the original where no form changed, otherwise with the new form unfused.
@@ -303,25 +304,25 @@ class BlockPatch(Patch):
         tolerance: float | None = None,
         padding: bool = True,
     ) -> proof.Proof:
-        with self._same_parameters(), proof._frozen(self.model):
-            probe = proof._probe(self.model, input_ids, length, padding)
+        with self._same_parameters(), probing.frozen(self.model):
+            probe = probing.make_probe(self.model, input_ids, length, padding)
             before = {record.name: record.calls for record in self._records}
-            mine = proof._run(self.model, probe)
+            mine = probing.run_probe(self.model, probe)
             calls = {record.name: record.calls - before[record.name] for record in self._records}
-            with proof.unpatched(self), self._twin():
-                theirs = proof._run(self.model, probe)
+            with probing.unpatched(self), self._twin():
+                theirs = probing.run_probe(self.model, probe)
         silent = [name for name, count in calls.items() if not count]
         if silent:
             raise VerificationError(f"{silent[0]} ran without its fused matrices; revert the patch")
         share = proof.TOLERANCE.get(theirs.plain.dtype, 1e-5) if tolerance is None else tolerance
         limit = share * max(1.0, float(theirs.plain.abs().nan_to_num(0, 0, 0).max()))
-        gap = proof._gap(mine, theirs, probe)
+        gap = probing.gap_of(mine, theirs, probe)
         if not gap <= limit:
             raise VerificationError(
                 f"the fused logits differ from the unfused ones by {gap:.2e}, over the {limit:.2e} allowed; "
                 "revert the patch and report the model type"
             )
-        leak, other = (proof._difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs))
+        leak, other = (probing.difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs))
         if leak > 4 * other and leak > limit:
             raise VerificationError(f"later tokens change earlier logits by {leak:.2e}; revert the patch")
         against = f"the {self.form} form unfused"

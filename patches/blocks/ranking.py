@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UsageError
-from rehead.patches import proof
+from rehead.patches import probing
 from rehead.patches.base import LayerRecord, UndoLog
 from rehead.patches.blocks.anatomy import PARALLEL, Block, check_live, find_blocks
-from rehead.patches.blocks.measure import batches, divergence
+from rehead.patches.blocks.measure import batches
 from rehead.patches.blocks.redirect import redirect
 
 Progress = Callable[[str, float, float], None]
@@ -83,7 +83,7 @@ class BlockSwitch:
         return [block.index for block in self._blocks]
 
     def __enter__(self) -> BlockSwitch:
-        with proof._frozen(self.model):
+        with probing.frozen(self.model):
             self._reference = [self._logits(part) for part in self._parts]
         try:
             for block in self._blocks:
@@ -104,7 +104,7 @@ class BlockSwitch:
         self._reference = []
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        return proof._logits(self.model, {"input_ids": tokens})
+        return probing.logits(self.model, {"input_ids": tokens})
 
     def kl(self, layers: Iterable[int]) -> float:
         """Nats a token between the original model and the one with ``layers`` switched."""
@@ -112,9 +112,9 @@ class BlockSwitch:
         for index, record in self._records.items():
             record.now = self._form if index in chosen else record.was
         total, count = torch.zeros((), dtype=torch.float64), 0
-        with proof._frozen(self.model):
+        with probing.frozen(self.model):
             for part, reference in zip(self._parts, self._reference):
-                each = divergence(reference, self._logits(part))
+                each = probing.divergence(reference, self._logits(part))
                 total, count = total + each.double().sum().cpu(), count + each.numel()
         return float(total) / count
 

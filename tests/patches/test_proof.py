@@ -9,7 +9,7 @@ from probes import TOKENS, logits, one_line
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-import rehead.patches.proof as proof_module
+import rehead.patches.probing as probing
 from rehead.errors import UsageError, VerificationError
 from rehead.patches import patch_model
 from rehead.patches.tiny import randomize, tiny_model
@@ -99,9 +99,9 @@ def test_prove_reports_decoding(model):
 
 def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
     with patch_model(model, "tiled") as patch:
-        real = proof_module._logits
+        real = probing.logits
         monkeypatch.setattr(
-            proof_module, "_logits", lambda m, x: real(m, x) + 1e-6 * x["input_ids"][:, -1].sum() * patch.applied
+            probing, "logits", lambda m, x: real(m, x) + 1e-6 * x["input_ids"][:, -1].sum() * patch.applied
         )
         with pytest.raises(VerificationError, match="causality"):
             patch.prove(tolerance=1.0)
