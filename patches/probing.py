@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,7 +208,8 @@ def difference(a: Tensor, b: Tensor) -> float:
     # Models with capped vocabularies give -inf on both sides.
     same = a == b
     gap = torch.where(same, 0.0, (a - b).abs())
-    return float(gap.max()) if gap.numel() else 0.0
+    # A maximum of Python's would pass over what is not a number.
+    return float(gap.nan_to_num(nan=math.inf).max()) if gap.numel() else 0.0
 
 
 def divergence(reference: Tensor, variant: Tensor) -> Tensor:

@@ -107,6 +107,16 @@ def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
             patch.prove(tolerance=1.0)
 
 
+def test_prove_catches_what_is_no_number_under_padding_alone(model, monkeypatch):
+    """The largest of several differences must not pass over one that is not a number."""
+    with patch_model(model, "tiled") as patch:
+        real = probing.logits
+        broken = lambda x: patch.applied and "attention_mask" in x  # noqa: E731
+        monkeypatch.setattr(probing, "logits", lambda m, x: real(m, x) * (float("nan") if broken(x) else 1.0))
+        with pytest.raises(VerificationError, match="differ"):
+            patch.prove()
+
+
 def test_prove_catches_a_layer_that_ignores_the_patch(model):
     layer = model.model.layers[1].self_attn
     own = copy.deepcopy(layer.config)
