@@ -21,7 +21,7 @@ def decode(
     value: Tensor,
     *,
     scale: float,
-    q_offset: Tensor | int,
+    q_offset: Tensor | int = 0,
     kv_end: Tensor | int | None = None,
     kv_start: Tensor | None = None,
     key_mask: Tensor | None = None,
