@@ -36,7 +36,8 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
         rows: windows in a forward pass.
 
     Returns:
-        ``tokens_counted``, ``perplexity``, and with a teacher ``kl`` (nats a token) and ``top1_agreement``.
+        ``tokens_counted``, ``perplexity``, and with a teacher ``kl`` (nats a token) and ``top1_agreement``; the count
+        alone where the loss reads no logits.
     """
     was = module.training
     module.eval()
@@ -54,13 +55,12 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
             labels[:, :-1] = mine[:, 1:]
             index = (labels.flatten() != -100).nonzero().squeeze(-1)
             found = module(mine.to(run.device), labels=labels.to(run.device), counted_index=index.to(run.device))
-            if not spare:
-                counted += len(index)
-                for name, value in found.metrics.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+            counted += 0 if spare else len(index)
+            for name, value in found.metrics.items():
+                sums[name] = sums.get(name, 0.0) + (0.0 if spare else float(value))
     finally:
         module.train(was)
-    names = sorted(sums) if run.world == 1 else ["cross_entropy", "kl", "top1_agreement"]
+    names = sorted(sums)  # the same in every process, as each has made as many passes
     total = run.sum(torch.tensor([counted, *(sums.get(name, 0.0) for name in names)], device=run.device))
     count, *means = total.double().tolist()
     figures = {name: mean / count for name, mean in zip(names, means)}
