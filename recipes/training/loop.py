@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -152,20 +153,20 @@ class Loop:
     def _accumulate(self, rows: Rows, counted: int, step: int) -> dict[str, Tensor]:
         """Forward and backward over this process's rows; a GPU that runs out of memory is given fewer at a time."""
         while True:
-            try:
+            # Out of the handler before anything is given back: inside it, the error holds what the pass had allocated.
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self._passes(rows, counted)
-            except torch.OutOfMemoryError:
-                self.weights.clear()
-                torch.cuda.empty_cache()
-                if self._micro == 1 or self.run.world > 1 or self.options.micro_batch:
-                    raise ResourceError(
-                        f"out of GPU memory at step {step + 1} with {self._micro} rows of {self.options.seq_length} "
-                        "tokens in a forward pass; give a smaller --micro-batch or --gradient-checkpointing"
-                    ) from None
-                self._micro = -(-self._micro // 2)
-                self.log.write(
-                    "note", step=step + 1, note=f"out of memory; {self._micro} rows in a forward pass from here on"
+            self.weights.clear()
+            torch.cuda.empty_cache()
+            if self._micro == 1 or self.run.world > 1 or self.options.micro_batch:
+                raise ResourceError(
+                    f"out of GPU memory at step {step + 1} with {self._micro} rows of {self.options.seq_length} "
+                    "tokens in a forward pass; give a smaller --micro-batch or --gradient-checkpointing"
                 )
+            self._micro = -(-self._micro // 2)
+            self.log.write(
+                "note", step=step + 1, note=f"out of memory; {self._micro} rows in a forward pass from here on"
+            )
 
     def _passes(self, rows: Rows, counted: int) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

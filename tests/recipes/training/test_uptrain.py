@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -179,16 +180,24 @@ def test_a_gpu_out_of_memory_is_given_fewer_rows(tiny, tmp_path: Path, monkeypat
     uptrain(tiny.student, tmp_path / "plain", **tiny.options(), on_event=plain.append)
     forward = StudentWithLoss.forward
 
+    allocated: list[weakref.ref] = []
+    left: list[bool] = []
+
     def small(self, input_ids, *arguments, **options):
         if len(input_ids) > 5:
+            activations = torch.empty(8)
+            allocated.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, input_ids, *arguments, **options)
 
     monkeypatch.setattr(StudentWithLoss, "forward", small)
+    # What a failed pass had allocated is free by the time the cache is given back.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(allocated[-1]() is not None))
     events: list[dict] = []
     uptrain(tiny.student, tmp_path / "out", **tiny.options(), on_event=events.append)
     notes = [event["note"] for event in events if event["event"] == "note"]
     assert notes == [f"out of memory; {rows} rows in a forward pass from here on" for rows in (8, 4)]
+    assert left == [False, False]
     curves = [[event["loss"] for event in told if event["event"] == "step"] for told in (plain, events)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     with pytest.raises(ResourceError, match=r"out of GPU memory at step 1 with 6 rows .* --micro-batch") as found:
