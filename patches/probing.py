@@ -160,7 +160,7 @@ def continued(model: nn.Module, probe: Probe) -> Tensor | None:
 
 
 def continued_if_it_can(model: nn.Module, probe: Probe) -> Tensor | None:
-    """:func:`_continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to."""
+    """:func:`continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to."""
     try:
         return continued(model, probe)
     except Exception:
@@ -220,5 +220,5 @@ def divergence(reference: Tensor, variant: Tensor) -> Tensor:
     log_p, log_q = (
         torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1) for x in (reference, variant)
     )
-    # Capped vocabularies give -inf on both sides.
-    return torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+    # Capped vocabularies give -inf on both sides; and rounding must not go below nothing.
+    return torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)

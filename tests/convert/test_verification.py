@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rehead.convert import convert, verify
+from rehead.convert import convert, verification, verify
 from rehead.errors import UnsupportedError, VerificationError
 
 
@@ -60,3 +60,73 @@ def test_numbers_beyond_the_dtype_are_refused(llama: Path, tmp_path: Path, name:
         convert(llama, tmp_path / "out", num_key_value_heads=tiny.KV_HEADS // 2, method="first", dtype="float16")
     assert not (tmp_path / "out").exists()
     convert(llama, tmp_path / "out", num_key_value_heads=1, dtype="bfloat16")
+
+
+def test_what_is_no_number_does_not_verify(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons with a NaN are false, so that neither a cache nor a source that gives one may look close enough."""
+    from rehead.convert import verification
+
+    convert(llama, tmp_path / "out", num_key_value_heads=tiny.KV_HEADS)
+    assert verify(tmp_path / "out", str(llama)).cache_error < 1e-5
+    run = verification._run
+
+    def broken(model, tokens, source, **options):
+        step = run(model, tokens, source, **options)
+        if options.get("past_key_values") is not None:
+            step.logits[..., 0] = torch.nan
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(verification, "_run", broken)
+        with pytest.raises(VerificationError, match="with a KV cache differ from those without by nan"):
+            verify(tmp_path / "out")
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match="llama: its logits are not finite, so nothing can be compared"):
+        verify(tmp_path / "out", str(llama))
+
+
+@pytest.mark.parametrize("length", [128, 1], ids=["prefill", "step"])
+def test_a_cache_that_gives_no_number_fails(llama: Path, tmp_path: Path, monkeypatch, length: int) -> None:
+    """The largest of several differences must not pass over one that is not a number."""
+    convert(llama, tmp_path / "out", num_key_value_heads=1)
+    real = verification._run
+
+    def broken(model, tokens, source, **options):
+        output = real(model, tokens, source, **options)
+        if options["use_cache"] and (length == 1) == (tokens.shape[1] == 1):
+            output.logits = output.logits * float("nan")
+        return output
+
+    monkeypatch.setattr(verification, "_run", broken)
+    with pytest.raises(VerificationError, match="KV cache differ"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_a_cache_that_is_off_fails(llama: Path, tmp_path: Path, monkeypatch, at: int) -> None:
+    """Eight tokens are decoded after a prefill of half of them, and each of them counts."""
+    convert(llama, tmp_path / "out", num_key_value_heads=1)
+    real, steps = verification._run, []
+
+    def broken(model, tokens, source, **options):
+        output = real(model, tokens, source, **options)
+        if tokens.shape[1] == 1:
+            steps.append(tokens)
+            output.logits = output.logits * (1.01 if len(steps) == at + 1 else 1.0)
+        return output
+
+    monkeypatch.setattr(verification, "_run", broken)
+    with pytest.raises(VerificationError, match="KV cache differ"):
+        verify(tmp_path / "out")
+    assert len(steps) == 8
+
+
+def test_a_source_that_gives_no_number_is_no_match(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "out", num_key_value_heads=tiny.KV_HEADS)
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match="logits differ from .*'s by nan"):
+        verify(tmp_path / "out", str(llama))
