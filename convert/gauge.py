@@ -7,6 +7,8 @@ norm) shows up here.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def prove_layout(model: Model, tokens: int = 48) -> float:
             runner.load_layer(layer, merge(model.family, layer, moved, model.source.tensors))
             gap = (runner.run_layer(layer, hidden) - before).norm() / (before - hidden).norm().clamp_min(1e-12)
             runner.unload_layer(layer)
-            worst = max(worst, float(gap))
+            worst = max(worst, float(gap.nan_to_num(nan=math.inf)))  # Python's max passes over what is not a number
     if not worst < _TOLERANCE:
         raise UnsupportedError(
             f"{model.source.id}: {model.config.model_type} is not in the table, and its layers are not laid out as "

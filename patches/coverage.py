@@ -97,7 +97,7 @@ def _try(model_type: str) -> Outcome:
         status, reason = WRONG, "revert does not restore the outputs"
     elif isinstance(plain, torch.Tensor) and isinstance(cached, torch.Tensor):
         limit = 1e-5 * max(1.0, float(plain.abs().max()))
-        if float((plain - cached).abs().max()) > limit:
+        if not float((plain - cached).abs().max()) <= limit:
             status, reason = WRONG, f"decoding with a cache differs by {float((plain - cached).abs().max()):.1e}"
     elif isinstance(plain, torch.Tensor):
         status, reason = FAILED, f"decoding with a cache raises: {cached}"

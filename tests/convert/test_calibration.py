@@ -220,6 +220,21 @@ def test_a_guessed_layout_is_proved_on_numbers(llama: Path) -> None:
         prove_layout(model)
 
 
+@pytest.mark.parametrize("layer", [0, -1])
+def test_a_layout_that_gives_no_number_is_not_proved(llama: Path, monkeypatch, layer: int) -> None:
+    model = open_model(llama)
+    real, runs = LayerwiseModel.run_layer, []
+
+    def broken(runner, index, hidden):
+        runs.append(index)
+        moved = index == model.layers[layer] and runs.count(index) == 2
+        return real(runner, index, hidden) * (float("nan") if moved else 1.0)
+
+    monkeypatch.setattr(LayerwiseModel, "run_layer", broken)
+    with pytest.raises(UnsupportedError, match="not laid out as"):
+        prove_layout(model)
+
+
 def test_inputs_are_decomposed_once_for_a_layer(monkeypatch) -> None:
     """The pooling, the error figure and the refit share one eigendecomposition of the inputs' moment."""
     calls: list[int] = []

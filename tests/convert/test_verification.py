@@ -87,23 +87,6 @@ def test_what_is_no_number_does_not_verify(llama: Path, tmp_path: Path, monkeypa
         verify(tmp_path / "out", str(llama))
 
 
-@pytest.mark.parametrize("length", [128, 1], ids=["prefill", "step"])
-def test_a_cache_that_gives_no_number_fails(llama: Path, tmp_path: Path, monkeypatch, length: int) -> None:
-    """The largest of several differences must not pass over one that is not a number."""
-    convert(llama, tmp_path / "out", num_key_value_heads=1)
-    real = verification._run
-
-    def broken(model, tokens, source, **options):
-        output = real(model, tokens, source, **options)
-        if options["use_cache"] and (length == 1) == (tokens.shape[1] == 1):
-            output.logits = output.logits * float("nan")
-        return output
-
-    monkeypatch.setattr(verification, "_run", broken)
-    with pytest.raises(VerificationError, match="KV cache differ"):
-        verify(tmp_path / "out")
-
-
 @pytest.mark.parametrize("at", [0, 7])
 def test_a_cache_that_is_off_fails(llama: Path, tmp_path: Path, monkeypatch, at: int) -> None:
     """Eight tokens are decoded after a prefill of half of them, and each of them counts."""
@@ -121,12 +104,3 @@ def test_a_cache_that_is_off_fails(llama: Path, tmp_path: Path, monkeypatch, at:
     with pytest.raises(VerificationError, match="KV cache differ"):
         verify(tmp_path / "out")
     assert len(steps) == 8
-
-
-def test_a_source_that_gives_no_number_is_no_match(llama: Path, tmp_path: Path) -> None:
-    convert(llama, tmp_path / "out", num_key_value_heads=tiny.KV_HEADS)
-    tensors = load_file(llama / "model.safetensors")
-    tensors["model.norm.weight"][:] = float("nan")
-    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationError, match="logits differ from .*'s by nan"):
-        verify(tmp_path / "out", str(llama))

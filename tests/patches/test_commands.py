@@ -48,14 +48,15 @@ def test_coverage_of_unusual_types(model_type):
     assert outcome.status == coverage.PROVED, outcome.reason
 
 
-def test_coverage_sees_what_a_proof_does_not(monkeypatch):
+@pytest.mark.parametrize("off", [0.01, float("nan")])
+def test_coverage_sees_what_a_proof_does_not(monkeypatch, off):
     """A patch that is right in one forward pass and wrong with a cache ends as wrong, and the command fails."""
     real = coverage._decode
     calls = []
 
     def drift(model, ids):
         calls.append(1)
-        return real(model, ids) + 0.01 * (len(calls) == 1)
+        return real(model, ids) + (off if len(calls) == 1 else 0.0)
 
     monkeypatch.setattr(coverage, "_decode", drift)
     outcome = coverage.try_type("llama")
