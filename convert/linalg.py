@@ -34,9 +34,13 @@ def roots(values: Tensor, vectors: Tensor, damping: float = 1e-6) -> tuple[Tenso
 
 
 def top_rows(gram: Tensor, rank: int) -> Tensor:
-    """The ``rank`` leading right singular vectors of M, given M^T M: float64 [rank, n], orthonormal rows."""
+    """The ``rank`` leading right singular vectors of M, given M^T M: float64 [rank, n], orthonormal rows.
+
+    Where a head is larger than its inputs (rank > n) there are only n, and the rows beyond them are zero.
+    """
     _, vectors = torch.linalg.eigh(gram)
-    return vectors[:, -rank:].flip(1).T
+    rows = vectors[:, -rank:].flip(1).T
+    return torch.nn.functional.pad(rows, (0, 0, 0, rank - len(rows)))
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,12 +54,14 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         left: [m, d]; right: [d, n].
 
     Returns:
-        (X sqrt(D), sqrt(D) Y^T).
+        (X sqrt(D), sqrt(D) Y^T), [m, d] and [d, n]: zero beyond the rank where m or n is less than d.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
-    x, d, yt = torch.linalg.svd(r_left @ r_right.T)
-    return q_left @ (x * d.sqrt()), d.sqrt()[:, None] * (yt @ q_right.T)
+    x, d, yt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    x, y = q_left @ (x * d.sqrt()), d.sqrt()[:, None] * (yt @ q_right.T)
+    short = left.shape[1] - len(d)
+    return torch.nn.functional.pad(x, (0, short)), torch.nn.functional.pad(y, (0, 0, 0, short))
 
 
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor, strength: float) -> Tensor:

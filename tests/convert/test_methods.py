@@ -180,6 +180,22 @@ def test_svd_gauge_is_balanced() -> None:
     assert float(torch.linalg.cond(pooled.v[0].double())) < 1e3
 
 
+@pytest.mark.parametrize("pairing", ["half", "none"])
+def test_svd_shares_heads_that_are_larger_than_their_inputs(pairing: str) -> None:
+    """A head of 8 over 4 inputs, with pairs that hardly turn: equal heads stay what they are."""
+    base, width = regrouped_equal(make_heads(2, pairing, SIZE if pairing == "half" else 0)), 4
+    heads = replace(base, **{name: getattr(base, name)[..., :width] for name in "qkv"}, o=base.o[:3])
+    x = torch.randn(LENGTH, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    gatherer = StatisticsGatherer(width + 1, 2, torch.device("cpu"))
+    batch = torch.cat([x, torch.ones(len(x), 1)], -1).float()[None]
+    gatherer.add_inputs(batch)
+    gatherer.add_attention(batch, attend(heads, x)[1].float()[None])
+    statistics = gatherer.finish(1e-3 * angles(heads), LENGTH)
+    pooled = regroup(heads, 2, "svd", context=MethodContext(statistics=statistics)).heads
+    assert pooled.k.shape == pooled.v.shape == (2, SIZE, width)
+    assert torch.allclose(attend(pooled, x)[0], attend(heads, x)[0], atol=1e-4)
+
+
 def test_a_layer_of_zeros_stays_one() -> None:
     """Layers that were emptied (block expansion, pruning) have no direction to share; nothing may blow up."""
     heads = Heads(
