@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -107,7 +108,7 @@ class BlockSwitch:
         return probing.logits(self.model, {"input_ids": tokens})
 
     def kl(self, layers: Iterable[int]) -> float:
-        """Nats a token between the original model and the one with ``layers`` switched."""
+        """Nats a token between the original model and the one with ``layers`` switched; infinite where it overflows."""
         chosen = set(layers)
         for index, record in self._records.items():
             record.now = self._form if index in chosen else record.was
@@ -116,7 +117,9 @@ class BlockSwitch:
             for part, reference in zip(self._parts, self._reference):
                 each = probing.divergence(reference, self._logits(part))
                 total, count = total + each.double().sum().cpu(), count + each.numel()
-        return float(total) / count
+        kl = float(total) / count
+        # What is no number would compare as neither more nor less than any other.
+        return kl if math.isfinite(kl) else math.inf
 
 
 def rank_layers(
@@ -169,7 +172,7 @@ def choose_layers(
         input_ids: int ``[B, S]`` calibration tokens.
         form: what the layers are switched to.
         kl_budget: stop before the model's loss exceeds this, in nats a token.
-        count: stop at this many layers.
+        count: stop at this many layers, or before the first that leaves no finite loss.
         exhaustive: measure every remaining layer at every step.
         progress: called with ("choosing layers", chosen, at most).
 
@@ -201,7 +204,7 @@ def choose_layers(
                 fresh = switch.kl([*(one for one, _ in path), layer]) - total
                 heapq.heappush(queue, (fresh, layer, len(path)))
                 continue
-            if kl_budget is not None and total + added > kl_budget:
+            if math.isinf(added) or (kl_budget is not None and total + added > kl_budget):
                 break
             total += added
             path.append((layer, total))

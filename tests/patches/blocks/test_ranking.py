@@ -8,6 +8,7 @@ import torch
 from rehead.errors import UsageError
 from rehead.patches import patch_model
 from rehead.patches.blocks import calibration_tokens, choose_layers, rank_layers
+from rehead.patches.blocks.ranking import BlockSwitch
 from rehead.patches.tiny import tiny_model
 
 TOKENS = torch.randint(8, 128, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -64,6 +65,21 @@ def test_limits(model):
         choose_layers(model, TOKENS, count=-1)
     with pytest.raises(UsageError, match="every layer is serial"):
         rank_layers(model, TOKENS, form="serial")
+
+
+@pytest.mark.parametrize("limit", [{"kl_budget": 100.0}, {"count": 5}])
+def test_a_layer_that_overflows_is_never_chosen(model, limit, monkeypatch):
+    """A loss that is no number is not below any budget, and must not hide what the others cost."""
+    logits = BlockSwitch._logits
+
+    def overflowing(self, tokens):
+        record = self._records.get(2)
+        return logits(self, tokens) * (torch.nan if record is not None and record.now == "parallel" else 1.0)
+
+    monkeypatch.setattr(BlockSwitch, "_logits", overflowing)
+    choice = choose_layers(model, TOKENS, **limit)
+    assert choice.layers == [0, 1, 3, 4]
+    assert choice.alone[-1].layer == 2
 
 
 def test_auto(model):
