@@ -168,12 +168,13 @@ class _KeyGroup:
         else:
             inside = basis @ self.key_root @ rows.T  # [d, d], the basis seen within the subspace
             u, s, vh = torch.linalg.svd(inside)
-            # Where a head is larger than its inputs, no key points some ways until it turns: queries stay there.
-            unread = u[:, s <= 1e-9 * s[0]]
+            # Where a head is larger than its inputs, no key points some ways until it turns: both stay as they are.
+            unread = s <= 1e-9 * s[0]
             # Directions that the pairwise rows miss would otherwise blow up the queries.
             s = s.clamp_min(max(1e-3 * float(s[0]), _TINY))
-            key = (u * s) @ vh @ rows @ self.key_unroot
-            asked = forms @ rows.T @ (vh.T / s) @ u.T + q[:, dims].transpose(1, 2) @ unread @ unread.T
+            key = (u * s.masked_fill(unread, 0)) @ vh @ rows @ self.key_unroot
+            still = u[:, unread] @ u[:, unread].T
+            asked = forms @ rows.T @ (vh.T / s) @ u.T + q[:, dims].transpose(1, 2) @ still
         q, k = q.clone(), k.clone()
         k[dims], q[:, dims] = key, asked.transpose(1, 2)
         return q, k
