@@ -78,12 +78,12 @@ class UndoLog:
     """Actions that take a model back, run last to first."""
 
     def __init__(self) -> None:
-        self._actions: list[Callable[[], None]] = []
+        self._actions: list[Callable[[], object]] = []
 
     def __len__(self) -> int:
         return len(self._actions)
 
-    def add(self, action: Callable[[], None]) -> None:
+    def add(self, action: Callable[[], object]) -> None:
         self._actions.append(action)
 
     def run(self) -> None:
@@ -97,7 +97,7 @@ class UndoLog:
             before = store[name]
             self.add(lambda: store.__setitem__(name, before))
         else:
-            self.add(lambda: store.pop(name, None) and None)
+            self.add(lambda: store.pop(name, None))
         store[name] = value
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 PROVED, REFUSED, FAILED, WRONG, UNBUILT = "proved", "refused", "failed", "wrong", "not built"
 
+TOLERANCE = 1e-5
+"""Largest difference of logits, as :func:`rehead.patches.probing.allowed` takes it."""
+
 
 @dataclass
 class Outcome:
@@ -61,7 +64,7 @@ def _try(model_type: str) -> Outcome:
     import torch
 
     from rehead.errors import ReheadError, UnsupportedError, VerificationError
-    from rehead.patches import patch_model
+    from rehead.patches import patch_model, probing
     from rehead.patches.tiny import tiny_model
 
     torch.set_num_threads(1)
@@ -96,9 +99,9 @@ def _try(model_type: str) -> Outcome:
     if not torch.equal(again, reference):
         status, reason = WRONG, "revert does not restore the outputs"
     elif isinstance(plain, torch.Tensor) and isinstance(cached, torch.Tensor):
-        limit = 1e-5 * max(1.0, float(plain.abs().max()))
-        if not float((plain - cached).abs().max()) <= limit:
-            status, reason = WRONG, f"decoding with a cache differs by {float((plain - cached).abs().max()):.1e}"
+        gap = probing.difference(plain, cached)
+        if not gap <= probing.allowed(plain, TOLERANCE):
+            status, reason = WRONG, f"decoding with a cache differs by {gap:.1e}"
     elif isinstance(plain, torch.Tensor):
         status, reason = FAILED, f"decoding with a cache raises: {cached}"
     if by_name == "wrong":
@@ -133,6 +136,7 @@ def _decode(model: Any, ids: Any) -> Any:
 def _by_name(model_type: str, ids: Any, reference: Any) -> str:
     import torch
 
+    from rehead.patches import probing
     from rehead.patches.tiny import tiny_model
 
     try:
@@ -141,8 +145,8 @@ def _by_name(model_type: str, ids: Any, reference: Any) -> str:
             out = named(input_ids=ids, use_cache=False).logits
     except Exception:
         return "raises"
-    limit = 1e-5 * max(1.0, float(reference.abs().max()))
-    if float((out - reference).abs().max()) <= limit:
+    limit = probing.allowed(reference, TOLERANCE)
+    if probing.difference(out, reference) <= limit:
         return "same"
     # The default implementation may itself drop something; eager attention is the definition.
     try:
@@ -150,7 +154,7 @@ def _by_name(model_type: str, ids: Any, reference: Any) -> str:
             eager = tiny_model(model_type, attn_implementation="eager")(input_ids=ids, use_cache=False).logits
     except Exception:
         return "wrong"
-    return "same" if float((out - eager).abs().max()) <= limit else "wrong"
+    return "same" if probing.difference(out, eager) <= limit else "wrong"
 
 
 def _worker(pipe: Connection) -> None:

@@ -46,7 +46,7 @@ def measure(patch: Any, *, input_ids: Tensor | None = None, length: int | None =
         length: tokens a row for the random probe.
 
     Raises:
-        UsageError: the patch is not applied.
+        UsageError: the patch is not applied, or the model does not have these tokens.
     """
     if not patch.applied:
         raise UsageError(f"patch {patch.name!r} is not applied; measure it inside `with patch_model(...)`")
@@ -54,6 +54,8 @@ def measure(patch: Any, *, input_ids: Tensor | None = None, length: int | None =
     with probing.frozen(model):
         if input_ids is None:
             input_ids = probing.probe_tokens(model, length or probing.default_length(model), 2, seed=0)
+        else:
+            input_ids = probing.checked_tokens(input_ids, model)
         inputs = {"input_ids": input_ids}
         with probing.unpatched(patch):
             reference = probing.logits(model, inputs).double()

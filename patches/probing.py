@@ -51,10 +51,46 @@ def probe_tokens(model: nn.Module, length: int, batch: int, seed: int) -> Tensor
     vocabulary = int(getattr(config, "vocab_size", 0) or 0)
     if vocabulary < 4:
         raise UsageError("the model's config has no vocab_size to draw probe tokens from; pass input_ids= to prove()")
-    # Of a model that is offloaded as a whole, accelerate moves the inputs.
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     gen = torch.Generator().manual_seed(seed)
-    return torch.randint(min(8, vocabulary // 2), vocabulary, (batch, length), generator=gen).to(device)
+    return torch.randint(min(8, vocabulary // 2), vocabulary, (batch, length), generator=gen).to(_device(model))
+
+
+def checked_tokens(input_ids: Any, model: nn.Module | None = None) -> Tensor:
+    """A caller's token ids, on the device of the model that will read them.
+
+    Args:
+        input_ids: int ``[B, S]``.
+        model: what will read them.
+
+    Raises:
+        UsageError: not token ids of two dimensions, none at all, or some that ``model`` does not have.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise UsageError("input_ids must be an integer tensor [batch, length]; tokenise with return_tensors='pt'")
+    if not input_ids.numel():
+        raise UsageError("input_ids holds no tokens; tokenise some text first")
+    if model is None:
+        return input_ids
+    table = _table_size(model)
+    if table is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table:
+        worst = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+        raise UsageError(f"input_ids holds token {worst}, the model has {table}; use the model's own tokenizer")
+    return input_ids.to(_device(model))
+
+
+def _table_size(model: nn.Module) -> int | None:
+    """Rows of a model's embedding; None where it does not say."""
+    try:
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs; those of one that is offloaded as a whole, accelerate moves itself."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def default_length(model: nn.Module) -> int:
@@ -111,8 +147,8 @@ def make_probe(model: nn.Module, input_ids: Tensor | None, length: int | None, p
     """Tokens, the same with a changed second half, and the same with the first row padded on the left."""
     if input_ids is None:
         input_ids = probe_tokens(model, length or default_length(model), 2, seed=0)
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise UsageError("input_ids must be an integer tensor [batch, length]; tokenise with return_tensors='pt'")
+    else:
+        input_ids = checked_tokens(input_ids, model)
     length = input_ids.shape[1]
     if length < 2:
         raise UsageError("a proof needs at least two tokens; pass longer input_ids")
@@ -204,12 +240,18 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors of one shape, in float64; infinite where one is no number."""
     a, b = a.double(), b.double()
     # Models with capped vocabularies give -inf on both sides.
     same = a == b
     gap = torch.where(same, 0.0, (a - b).abs())
     # A maximum of Python's would pass over what is not a number.
     return float(gap.nan_to_num(nan=math.inf).max()) if gap.numel() else 0.0
+
+
+def allowed(logits: Tensor, share: float) -> float:
+    """The largest difference that counts as none: a share of the largest finite logit, or of 1 if that is larger."""
+    return share * max(1.0, float(logits.abs().nan_to_num(0, 0, 0).max()))
 
 
 def divergence(reference: Tensor, variant: Tensor) -> Tensor:

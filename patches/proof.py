@@ -121,7 +121,7 @@ def prove(
                 "no patched layer ran on the probe, so nothing is proved; pass input_ids that reach them"
             )
         share = TOLERANCE.get(theirs.plain.dtype, 1e-5) if tolerance is None else tolerance
-        limit = share * max(1.0, float(theirs.plain.abs().nan_to_num(0, 0, 0).max()))
+        limit = probing.allowed(theirs.plain, share)
         gap, against = probing.gap_of(mine, theirs, probe), "eager" if named else "unpatched"
         if not gap <= limit and not named:
             # Some attention implementations drop what they cannot do (a soft cap, under SDPA in older transformers).

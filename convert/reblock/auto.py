@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -83,6 +84,7 @@ def choose(
         "tokens": text.count,
         "text": text.names,
         "path": [[layer, round(kl, 6)] for layer, kl in choice.path],
-        "alone": {str(loss.layer): round(loss.kl, 6) for loss in choice.alone},
+        # A layer that overflows has no figure that JSON could hold.
+        "alone": {str(loss.layer): round(loss.kl, 6) if math.isfinite(loss.kl) else None for loss in choice.alone},
     }
     return replace(options, layers=tuple(choice.layers), kl_budget=None), facts

@@ -35,26 +35,8 @@ class BlockMeasure(measure.Measure):
 
 
 def batches(input_ids: Tensor, model: nn.Module | None = None, rows: int = ROWS) -> list[Tensor]:
-    """``[B, S]`` in pieces of at most ``rows`` sequences.
-
-    Args:
-        input_ids: int ``[B, S]``.
-        model: what will read them.
-        rows: sequences in a piece.
-
-    Raises:
-        UsageError: not token ids of two dimensions, or ids that ``model`` does not have.
-    """
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise UsageError("input_ids must be an integer tensor [sequences, length]; tokenise the text first")
-    if not input_ids.numel():
-        raise UsageError("input_ids holds no tokens; tokenise some text first")
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    table = getattr(embeddings, "num_embeddings", None)
-    if table is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table:
-        worst = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
-        raise UsageError(f"input_ids holds token {worst}, the model has {table}; use the model's own tokenizer")
-    return list(input_ids.split(rows))
+    """``[B, S]`` in pieces of at most ``rows`` sequences; otherwise as :func:`probing.checked_tokens`."""
+    return list(probing.checked_tokens(input_ids, model).split(rows))
 
 
 def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512) -> Tensor:

@@ -157,7 +157,7 @@ class BlockPatch(Patch):
             raise UnsupportedError(
                 f"{type(self.model).__name__} does not run fused ({reason}); patch it with fused=False"
             ) from error
-        limit = proof.TOLERANCE.get(want.dtype, 1e-5) * max(1.0, float(want.abs().nan_to_num(0, 0, 0).max()))
+        limit = probing.allowed(want, proof.TOLERANCE.get(want.dtype, 1e-5))
         gap = probing.difference(got, want)
         if not gap <= limit:
             raise UnsupportedError(
@@ -237,8 +237,7 @@ class BlockPatch(Patch):
         on = "random tokens" if given is None else "the tokens given"
         if given is None:
             given = probing.probe_tokens(self.model, length or probing.default_length(self.model), 2, seed=0)
-        device = next(self.model.parameters()).device
-        parts = [part.to(device) for part in batches(given, self.model)]
+        parts = batches(given, self.model)
         fused = self.options.fused
         with self._same_parameters(), probing.frozen(self.model):
             variants = [self._logits(part) for part in parts] if fused else []
@@ -315,7 +314,7 @@ class BlockPatch(Patch):
         if silent:
             raise VerificationError(f"{silent[0]} ran without its fused matrices; revert the patch")
         share = proof.TOLERANCE.get(theirs.plain.dtype, 1e-5) if tolerance is None else tolerance
-        limit = share * max(1.0, float(theirs.plain.abs().nan_to_num(0, 0, 0).max()))
+        limit = probing.allowed(theirs.plain, share)
         gap = probing.gap_of(mine, theirs, probe)
         if not gap <= limit:
             raise VerificationError(

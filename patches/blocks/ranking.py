@@ -68,8 +68,7 @@ class BlockSwitch:
     def __init__(self, model: nn.Module, input_ids: Tensor, form: str = PARALLEL) -> None:
         check_live(model)
         self.model = model
-        device = next(model.parameters()).device
-        self._parts = [part.to(device) for part in batches(input_ids, model)]
+        self._parts = batches(input_ids, model)
         blocks = [block for block in find_blocks(model) if block.form != form]
         if not blocks:
             raise UsageError(f"every layer is {form} already; there is nothing to choose from")

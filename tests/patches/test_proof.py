@@ -97,6 +97,12 @@ def test_prove_reports_decoding(model):
     assert "from a cache" in str(proof)
 
 
+def test_decoding_is_proved_of_a_model_that_keeps_no_cache_by_default(model):
+    model.config.use_cache = False
+    with patch_model(model, "tiled") as patch:
+        assert patch.prove().decoding is not None
+
+
 def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
     with patch_model(model, "tiled") as patch:
         real = probing.logits
@@ -193,12 +199,19 @@ def test_an_implementation_that_drops_something_is_held_to_eager(model, monkeypa
         ({"length": 1}, "at least two tokens"),
         ({"input_ids": TOKENS[0]}, "integer tensor"),
         ({"input_ids": [[1, 2, 3]]}, "integer tensor"),
+        ({"input_ids": TOKENS[:0]}, "holds no tokens"),
+        ({"input_ids": TOKENS + 1000}, "the model has 128; use the model's own tokenizer"),
+        ({"input_ids": TOKENS - 1000}, "holds token -9"),
     ],
 )
-def test_a_probe_that_cannot_be(options, word):
-    with patch_model(tiny_model("gpt2"), "tiled") as patch:
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_probe_that_cannot_be(options, word, window):
+    """The same tokens are refused by a proof and by a measure."""
+    if window and "length" in options:
+        pytest.skip("random tokens")
+    with patch_model(tiny_model("gpt2"), "tiled", window=window) as patch:
         with pytest.raises(UsageError, match=word) as error:
-            patch.prove(**options)
+            (patch.measure if window else patch.prove)(**options)
         one_line(error)
 
 
