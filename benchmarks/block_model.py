@@ -6,6 +6,7 @@ same function of its form and can be checked against the plain one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rehead.benchmarks.block_products import Ranks, Rows, input_products, output_products
+from rehead.benchmarks.block_products import Ranks, Rows, input_products, output_products, sum_over_ranks
 
 HEAD_DIM = 128
 EPS = 1e-5
@@ -99,17 +100,18 @@ class Pieces:
 
     @staticmethod
     def compiled() -> Pieces:
-        """Compiled for sizes that may change, so that a table of sizes compiles once."""
+        """Compiled anew for every size: with sizes left open the same pieces take three times as long."""
         return Pieces(
-            *(torch.compile(f, dynamic=True) for f in (add_norm, swiglu, swiglu_joint, rotate_both))  # type: ignore[arg-type]
+            *(torch.compile(f, dynamic=False) for f in (add_norm, swiglu, swiglu_joint, rotate_both))  # type: ignore[arg-type]
         )
 
 
-SEPARATE, FUSED, ONE = "separate", "fused", "one"
+SEPARATE, FUSED, ONE, BRANCHES = "separate", "fused", "one", "branches"
 PRODUCTS = {
     SEPARATE: "q, k, v, gate, up, o and down each by itself, norms with weights",
     FUSED: "qkv and gate-up joint, norms folded; a parallel block's outputs accumulate in one buffer",
     ONE: "parallel only: one product in, one product out",
+    BRANCHES: "parallel only: as fused, the FFN on a stream of its own beside attention",
 }
 
 
@@ -140,7 +142,7 @@ class Block(nn.Module):
         if products == SEPARATE:
             self.norms = nn.ParameterList(torch.ones_like(q[0]) for _ in range(norms))
             matrices = {"q": q, "k": k, "v": v, "gate": gate, "up": up, "o": o, "down": down}
-        elif products == FUSED:
+        elif products in (FUSED, BRANCHES):
             self.norms = nn.ParameterList()
             matrices = {"qkv": torch.cat((q, k, v)), "gate_up": torch.cat((gate, up)), "o": o, "down": down}
         else:
@@ -210,6 +212,8 @@ class Block(nn.Module):
             x, n = self._norm(x, output_products((heads,), (m["o"],), self.ranks), 1)
             return x, output_products((self._activate(n),), (m["down"],), self.ranks)
         x, n = self._norm(x, delta, 0)
+        if self.products == BRANCHES:
+            return x, self._branches(n, mix)
         if self.products == ONE:
             (joint,) = input_products(n, (m["in"],), self.ranks, self.replicated)
             *qkv, gate_up = joint.split([*self.cut, joint.shape[-1] - sum(self.cut)], dim=-1)
@@ -224,6 +228,32 @@ class Block(nn.Module):
             joint_qkv, gate_up = input_products(n, (m["qkv"], m["gate_up"]), self.ranks, self.replicated)
             qkv, activated = joint_qkv.split(self.cut, dim=-1), self.pieces.swiglu_joint(gate_up)
         return x, output_products((self._mix(qkv, mix), activated), (m["o"], m["down"]), self.ranks)
+
+    def _branches(self, n: Tensor, mix: Callable[..., Tensor]) -> Tensor:
+        """Both halves of a parallel block at the same time: one fills what the other leaves idle.
+
+        Autograd runs each operation's backward pass on the stream of its forward pass, so that overlaps too.
+        """
+        m = self.matrices
+
+        def attention() -> Tensor:
+            return output_products((self._mix(self._attention_inputs(n), mix),), (m["o"],), Ranks())
+
+        def ffn() -> Tensor:
+            return output_products((self._activate(n),), (m["down"],), Ranks())
+
+        if not n.is_cuda:
+            return sum_over_ranks(attention(), ffn(), self.ranks)
+        here, beside = torch.cuda.current_stream(), _beside(n.device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            theirs = ffn()
+        mine = attention()
+        here.wait_stream(beside)
+        # The allocator must not give memory away that the other stream still uses.
+        n.record_stream(beside)
+        theirs.record_stream(here)
+        return sum_over_ranks(mine, theirs, self.ranks)
 
     def _mix(self, qkv: Any, mix: Callable[..., Tensor]) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
@@ -291,6 +321,12 @@ class Stack(nn.Module):
             x, delta = block(x, delta, mix)
         assert delta is not None
         return x + delta
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the FFN's branch."""
+    return torch.cuda.Stream(device)
 
 
 def _attend_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -135,4 +135,20 @@ def _one_shot(inputs: Sequence[Tensor], weights: Sequence[Tensor], ranks: Ranks)
     torch.mm(inputs[0], weights[0].T, out=out)
     for x, weight in zip(inputs[1:], weights[1:]):
         out.addmm_(x, weight.T)
+    return _sum_peers(out, ranks)
+
+
+def _sum_peers(out: Tensor, ranks: Ranks) -> Tensor:
     return torch.ops.symm_mem.one_shot_all_reduce(out, "sum", ranks.group.group_name)
+
+
+def sum_over_ranks(first: Tensor, second: Tensor, ranks: Ranks) -> Tensor:
+    """``first + second``, both ``[B, S, n]``, summed over ranks; without a gradient if there are several."""
+    if ranks.size == 1:
+        return first + second
+    if ranks.symmetric is not None:
+        out = ranks.symmetric[: first.numel()].view(first.shape)
+        return _sum_peers(torch.add(first, second, out=out), ranks)
+    total = first + second
+    ranks.all_reduce(total)
+    return total

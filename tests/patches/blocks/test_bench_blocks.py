@@ -11,6 +11,8 @@ import torch
 from rehead.benchmarks import blocks
 from rehead.benchmarks.block_model import Pieces, Shape, Stack
 from rehead.benchmarks.block_products import Ranks
+from rehead.benchmarks.block_tables import FORMS
+from rehead.benchmarks.block_variants import Bench, variants
 from rehead.errors import UnsupportedError, UsageError
 
 SMALL = ["--cpu", "--hidden", "64", "--head-dim", "16", "--layers", "2", "--batch", "2", "--length", "16"]
@@ -56,16 +58,16 @@ def matrix_gradients(block):
 
 
 def check_variants(kv_heads):
-    bench = blocks.Bench(torch.device("cpu"), torch.float64, 0.01)
+    bench = Bench(torch.device("cpu"), torch.float64, 0.01)
     shape = Shape(64, kv_heads, 2, 2, 16, 16)
     like = torch.empty(0, dtype=torch.float64)
     x, grad = bench.inputs(shape, 16), bench.inputs(shape, 16).flip(1)
-    for form in blocks.FORMS:
+    for form in FORMS:
         plain = Stack(shape, form, "separate", Ranks(), Pieces(), like)
         want, want_grad = run(plain, x, grad)
         cache, token = plain.empty_cache(like), bench.inputs(shape, 1)
         decoded = plain.decode(token, cache)
-        for variant in blocks.variants("train", bench.size, kv_heads, ["no"], full=True):
+        for variant in variants("train", bench.size, kv_heads, ["no"], full=True):
             if variant.form != form or variant.collectives == "dtensor":
                 continue
             stack = bench.stack(variant, shape)
@@ -103,7 +105,7 @@ def test_forms_differ():
     like = torch.empty(0, dtype=torch.float64)
     shape = Shape(64, 2, 1, 1, 8, 16)
     x = torch.randn(1, 8, 64, dtype=torch.float64)
-    serial, parallel = (Stack(shape, form, "fused", Ranks(), Pieces(), like)(x) for form in blocks.FORMS)
+    serial, parallel = (Stack(shape, form, "fused", Ranks(), Pieces(), like)(x) for form in FORMS)
     assert (serial - parallel).norm() > 0.1 * serial.norm()
 
 
@@ -137,7 +139,7 @@ def test_command(tmp_path, capsys):
     }  # fmt: skip
     for fact in report["summary"]:
         rows = [r for r in report["rows"] if (r["kv_heads"], r["step"]) == (fact["kv_heads"], fact["step"])]
-        best = {form: min(r["milliseconds"] for r in rows if r["form"] == form) for form in blocks.FORMS}
+        best = {form: min(r["milliseconds"] for r in rows if r["form"] == form) for form in FORMS}
         assert fact["speedup"] == pytest.approx(best["serial"] / best["parallel"])
     assert report["machine"]["torch"] == torch.__version__
     assert "| hidden | KV heads |" in capsys.readouterr().out
@@ -174,9 +176,9 @@ def test_refusals():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_steps_keep_their_tensors():
-    bench = blocks.Bench(torch.device("cuda"), torch.bfloat16, 0.01)
+    bench = Bench(torch.device("cuda"), torch.bfloat16, 0.01)
     shape = Shape(256, 2, 2, 2, 128)
     for kind in blocks.STEPS:
-        rows = blocks.measure(bench, shape, kind, blocks.variants(kind, 1, 2, ["no"], full=True))
+        rows = blocks.measure(bench, shape, kind, variants(kind, 1, 2, ["no"], full=True))
         torch.cuda.synchronize()
         assert all(row.skipped is None and row.graph for row in rows)
