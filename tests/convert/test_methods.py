@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rehead.convert.calibration.statistics import LayerStatistics, StatisticsGatherer
+from rehead.convert.freedom import key_freedom
+from rehead.convert.gauge import disguised
 from rehead.convert.grouping import contiguous_groups, permute, similar_groups
 from rehead.convert.heads import Heads, rotary_pairs
 from rehead.convert.linalg import balance, ridge, sqrt_pair
@@ -262,6 +264,50 @@ def test_square_roots_balance_and_ridge() -> None:
     assert torch.allclose(ridge(z.T @ z, (z @ w.T).T @ z, torch.zeros(3, 5), 1e-9), w, atol=1e-6)
     prior = torch.randn(3, 5, dtype=torch.float64)
     assert torch.allclose(ridge(torch.zeros(5, 5), torch.zeros(3, 5), prior, 1.0), prior)
+
+
+@pytest.mark.parametrize(
+    ("norm", "weight", "rotates", "rest", "head_scale"),
+    [
+        ("none", None, [True, True], "any", False),
+        ("rms", [1.0] * 8, [True, True], "orthogonal", True),
+        ("rms", [1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0], [True, False], "orthogonal", True),
+        ("rms", [1.0, 2.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.1], [True, True], "none", True),
+        ("rms_span", [1.0] * 8, [True, True], "orthogonal", False),
+        ("l2", None, [True, True], "orthogonal", True),
+        ("layer", [1.0] * 8, [False, False], "none", False),
+        ("layer_own", [1.0] * 8, [False, False], "none", False),
+    ],
+)
+def test_a_norm_leaves_the_freedom_that_it_cannot_see(norm, weight, rotates, rest, head_scale) -> None:
+    """One head's scale is seen by a norm over all heads; subtracting the mean sees every rotation."""
+    heads = replace(make_heads(4, "half", 4), key_norm=norm)
+    for name in () if weight is None else ("q_norm", "k_norm"):
+        one = replace(heads, **{name: torch.tensor(weight)})
+        freedom = key_freedom(one)
+        assert freedom.pair_rotates.tolist() == rotates
+        assert freedom.rest == rest
+    freedom = key_freedom(replace(heads, k_norm=None if weight is None else torch.tensor(weight).repeat(4, 1)))
+    assert freedom.pair_rotates.tolist() == rotates
+    assert bool(freedom.pair_scales.any()) == (norm == "none")
+    assert (freedom.rest, freedom.head_scale) == (rest, head_scale)
+
+
+@pytest.mark.parametrize(("norm", "fixed"), [("none", True), ("none", False), ("layer", False), ("rms", False)])
+def test_a_disguise_keeps_to_the_freedom_and_uses_it(norm: str, fixed: bool) -> None:
+    """What may not be turned changes places only; what may be is turned far, and the function stays."""
+    heads = replace(make_heads(4, "half", 4, bias=True), key_norm=norm, fixed_values=fixed)
+    if norm == "rms":  # one pair has equal weights, the other and the rest do not
+        heads.q_norm = heads.k_norm = torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0, 2.0, 3.0, 4.0])
+    hidden = disguised(heads, torch.Generator().manual_seed(0))
+    x = torch.randn(12, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(attend(hidden, x)[0], attend(heads, x)[0], atol=1e-9)
+    turned = lambda new, old: (new - old.flip(0)).norm(dim=-1).amin(0) / old.norm(dim=-1).amax(0)  # noqa: E731
+    keys, values = turned(hidden.k, heads.k), turned(hidden.v, heads.v)
+    free = {"none": range(8), "layer": (), "rms": (0, 2)}[norm]
+    assert [dim for dim in range(8) if keys[dim] > 0.05] == list(free)
+    assert keys[[dim for dim in range(8) if dim not in free]].sum() == 0
+    assert float(values.max()) == 0 if fixed else float(values.min()) > 0.05
 
 
 def test_registry_rejects_duplicates_and_suggests() -> None:

@@ -65,6 +65,7 @@ RULES = {
     "sinks": {"sinks": torch.tensor([0.0, 1.0, -1.0, 3.0], dtype=torch.float64)},
     "sinks and padding": {"sinks": torch.tensor([0.0, 1.0, -1.0, 3.0], dtype=torch.float64), "key_mask": PAD},
     "bool bias": {"bias": (torch.arange(1600).view(1, 1, 40, 40) % 7 != 3), "causal": False},
+    "a packed sequence without keys": {"q_segments": SEGMENTS, "kv_segments": SEGMENTS.clamp(max=1), "causal": False},
     "nothing visible": {"kv_end": torch.tensor([0, 40])},
 }
 
@@ -131,6 +132,13 @@ def test_wide_band_is_split_into_edges_and_interior(monkeypatch):
     monkeypatch.setattr("rehead.patches.cpu.plan.MASK_ELEMENTS", 1 << 12)
     compare(tensors(1, 2, 1, 300, 300, 8), {"window": 150})
     compare(tensors(1, 2, 1, 300, 300, 8), {"alibi_slopes": torch.tensor([0.5, 0.2]), "window": 150})
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 300, 300), (2, 1, 300, 1), (1, 1, 1, 300), (1, 2, 300, 1)])
+def test_bias_gradient_from_many_tiles(monkeypatch, shape):
+    monkeypatch.setattr("rehead.patches.cpu.plan.MASK_ELEMENTS", 1 << 14)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    compare(tensors(2, 2, 1, 300, 300, 8), {"bias": bias}, ("bias",))
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

@@ -113,7 +113,9 @@ def test_masks_that_may_not_wait_for_the_device(kind, padding, monkeypatch):
     same(tiled_attention(MODULE, query, K, V, mask)[0], define(query=query, causal=False, bias=dense))
 
 
-def test_a_static_caches_counter_is_not_kept():
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_static_caches_counter_is_not_kept(monkeypatch, wait):
+    monkeypatch.setattr(masking, "_may_wait", lambda tensor, q_length: wait)
     cache = Cache(7, 0, 32, as_tensor=True)
     mask, _ = made(masking_utils.create_causal_mask, 3, past=cache)
     cache.counter.add_(3)
@@ -131,7 +133,7 @@ def test_unknown_masks_are_dense_and_said_once(caplog, monkeypatch):
             mask, dense = made(masking_utils.create_causal_mask, or_mask_function=every_third, attention_mask=PAD)
     assert mask.dense is not None
     assert torch.equal(mask.materialize(), dense)
-    assert len([r for r in caplog.records if "dense mask" in r.message]) == 1
+    assert len([r for r in caplog.records if "llama gets a dense mask" in r.message]) == 1
 
 
 def test_prepared_descriptor_is_passed_on():
