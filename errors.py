@@ -59,3 +59,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
     return f"unknown {kind} {name!r}; {hint}"
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What another library's error says, for a message of one line: its first line with text, or its type's name.
+
+    Args:
+        error: as it was caught.
+        most: characters that are kept.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:most] if lines else type(error).__name__

@@ -28,7 +28,7 @@ from rehead.convert.reblock.layers import is_auto
 from rehead.convert.regroup import LayerResult, regroup
 from rehead.convert.source import torch_dtype
 from rehead.convert.target import Target, finish_commit
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UnsupportedError, UsageError, first_line
 
 Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total); stages are "calibrating", "writing"."""
@@ -326,6 +326,5 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: cannot be used ({first}); choose cpu or auto") from None
+        raise UsageError(f"--device {name}: cannot be used ({first_line(error)}); choose cpu or auto") from None
     return device

@@ -21,7 +21,7 @@ from rehead.convert.safetensors_io import Header, header_length, parse_header, p
 from rehead.convert.smallfiles import CONFIG_NAME
 from rehead.convert.source import LocalSource, Source
 from rehead.convert.stream import ResourceError, is_full, write_error
-from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError, first_line
 
 __all__ = ["HubSource", "push_folder"]
 
@@ -279,7 +279,7 @@ def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str 
     if status == 429:
         return ResourceError(f"{where}: the Hub asks to slow down (429); wait some minutes and run again")
     if status is not None and 400 <= status < 500:
-        return UnsupportedError(f"{where}: the Hub refuses the request ({status}: {_first_line(err)}); check the id")
+        return UnsupportedError(f"{where}: the Hub refuses the request ({status}: {first_line(err)}); check the id")
     full = next((e for e in _chain(err) if isinstance(e, OSError) and is_full(e)), None)
     if full is not None:
         return write_error(full, f"{where}, in the Hub's cache")
@@ -288,11 +288,6 @@ def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str 
             f"{where}: the connection to the Hub failed; check the network and run again, what was fetched is kept"
         )
     return None
-
-
-def _first_line(err: BaseException) -> str:
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return lines[0][:160] if lines else type(err).__name__
 
 
 # ---- pushing
@@ -381,7 +376,7 @@ def _push_translated(repo_id: str) -> Iterator[None]:
                 f"{repo_id}: the connection to the Hub failed during the upload; push again, what arrived is not resent"
             ) from None
         if mapped is None and isinstance(err, ValueError):
-            raise UnsupportedError(f"{repo_id}: the Hub refuses the upload ({_first_line(err)}); mend that") from None
+            raise UnsupportedError(f"{repo_id}: the Hub refuses the upload ({first_line(err)}); mend that") from None
         if mapped is None:
             raise
         raise mapped from None

@@ -16,7 +16,7 @@ import torch
 
 from rehead.convert.model import causal_lm_class
 from rehead.convert.source import torch_dtype
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, first_line
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,8 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
                 ignore_mismatched_sizes=True,
             )
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnsupportedError(
-                f"{model_class.__name__} cannot be built from the planned config ({first}); "
+                f"{model_class.__name__} cannot be built from the planned config ({first_line(error)}); "
                 "choose another number of KV heads or report the model"
             ) from None
     info = loaded[1]

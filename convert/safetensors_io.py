@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, first_line
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_INDEX_BYTES = 500_000_000
@@ -118,8 +118,7 @@ def loads_strict(raw: bytes, file: str) -> Any:
     except RecursionError:
         raise UnsupportedError(f"{file}: JSON nested too deep; {_REFETCH}") from None
     except ValueError as err:
-        reason = str(err).splitlines()[0][:120] if str(err) else "malformed"
-        raise UnsupportedError(f"{file}: not valid JSON ({reason}); {_REFETCH}") from None
+        raise UnsupportedError(f"{file}: not valid JSON ({first_line(err, 120)}); {_REFETCH}") from None
 
 
 def _encodable(text: str) -> bool:

@@ -14,7 +14,7 @@ from rehead.convert.meta import load_report, quiet_transformers
 from rehead.convert.model import causal_lm_class, resolve_config
 from rehead.convert.modeling import carried_files
 from rehead.convert.source import open_source
-from rehead.errors import VerificationError
+from rehead.errors import VerificationError, first_line
 
 _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
@@ -125,8 +125,9 @@ def _load(path: str, config: Any, revision: str | None = None) -> Any:
         try:
             model = causal_lm_class(config).from_pretrained(path, revision=revision or "main", dtype=torch.float32)
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise VerificationError(f"{path}: transformers does not load it ({first}); convert it again") from None
+            raise VerificationError(
+                f"{path}: transformers does not load it ({first_line(error)}); convert it again"
+            ) from None
     return model.eval()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rehead.convert.source import Source
-from rehead.errors import UsageError
+from rehead.errors import UsageError, first_line
 
 BUILT_IN = "calibration.txt.gz"
 RANDOM = "random"
@@ -169,9 +169,8 @@ def _tokenizer(source: Source) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(str(place), model_max_length=10**9)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{source.id}: its tokenizer cannot be loaded ({first[:120]}), and calibration needs one; "
+            f"{source.id}: its tokenizer cannot be loaded ({first_line(error, 120)}), and calibration needs one; "
             "add the tokenizer's files or use a method that needs no calibration (mean, procrustes)"
         ) from None
 

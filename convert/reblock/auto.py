@@ -14,7 +14,7 @@ from rehead.convert.options import ConvertOptions
 from rehead.convert.reblock.forms import reblock
 from rehead.convert.reblock.layers import auto_count
 from rehead.convert.reblock.switches import SWITCHES
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UnsupportedError, UsageError, first_line
 
 #: Numbers of logits that are kept to compare with, and the fewest tokens to measure on.
 _LOGITS, _FEWEST = 1 << 27, 1024
@@ -59,8 +59,9 @@ def choose(
                 where, revision=source.revision or "main", dtype=torch.float32
             )
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnsupportedError(f"{source.id}: cannot be loaded to choose layers ({first}); name --layers") from None
+            raise UnsupportedError(
+                f"{source.id}: cannot be loaded to choose layers ({first_line(error)}); name --layers"
+            ) from None
     live = live.to(device).eval()
     choice = choose_layers(
         live,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rehead.errors import ReheadError, UnsupportedError, UsageError
+from rehead.errors import ReheadError, UnsupportedError, UsageError, first_line
 from rehead.patches import probing
 from rehead.patches.discover import find_attention
 
@@ -168,10 +168,9 @@ def find_blocks(model: nn.Module, input_ids: Tensor | None = None) -> list[Block
         raise
     except Exception as error:
         # Whatever a model of any class may do on a few tokens, it must not pass for a fault of the caller's.
-        reason = (str(error).strip().splitlines() or [""])[0][:100]
         raise UnsupportedError(
             f"{type(model).__name__} does not run on a probe of {input_ids.shape[1]} tokens "
-            f"({type(error).__name__}: {reason}), so its blocks are unknown; use another model class"
+            f"({type(error).__name__}: {first_line(error, 100)}), so its blocks are unknown; use another model class"
         ) from error
     blocks = []
     for name, (layer, attention) in layers.items():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rehead.errors import UnsupportedError, UsageError, VerificationError
+from rehead.errors import UnsupportedError, UsageError, VerificationError, first_line
 from rehead.patches import probing, proof
 from rehead.patches.base import Patch, UndoLog, register_patch
 from rehead.patches.blocks.anatomy import PARALLEL, SERIAL, Block, check_live, find_blocks
@@ -153,9 +153,8 @@ class BlockPatch(Patch):
         try:
             got = self._probe_logits()
         except (KeyError, RuntimeError, AssertionError) as error:
-            reason = (str(error).splitlines() or [""])[0][:100]
             raise UnsupportedError(
-                f"{type(self.model).__name__} does not run fused ({reason}); patch it with fused=False"
+                f"{type(self.model).__name__} does not run fused ({first_line(error, 100)}); patch it with fused=False"
             ) from error
         limit = probing.allowed(want, proof.TOLERANCE.get(want.dtype, 1e-5))
         gap = probing.difference(got, want)

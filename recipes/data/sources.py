@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rehead.errors import UsageError, unknown_name
+from rehead.errors import UsageError, first_line, unknown_name
 from rehead.recipes.data.builtin import text_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
@@ -138,7 +138,7 @@ def documents_of(source: DataSource, streaming: bool = False, option: str = "--d
     except UsageError:
         raise
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        _refuse(source, option, f"is not readable as text ({_first_line(error)}); give UTF-8 text")
+        _refuse(source, option, f"is not readable as text ({first_line(error, 160)}); give UTF-8 text")
     if not found:
         _refuse(source, option, "is empty; give a source with text")
 
@@ -275,7 +275,7 @@ class _table_errors:  # noqa: N801
         local = os.path.exists(self._source.name)
         what = "cannot be read" if local else "is neither a file nor a Hub dataset that can be read"
         mend = "check its form" if local else "check the name"
-        _refuse(self._source, self._option, f"{what} ({_first_line(error)}); {mend}")
+        _refuse(self._source, self._option, f"{what} ({first_line(error, 160)}); {mend}")
 
 
 def _column(rows: Iterable[Any], source: DataSource, option: str) -> Iterator[str]:
@@ -306,7 +306,3 @@ def _only_column(row: Any, source: DataSource, option: str) -> str:
 def _refuse(source: DataSource, option: str, why: str) -> NoReturn:
     # Not from the exception that led here: the line says what the user needs.
     raise UsageError(f"{option} {source.name}: {why}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rehead.errors import UsageError
+from rehead.errors import UsageError, first_line
 from rehead.recipes.data.sources import read_documents
 
 #: Longer documents are tokenised in pieces: a fast tokenizer holds about a hundred bytes for every token of its input.
@@ -36,9 +36,8 @@ def load_tokenizer(folder: Any, option: str = "--data") -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{folder}: its tokenizer cannot be loaded ({first[:120]}), and {option} needs one; "
+            f"{folder}: its tokenizer cannot be loaded ({first_line(error, 120)}), and {option} needs one; "
             "put the tokenizer's files beside the weights"
         ) from None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rehead.convert.source import Source, open_source, torch_dtype
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
 
@@ -108,10 +108,11 @@ def load_model(
                 f"{name}: does not fit on {device}; use --dtype bfloat16 or another device"
             ) from None
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             if attention is not None and ("attn_implementation" in str(error) or "flash" in str(error).lower()):
-                raise UsageError(f"--attention {attention}: {first}") from None
-            raise UnsupportedError(f"{name}: transformers does not load it ({first}); check the checkpoint") from None
+                raise UsageError(f"--attention {attention}: {first_line(error)}") from None
+            raise UnsupportedError(
+                f"{name}: transformers does not load it ({first_line(error)}); check the checkpoint"
+            ) from None
     if report["missing_keys"] or report.get("mismatched_keys"):
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))[0]
         raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.errors import UnsupportedError, UsageError, first_line, unknown_name
 from rehead.recipes.evaluation import schema
 
 if TYPE_CHECKING:
@@ -111,9 +111,8 @@ def task_scores(
                     fewshot_random_seed=seed,
                 )
             except Exception as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 raise UnsupportedError(
-                    f"--tasks {task}: cannot be run ({first}); offline, give task files with --tasks-dir"
+                    f"--tasks {task}: cannot be run ({first_line(error)}); offline, give task files with --tasks-dir"
                 ) from None
             rows += _rows(loaded.who, dict(found or {}))
     return rows

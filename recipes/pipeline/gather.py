@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rehead.errors import UsageError, VerificationError
+from rehead.errors import UsageError, VerificationError, first_line
 from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.pipeline.graph import CellPlan
 from rehead.recipes.pipeline.stages import EVALUATION
@@ -65,8 +65,9 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         return Evaluation.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise VerificationError(f"{path}: is no evaluation ({reason}); remove its folder and run again") from None
+        raise VerificationError(
+            f"{path}: is no evaluation ({first_line(error)}); remove its folder and run again"
+        ) from None
 
 
 def failed_gates(plans: Sequence[CellPlan], out: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rehead.errors import UsageError, unknown_name
+from rehead.errors import UsageError, first_line, unknown_name
 
 MAX_BYTES = 1_000_000
 #: Keys whose values name files, folders, or things on the Hub.
@@ -119,7 +119,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UsageError(f"{origin}: is no YAML{where} ({problem}); mend it") from None
     except RecursionError:
         raise UsageError(f"{origin}: is nested too deeply for a recipe; mend it") from None

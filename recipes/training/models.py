@@ -14,7 +14,7 @@ from rehead.convert.meta import quiet_transformers
 from rehead.convert.model import causal_lm_class, resolve_config
 from rehead.convert.smallfiles import MANIFEST_NAME
 from rehead.convert.source import Source, open_source
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.recipes.training.options import UptrainOptions
 
 
@@ -139,8 +139,9 @@ def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
                 str(folder), config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
             )
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnsupportedError(f"{opened.name}: transformers cannot load it ({first[:200]}); verify it") from None
+            raise UnsupportedError(
+                f"{opened.name}: transformers cannot load it ({first_line(error)}); verify it"
+            ) from None
     model, info = loaded
     broken = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if broken:

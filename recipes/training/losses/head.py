@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, first_line
 
 # Standard deviation of the raw logits on each rung: one shows the scale, the next the bend, the last the cap.
 _LADDER = (0.05, 1.0, 20.0, 2000.0)
@@ -125,9 +125,8 @@ def find_head(model: nn.Module) -> Head:
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(
-            f"{name}: does not run on token ids alone ({first[:120]}); give a decoder of AutoModelForCausalLM"
+            f"{name}: does not run on token ids alone ({first_line(error)}); give a decoder of AutoModelForCausalLM"
         ) from error
 
 
