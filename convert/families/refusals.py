@@ -29,7 +29,7 @@ _CONVOLVED = (
     "mixes its keys and values over time or position with weights of their own for each head, which pooling cannot "
     "carry over; give a model with plain attention"
 )
-_MULTIMODAL = "is multimodal; save its language model alone with save_pretrained and convert that"
+_MULTIMODAL = "reads images or sound in its own layers, so it has no language model apart; give a text-only model"
 
 _REASONS: dict[str, tuple[str, ...]] = {
     _LATENT: (
@@ -95,7 +95,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     _PER_LAYER: ("gemma3n_text", "gemma4_text", "gemma4_unified_text", "mimo_v2_flash"),
     _INDEXED: ("minimax_m3_vl_text", "qwen4_exp_text"),
     _CONVOLVED: ("inkling2_text", "inkling_text", "zaya"),
-    _MULTIMODAL: ("emu3", "fuyu", "git", "llama4", "mllama_text_model", "moshi", "phi4_multimodal"),
+    _MULTIMODAL: ("git", "mllama", "mllama_text_model", "moshi", "phi4_multimodal"),
 }
 
 _SINGLE = {

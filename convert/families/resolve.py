@@ -70,15 +70,31 @@ def _structural_reason(config: Config) -> str | None:
         return "is an encoder-decoder; give T5 or a decoder-only causal language model"
     towers = [name for name in _OTHER_TOWERS if getattr(config, name, None) is not None]
     if towers or getattr(config, "text_config", None) is not None:
-        return "is multimodal; save its language model alone with save_pretrained and convert that"
+        return _multimodal(config)
     if not _is_causal(config):
         return (
-            "is encoder-only or no text generator (transformers has no causal language model class for it); "
-            "give a decoder-only model"
+            "is encoder-only, no text generator, or a part of a larger model (transformers has no causal language "
+            "model class for it alone); give a decoder-only model"
         )
     if not getattr(config, "num_attention_heads", None):
         return "has no attention heads in its config, so there are none to pool; give a model with attention"
     return None
+
+
+def _multimodal(config: Config) -> str:
+    """Why a model with other towers is declined, and what to do about its language model where that can be done."""
+    text = getattr(config, "text_config", None)
+    kind = getattr(text, "model_type", None)
+    if kind in FAMILIES and _is_causal(text):
+        return (
+            f"is multimodal; convert its language model ({kind}) alone: load its language_model and lm_head into "
+            "AutoModelForCausalLM.from_config(config.text_config), save_pretrained that, and give its folder"
+        )
+    reason = "transformers has no class for it alone that generates text"
+    if kind is not None and _is_causal(text):
+        reason = (_known_reason(text) or "it is not in Rehead's table").split(";")[0]
+    name = f" ({kind})" if kind else ""
+    return f"is multimodal, and its language model{name} cannot be converted alone: {reason}; give a text-only model"
 
 
 def _is_causal(config: Config) -> bool:

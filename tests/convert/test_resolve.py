@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -85,14 +85,34 @@ def test_every_causal_type_is_converted_or_refused_with_a_reason(model_type: str
         ("bert", "encoder"),
         ("bart", "encoder-decoder"),
         ("vit", "no text generator"),
-        ("gemma3", "multimodal"),
-        ("llava", "multimodal"),
+        ("gemma3", "convert its language model (gemma3_text) alone"),
+        ("llava", "convert its language model (llama) alone"),
+        ("qwen2_5_vl", "(qwen2_5_vl_text) cannot be converted alone: transformers has no class"),
+        ("fuyu", "(persimmon) cannot be converted alone: its class holds one KV head"),
+        ("idefics", "multimodal"),
+        ("mllama", "in its own layers"),
         ("diffllama", "neighbouring KV heads"),
         ("persimmon", "one KV head for each query head"),
     ],
 )
 def test_reasons(model_type: str, says: str) -> None:
     assert says in refusal(CONFIG_MAPPING[model_type]())
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_converts_as_its_refusal_says(tmp_path: Path) -> None:
+    text = tiny.tiny_config("llama").to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = CONFIG_MAPPING["llava"](text_config=text, vision_config={"model_type": "clip_vision_model", **vision})
+    whole = AutoModelForImageTextToText.from_config(config)
+    assert "load its language_model and lm_head into" in refusal(config)
+    alone = AutoModelForCausalLM.from_config(config.text_config)
+    alone.base_model.load_state_dict(whole.base_model.language_model.state_dict())
+    alone.lm_head.load_state_dict(whole.lm_head.state_dict())
+    alone.save_pretrained(tmp_path / "text")
+    kv = config.text_config.num_key_value_heads
+    convert(tmp_path / "text", tmp_path / "out", num_key_value_heads=kv)
+    assert torch.allclose(tiny.logits(tiny.loaded(tmp_path / "out")), tiny.logits(whole.eval()), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
