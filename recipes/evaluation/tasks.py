@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Harness metrics that are notes on the run rather than scores.
 _NOT_SCORES = ("alias", "name", "sample_len", "sample_count", "samples")
+#: What the harness notes of the machine beside its figures.
+_RUN_NOTES = ("get_git_commit_hash", "add_env_info")
 
 
 def require_harness() -> None:
@@ -151,19 +153,29 @@ def _unknown(task: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness's log and bars, which it draws whatever it is told; errors still raise."""
+    """Silence the harness's log and bars, which it draws whatever it is told; errors still raise.
+
+    Nor does it look for a git commit in the working folder, where git complains unless that is a repository, or spend
+    seconds on listing what is installed: neither is used.
+    """
+    from lm_eval import evaluator
     from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
     level, begin = logger.level, tqdm.__init__
+    notes = {name: getattr(evaluator, name) for name in _RUN_NOTES if hasattr(evaluator, name)}
 
     def silent(self: Any, *args: Any, **options: Any) -> None:
         begin(self, *args, **{**options, "disable": True})
 
     logger.setLevel(logging.CRITICAL)
     tqdm.__init__ = silent
+    for name in notes:
+        setattr(evaluator, name, lambda *args: None)
     try:
         yield
     finally:
+        for name, function in notes.items():
+            setattr(evaluator, name, function)
         tqdm.__init__ = begin
         logger.setLevel(level)

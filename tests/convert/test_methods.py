@@ -157,7 +157,9 @@ def test_equal_heads_are_kept(method) -> None:
 @pytest.mark.parametrize("method", METHOD_MODULES)
 def test_same_number_of_heads_is_untouched(method) -> None:
     heads = make_heads(4)
-    assert regroup(heads, 4, method).heads is heads
+    result = regroup(heads, 4, method)
+    assert result.heads is heads
+    assert (result.key_error, result.value_error) == (0, 0)
 
 
 def test_svd_beats_every_method_on_what_the_layer_sees() -> None:

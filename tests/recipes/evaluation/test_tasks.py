@@ -46,8 +46,9 @@ def _offline(monkeypatch, tmp_path):
 
 
 @torch.no_grad()
-def test_scores_equal_those_counted_by_hand(folder, original, load, tokenizer, capfd):
+def test_scores_equal_those_counted_by_hand(folder, original, load, tokenizer, capfd, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)  # no git repository, which git would say
     loaded = load_model("model", str(original), device=torch.device("cpu"))
     manager = tasks.task_manager(["years_local"], str(folder))
     done = []
