@@ -21,7 +21,7 @@ from rehead.errors import UnsupportedError, UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_NAMES", "LocalSource", "Source", "TensorInfo", "open_source", "torch_dtype"]
+__all__ = ["DTYPE_NAMES", "LocalSource", "Source", "TensorInfo", "open_source", "split_revision", "torch_dtype"]
 
 #: torch dtype names by the format's code; the sub-byte formats have none.
 DTYPE_NAMES: dict[str, str] = {
@@ -303,6 +303,17 @@ class LocalSource(Source):
             stat = (self.folder / name).stat()
             out[name] = f"{stat.st_size}:{stat.st_mtime_ns}"
         return out
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``owner/name@revision`` as (id, revision), for a model or a dataset on the Hub; a revision may hold slashes.
+
+    A path, and an id that names no revision, stay as they are: (name, None).
+    """
+    place, _, revision = name.partition("@")
+    if not place or not revision or name.startswith((".", "/", "~")) or os.path.exists(name):
+        return name, None
+    return place, revision
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rehead.convert.source import split_revision
 from rehead.errors import UsageError, first_line, unknown_name
 from rehead.recipes.data.builtin import text_path
 
@@ -70,10 +71,8 @@ def parse_source(text: str, *, split: str = "train", column: str | None = None, 
     if os.path.exists(text):
         return replace(source, name=text)
     name, _, options = text_path(text).partition("#")
-    if not os.path.exists(name) and "@" in name.rsplit("/", 1)[-1]:
-        name, _, revision = name.rpartition("@")
-        source = replace(source, revision=revision)
-    source = replace(source, name=name)
+    name, revision = split_revision(name)
+    source = replace(source, name=name, revision=revision)
     for part in filter(None, options.split(",")):
         key, equals, value = part.partition("=")
         if key not in _OPTIONS:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rehead.convert.source import Source, open_source, torch_dtype
+from rehead.convert.source import Source, open_source, split_revision, torch_dtype
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
@@ -128,8 +128,7 @@ def load_model(
 
 def open_named(name: str) -> Source:
     """The checkpoint of a folder, a Hub id, or ``id@revision``; raises as :func:`rehead.convert.source.open_source`."""
-    place, _, revision = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
-    return open_source(place, revision or None)
+    return open_source(*split_revision(name))
 
 
 def _dtype_of(source: Source) -> torch.dtype:

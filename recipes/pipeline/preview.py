@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rehead.recipes.pipeline.graph import CONVERT, Stage
-from rehead.recipes.pipeline.record import outside, split_revision, state
+from rehead.recipes.pipeline.record import name_of, outside, state
 from rehead.recipes.pipeline.run import Planned
 
 
@@ -59,7 +59,7 @@ def conversion(stage: Stage) -> str:
     place = stage.models["model"]
     if place.model is None:
         return ""
-    name, revision = split_revision(place)
+    name, revision = name_of(place)
     options = {key: value for key, value in stage.options.items() if key != "device"}
     if str(options.get("layers") or "").startswith("auto"):
         return f"layers {options['layers']}: chosen by running the model"

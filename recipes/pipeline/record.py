@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rehead import __version__
+from rehead.convert import source
 from rehead.convert.stream import hash_file
 from rehead.recipes.files import write_file
 from rehead.recipes.pipeline.graph import Place, Stage
@@ -48,27 +49,23 @@ def outside(stage: Stage) -> dict[str, Any]:
         UsageError: a model or text cannot be meant.
         UnsupportedError: a model on the Hub cannot be reached.
     """
-    from rehead.convert.source import open_source
     from rehead.recipes.data.sources import identity
 
     found: dict[str, Any] = {}
     for role, place in stage.models.items():
         if place.model is not None:
-            with open_source(*split_revision(place)) as source:
-                found[role] = source.fingerprint()
+            with source.open_source(*name_of(place)) as opened:
+                found[role] = opened.fingerprint()
     for option, texts in stage.data.items():
         if texts and texts != ["random"]:
             found[option] = identity(texts, f"--{option.replace('_', '-')}")
     return json.loads(json.dumps(found))
 
 
-def split_revision(place: Place) -> tuple[str, str | None]:
+def name_of(place: Place) -> tuple[str, str | None]:
     """A model's name and revision, which may stand in the name as ``id@revision``."""
     assert place.model is not None
-    name, at, revision = place.model.rpartition("@")
-    if place.revision is None and at and not Path(place.model).exists() and "/" not in revision:
-        return name, revision
-    return place.model, place.revision
+    return source.split_revision(place.model) if place.revision is None else (place.model, place.revision)
 
 
 def state(stage: Stage, out: Path, contents: Mapping[str, str], around: Mapping[str, Any]) -> State:

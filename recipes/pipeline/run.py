@@ -159,7 +159,7 @@ def run_recipe(
     result = RecipeRun(planned.out)
     if not gather:
         require(planned.recipe.requires.gpus, planned.recipe.name)
-        write_cells(planned, settings, out)
+        write_cells(planned, settings)
         runner = _Runner(planned, settings, quiet, say or (lambda *_: None), progress, watch, result)
         for plan in chosen:
             try:
@@ -187,7 +187,7 @@ def _evaluated(plan: CellPlan, out: Path) -> bool:
     return all((out / name).is_dir() for name, _, _ in plan.evaluations)
 
 
-def write_cells(planned: Planned, settings: Sequence[str] = (), out: str | os.PathLike[str] | None = None) -> Path:
+def write_cells(planned: Planned, settings: Sequence[str] = ()) -> Path:
     """Write ``cells.json``: what each cell is, and the command that runs it anywhere.
 
     Raises:

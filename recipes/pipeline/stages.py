@@ -18,7 +18,7 @@ from rehead.recipes.files import write_file
 from rehead.recipes.pipeline import graph, names
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.pipeline.naming import renamed
-from rehead.recipes.pipeline.record import split_revision
+from rehead.recipes.pipeline.record import name_of
 
 EVALUATION = "evaluation.json"
 Progress = Callable[[str, float, float], None]
@@ -49,7 +49,7 @@ class Site:
         """A model as commands take it: a stage's folder, or ``id@revision``."""
         if place.stage is not None:
             return str(self.out / place.stage)
-        name, revision = split_revision(place)
+        name, revision = name_of(place)
         return f"{name}@{revision}" if revision else name
 
 
@@ -81,7 +81,7 @@ def _convert(stage: Stage, site: Site) -> None:
     from rehead.convert.staging import staging_path
 
     place = stage.models["model"]
-    model, revision = (str(site.out / place.stage), None) if place.stage else split_revision(place)
+    model, revision = (str(site.out / place.stage), None) if place.stage else name_of(place)
     folder = site.out / stage.name
 
     def go(resume: bool) -> None:

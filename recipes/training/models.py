@@ -13,7 +13,7 @@ from torch import nn
 from rehead.convert.meta import quiet_transformers
 from rehead.convert.model import causal_lm_class, resolve_config
 from rehead.convert.smallfiles import MANIFEST_NAME
-from rehead.convert.source import Source, open_source
+from rehead.convert.source import Source, open_source, split_revision
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.recipes.training.options import UptrainOptions
 
@@ -43,10 +43,7 @@ def open_checkpoint(name: str) -> Opened:
         UnsupportedError: it is quantised, an encoder-decoder, in another format, or of a type that transformers does
             not have.
     """
-    place, revision = name, None
-    if "@" in name.rsplit("/", 1)[-1] and not name.startswith((".", "/", "~")):
-        place, _, revision = name.rpartition("@")
-    source = open_source(place, revision)
+    source = open_source(*split_revision(name))
     if source.config.get("quantization_config"):
         raise UnsupportedError(f"{name}: is quantised and cannot be trained; give the unquantised checkpoint")
     conversion = {}

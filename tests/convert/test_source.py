@@ -10,6 +10,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -350,3 +351,24 @@ def test_finite_extremes_and_integers_are_finite():
     assert first_nonfinite(torch.tensor([1 + 1j, complex(0, float("nan"))])) == (1,)
     assert first_nonfinite(torch.empty(0)) is None
     assert first_nonfinite(torch.tensor(float("inf"))) == ()
+
+
+def test_a_revision_is_told_from_a_folder_with_an_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rehead.convert.source import split_revision
+    from rehead.recipes.evaluation.models import open_named
+    from rehead.recipes.pipeline.graph import Place
+    from rehead.recipes.pipeline.record import name_of
+    from rehead.recipes.training.models import open_checkpoint
+
+    assert split_revision("owner/name") == ("owner/name", None)
+    assert split_revision("owner/name@v1") == ("owner/name", "v1")
+    assert split_revision("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
+    assert split_revision("./missing@v1") == ("./missing@v1", None)
+    monkeypatch.chdir(tmp_path)
+    tiny.save_tiny("llama", tmp_path / "run@2")
+    # Every command that takes id@revision reads the folder.
+    assert open_checkpoint("run@2").source.revision is None
+    assert open_named("run@2").revision is None
+    assert name_of(Place(model="run@2")) == ("run@2", None)
+    assert name_of(Place(model="owner/name@v1")) == ("owner/name", "v1")
+    assert name_of(Place(model="owner/name", revision="v2")) == ("owner/name", "v2")

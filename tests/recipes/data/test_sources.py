@@ -57,6 +57,8 @@ def test_whole_files_ranges_splits_and_columns(tmp_path: Path, forms: dict[str, 
     assert list(read_documents([forms["splits"] + "#split=test"])) == DOCUMENTS[:1]
     assert list(read_documents([forms["a.jsonl"] + "#column=body"])) == [text.upper() for text in DOCUMENTS]
     assert parse_source("owner/name@main#config=en").revision == "main"
+    # Where the Hub keeps its own conversion of a dataset.
+    assert parse_source("owner/name@refs/convert/parquet#config=en").revision == "refs/convert/parquet"
     hashed = tmp_path / "c#lines"
     hashed.write_text("a file whose name has a hash")
     assert list(read_documents([str(hashed)])) == ["a file whose name has a hash"]
