@@ -325,7 +325,8 @@ class Staging:
                 self._replace()
             else:
                 os.rename(self.path, self.out)
-            sync_dir(self.out.parent)
+            for folder in (self.out, *self._made):
+                sync_dir(folder.parent)
         except OSError as err:
             raise write_error(err, str(self.out)) from None
         self._unlock()

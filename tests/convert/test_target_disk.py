@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -12,7 +13,10 @@ import pytest
 import torch
 import writing
 
-from rehead.convert.target import ResourceError
+from rehead.convert import staging
+from rehead.convert.source import open_source
+from rehead.convert.staging import Staging
+from rehead.convert.target import ResourceError, Target
 
 HERE = Path(__file__).parent
 checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
@@ -85,6 +89,44 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, model, monkeypatch, resume):
     monkeypatch.undo()
     assert only(tmp_path) == {"m", "whole"} | ({".out.rehead-staging"} if resume else set())
     assert hashes(convert(model, tmp_path / "out", "20KB", resume=resume)) == whole
+
+
+@pytest.mark.skipif(os.listdir not in os.supports_fd, reason="reads folders by their descriptors")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, model, monkeypatch, overwrite):
+    """A power cut leaves a whole OUT or none: files, then folders, are synced in their last state before the rename."""
+    out, source = tmp_path / "new" / "er" / "out", open_source(model)
+    if overwrite:
+        convert(model, out)
+    synced: dict[int, object] = {}
+    real_sync, real_record, named = os.fsync, Staging.record, []
+
+    def fsync(fd):
+        real_sync(fd)
+        status = os.fstat(fd)
+        synced[status.st_ino] = set(os.listdir(fd)) if stat.S_ISDIR(status.st_mode) else status.st_size
+
+    def record(staging, name, size, sha256):
+        assert synced[(staging.path / name).stat().st_ino] == size  # what the journal names is there
+        real_record(staging, name, size, sha256)
+        assert synced[(staging.private / "journal.jsonl").stat().st_ino] > 0
+
+    def noticing(function):
+        return lambda *args: (named.append(dict(synced)), function(*args))[1]
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Staging, "record", record)
+    monkeypatch.setattr(os, "rename", noticing(os.rename))
+    monkeypatch.setattr(staging, "_exchange", noticing(staging._exchange))
+    with Target(out, source=source, fingerprint="x", overwrite=overwrite) as target:
+        target.write_weights(*checkpoints.pooled_plan(source), "20KB")
+        target.write_text("sub/deep/notes.txt", "x")
+        target.commit()
+    for path in [out, *out.rglob("*")]:
+        last = set(os.listdir(path)) if path.is_dir() else path.stat().st_size
+        assert named[0][path.stat().st_ino] == last, path.relative_to(tmp_path)
+    for path in (out, *([] if overwrite else [out.parent, out.parent.parent])):
+        assert path.name in synced[path.parent.stat().st_ino]
 
 
 def test_a_callers_own_full_disk_is_one_line_too(tmp_path, model):
