@@ -17,6 +17,7 @@ from rehead.errors import UnsupportedError
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import batch_size, evaluating, next_logits, require_finite, token_divergence
 from rehead.recipes.evaluation.windows import batches, cut
+from rehead.recipes.layers import decoder_layers
 
 
 def layer_damage(
@@ -83,22 +84,6 @@ def borrowed(layers: nn.ModuleList, index: int, layer: nn.Module) -> Iterator[No
         yield
     finally:
         layers[index] = own
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of a model's decoder layers: as long as its config says, and the heaviest of those that are.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    config = model.config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
-        raise UnsupportedError(
-            f"{config.model_type}: its layers cannot be found, so none can be tried alone; leave --damage out"
-        )
-    return max(lists, key=lambda found: sum(parameter.numel() for parameter in found.parameters()))
 
 
 def _require_width(baseline: Any, model: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.recipes.data.store import IGNORED
 from rehead.recipes.training.processes import Processes
 
 
@@ -51,9 +52,9 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
             mine = text.windows[at + run.rank * size : at + (run.rank + 1) * size]
             spare = not len(mine)
             mine = text.windows[:1] if spare else mine
-            labels = torch.full_like(mine, -100)
+            labels = torch.full_like(mine, IGNORED)
             labels[:, :-1] = mine[:, 1:]
-            index = (labels.flatten() != -100).nonzero().squeeze(-1)
+            index = (labels.flatten() != IGNORED).nonzero().squeeze(-1)
             found = module(mine.to(run.device), labels=labels.to(run.device), counted_index=index.to(run.device))
             counted += 0 if spare else len(index)
             for name, value in found.metrics.items():

@@ -49,7 +49,7 @@ def code_version() -> dict[str, str]:
 
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *(root.parent / "data").rglob("*.py")]):
+    for path in sorted([*root.rglob("*.py"), *(root.parent / "data").rglob("*.py"), root.parent / "layers.py"]):
         digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return {
         "rehead": f"{__version__}+{digest.hexdigest()[:12]}",

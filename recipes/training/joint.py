@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rehead.errors import UsageError
 from rehead.recipes.data.order import rows_of_step
 from rehead.recipes.data.store import Rows, TokenStore
+from rehead.recipes.layers import decoder_layers
 from rehead.recipes.training.batches import first_micro_batch, forward_inputs
-from rehead.recipes.training.layers import decoder_layers
 from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.losses.head import transformer
 from rehead.recipes.training.optimizer import Optimizer

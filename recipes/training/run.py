@@ -16,6 +16,7 @@ from rehead.convert.resume import finish_commit
 from rehead.convert.staging import check_out
 from rehead.errors import UsageError
 from rehead.recipes.data.sources import identity as data_identity
+from rehead.recipes.layers import decoder_layers
 from rehead.recipes.positions import check_positions
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
@@ -24,7 +25,6 @@ from rehead.recipes.training.heldout import HeldOut
 from rehead.recipes.training.identity import require_same, run_identity
 from rehead.recipes.training.isolation import prove_isolation
 from rehead.recipes.training.joint import fit_windows
-from rehead.recipes.training.layers import decoder_layers
 from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_trackers
 from rehead.recipes.training.loop import Loop, Progress
 from rehead.recipes.training.models import (

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from rehead.convert import convert
 from rehead.errors import UsageError
 from rehead.recipes import uptrain
+from rehead.recipes.layers import decoder_layers
 from rehead.recipes.training.joint import _output_of
-from rehead.recipes.training.layers import decoder_layers
 
 
 @pytest.mark.parametrize("layers", [1, 2])
