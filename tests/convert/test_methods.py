@@ -162,6 +162,19 @@ def test_same_number_of_heads_is_untouched(method) -> None:
     assert (result.key_error, result.value_error) == (0, 0)
 
 
+@pytest.mark.parametrize("method", METHOD_MODULES)
+def test_values_that_are_fixed_are_averaged_where_they_stand(method) -> None:
+    """Where something acts on the channels of V before the output reads them, neither may turn; all comes in float32."""
+    heads = replace(make_heads(4, bias=True).to(torch.float32), fixed_values=True)
+    x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    pooled = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2))).heads
+    assert torch.equal(pooled.o, heads.o)
+    if method not in ("random", "first"):
+        torch.testing.assert_close(pooled.v, heads.v.unflatten(0, (2, 2)).mean(1))
+        torch.testing.assert_close(pooled.v_bias, heads.v_bias.unflatten(0, (2, 2)).mean(1))
+    assert {tensor.dtype for tensor in pooled.tensors().values()} == {torch.float32}
+
+
 def test_svd_beats_every_method_on_what_the_layer_sees() -> None:
     heads = make_heads(8, seed=4)
     x = torch.randn(400, WIDTH, dtype=torch.float64) @ torch.diag(torch.logspace(0, -2, WIDTH, dtype=torch.float64))

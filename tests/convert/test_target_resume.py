@@ -12,6 +12,7 @@ import writing
 
 from rehead.convert.manifest import completed, read_manifest, verify_files
 from rehead.convert.source import open_source
+from rehead.convert.staging import only_unpublished, staging_path
 from rehead.convert.target import Target, finish_commit
 from rehead.errors import UsageError
 
@@ -143,6 +144,18 @@ def test_a_run_killed_just_before_the_rename_is_resumed_from_its_manifest(tmp_pa
         return checkpoints.pooled_plan(source)[0], fetch
 
     assert hashes(convert(model, tmp_path / "out", plan=never, resume=True)) == expected
+
+
+def test_only_a_complete_leftover_lacks_nothing_but_its_name(tmp_path, model):
+    out = tmp_path / "out"
+    assert not only_unpublished(out)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, out, "20KB", stop_at(2, KeyboardInterrupt()), resume=True)
+    assert not only_unpublished(out)
+    staging_path(out).joinpath("rehead.json").write_text("{}")  # of a run that may still write the weights
+    assert not only_unpublished(out)
+    convert(model, out).rename(staging_path(out))
+    assert only_unpublished(out)
 
 
 @pytest.mark.parametrize("left", [(), ("owner.json",), ("notes.jsonl", "work/x")])

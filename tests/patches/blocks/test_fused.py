@@ -296,3 +296,27 @@ def test_kinds_of_norms():
     assert norm_kind(nn.LayerNorm(8, eps=1e-3), 8) == NormKind(True, 0.0, 1e-3)
     assert norm_kind(nn.RMSNorm(8, eps=1e-6), 8) == NormKind(False, 0.0, 1e-6)
     assert norm_kind(Odd(), 8) is None
+
+
+def test_a_proof_counts_its_own_calls_and_takes_a_tolerance():
+    model = tiny_model("llama")
+    with patch_model(model, "parallel", fused=True) as patch:
+        calls = patch.prove().calls
+        logits(model)
+        assert patch.prove().calls == calls > 0
+        assert {layer.how for layer in patch.report().layers} == {"fused"}
+        with pytest.raises(VerificationError, match=r"over the 0.00e\+00 allowed"):
+            patch.prove(tolerance=0.0)
+
+
+def test_a_frozen_model_stays_frozen_when_fused():
+    model = tiny_model("llama", attention_bias=True).requires_grad_(False)
+    with patch_model(model, "parallel", fused=True):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fusing_alone_has_nothing_to_measure():
+    with patch_model(tiny_model("phi"), "parallel", fused=True) as patch:
+        assert patch.exact
+        with pytest.raises(UsageError, match="exact"):
+            patch.measure()
