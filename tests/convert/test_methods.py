@@ -164,7 +164,7 @@ def test_same_number_of_heads_is_untouched(method) -> None:
 
 @pytest.mark.parametrize("method", METHOD_MODULES)
 def test_values_that_are_fixed_are_averaged_where_they_stand(method) -> None:
-    """Where something acts on the channels of V before the output reads them, neither may turn; all comes in float32."""
+    """Where something acts on the channels of V before the output reads them, neither may turn; all come in float32."""
     heads = replace(make_heads(4, bias=True).to(torch.float32), fixed_values=True)
     x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     pooled = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2))).heads
