@@ -170,8 +170,8 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
         return
     rows = [
         ("files", f"{found['files']} match their SHA-256"),
-        ("loads", f"{found['loads_with']}, no missing or unexpected tensor"),
-        ("KV cache", f"logits with and without agree to {found['cache_error']:.1e}"),
+        ("loads", f"{found['loads_with']}, {_strays(found) or 'no missing or unexpected tensor'}"),
+        ("KV cache", _cache_line(found)),
     ]
     if found["against_source"]:
         against = found["against_source"]
@@ -179,6 +179,28 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
                                        f"{against['top1_agreement']:.1%}, largest logit difference "
                                        f"{against['max_difference']:.3g}"))  # fmt: skip
     _table(f"{out} verifies", rows)
+
+
+def _strays(facts: dict[str, Any]) -> str:
+    """Tensors that source and result both lack of their class, or hold beyond it."""
+    kinds = (("missing", "is missing as in the source: each load draws it at random"),
+             ("unexpected", "is ignored by the class as in the source"))  # fmt: skip
+    said = []
+    for kind, what in kinds:
+        if names := facts[kind]:
+            said.append(f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} {what}")
+    return "; ".join(said)
+
+
+def _cache_line(found: dict[str, Any]) -> str:
+    if found["cache_error"] is None:
+        return "none that the class hands back, so nothing was compared"
+    if found["source_cache_error"] is not None:
+        return (
+            f"logits with and without differ by {found['cache_error']:.1e}, the source's by "
+            f"{found['source_cache_error']:.1e}: the class itself computes something else with a cache"
+        )
+    return f"logits with and without agree to {found['cache_error']:.1e}"
 
 
 @click.command("families")
@@ -233,6 +255,8 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
     ]
+    if strays := _strays(facts):
+        rows.append(("tensors", strays))
     if "block" in facts:
         form = facts["block"]
         carried = "" if form["plain"] else "; carries its modelling file"

@@ -95,11 +95,16 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     )
 
 
-def check_loads(source_config: Any, source_tensors: Mapping[str, Any], config: Any, tensors: Mapping[str, Any]) -> None:
+def check_loads(
+    source_config: Any, source_tensors: Mapping[str, Any], config: Any, tensors: Mapping[str, Any]
+) -> LoadReport:
     """Require that the planned checkpoint loads as well as the source does.
 
     A source may itself carry tensors that its class ignores (old buffers, say); what the loader says of those is no
     fault of the plan's. Anything beyond that is.
+
+    Returns:
+        What the loader says of the plan, and said of the source.
 
     Raises:
         UnsupportedError: the target class would miss, ignore or refuse a planned tensor.
@@ -111,3 +116,4 @@ def check_loads(source_config: Any, source_tensors: Mapping[str, Any], config: A
             f"{causal_lm_class(config).__name__} would not load the planned checkpoint: {extra.line()}; "
             "please report this model"
         )
+    return found

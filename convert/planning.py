@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rehead.convert.families.layouts import merge
-from rehead.convert.meta import check_loads
+from rehead.convert.meta import LoadReport, check_loads
 from rehead.convert.methods.mean import mean
 from rehead.convert.methods.registry import MethodContext
 from rehead.convert.model import Model, hosted, resolve_config
@@ -49,6 +49,7 @@ class Plan:
         config: the same, resolved.
         layer_config: the config of the model before it is widened, in which layers are converted one by one.
         widening: what becomes of the tensors after that, or None.
+        strays: tensors that the class misses or ignores in the result as in the source (a base model has no head).
     """
 
     source: Model
@@ -60,6 +61,7 @@ class Plan:
     config: Any
     layer_config: Any
     widening: Widening | None = None
+    strays: LoadReport | None = None
 
     @property
     def kv(self) -> int:
@@ -144,6 +146,8 @@ class Plan:
             },
             "parameters": {"before": before, "after": after},
             **({"block": self._block_facts()} if model.reblocked else {}),
+            "missing": sorted(self.strays.missing) if self.strays else [],
+            "unexpected": sorted(self.strays.unexpected) if self.strays else [],
             "exact": self.exact,
             "rounded": self.rounded,
             **({"reinvest": self.widening.facts} if self.widening else {}),
@@ -214,13 +218,13 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         widening = widen(model, raw, config, kv, options.reinvest, options.multiple_of, options.seed)
         raw, config = widening.raw_config, widening.config
     outputs = _outputs(model, changes, dropped, code, widening)
-    check_loads(
+    strays = check_loads(
         model.config,
         {name: (info.dtype, info.shape) for name, info in model.source.tensors.items()},
         config,
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
     )
-    return Plan(source, model, options, changes, outputs, raw, config, layer_config, widening)
+    return Plan(source, model, options, changes, outputs, raw, config, layer_config, widening, strays)
 
 
 def _without_remote_code(raw: dict[str, Any]) -> dict[str, Any]:

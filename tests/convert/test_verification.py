@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rehead.cli import cli
 from rehead.convert import convert, verification, verify
 from rehead.errors import UnsupportedError, VerificationError
 
@@ -49,6 +51,48 @@ def test_a_base_model_is_compared_through_the_same_head(llama: Path, tmp_path: P
     assert pooled["max_difference"] > 0
     with pytest.raises(VerificationError, match=r"missing.*give --source MODEL"):
         verify(tmp_path / "same")
+
+
+def test_what_the_source_lacks_is_said(llama: Path, tmp_path: Path) -> None:
+    """Nothing is silent: a base model's head is drawn anew by each load, before the conversion and after it."""
+    AutoModelForCausalLM.from_pretrained(llama).base_model.save_pretrained(tmp_path / "base")
+    done = convert(tmp_path / "base", tmp_path / "out", num_key_value_heads=1)
+    assert (done.as_json()["missing"], done.as_json()["unexpected"]) == (["lm_head.weight"], [])
+    assert verify(tmp_path / "out", str(tmp_path / "base")).missing == ("lm_head.weight",)
+    said = "lm_head.weight is missing as in the source"
+    for line in (["plan", str(tmp_path / "base"), "--kv-heads", "1"],
+                 ["verify", str(tmp_path / "out"), "--source", str(tmp_path / "base")]):  # fmt: skip
+        result = CliRunner().invoke(cli, line)
+        assert result.exit_code == 0
+        assert said in result.output
+        assert "no missing" not in result.output
+    tensors = load_file(llama / "model.safetensors")
+    save_file(tensors | {"model.old": torch.zeros(2)}, llama / "model.safetensors", {"format": "pt"})
+    done = convert(llama, tmp_path / "more", num_key_value_heads=1)
+    assert (done.as_json()["missing"], done.as_json()["unexpected"]) == ([], ["model.old"])
+    assert verify(tmp_path / "more", str(llama)).unexpected == ("model.old",)
+
+
+def test_classes_with_caches_of_their_own_verify(tmp_path: Path) -> None:
+    """Bamba counts positions from 0 unless told; RecurrentGemma hands back no cache; MiniMax's is off, converted or
+    not, which only its source can tell."""
+    found = {}
+    for name in ("bamba", "recurrent_gemma", "minimax"):
+        source = tiny.save_tiny(name, tmp_path / name)
+        convert(source, tmp_path / f"{name}-1", num_key_value_heads=1)
+        found[name] = verify(tmp_path / f"{name}-1", str(source))
+    assert found["bamba"].cache_error is not None
+    assert found["bamba"].cache_error < 1e-5
+    assert found["recurrent_gemma"].cache_error is None
+    assert found["bamba"].source_cache_error is found["recurrent_gemma"].source_cache_error is None
+    assert found["minimax"].source_cache_error is not None
+    assert found["minimax"].source_cache_error > 2e-3
+    with pytest.raises(VerificationError, match=r"with a KV cache differ .* give --source MODEL"):
+        verify(tmp_path / "minimax-1")
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "recurrent_gemma-1")])
+    assert "nothing was compared" in result.output
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path / "minimax-1"), "--source", str(tmp_path / "minimax")])
+    assert "the class itself computes something else with a cache" in result.output
 
 
 @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj"])
@@ -104,3 +148,7 @@ def test_a_cache_that_is_off_fails(llama: Path, tmp_path: Path, monkeypatch, at:
     with pytest.raises(VerificationError, match="KV cache differ"):
         verify(tmp_path / "out")
     assert len(steps) == 8
+    steps.clear()
+    with pytest.raises(VerificationError, match=r"KV cache differ .* its source's by .*; report this model"):
+        verify(tmp_path / "out", str(llama))
+    assert len(steps) == 16
