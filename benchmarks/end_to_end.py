@@ -2,10 +2,13 @@
 
 Greedy decoding under a StaticCache whose first tokens are already there (random keys and values, as the weights are),
 so that no time goes into a prefill. With ``--backend graph`` (the default) one step, mask and argmax included, is
-captured as a CUDA graph and replayed: the work of `generate` with a compiled step, without minutes of compiling. The
-other backends run `generate` itself; there the rate is the slope between a short and a long run. A decoding step has to
-read the weights and the cache once, so the speed-up over 32 KV heads can at best be the ratio of those bytes; the last
-column is the share of it that is reached.
+captured as a CUDA graph and replayed; with ``compiled`` its forward pass goes through ``torch.compile`` first. The
+others run `generate` itself; there the rate is the slope between a short and a long run, and what `generate` does
+between steps counts. A decoding step has to read the weights and the cache once, so the speed-up over 32 KV heads can
+at best be the ratio of those bytes; the last column is the share of it that is reached.
+
+``tiled+fused`` also folds the norms and makes q, k, v and the FFN's input one product each (``patch_model(model,
+"serial", fused=True)``): the same function.
 
     rehead bench end-to-end
     python -m rehead.benchmarks.end_to_end --kv-heads 32,8,1 --batch 16 --context 8192
@@ -21,7 +24,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,10 @@ from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForC
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import patch_model
 
-IMPLEMENTATIONS = ("tiled", "sdpa")
+IMPLEMENTATIONS = ("tiled", "tiled+fused", "sdpa")
+DEFAULT = ("tiled", "sdpa")
+STEPPED = ("graph", "compiled")
+"""Backends that replay one step; the others run `generate`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        implementation: ``tiled`` or ``sdpa``.
+        implementation: one of :data:`IMPLEMENTATIONS`.
         kv_heads: KV heads of every layer.
         tokens_per_second: over the batch, decoding only.
         milliseconds: of one step.
@@ -183,10 +189,11 @@ def _replayed(model: Any, cache: Any, setting: Setting) -> float:
     # Keys past the current position are hidden by causality, so the mask need not grow.
     mask = torch.ones(setting.batch, setting.context + setting.steps, dtype=torch.long, device=device)
     mask[: setting.batch // 2, : setting.padding] = 0
+    forward = torch.compile(model.forward, dynamic=False) if setting.backend == "compiled" else model
 
     def step() -> None:
         with torch.no_grad():
-            logits = model(
+            logits = forward(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, position_ids=positions, use_cache=True
             ).logits
         ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
@@ -249,14 +256,31 @@ def bytes_read(model: nn.Module, setting: Setting, kv_heads: int) -> int:
     return weights + setting.batch * used * setting.layers * 2 * kv_heads * head_dim * size
 
 
+@contextlib.contextmanager
+def applied(model: Any, name: str) -> Iterator[None]:
+    """The model, which has SDPA, under one of :data:`IMPLEMENTATIONS`."""
+    if name == "tiled":
+        with patch_model(model, "tiled"):
+            yield
+    elif name == "tiled+fused":
+        model.set_attn_implementation("rehead_tiled")
+        try:
+            with patch_model(model, "serial", fused=True):
+                yield
+        finally:
+            model.set_attn_implementation("sdpa")
+    else:
+        yield
+
+
 def measure(setting: Setting, kv_heads: int, implementations: Sequence[str], device: str) -> list[Row]:
     """Decode with one model under each implementation."""
     model = build(setting, kv_heads, device)
     cache = filled_cache(model, setting)
     rows = []
     for name in implementations:
-        with patch_model(model, "tiled") if name == "tiled" else contextlib.nullcontext():
-            step = (_replayed if setting.backend == "graph" else _slope)(model, cache, setting)
+        with applied(model, name):
+            step = (_replayed if setting.backend in STEPPED else _slope)(model, cache, setting)
         # A compiled forward belongs to the implementation it was traced with.
         torch._dynamo.reset()
         model.__dict__.pop("_compiled_call", None)
@@ -271,9 +295,7 @@ def measure(setting: Setting, kv_heads: int, implementations: Sequence[str], dev
     return rows
 
 
-def run(
-    setting: Setting, kv_heads: Sequence[int] = (32, 8, 1), implementations: Sequence[str] = IMPLEMENTATIONS
-) -> list[Row]:
+def run(setting: Setting, kv_heads: Sequence[int] = (32, 8, 1), implementations: Sequence[str] = DEFAULT) -> list[Row]:
     """Measure every pairing; speed-ups are over the most KV heads.
 
     Raises:
@@ -321,15 +343,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     defaults = Setting()
     parser.add_argument("--kv-heads", type=counts, default="32,8,1", help="numbers with commas between")
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
+    parser.add_argument("--implementations", default=",".join(DEFAULT), help=f"of {', '.join(IMPLEMENTATIONS)}")
     for name in ("batch", "context", "steps", "layers", "heads", "hidden_size", "intermediate_size", "vocab_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     parser.add_argument("--padding", type=int, default=0, help="left padding of half the batch, in tokens")
     parser.add_argument(
         "--backend",
-        choices=("graph", "inductor", "cudagraphs", "none"),
+        choices=(*STEPPED, "inductor", "cudagraphs", "none"),
         default=defaults.backend,
-        help="graph replays one captured step; the others are what generate compiles its step with, none not at all",
+        help="graph replays one captured step, compiled the same after torch.compile; the others are what generate "
+        "compiles its step with, none not at all",
     )
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)

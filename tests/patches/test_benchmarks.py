@@ -53,6 +53,19 @@ def test_both_ways_of_decoding_write_the_same_tokens():
     assert torch.equal(torch.cat(tokens, 1), out[:, SMALL.context :])
 
 
+@pytest.mark.parametrize("name", end_to_end.IMPLEMENTATIONS)
+def test_every_implementation_computes_the_same_and_leaves_the_model_as_it_was(name):
+    model = end_to_end.build(SMALL, 2, "cpu")
+    ids = torch.randint(10, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits
+        with end_to_end.applied(model, name):
+            inside = model(ids).logits
+        after = model(ids).logits
+    torch.testing.assert_close(inside, before, atol=1e-5, rtol=0)
+    assert torch.equal(after, before) and model.config._attn_implementation == "sdpa"
+
+
 def test_end_to_end_refuses():
     with pytest.raises(UsageError, match="flash"):
         end_to_end.run(SMALL, [1], ["flash"])
