@@ -259,6 +259,10 @@ def test_masks_of_the_users_own():
     alive = seen.any(-1).expand(2, 1, -1)[:, 0]
     same(tiled_attention(MODULE, Q, K, V, seen)[0][alive], theirs[alive])
     same(tiled_attention(MODULE, Q, K, V, added)[0][alive], theirs[alive])
+    bias = torch.randn(1, 4, 20, 20, generator=GEN)
+    theirs = define(causal=False, bias=bias.masked_fill(~seen, -torch.inf))
+    for mask in (seen, added):
+        same(tiled_attention(MODULE, Q, K, V, mask, position_bias=bias)[0][alive], theirs[alive])
 
 
 def test_sinks_of_each_token():
