@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,18 +141,22 @@ def test_a_killed_calibration_resumes_to_the_same_bytes(llama: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_refit_finds_queries_and_keys_that_give_the_logits() -> None:
+@pytest.mark.parametrize(("kv", "bias"), [(1, False), (2, False), (2, True)])
+def test_refit_finds_queries_and_keys_that_give_the_logits(kv: int, bias: bool) -> None:
     g = torch.Generator().manual_seed(0)
-    heads, kv, size, width, length = 4, 1, 8, 12, 24
+    heads, size, width, length = 4, 8, 12, 24
     draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     true = Heads(draw(heads, size, width), draw(kv, size, width), draw(kv, size, width), draw(width, heads, size))
     true.pairs = rotary_pairs("half", 4)
+    if bias:
+        true.q_bias, true.k_bias = draw(heads, size), draw(kv, size)
     turn = torch.exp(1j * torch.arange(length)[:, None] * torch.tensor([1.0, 0.01])).to(torch.complex64)
     model = LogitModel(Rotation(turn, true.pairs), size**-0.5)
     q, k = model.weights(true)
     targets = []
     for _ in range(6):
         x = torch.cat([draw(4, length, width), torch.ones(4, length, 1)], -1)
+        x[..., 0] = 0  # a direction that the text does not show
         scores = model.scores(model.states(x, q), model.states(x, k))
         p = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf")).softmax(-1)
         rows = torch.arange(length)
@@ -160,11 +165,19 @@ def test_refit_finds_queries_and_keys_that_give_the_logits() -> None:
     start = Heads(
         true.q + 0.3 * draw(*true.q.shape), true.k + 0.3 * draw(*true.k.shape), true.v, true.o, pairs=true.pairs
     )
+    if bias:
+        start.q_bias, start.k_bias = torch.zeros(heads, size), torch.zeros(kv, size)
     assert logit_error(model, targets, true) < 1e-5
     statistics = LayerStatistics(inputs, inputs[None], inputs[None])
     healed = refit_logits(start, model, targets, statistics)
     assert logit_error(model, targets, healed) < 0.2 * logit_error(model, targets, start)
-    assert healed.q_bias is None
+    torch.testing.assert_close(healed.q[..., 0], start.q[..., 0])
+    torch.testing.assert_close(healed.k[..., 0], start.k[..., 0])
+    if not bias:
+        assert healed.q_bias is None
+        return
+    unbiased = replace(healed, q_bias=start.q_bias, k_bias=start.k_bias)
+    assert logit_error(model, targets, healed) < 0.5 * logit_error(model, targets, unbiased)
 
 
 class Letters:
