@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rehead.convert.source import Source
+from rehead.convert.tokenizer import open_tokenizer
 from rehead.errors import UsageError, first_line
 
 BUILT_IN = "calibration.txt.gz"
@@ -156,18 +157,8 @@ def _start(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
 
 
 def _tokenizer(source: Source) -> Any:
-    from transformers import AutoTokenizer
-
-    from rehead.convert.meta import quiet_transformers
-
-    place = getattr(source, "folder", None)
-    if place is None:
-        for name in source.small_files():
-            source.small_path(name)
-        place = source.small_path("config.json").parent
     try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(place), model_max_length=10**9)
+        return open_tokenizer(source)
     except Exception as error:
         raise UsageError(
             f"{source.id}: its tokenizer cannot be loaded ({first_line(error, 120)}), and calibration needs one; "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rehead.convert.tokenizer import open_tokenizer
 from rehead.errors import UsageError, first_line
 from rehead.recipes.data.sources import read_documents
 
@@ -22,23 +23,22 @@ _BATCH = 1 << 22
 _CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
-def load_tokenizer(folder: Any, option: str = "--data") -> Any:
+def load_tokenizer(place: Any, option: str = "--data") -> Any:
     """A checkpoint's own tokenizer, without its limit on the length of a text.
+
+    Args:
+        place: an open checkpoint or a folder.
+        option: the flag that needs it, for messages.
 
     Raises:
         UsageError: the checkpoint has none, or one that cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
-    from rehead.convert.meta import quiet_transformers
-
     try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9)
+        return open_tokenizer(place)
     except Exception as error:
         raise UsageError(
-            f"{folder}: its tokenizer cannot be loaded ({first_line(error, 120)}), and {option} needs one; "
-            "put the tokenizer's files beside the weights"
+            f"{getattr(place, 'id', place)}: its tokenizer cannot be loaded ({first_line(error, 120)}), and {option} "
+            "needs one; put the tokenizer's files beside the weights"
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rehead.convert.source import Source, open_source, split_revision, torch_dtype
+from rehead.convert.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
@@ -117,7 +118,7 @@ def load_model(
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))[0]
         raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")
     size = sum(info.nbytes for info in source.tensors.values())
-    loaded = Loaded(who, name, model, _dtype_of(source), size, load_tokenizer(source))
+    loaded = Loaded(who, name, model, _dtype_of(source), size, tokenizer_of(source))
     if attention == TILED:
         from rehead.patches import patch_model
 
@@ -139,22 +140,12 @@ def _dtype_of(source: Source) -> torch.dtype:
     return torch_dtype(sizes.most_common(1)[0][0])
 
 
-def load_tokenizer(source: Any) -> Any:
-    """A checkpoint's tokenizer without a limit on the length of a text, or None where it has none that loads."""
-    from transformers import AutoTokenizer
-
-    from rehead.convert.meta import quiet_transformers
-
-    folder = getattr(source, "folder", None)
-    if folder is None:
-        for name in source.small_files():
-            source.small_path(name)
-        folder = source.small_path("config.json").parent
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9)
-        except Exception:
-            return None
+def tokenizer_of(source: Source) -> Any:
+    """A checkpoint's tokenizer, or None where it has none that loads."""
+    try:
+        return open_tokenizer(source)
+    except Exception:
+        return None
 
 
 def require_same_tokenizer(baseline: Loaded, other: Loaded) -> None:

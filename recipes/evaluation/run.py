@@ -21,9 +21,9 @@ from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_ca
 from rehead.recipes.evaluation.models import (
     Loaded,
     load_model,
-    load_tokenizer,
     open_named,
     require_same_tokenizer,
+    tokenizer_of,
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
@@ -152,7 +152,7 @@ def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[Toke
     """The texts as tokens of a checkpoint's tokenizer; read before any model is, since texts are what is mistyped."""
     if not data:
         return []
-    tokenizer = load_tokenizer(open_named(name))
+    tokenizer = tokenizer_of(open_named(name))
     if tokenizer is None:
         raise UsageError(f"{name}: has no tokenizer, and --data needs one; put its files beside the weights")
     found = []

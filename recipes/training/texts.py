@@ -32,9 +32,7 @@ def tokenizer_of(opened: Opened, option: str, otherwise: Any = None) -> Any:
     files = opened.source.list_files()
     if otherwise is not None and not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in files):
         return otherwise
-    for name in opened.source.small_files():
-        opened.source.small_path(name)
-    return load_tokenizer(opened.source.small_path("config.json").parent, option)
+    return load_tokenizer(opened.source, option)
 
 
 def open_tokens(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from rehead.errors import UsageError
 from rehead.recipes.data import store as store_module
 from rehead.recipes.data import tokens as tokens_module
 from rehead.recipes.data.store import IGNORED, TokenStore, write_store
-from rehead.recipes.data.tokens import token_pieces, token_stream
+from rehead.recipes.data.tokens import load_tokenizer, token_pieces, token_stream
 from rehead.recipes.scratch import train_tokenizer
 
 TEXTS = [f"Speech {i}: " + "the commerce of the union and the peace of nations. " * (1 + i % 7) for i in range(60)]
@@ -135,3 +137,26 @@ def test_a_cache_is_filled_once_and_never_written_over(tmp_path: Path, tokenizer
     third = write_store(tmp_path / "three", ["nowhere.txt"], tokenizer, 280, key="a" * 64, cache=cache)
     assert third.facts == first.facts
     assert torch.equal(third.read(np.array([0]), 16).input_ids, plain.read(np.array([0]), 16).input_ids)
+
+
+def test_a_tokenizer_of_remote_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask at the terminal, and a yes would run the checkpoint's own file."""
+    from rehead.convert.calibration.text import _tokenizer
+    from rehead.convert.source import open_source
+    from rehead.recipes.evaluation.models import tokenizer_of
+
+    tiny.save_tiny("llama", tmp_path / "model")
+    named = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(named))
+    ran = tmp_path / "ran"
+    (tmp_path / "model" / "tokenization_x.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass X: ...\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    source = open_source(tmp_path / "model")
+    with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(source)
+    with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
+        _tokenizer(source)
+    assert tokenizer_of(source) is None
+    assert not asked
+    assert not ran.exists()
