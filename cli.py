@@ -6,6 +6,7 @@ loaded only when they are called, so that ``rehead --help`` starts fast and neve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from importlib import import_module
 import click
 
 from rehead import __version__
-from rehead.errors import EXIT_INTERRUPTED, ReheadError, unknown_name
+from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError, unknown_name
 
 # command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -29,6 +30,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "uptrain": ("rehead.recipes.training.commands", "Win back what a conversion lost, by a short training."),
     "patches": ("rehead.patches.commands", "List the patches; --coverage proves them on every architecture."),
     "bench": ("rehead.patches.commands", "Measure attention, decoding and blocks beside their peers."),
+}
+
+# What Ctrl-C leaves of a command, where it may leave anything.
+LEAVES: dict[str, str] = {
+    "convert": "; nothing was written to OUT",
+    "evaluate": "; nothing was written to --out",
+    "run": "; finished stages are kept, the same command goes on after them",
+    "uptrain": "; nothing was written to OUT, the same command goes on from the newest checkpoint if there is one",
 }
 
 
@@ -80,20 +89,30 @@ def main(argv: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as mistake:
-        _fail(mistake.format_message(), 2, "--json" in argv)
+        _fail(mistake.format_message(), EXIT_USAGE, "--json" in argv)
     except ReheadError as error:
         _fail(str(error), error.exit_code, "--json" in argv)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was written to the output", EXIT_INTERRUPTED, "--json" in argv)
+        _fail(f"interrupted{LEAVES.get(argv[0] if argv else '', '')}", EXIT_INTERRUPTED, "--json" in argv)
+    except OSError as error:
+        # Commands name their own files; what is left is standard output, or a place that nobody may look into.
+        where = error.filename if error.filename is not None else "standard output"
+        mend = "check the path and its permissions" if error.filename is not None else "check where it goes"
+        _fail(f"{where}: {(error.strerror or str(error)).lower()}; {mend}", EXIT_UNSUPPORTED, "--json" in argv)
     sys.exit(0)
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
     """Print one error line (and the same fact as JSON on stdout when asked) and exit."""
     line = " ".join(message.split())
-    click.echo(f"error: {line}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"error: {line}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": line, "exit_code": code}))
+        try:
+            click.echo(json.dumps({"error": line, "exit_code": code}))
+        except OSError:
+            # Nobody reads any more; what is still buffered must not be tried again when Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

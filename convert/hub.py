@@ -7,6 +7,7 @@ planning a 70B model costs well under a megabyte. All of it goes through ``huggi
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -27,6 +28,7 @@ __all__ = ["HubSource", "push_folder"]
 
 _T = TypeVar("_T")
 _ATTEMPTS = 4
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 _WAIT_S = 0.5
 _BYTES_PER_TENSOR = 200  # a header entry is 90 to 160 bytes for the usual names, so one request is nearly always enough
 _FIRST_GUESS = 100_000
@@ -246,6 +248,9 @@ def translated(repo_id: str, revision: str | None, file: str | None = None) -> I
         mapped = hub_error(err, repo_id, revision, file)
         if mapped is None:
             raise
+        if file is None and _is_dropped(err):
+            # Whoever meant a folder and mistyped it is not helped by words about the network alone.
+            raise ResourceError(f"{mapped}; no local folder has this name") from None
         raise mapped from None
 
 
@@ -283,6 +288,10 @@ def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str 
     full = next((e for e in _chain(err) if isinstance(e, OSError) and is_full(e)), None)
     if full is not None:
         return write_error(full, f"{where}, in the Hub's cache")
+    if isinstance(err, OSError) and err.errno in _UNWRITABLE:
+        return ResourceError(
+            f"{where}: the Hub's cache cannot be written ({err.filename}: {err.strerror}); set HF_HOME to a folder that can"
+        )
     if _is_dropped(err):
         return ResourceError(
             f"{where}: the connection to the Hub failed; check the network and run again, what was fetched is kept"

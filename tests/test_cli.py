@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+
+from rehead import __version__
+from rehead.cli import COMMANDS, LEAVES
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +199,63 @@ def test_unknown_command_suggests(run) -> None:
     code, _, err = run("convret")
     assert code == 2
     assert "convert" in err
+
+
+def test_python_m_rehead_is_the_command_line(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rehead", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+
+
+def test_output_that_nobody_reads_or_that_is_full_is_no_traceback() -> None:
+    for words, code in (("inspect ./nowhere --json", 2), ("families", 1)):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [sys.executable, "-m", "rehead", *words.split()],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+        os.close(write)
+        assert done.returncode == code
+        assert len(done.stderr.splitlines()) == (1 if code == 2 else 0), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rehead", "families"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: standard output: no space left")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_place_that_nobody_may_look_into_is_one_line(run, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "secret/config.json")
+
+    monkeypatch.setattr("rehead.convert.inspection.open_model", refuse)
+    code, out, err = run("inspect", "secret", "--json")
+    assert code == 3
+    assert err == "error: secret/config.json: permission denied; check the path and its permissions\n"
+    assert json.loads(out)["exit_code"] == 3
+
+
+def test_interrupted_says_what_is_left(run, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rehead.convert.inspection.open_model", stop)
+    code, _, err = run("inspect", "x")
+    assert (code, err.strip()) == (130, "error: interrupted")
+    monkeypatch.setattr("rehead.convert.convert", stop)
+    code, _, err = run("convert", "x", "y", "--kv-heads", 1)
+    assert code == 130
+    assert "nothing was written to OUT" in err
+    assert set(LEAVES) <= set(COMMANDS)

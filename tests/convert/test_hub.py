@@ -193,7 +193,11 @@ def test_each_failure_of_opening_is_one_clear_line(hub, client, tmp_path):
     one_line(offline["x"], "me/never", "HF_HUB_OFFLINE")
     unreachable = client(CATCH + "out['x'] = caught(lambda: open_source('me/tiny'))", HF_ENDPOINT="http://127.0.0.1:9")
     assert unreachable["x"][:2] == ["ResourceError", 3]
-    one_line(unreachable["x"], "me/tiny", "connection")
+    one_line(unreachable["x"], "me/tiny", "connection", "no local folder has this name")
+    (tmp_path / "file").write_text("")
+    home = client(CATCH + "out['x'] = caught(lambda: open_source('me/tiny'))", HF_HOME=str(tmp_path / "file" / "home"))
+    assert home["x"][:2] == ["ResourceError", 3]
+    one_line(home["x"], "me/tiny", "cache cannot be written", str(tmp_path / "file"), "HF_HOME")
 
 
 def test_a_dropped_connection_is_resumed_where_it_broke(hub, client, tmp_path):
