@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rehead.convert.calibration.layer import LayerHealer
 from rehead.convert.calibration.layerwise import LayerwiseModel
 from rehead.convert.calibration.text import load_calibration
 from rehead.convert.planning import Plan
-from rehead.errors import UsageError
+from rehead.errors import UsageError, first_line
 
 Progress = Callable[[str, float, float], None]
 
@@ -121,6 +122,7 @@ def _between(ours: list[Tensor], theirs: list[Tensor]) -> Iterator[Tensor]:
 
 def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write a finished layer so that a kill leaves either all of it or nothing."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from rehead.convert.stream import write_error
@@ -133,8 +135,9 @@ def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str,
         os.replace(part, path)
     except OSError as error:
         raise write_error(error, path.name) from None
-    except Exception as error:  # safetensors wraps what the system says
-        raise write_error(OSError(28, str(error)), path.name) from None
+    except SafetensorError as error:  # wraps what the system says
+        code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else 0
+        raise write_error(OSError(code, first_line(error)), path.name) from None
 
 
 def _load(folder: Path, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

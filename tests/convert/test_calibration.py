@@ -24,6 +24,7 @@ from rehead.convert.calibration.text import load_calibration
 from rehead.convert.gauge import prove_layout
 from rehead.convert.heads import Heads, rotary_pairs
 from rehead.convert.linalg import eigen
+from rehead.convert.stream import ResourceError
 from rehead.errors import UnsupportedError, UsageError
 
 CPU = torch.device("cpu")
@@ -115,6 +116,21 @@ def test_sequences_longer_than_a_batch_of_tokens_go_one_by_one(llama: Path, tmp_
     convert(llama, tmp_path / "out", num_key_value_heads=1, method="svd", refit=True, fit=2, **options)
     convert(llama, tmp_path / "mean", num_key_value_heads=1, method="mean")
     assert distance(tmp_path / "out", llama) < distance(tmp_path / "mean", llama)
+
+
+def test_what_cannot_be_saved_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    weight = {"weight": torch.zeros(2)}
+    with pytest.raises(ResourceError, match=r"layer-00003.safetensors: cannot be written: .*No such file or directory"):
+        calibration_run._save(tmp_path / "gone", 3, weight, {})
+
+    def full(*arguments: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ResourceError, match=r"layer-00003.safetensors: cannot be written: the disk is full"):
+        calibration_run._save(tmp_path, 3, weight, {})
 
 
 def test_a_killed_calibration_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, monkeypatch) -> None:
