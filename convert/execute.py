@@ -197,11 +197,25 @@ def convert(
         UnsupportedError: a model that cannot be converted, broken input, or a full disk; ``out`` is as it was.
     """
     options = ConvertOptions(
-        num_key_value_heads, method, grouping, tuple(calibration), calibration_tokens,
-        calibration_length if isinstance(calibration_length, int) else tuple(calibration_length),
-        refit, fit, dtype, max_shard_size, seed, host, reinvest, multiple_of, block,
-        layers if layers is None or isinstance(layers, str) else tuple(layers), kl_budget, plain,
-    )  # fmt: skip
+        num_key_value_heads=num_key_value_heads,
+        method=method,
+        grouping=grouping,
+        calibration=tuple(calibration),
+        calibration_tokens=calibration_tokens,
+        calibration_length=calibration_length if isinstance(calibration_length, int) else tuple(calibration_length),
+        refit=refit,
+        fit=fit,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        seed=seed,
+        host=host,
+        reinvest=reinvest,
+        multiple_of=multiple_of,
+        block=block,
+        layers=layers if layers is None or isinstance(layers, str) else tuple(layers),
+        kl_budget=kl_budget,
+        plain=plain,
+    )
     resolve_device(device)
     started = time.monotonic()
     opened = open_model(model, revision)

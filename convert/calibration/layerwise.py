@@ -156,7 +156,8 @@ class LayerwiseModel:
             if hidden.ndim != 3:
                 raise _WantsTuple
             calls.append(call)
-            first.append(hidden) if not first else None
+            if not first:
+                first.append(hidden)
             if len(calls) == len(originals):
                 raise _Reached
             return (hidden, None) if as_tuple else hidden
@@ -209,7 +210,8 @@ class LayerwiseModel:
 
     def _unload_outside(self) -> None:
         for module in self.module.modules():
-            module._forward_hooks.clear() if isinstance(module, nn.Embedding) else None
+            if isinstance(module, nn.Embedding):
+                module._forward_hooks.clear()
         inside = self.model.module_layer.split("{i}")[0]
         for name, parameter in list(self.module.named_parameters(remove_duplicate=False)):  # tied ones twice
             if not name.startswith(inside) and not parameter.is_meta:
@@ -265,7 +267,8 @@ class LayerwiseModel:
                 owner._buffers[leaf] = tensors[name]
         if rest:
             self._convert(rest)
-        self.module.tie_weights() if keep_dtype else None
+        if keep_dtype:
+            self.module.tie_weights()
 
     def _convert(self, tensors: dict[str, Tensor]) -> None:
         """Load tensors that the class keeps in another form (merged experts), by transformers' own conversion."""
