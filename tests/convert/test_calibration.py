@@ -102,7 +102,8 @@ def test_each_stage_heals(name: str, tmp_path: Path) -> None:
 def test_a_mean_start_can_be_refitted_and_similar_groups_calibrated(llama: Path, tmp_path: Path) -> None:
     plain = convert(llama, tmp_path / "a", num_key_value_heads=2, method="mean")
     assert plain.layers[0]["groups"] == [[0, 1, 2, 3], [4, 5, 6, 7]] or plain.layers[0]["groups"] == [[0, 1], [2, 3]]
-    convert(llama, tmp_path / "b", num_key_value_heads=2, method="mean", refit=True, **SMALL)
+    done = convert(llama, tmp_path / "b", num_key_value_heads=2, method="mean", refit=True, **SMALL)
+    assert [layer["groups"] for layer in done.layers] == [layer["groups"] for layer in plain.layers]
     assert distance(tmp_path / "b", llama) < distance(tmp_path / "a", llama)
     done = convert(llama, tmp_path / "c", num_key_value_heads=2, method="svd", grouping="similar", refit=True, **SMALL)
     assert distance(tmp_path / "c", llama) < distance(tmp_path / "a", llama)

@@ -197,6 +197,28 @@ def test_layer_errors_are_measured_on_the_original_inputs():
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 
 
+@pytest.mark.parametrize(("model_type", "form"), [("llama", "parallel"), ("phi", "serial")])
+def test_layer_errors_are_those_of_the_definition(model_type, form):
+    """What a block gives differently, relative to what it gives and to what it adds, over all tokens."""
+    model = tiny_model(model_type)
+    layer, seen = model.model.layers[1], []
+
+    def keep(module, args, kwargs, output):
+        seen.append(kwargs.get("hidden_states", args[0] if args else None))
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with layer.register_forward_hook(keep, with_kwargs=True):
+        logits(model)
+        with patch_model(model, form, layers=[1]):
+            logits(model)
+    given, before, _, after = seen
+    with patch_model(model, form, layers=[1], calibration=TOKENS) as patch:
+        (row,) = patch.report().layers
+    gap = float((after - before).norm())
+    assert row.error == pytest.approx(gap / float(before.norm()), rel=1e-4)
+    assert row.update_error == pytest.approx(gap / float((before - given).norm()), rel=1e-4)
+
+
 # Refusals
 
 
