@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Never
 
@@ -40,8 +41,8 @@ class Observed(Exception):
 
 Observer = Callable[[Seen], None]
 
-#: Whom to show what, and the positions of the queries that they want to see, int64 [R].
-_observers: list[tuple[Observer, Tensor]] = []
+#: Whom to show what, and the positions of the queries that they want to see, int64 [R]; each thread has its own.
+_observers: ContextVar[tuple[tuple[Observer, Tensor], ...]] = ContextVar("rehead_observers", default=())
 
 
 def probe_attention(
@@ -67,7 +68,7 @@ def probe_attention(
     Raises:
         Observed: always, when all have seen it; whoever runs the layer stops there.
     """
-    for observer, rows in _observers:
+    for observer, rows in _observers.get():
         observer(_seen(query, key, rows, attention_mask, scaling, softcap, s_aux))
     raise Observed
 
@@ -118,10 +119,10 @@ def observing(observer: Observer, rows: Tensor) -> Iterator[None]:
 
     The block ends there: what follows the attention is not run.
     """
-    _observers.append((observer, rows))
+    token = _observers.set((*_observers.get(), (observer, rows)))
     try:
         yield
     except Observed:
         pass
     finally:
-        _observers.pop()
+        _observers.reset(token)

@@ -64,7 +64,6 @@ class StatisticsGatherer:
     kv: int
     device: torch.device
     tokens: int = 0
-    received: float = 0.0
     _inputs: Tensor = field(init=False)
     _keys: Tensor = field(init=False)
     _mixed: Tensor = field(init=False)

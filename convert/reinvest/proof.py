@@ -61,8 +61,8 @@ def shrunk(config: Any, **overrides: Any) -> Any:
 
 def tiny(config: Any, seed: int = 0) -> nn.Module:
     """A random float32 model of a shrunk config, in evaluation mode."""
-    torch.manual_seed(seed)
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model: Any = causal_lm_class(config)(config)
     return randomize(model.float(), seed).eval()
 
@@ -87,7 +87,7 @@ def states(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def widened(model: nn.Module, config: Any, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> nn.Module:
     """The small model at the other width."""
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         target: Any = causal_lm_class(config)(config)
     state = {name: changes[name](tensor) if name in changes else tensor for name, tensor in model.state_dict().items()}
     target.load_state_dict(state)

@@ -209,3 +209,11 @@ def test_refuses_what_would_not_be_exact(name: str, options: dict, error: type, 
     with pytest.raises(error, match=says) as caught:
         plan(source, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_the_caller_keeps_his_random_numbers(tmp_path: Path) -> None:
+    tiny.save_tiny("llama", tmp_path / "llama")
+    state = torch.get_rng_state()
+    plan(tmp_path / "llama", num_key_value_heads=1, reinvest="hidden")
+    plan(tmp_path / "llama", num_key_value_heads=1, reinvest="ffn")
+    assert torch.equal(torch.get_rng_state(), state)

@@ -221,6 +221,18 @@ def test_a_model_that_leaks_across_documents_is_found(tiny) -> None:
         prove_isolation(model, "tiny")
 
 
+def test_a_document_alone_that_gives_no_numbers_proves_nothing(tiny) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.student)
+
+    def broken(module, args, kwargs, output):
+        if kwargs.get("position_ids") is None:
+            output.logits.fill_(torch.nan)
+
+    model.register_forward_hook(broken, with_kwargs=True)
+    with pytest.raises(UnsupportedError, match="packed documents see each other"):
+        prove_isolation(model, "tiny")
+
+
 def _rescaled(tiny, out: Path, pair: tuple[str, str], factor: float) -> Path:
     """The student with one factor multiplied and the other divided: the same function, badly scaled."""
     weights = load_file(tiny.student / "model.safetensors")
