@@ -9,14 +9,12 @@ Importing the package is cheap: nothing heavy is loaded until one of its parts i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 from rehead.convert.modeling import install as _install_models
+from rehead.lazy import exports
 
 __version__ = "0.1.0"
 
-_EXPORTS: dict[str, str] = {
+_EXPORTS = {
     "patch_model": "rehead.patches",
     "ReheadError": "rehead.errors",
 }
@@ -25,14 +23,7 @@ _PARTS = ("convert", "patches", "recipes", "errors")
 __all__ = ["__version__", *_EXPORTS, *_PARTS]
 
 
-def __getattr__(name: str) -> Any:
-    """Load a part or a public function on first use (PEP 562), so that `rehead --help` never imports torch."""
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    if name in _PARTS:
-        return import_module(f"rehead.{name}")
-    raise AttributeError(f"module 'rehead' has no attribute {name!r}")
-
+__getattr__ = exports(__name__, _EXPORTS, _PARTS)
 
 # Checkpoints with blocks of ours load by name; what this needs of transformers waits until that is imported.
 _install_models()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 
-def exports(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module-level ``__getattr__`` for a package.
+def exports(package: str, names: Mapping[str, str], parts: Sequence[str] = ()) -> Callable[[str], Any]:
+    """A module-level ``__getattr__`` for a package; ``dir()`` of the package lists the names too.
 
     Args:
         package: the package's ``__name__``.
         names: public name -> module that defines it.
+        parts: modules of the package that are names of it themselves.
     """
+    module = sys.modules[package]
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name in names:
             return getattr(import_module(names[name]), name)
+        if name in parts:
+            return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
+    module.__dir__ = lambda: sorted({*vars(module), *names, *parts})  # type: ignore[method-assign]
     return __getattr__

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -190,12 +189,6 @@ class Source:
             return open(self.small_path(name), "rb")
         except OSError as err:
             raise UnsupportedError(f"{name}: cannot be read ({err.strerror}); check the file") from None
-
-    def copy_small(self, name: str, dest: Path) -> None:
-        """Copy one of :meth:`small_files` to ``dest`` byte for byte."""
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        with self.open_small(name) as src, open(dest, "wb") as dst:
-            shutil.copyfileobj(src, dst, 1 << 20)
 
     def model_card(self) -> str | None:
         """The text of the source's README.md, or None; it is rewritten rather than copied."""

@@ -6,7 +6,7 @@ Nothing here reads a weight. :mod:`rehead.convert.families.table` holds one :cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -223,6 +223,3 @@ class Refusal:
 
     model_type: str
     reason: str
-
-
-FamilyTable = Mapping[str, Family]
