@@ -36,6 +36,11 @@ class LoadReport:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.mismatched)
 
+    def body(self, base_model_prefix: str) -> LoadReport:
+        """What no model can do without: all that is missing but an output head, and what is of another shape."""
+        missing = (name for name in self.missing if name.startswith(f"{base_model_prefix}."))
+        return LoadReport(frozenset(missing), frozenset(), self.mismatched)
+
     def line(self) -> str:
         """One line naming the first trouble of each kind."""
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched))
@@ -100,14 +105,14 @@ def check_loads(
 ) -> LoadReport:
     """Require that the planned checkpoint loads as well as the source does.
 
-    A source may itself carry tensors that its class ignores (old buffers, say); what the loader says of those is no
-    fault of the plan's. Anything beyond that is.
+    A source may itself carry tensors that its class ignores (old buffers, say), or lack a head (a base model); what the
+    loader says of those is no fault of the plan's. Anything beyond that is.
 
     Returns:
         What the loader says of the plan, and said of the source.
 
     Raises:
-        UnsupportedError: the target class would miss, ignore or refuse a planned tensor.
+        UnsupportedError: the target class would miss, ignore or refuse a planned tensor, or does so with the source's.
     """
     found = load_report(config, tensors)
     extra = found.beyond(load_report(source_config, source_tensors)) if found else found
@@ -115,5 +120,11 @@ def check_loads(
         raise UnsupportedError(
             f"{causal_lm_class(config).__name__} would not load the planned checkpoint: {extra.line()}; "
             "please report this model"
+        )
+    model_class = causal_lm_class(config)
+    if broken := found.body(model_class.base_model_prefix):
+        raise UnsupportedError(
+            f"the checkpoint is not whole, or its config.json belongs to another: of {model_class.__name__}'s tensors "
+            f"{broken.line()}; fetch it again"
         )
     return found

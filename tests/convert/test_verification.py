@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rehead.cli import cli
-from rehead.convert import convert, verification, verify
+from rehead.convert import convert, plan, verification, verify
 from rehead.errors import UnsupportedError, VerificationError
 
 
@@ -71,6 +71,21 @@ def test_what_the_source_lacks_is_said(llama: Path, tmp_path: Path) -> None:
     done = convert(llama, tmp_path / "more", num_key_value_heads=1)
     assert (done.as_json()["missing"], done.as_json()["unexpected"]) == ([], ["model.old"])
     assert verify(tmp_path / "more", str(llama)).unexpected == ("model.old",)
+
+
+@pytest.mark.parametrize("broken", ["missing", "renamed", "misshapen"])
+def test_a_checkpoint_that_is_not_whole_is_refused(llama: Path, tmp_path: Path, broken: str) -> None:
+    """transformers would draw what a body lacks at random, and not load what has another shape."""
+    tensors, name = load_file(llama / "model.safetensors"), "model.layers.1.input_layernorm.weight"
+    tensor = tensors.pop(name)
+    if broken == "renamed":
+        tensors[name.replace("weight", "gamma")] = tensor
+    if broken == "misshapen":
+        tensors[name] = tensor[:-2].clone()
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    said = "of another shape" if broken == "misshapen" else "missing"
+    with pytest.raises(UnsupportedError, match=rf"not whole.*{said} \({name}\).*fetch it again"):
+        plan(llama, num_key_value_heads=1)
 
 
 def test_classes_with_caches_of_their_own_verify(tmp_path: Path) -> None:
