@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rehead.patches.base import Patch
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 @contextmanager
 def unpatched(patch: Patch) -> Iterator[nn.Module]:
     """Take a patch off for a moment, keeping its counters, and put it back whatever happens."""
@@ -91,6 +94,14 @@ def _table_size(model: nn.Module) -> int | None:
 def _device(model: nn.Module) -> torch.device:
     """Where a model takes its inputs; those of one that is offloaded as a whole, accelerate moves itself."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of most of a model's weights."""
+    counts: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=counts.__getitem__, default=torch.float32)
 
 
 def default_length(model: nn.Module) -> int:
@@ -252,6 +263,42 @@ def difference(a: Tensor, b: Tensor) -> float:
 def allowed(logits: Tensor, share: float) -> float:
     """The largest difference that counts as none: a share of the largest finite logit, or of 1 if that is larger."""
     return share * max(1.0, float(logits.abs().nan_to_num(0, 0, 0).max()))
+
+
+def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: Tensor) -> float:
+    """How far logits move when what the named modules return is rounded once more, at random.
+
+    Two exact computations that add in another order differ by about that: in 16 bits a deep model, or one that routes
+    tokens to experts, can carry one rounding a layer to its logits many times enlarged.
+
+    Args:
+        model: as it is to be compared with.
+        names: modules of it.
+        inputs: of the model.
+        plain: its logits for them.
+
+    Returns:
+        The largest difference of two trials; 0 in float32 and float64.
+    """
+    if dtype_of(model) not in HALF:
+        return 0.0
+
+    def again(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, Tensor) or first.dtype not in HALF:
+            return None
+        # Half a unit in the last place to either side.
+        share = torch.finfo(first.dtype).eps * (torch.rand(first.shape, device=first.device) - 0.5)
+        first = torch.addcmul(first.float(), first.float(), share).to(first.dtype)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(again) for name in names]
+    try:
+        return max(difference(logits(model, inputs), plain) for _ in range(2))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def divergence(reference: Tensor, variant: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def test_every_implementation_computes_the_same_and_leaves_the_model_as_it_was(n
             inside = model(ids).logits
         after = model(ids).logits
     torch.testing.assert_close(inside, before, atol=1e-5, rtol=0)
-    assert torch.equal(after, before) and model.config._attn_implementation == "sdpa"
+    assert torch.equal(after, before)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_end_to_end_refuses():

@@ -32,6 +32,46 @@ def test_prove_takes_tokens_and_half_precision(model):
         assert "proved: 2 layers" in str(patch.prove(length=16))
 
 
+def deep_model(spread, dtype=torch.bfloat16):
+    """Weights so large that one rounding grows from layer to layer."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=1,
+        vocab_size=100, initializer_range=spread,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval().to(dtype)
+
+
+def test_what_16_bits_do_by_themselves_is_not_held_against_a_patch(monkeypatch):
+    model = deep_model(0.2)
+    with patch_model(model, "tiled") as patch:
+        proof = patch.prove()
+        largest = float(model(probing.probe_tokens(model, 48, 2, seed=0)).logits.detach().abs().max())
+        assert 0.04 * largest < proof.difference < proof.tolerance < largest / 2
+        with pytest.raises(VerificationError, match="differ"):
+            patch.prove(tolerance=0.04)
+        monkeypatch.setattr(
+            "rehead.patches.interface.tiled.attention",
+            wrong_attention(lambda rules: {**rules, "kv_start": None, "kv_end": None, "key_mask": None}),
+        )
+        with pytest.raises(VerificationError, match="differ"):
+            patch.prove()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_that_rounding_alone_throws_about_prove_nothing(dtype):
+    model = deep_model(0.6, dtype)
+    with patch_model(model, "tiled") as patch:
+        if dtype == torch.float32:
+            assert patch.prove(tolerance=0.01).tolerance > 0
+            return
+        with pytest.raises(
+            VerificationError, match=r"cannot be proved in bfloat16.*prove it in float32, model.float\(\)"
+        ) as error:
+            patch.prove()
+        one_line(error)
+
+
 def wrong_attention(change):
     """The real attention function with one rule changed."""
     from rehead.patches import tiled

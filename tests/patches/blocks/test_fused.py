@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from rehead.errors import UnsupportedError, UsageError, VerificationError
@@ -28,6 +29,22 @@ def logits(model, **kwargs):
 
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_what_16_bits_do_by_themselves_is_not_held_against_fusing(monkeypatch):
+    """Deep blocks that enlarge roundings: refused by a bound that knows the dtype alone."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=1,
+        vocab_size=128, initializer_range=0.25,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    with patch_model(model, "parallel", fused=True) as patch:
+        proof = patch.prove()
+        assert proof.difference < proof.tolerance
+    monkeypatch.setattr("rehead.patches.proof.ROUNDINGS", 0)
+    with pytest.raises(UnsupportedError, match="something else when fused"):
+        patch_model(model, "parallel", fused=True).apply()
 
 
 @pytest.mark.parametrize("form", ["parallel", "serial"])
