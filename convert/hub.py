@@ -290,7 +290,8 @@ def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str 
         return write_error(full, f"{where}, in the Hub's cache")
     if isinstance(err, OSError) and err.errno in _UNWRITABLE:
         return ResourceError(
-            f"{where}: the Hub's cache cannot be written ({err.filename}: {err.strerror}); set HF_HOME to a folder that can"
+            f"{where}: the Hub's cache cannot be written ({err.filename}: {err.strerror}); set HF_HOME to a folder "
+            "that can"
         )
     if _is_dropped(err):
         return ResourceError(
