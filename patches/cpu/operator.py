@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,12 +156,14 @@ def attention(
         UsageError: rules that do not fit them: an extent that is not positive, a tensor of another shape.
     """
     _check(query, key, value, bias)
-    rules = Rules(
-        0.0, causal, 0, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments, softcap, alibi_slopes
-    )  # fmt: skip
-    check_rules(query.shape[0], query.shape[1], query.shape[2], key.shape[2], rules, sinks)
     dim, value_dim = query.shape[-1], value.shape[-1]
     scale = dim**-0.5 if scale is None else float(scale)
+    given: dict[str, Any] = {
+        "causal": causal, "window": window, "chunk": chunk, "kv_start": kv_start, "kv_end": kv_end,
+        "key_mask": key_mask, "q_segments": q_segments, "kv_segments": kv_segments, "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
+    check_rules(query.shape[0], query.shape[1], query.shape[2], key.shape[2], Rules(scale, **given), sinks)
     if scale <= 0:
         # The kernel scales what it has masked already, and -inf times such a scale would be NaN or +inf.
         query, scale = query * scale, 1.0
@@ -169,10 +172,7 @@ def attention(
         query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
     elif dim > value_dim:
         value = F.pad(value, (0, dim - value_dim))
-    opts = Options(
-        scale, causal, 0 if isinstance(q_offset, Tensor) else q_offset, window, chunk, kv_start, kv_end, key_mask,
-        q_segments, kv_segments, softcap, alibi_slopes, sinks, bias,
-    )  # fmt: skip
+    opts = Options(scale, q_offset=0 if isinstance(q_offset, Tensor) else q_offset, sinks=sinks, bias=bias, **given)
     out, _ = cpu_attention(
         *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value)),
         q_offset if isinstance(q_offset, Tensor) else None,
