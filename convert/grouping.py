@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from rehead.convert.calibration.statistics import LayerStatistics
 from rehead.convert.heads import Heads
 from rehead.convert.linalg import sqrt_pair
+from rehead.convert.methods.mean import kv_fields
 from rehead.convert.methods.svd import augmented
 
 
@@ -31,23 +33,8 @@ def permute(heads: Heads, groups: list[list[int]]) -> Heads:
     span = torch.arange(heads.group_size, device=order.device)
     queries = (order[:, None] * heads.group_size + span).flatten()
 
-    def rows(tensor: Tensor | None, index: Tensor) -> Tensor | None:
-        return None if tensor is None else tensor[index]
-
-    resized = heads.k_norm is not None and heads.k_norm.ndim == 2
-    return replace(
-        heads,
-        q=heads.q[queries],
-        k=heads.k[order],
-        v=heads.v[order],
-        o=heads.o[:, queries],
-        q_bias=rows(heads.q_bias, queries),
-        k_bias=rows(heads.k_bias, order),
-        v_bias=rows(heads.v_bias, order),
-        q_norm=rows(heads.q_norm, queries) if resized else heads.q_norm,
-        k_norm=rows(heads.k_norm, order) if resized else heads.k_norm,
-        extras={name: tensor[queries] for name, tensor in heads.extras.items()},
-    )
+    moved: dict[str, Any] = {name: tensor[order] for name, tensor in kv_fields(heads).items()}
+    return replace(heads.permute_queries(queries), **moved)
 
 
 def similar_groups(heads: Heads, kv: int, method: str, statistics: LayerStatistics | None) -> list[list[int]]:
