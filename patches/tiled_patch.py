@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache
 
 from rehead.errors import UnsupportedError, UsageError
-from rehead.patches import adapters, measure, proof
+from rehead.patches import adapters, measure, probing, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
 from rehead.patches.discover import Found, find_attention
 from rehead.patches.interface import NAME, RECORD
@@ -120,10 +120,17 @@ class TiledPatch(Patch):
         """How far the windowed model is from the original, and without the window; see :func:`measure.measure`.
 
         Raises:
-            UsageError: the patch is not applied, or is exact.
+            UsageError: the patch is not applied, is exact, or the tokens do not reach beyond the window.
         """
         if self.exact:
             return super().measure(**options)
+        given, window = options.get("input_ids"), self.options.window
+        tokens = given.shape[-1] if given is not None else options.get("length") or probing.default_length(self.model)
+        if tokens <= window:
+            # Within the window nothing changes, and a KL of zero would pass for a finding.
+            raise UsageError(
+                f"rows of {tokens} tokens do not reach beyond a window of {window}; give measure(input_ids=...) longer ones"
+            )
         return measure.measure(self, **options)
 
     def switched_off(self) -> list[tuple[LayerRecord, str, Any]]:

@@ -282,8 +282,13 @@ def test_a_window_is_measured_and_not_proved(model):
         assert measured.residual < 1e-4
         assert 0 <= measured.agreement < 1
         assert "KL" in str(measured)
-    with patch_model(model, "tiled", window=1000) as patch:
-        assert patch.measure().difference < 1e-4
+    with patch_model(model, "tiled", window=47) as patch:
+        assert patch.measure().difference > 0
+        assert patch.measure(length=48).difference > 0
+        with pytest.raises(UsageError, match="47 tokens do not reach beyond a window of 47"):
+            patch.measure(length=47)
+    with patch_model(model, "tiled", window=TOKENS.shape[1]) as patch, pytest.raises(UsageError, match="input_ids"):
+        patch.measure(input_ids=TOKENS)
     with patch_model(model, "tiled") as patch, pytest.raises(UsageError, match="exact"):
         patch.measure()
 
