@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, inspect, plan, verify
 from rehead.convert.hosts.registry import _PAIRS
+from rehead.convert.hosts.rope import rope_fields
 from rehead.convert.safetensors_io import read_header
 from rehead.errors import UnsupportedError, UsageError
 
@@ -44,6 +45,25 @@ PAIRS = [
 
 def test_every_pair_is_tried() -> None:
     assert {(tiny.model_type_of(name), host) for name, _, host, _ in PAIRS} == set(_PAIRS)
+
+
+def test_a_share_of_the_head_is_the_same_number_of_dimensions_again() -> None:
+    """Classes take the integer part of the product, and the quotient may have been rounded down."""
+    rounded = 0
+    for size in range(2, 257):
+        for dims in range(2, size + 1, 2):
+            fields = rope_fields({"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}, dims, size)
+            factor = fields["partial_rotary_factor"]
+            assert int(size * factor) == int(factor * size) == dims
+            assert factor == pytest.approx(dims / size)
+            assert 0 < factor <= 1
+            rounded += factor != dims / size
+    assert rounded > 0
+    assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == 5e5
+    assert fields["rope_parameters"] == {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    assert rope_fields({"rope_theta": 1e4}, 4, 8)["rope_parameters"]["rope_type"] == "default"
 
 
 @pytest.mark.parametrize(("name", "changes", "host", "folded"), PAIRS)

@@ -55,6 +55,24 @@ def test_widths_give_back_what_was_freed_and_no_more_than_a_step() -> None:
         assert 0 <= wide.weights(kv) - sizes.weights(32) < 64 * (sizes.weights(kv) // 4096)
 
 
+def test_blocks_without_attention_and_what_else_reads_the_stream_count() -> None:
+    sizes = BlockSizes(10, heads=4, head_dim=2, ffn=20, ffn_matrices=3, blocks=2, attention_blocks=1, other=7)
+    assert sizes.weights(2) == 10 * (2 * (4 + 2) * 2 + 7) + 2 * 3 * 10 * 20
+    assert not sizes.uniform
+    assert not BlockSizes(10, 4, 2, 20, 3, other=7).uniform
+    assert BlockSizes(10, 4, 2, 20, 3, blocks=2, attention_blocks=2).uniform
+
+
+def test_whole_heads_fill_the_least_hidden_size_that_is_enough() -> None:
+    sizes = BlockSizes(hidden=4096, heads=64, head_dim=64, ffn=4 * 4096, ffn_matrices=2)
+    assert proportional_hidden_width(sizes, before=64, after=64) == 4096
+    for kv in (1, 2, 4, 8):
+        width = proportional_hidden_width(sizes, before=64, after=kv)
+        at = [BlockSizes(w, w // 64, 64, 4 * w, 2).weights(kv) for w in (width - 64 * kv, width)]
+        assert width % (64 * kv) == 0
+        assert at[0] < sizes.weights(64) <= at[1]
+
+
 def test_plan_shows_the_arithmetic_of_chatglm2(tmp_path: Path) -> None:
     """A LLaMA of ChatGLM2's size, one layer of it, as headers over a hole in the disk."""
     n, f, vocab = 4096, 11008, 64

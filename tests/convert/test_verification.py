@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from rehead.cli import cli
 from rehead.convert import convert, plan, verification, verify
+from rehead.convert.execute import cast
+from rehead.convert.model import Model
 from rehead.errors import UnsupportedError, VerificationError
 
 
@@ -167,3 +169,21 @@ def test_a_cache_that_is_off_fails(llama: Path, tmp_path: Path, monkeypatch, at:
     with pytest.raises(VerificationError, match=r"KV cache differ .* its source's by .*; report this model"):
         verify(tmp_path / "out", str(llama))
     assert len(steps) == 16
+
+
+def test_a_weight_that_came_out_not_finite_is_told_from_one_too_large() -> None:
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(UnsupportedError, match="w: came out not finite"):
+            cast("w", torch.tensor([1.0, number]), torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"w: holds 7e\+04, beyond float16's 6.55e\+04"):
+        cast("w", torch.tensor([1.0, -7e4]), torch.float16)
+    assert cast("w", torch.tensor([1.0]), torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(("method", "read"), [("mean", "kv"), ("first", "kv"), ("procrustes", "qkvo")])
+def test_what_a_method_leaves_alone_is_not_read(llama: Path, tmp_path: Path, monkeypatch, method, read) -> None:
+    seen, real = set(), Model.read
+    monkeypatch.setattr(Model, "read", lambda model, name, *args: (seen.add(name), real(model, name, *args))[1])
+    convert(llama, tmp_path / "out", num_key_value_heads=1, method=method)
+    assert {name.split(".")[-2][0] for name in seen if "_proj" in name and "mlp" not in name} == set(read)
+    assert not any("mlp" in name for name in seen)

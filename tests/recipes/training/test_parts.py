@@ -110,6 +110,15 @@ def test_schedules_rise_and_fall(steps: int, schedule: str, warmup: float, end: 
         assert factors[rise] == pytest.approx(1.0, abs=1e-9) or schedule == "wsd"
 
 
+def test_cosine_is_the_formula_of_what_is_left_after_the_warm_up() -> None:
+    options = make_options({"data": "a", "tokens": 80, "batch_tokens": 8, "seq_length": 8, "warmup": 2,
+                            "final_learning_rate": 0.1})  # fmt: skip
+    factors = [rate_factor(step, options) for step in range(10)]
+    after = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert factors == pytest.approx([0.5, 1.0, *after])
+    assert factors[6] == pytest.approx(0.55)
+
+
 def test_wsd_is_flat_then_linear() -> None:
     options = make_options({"data": "a", "tokens": 800, "batch_tokens": 8, "seq_length": 8, "schedule": "wsd",
                             "warmup": 10, "decay": 0.2})  # fmt: skip

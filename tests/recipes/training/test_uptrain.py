@@ -33,6 +33,11 @@ def trained(tiny, tmp_path_factory: pytest.TempPathFactory):
     return done, out, events
 
 
+def test_the_end_is_evaluated_whatever_the_interval(tiny, tmp_path: Path) -> None:
+    uptrain(tiny.student, tmp_path / "out", **tiny.options(tokens=2048, eval_data=[tiny.held], eval_every=3))
+    assert [event["step"] for event in _log(tmp_path / "out") if event["event"] == "evaluation"] == [0, 3, 4]
+
+
 def test_the_student_comes_nearer_to_its_teacher(trained) -> None:
     done, out, events = trained
     evaluations = [event for event in _log(out) if event["event"] == "evaluation"]
