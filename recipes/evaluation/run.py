@@ -14,7 +14,7 @@ import rehead
 from rehead.convert.execute import resolve_device
 from rehead.convert.manifest import versions
 from rehead.errors import UnsupportedError, UsageError
-from rehead.recipes.data.tokens import require_known, token_stream
+from rehead.recipes.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
@@ -23,7 +23,6 @@ from rehead.recipes.evaluation.models import (
     load_model,
     open_named,
     require_same_tokenizer,
-    tokenizer_of,
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
@@ -152,9 +151,7 @@ def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[Toke
     """The texts as tokens of a checkpoint's tokenizer; read before any model is, since texts are what is mistyped."""
     if not data:
         return []
-    tokenizer = tokenizer_of(open_named(name))
-    if tokenizer is None:
-        raise UsageError(f"{name}: has no tokenizer, and --data needs one; put its files beside the weights")
+    tokenizer = load_tokenizer(open_named(name))
     found = []
     for source in data:
         tokens = token_stream([source], tokenizer, chosen.tokens)

@@ -155,6 +155,7 @@ BAD = [
     (["MODEL", "--data", "TEXT", "--out", "MODEL"], 2, "is a checkpoint"),
     (["MODEL", "--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["LARGER", "--data", "TEXT"], 2, "the tokenizer gives token"),
+    (["GARBLED", "--data", "TEXT"], 2, "its tokenizer cannot be loaded ("),
     (["BROKEN", "--data", "TEXT"], 3, "gives no finite probability"),
     (["HALF", "--data", "TEXT"], 3, "is missing"),
     (["T5", "--data", "TEXT"], 3, "is an encoder-decoder"),
@@ -173,8 +174,9 @@ def harmed(tmp_path_factory, original, text):
         num_key_value_heads=4,
     )  # fmt: skip
     new_model(place / "OTHER", text.read_text().splitlines(), shape)
-    for name in ("RENAMED", "BROKEN", "HALF"):
+    for name in ("RENAMED", "BROKEN", "HALF", "GARBLED"):
         shutil.copytree(original, place / name)
+    (place / "GARBLED" / "tokenizer.json").write_text("no JSON")
     shutil.copytree(place / "OTHER", place / "LARGER")  # with the tokenizer of a model that has more tokens
     shutil.copy(original / "tokenizer.json", place / "LARGER")
     tokenizer = json.loads((place / "RENAMED" / "tokenizer.json").read_text())
