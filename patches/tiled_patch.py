@@ -129,7 +129,7 @@ class TiledPatch(Patch):
         if tokens <= window:
             # Within the window nothing changes, and a KL of zero would pass for a finding.
             raise UsageError(
-                f"rows of {tokens} tokens do not reach beyond a window of {window}; give measure(input_ids=...) longer ones"
+                f"rows of {tokens} tokens do not reach beyond a window of {window}; give measure() longer input_ids"
             )
         return measure.measure(self, **options)
 

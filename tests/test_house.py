@@ -9,7 +9,11 @@ import time
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
+
+import rehead
+from rehead.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -58,3 +62,33 @@ def test_no_pickle_and_no_remote_code() -> None:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code=True" not in text, path
         assert not re.search(r"^\s*(import pickle|from pickle|.*torch\.load\()", text, re.M), path
+
+
+def test_one_version_everywhere() -> None:
+    version = PROJECT["project"]["version"]
+    assert rehead.__version__ == version
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_every_link_in_the_documents_leads_somewhere() -> None:
+    for document in (*ROOT.glob("*.md"), ROOT / "patches/README.md", ROOT / "recipes/README.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_documents_name_commands_and_options_that_exist() -> None:
+    """Every `rehead COMMAND ... --option` of the READMEs is one that the command takes."""
+    found = 0
+    for document in (ROOT / "README.md", ROOT / "patches/README.md", ROOT / "recipes/README.md"):
+        for line in re.findall(r"\brehead (.*)", document.read_text(encoding="utf-8").replace("\\\n", " ")):
+            for part in re.split(r"\brehead |`|#", line)[:1]:
+                words = part.split()
+                if not words or words[0] not in COMMANDS or words[0] == "bench":
+                    continue
+                command = cli.get_command(click.Context(cli), words[0])
+                options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+                given = {word.split("=")[0].rstrip(",;)") for word in words if word.startswith("--")}
+                assert given <= options, f"{document.name}: rehead {part.strip()}: {sorted(given - options)}"
+                found += len(given)
+    assert found > 20
