@@ -241,6 +241,33 @@ def test_bad_texts(letters, tmp_path: Path, make, says: str) -> None:
         load_calibration([str(tmp_path / "t.txt")], None, 64, 8192, [128])
 
 
+def test_a_tokenizer_of_another_model_is_refused(letters, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("word " * 4000)
+    raw = json.loads((llama / "config.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        more = lambda source: lambda text, **_: type("Ids", (), {"input_ids": [raw["vocab_size"]] * len(text)})  # noqa: E731
+        patch.setattr("rehead.convert.calibration.text._tokenizer", more)
+        with pytest.raises(UsageError, match="its tokenizer has more tokens than its vocabulary"):
+            convert(
+                llama, tmp_path / "out", num_key_value_heads=1, method="svd", calibration=[str(tmp_path / "t.txt")],
+                calibration_tokens=2048, calibration_length=32,
+            )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_drift_is_how_far_the_last_hidden_states_have_moved(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "out", num_key_value_heads=1, method="svd", **SMALL)
+    noted = json.loads((tmp_path / "out" / "rehead.json").read_text())["calibration"]["drift"]
+    (ids,) = load_calibration(["random"], None, tiny.VOCAB, 4096, [32]).tokens
+    states = []
+    for folder in (llama, tmp_path / "out"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.model.norm = torch.nn.Identity()
+        with torch.no_grad():
+            states.append(model.model(input_ids=ids).last_hidden_state)
+    assert noted == pytest.approx(float((states[1] - states[0]).norm() / states[0].norm()), rel=1e-3)
+
+
 def test_a_guessed_layout_is_proved_on_numbers(llama: Path) -> None:
     model = open_model(llama)
     assert prove_layout(model) < 1e-4

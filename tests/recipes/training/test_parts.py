@@ -127,6 +127,18 @@ def test_wsd_is_flat_then_linear() -> None:
     assert factors[80:] == pytest.approx([(20 - i) / 20 for i in range(20)])
 
 
+def test_a_parameter_without_a_part_in_a_step_has_a_gradient_of_zero() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)]).to(torch.bfloat16)
+    weights = Weights(dict(model.named_parameters()))
+    for _ in range(2):
+        model[0](torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        weights.collect()
+    used, unused = weights.gradients()
+    assert used.dtype == torch.float32
+    assert torch.equal(used, torch.full((4, 4), 2.0))
+    assert not unused.any()
+
+
 def test_small_updates_are_not_lost_to_rounding() -> None:
     # 1 + 1e-4 rounds to 1 in bfloat16; the float32 master remembers and the copy follows once it adds up.
     model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
