@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rehead.convert.calibration.fit import fit_attention
+from rehead.convert.calibration.probe import Seen, observing, probe_attention
 from rehead.convert.calibration.refit import OutputRefit, OutputTarget
 from rehead.convert.calibration.sight import queries_of, spread
 from rehead.convert.calibration.statistics import StatisticsGatherer
@@ -47,6 +48,31 @@ def test_statistics_are_those_of_the_definition() -> None:
                         count += 1
         torch.testing.assert_close(found.key_inputs[group], keys / count)
         torch.testing.assert_close(found.mixed_inputs[group], mixed / count)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, False), (None, True)])
+def test_attention_is_seen_as_it_is(mask: str | None, softcap: float | None, sinks: bool) -> None:
+    """Some queries' rows of plain attention: the logits as they are, the probabilities after cap, mask and sinks."""
+    q, k, v = draw(2, 4, 7, 8), draw(2, 2, 7, 8, seed=1), draw(2, 2, 7, 8, seed=2)
+    rows, visible = torch.tensor([0, 3, 6]), torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    given, extra = None, draw(4, seed=3) if sinks else None
+    if mask is not None:
+        visible = visible & (draw(2, 1, 7, 7, seed=4) > -0.5) | torch.eye(7, dtype=torch.bool)
+        given = visible if mask == "bool" else torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    found: list[Seen] = []
+    with observing(found.append, rows):
+        probe_attention(nn.Module(), q, k, v, given, scaling=0.3, softcap=softcap, s_aux=extra)
+        raise AssertionError("what follows is not run")
+    logits = q @ k.repeat_interleave(2, 1).mT * 0.3
+    capped = logits if softcap is None else softcap * (logits / softcap).tanh()
+    weights = capped.masked_fill(~visible, -torch.inf).exp()
+    below = weights.sum(-1, keepdim=True) + (0 if extra is None else extra.exp()[None, :, None, None])
+    (seen,) = found
+    torch.testing.assert_close(seen.scores, logits[:, :, rows])
+    torch.testing.assert_close(seen.probabilities, (weights / below)[:, :, rows])
+    assert torch.equal(seen.visible.expand(2, 1, 3, 7), visible[:, :, rows].expand(2, 1, 3, 7))
+    assert seen.scaling == 0.3
 
 
 def test_positions_that_are_looked_at_come_up_all() -> None:
