@@ -195,6 +195,15 @@ def test_svd_gauge_is_balanced() -> None:
         old, new = getattr(heads, name).norm(dim=(1, 2)).mean(), getattr(pooled, name).norm(dim=(1, 2)).mean()
         assert 0.1 < float(new / old) < 10, name
     assert float(torch.linalg.cond(pooled.v[0].double())) < 1e3
+    # Each rotary pair of the key has the old heads' root mean square norm, and so has the value as a whole.
+    sizes = lambda k: k[:, heads.pairs].square().sum((2, 3)).double()  # noqa: E731
+    torch.testing.assert_close(sizes(pooled.k)[0], sizes(heads.k).mean(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        pooled.v[0].norm().double(), heads.v.square().sum((1, 2)).mean().sqrt(), rtol=1e-4, atol=0
+    )
+    # Values and output share the singular values, but for one scale.
+    value, output = torch.linalg.svdvals(pooled.v[0].double()), torch.linalg.svdvals(pooled.o.flatten(0, 1).double())
+    torch.testing.assert_close(value / value[0], output / output[0], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("pairing", ["half", "none"])
