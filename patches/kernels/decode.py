@@ -192,7 +192,8 @@ class LaunchShape(NamedTuple):
         block_n: keys a block.
         warps, stages: of a program, and of its pipeline.
         slots: programs that the whole GPU is to run at a time.
-        ahead: keys that a waiting program prefetches.
+        ahead: keys that a waiting program prefetches. It pays where calls follow each other; after the write of a
+            step's token, which is what a model does, reading the lengths twice costs more.
         alone: one program fills a multiprocessor.
     """
 
@@ -201,7 +202,7 @@ class LaunchShape(NamedTuple):
     warps: int
     stages: int
     slots: int
-    ahead: int = 1
+    ahead: int = 0
     alone: bool = False
 
 
@@ -209,10 +210,10 @@ class LaunchShape(NamedTuple):
 def launch_shape(device: torch.device, itemsize: int, width: int, total: int) -> LaunchShape:
     """The shape for ``total`` rows of ``width`` (padded head_dim) elements of ``itemsize`` bytes.
 
-    On Hopper one program to a multiprocessor, with most of the shared memory for blocks on their way, halves what the
-    merge has to read. Hopper's warpgroup products take 64 rows and keep each row inside one warp, so that the softmax
-    needs no exchange between warps: worth padding to, except from 16 rows, which the older instructions take as they
-    are.
+    On Hopper one program to a multiprocessor at a time halves what the merge has to read; from 17 rows it takes less
+    than half of the shared memory, so that the next call's programs come up beside it. Hopper's warpgroup products take
+    64 rows and keep each row inside one warp, so that the softmax needs no exchange between warps: worth padding to,
+    except from 16 rows, which the older instructions take as they are.
     """
     import triton
 
@@ -228,7 +229,7 @@ def launch_shape(device: torch.device, itemsize: int, width: int, total: int) ->
     if _is_hopper(device) and itemsize == 2:
         rows = 64 if rows > 16 else rows
         if width <= 128 and rows > 16:
-            return LaunchShape(rows, 64, 4, 6, processors, 256, True)
+            return LaunchShape(rows, 64, 4, 3, processors, 0, True)
         if width <= 128:
             return LaunchShape(rows, 128, 8, 3, processors, 256, True)
     if width * itemsize > 512:

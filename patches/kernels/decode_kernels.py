@@ -4,8 +4,9 @@ The tile's rows are the query heads of one group times the query positions, so t
 them. The cache is cut into ``splits`` parts of the range that is *really* visible, read from device memory: lengths may
 change between replays of a CUDA graph while the grid stays what it was, and every part has the same work.
 
-Both kernels let the next one come up at once (programmatic dependent launch, EARLY). While a program waits for the
-kernels before it, it asks the L2 cache for what it will read: a prefetch returns no value, so it cannot be a stale one.
+Both kernels let the next one come up at once (programmatic dependent launch, EARLY). With AHEAD, a program that waits
+for the kernels before it asks the L2 cache for what it will read: a prefetch returns no value, so it cannot be a stale
+one.
 """
 
 import triton
@@ -156,23 +157,25 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     mask_row = mask_ptr + b * stride_mask
     if EARLY:
         gdc_launch_dependents()
-        # The kernels before may still be writing lengths: these only say what is worth fetching.
-        start_n, stop_n, clear_low, clear_high, low, offset = part_range(
-            b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k,
-            kv_end, q_offset, window, chunk, splits, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW, CHUNK, START, END, OFFSET,
-        )  # fmt: skip
-        LINE: tl.constexpr = 1024 // q_ptr.dtype.element_ty.primitive_bitwidth
-        line = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
-        line_v = tl.arange(0, (BLOCK_DV + LINE - 1) // LINE) * LINE
-        soon = start_n + tl.arange(0, AHEAD)
-        wanted = (soon >= 0) & (soon < stop_n)
-        far = soon.to(tl.int64)[:, None]
-        if MASK:
-            bytes_ahead = start_n + tl.arange(0, 64) * 128
-            prefetch(mask_row + bytes_ahead, (bytes_ahead >= 0) & (bytes_ahead < stop_n))
-        prefetch(k_base + far * stride_kn + line[None, :], wanted[:, None] & (line < D)[None, :])
-        prefetch(v_base + far * stride_vn + line_v[None, :], wanted[:, None] & (line_v < DV)[None, :])
-        prefetch(q_ptr + q_rows[:, None] + line[None, :], inside[:, None] & (line < D)[None, :])
+        if AHEAD > 0:
+            # The kernels before may still be writing lengths: these only say what is worth fetching.
+            start_n, stop_n, clear_low, clear_high, low, offset = part_range(
+                b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k,
+                kv_end, q_offset, window, chunk, splits, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW, CHUNK, START, END,
+                OFFSET,
+            )  # fmt: skip
+            LINE: tl.constexpr = 1024 // q_ptr.dtype.element_ty.primitive_bitwidth
+            line = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
+            line_v = tl.arange(0, (BLOCK_DV + LINE - 1) // LINE) * LINE
+            soon = start_n + tl.arange(0, AHEAD)
+            wanted = (soon >= 0) & (soon < stop_n)
+            far = soon.to(tl.int64)[:, None]
+            if MASK:
+                bytes_ahead = start_n + tl.arange(0, 64) * 128
+                prefetch(mask_row + bytes_ahead, (bytes_ahead >= 0) & (bytes_ahead < stop_n))
+            prefetch(k_base + far * stride_kn + line[None, :], wanted[:, None] & (line < D)[None, :])
+            prefetch(v_base + far * stride_vn + line_v[None, :], wanted[:, None] & (line_v < DV)[None, :])
+            prefetch(q_ptr + q_rows[:, None] + line[None, :], inside[:, None] & (line < D)[None, :])
         gdc_wait()
     start_n, stop_n, clear_low, clear_high, low, offset = part_range(
         b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k, kv_end,

@@ -113,7 +113,7 @@ def test_hopper_backward(hopper, dim, tmp_path):
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_decode(rows, tmp_path):
-    block_n, stages, warps = (64, 6, 4) if rows == 64 else (128, 3, 8)
+    block_n, stages, warps = (64, 3, 4) if rows == 64 else (128, 3, 8)
     report = assemble_decode(rows, block_n, stages, 128, "bf16", 90, tmp_path, warps)
     assert spilled(report) == 0
     assert "serialized" not in report
