@@ -9,9 +9,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rehead.errors import UsageError, VerificationError, first_line
+from rehead.recipes.evaluation.output import FILE as EVALUATION
 from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.pipeline.graph import CellPlan
-from rehead.recipes.pipeline.stages import EVALUATION
 from rehead.recipes.report import Entry, ReportPaths, write_report
 
 

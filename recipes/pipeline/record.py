@@ -12,14 +12,16 @@ from typing import Any
 
 from rehead import __version__
 from rehead.convert import source
+from rehead.convert.smallfiles import CARD_NAME, MANIFEST_NAME
 from rehead.convert.stream import hash_file
 from rehead.recipes.files import write_file
 from rehead.recipes.pipeline.graph import Place, Stage
+from rehead.recipes.training.log import LOG_NAME
 
 FOLDER = "stages"
 FORMAT = 1
 #: Files that say how a checkpoint was made or how it went; two runs of one stage may differ in them.
-_TELLING = frozenset({"README.md", "rehead.json", "training-log.jsonl"})
+_TELLING = frozenset({CARD_NAME, MANIFEST_NAME, LOG_NAME})
 
 
 @dataclass(frozen=True)

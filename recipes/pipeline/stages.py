@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.recipes.evaluation.output import FILE as EVALUATION
 from rehead.recipes.files import write_file
 from rehead.recipes.pipeline import graph, names
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.pipeline.naming import renamed
 from rehead.recipes.pipeline.record import name_of
 
-EVALUATION = "evaluation.json"
 Progress = Callable[[str, float, float], None]
 """Called with (what, done, total)."""
 

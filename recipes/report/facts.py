@@ -11,8 +11,8 @@ from typing import Any
 from rehead.errors import UsageError
 from rehead.recipes.evaluation.schema import Divergence, Evaluation, Perplexity
 from rehead.recipes.report.wording import heads_phrase, short
+from rehead.recipes.training.log import LOG_NAME
 
-LOG = "training-log.jsonl"
 CONVERTED, UPTRAINED = "converted", "uptrained"
 
 
@@ -224,7 +224,7 @@ def read_training(label: str, log: Path) -> Training:
     Raises:
         UsageError: there is none, or it is none.
     """
-    path = log / LOG if log.is_dir() else log
+    path = log / LOG_NAME if log.is_dir() else log
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
