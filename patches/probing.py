@@ -48,6 +48,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = modes[name]
 
 
+def config_value(config: Any, name: str) -> Any:
+    """A config's value, or None where it has none or keeps one for each layer (which reading it refuses to hide)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
 def probe_tokens(model: nn.Module, length: int, batch: int, seed: int) -> Tensor:
     """Random token ids ``[batch, length]`` on the model's device, away from the lowest ids (padding, end of text)."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
@@ -110,7 +118,7 @@ def default_length(model: nn.Module) -> int:
     # On a GPU several tiles of the kernels (up to 192 rows, 128 keys), the last of them ragged.
     length = 300 if any(p.is_cuda for p in model.parameters()) else 48
     for name in ("sliding_window", "attention_chunk_size", "window_size"):
-        extent = getattr(config, name, None)
+        extent = config_value(config, name)
         if isinstance(extent, int) and 1 < extent <= 1024:
             length = max(length, 2 * extent + 3)
     limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len")]

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.patches.probing import config_value
 
 LAYERS = 2
 
@@ -138,13 +139,13 @@ def _shrink(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTraine
     accepted = _accepted(cls, default)
     given: dict[str, Any] = {}
     for name in getattr(default, "sub_configs", None) or {}:
-        current = _value(default, name)
+        current = config_value(default, name)
         if isinstance(current, PreTrainedConfig):
             own = overrides.pop(name, {}) if isinstance(overrides.get(name), dict) else {}
             given[name] = _shrink(type(current), own).to_dict()
     depth = LAYERS
     for name in LISTS:
-        values = _value(default, name)
+        values = config_value(default, name)
         if name in accepted and name not in cls.attribute_map and isinstance(values, (list, tuple)) and values:
             given[name] = _kinds(list(values))
             depth = max(depth, len(given[name]))
@@ -152,7 +153,7 @@ def _shrink(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTraine
         if name in given:
             given[name] = (given[name] * depth)[:depth]
     for name, size in SIZES.items():
-        value = _value(default, name)
+        value = config_value(default, name)
         if name not in accepted or isinstance(value, (list, tuple, dict, PreTrainedConfig)):
             continue
         if value is None and name not in WANTED:
@@ -165,14 +166,6 @@ def _shrink(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTraine
         given |= {n: v for n, v in (("head_dim", 8), ("num_key_value_heads", 4)) if n in given}
     given.update(overrides)
     return cls(**given)
-
-
-def _value(config: PreTrainedConfig, name: str) -> Any:
-    """A config's value, or None where it has none or keeps one for each layer (which reading it refuses to hide)."""
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        return None
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -34,6 +34,11 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
             an unknown way; one line with the reason and the mend.
     """
     model_type = config.model_type
+    if model_type not in REFUSALS and (differing := getattr(config, "per_layer_attributes", None)):
+        raise UnsupportedError(
+            f"{model_type}: its layers differ in {', '.join(sorted(differing))} (per_layer_config), and Rehead knows "
+            "one layout for all of them only; give a model whose layers are alike"
+        )
     family = FAMILIES.get(base_type(model_type))
     if family is not None:
         return family if base_type(model_type) == model_type else as_parallel(family)

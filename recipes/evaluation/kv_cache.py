@@ -67,11 +67,13 @@ def computed_bytes_per_token(config: Any, itemsize: int) -> float | None:
         itemsize: bytes of a cached number.
 
     Returns:
-        None where the config does not say enough (latent attention, layers of unknown kinds).
+        None where the config does not say enough (latent attention, layers of unknown kinds or that differ).
     """
     from rehead.convert.families import FAMILIES
 
     config = config.get_text_config(decoder=True)
+    if getattr(config, "per_layer_attributes", None):
+        return None
     family = FAMILIES.get(config.model_type)
     if family is not None:
         layers = len(family.attention_layers(config))

@@ -12,6 +12,7 @@ import torch
 from rehead.convert.source import Source, open_source, split_revision, torch_dtype
 from rehead.convert.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.patches.probing import config_value
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
 
@@ -46,7 +47,7 @@ class Loaded:
         cache = measure_cache(self.model)
         scale = self.dtype.itemsize / next(self.model.parameters()).element_size()
         manifest = _manifest(self.name)
-        heads = getattr(self.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+        heads = config_value(self.model.config.get_text_config(decoder=True), "num_attention_heads")
         return schema.ModelFacts(
             name=self.name,
             model_type=self.model.config.model_type,

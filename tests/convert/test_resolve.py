@@ -99,6 +99,16 @@ def test_reasons(model_type: str, says: str) -> None:
     assert says in refusal(CONFIG_MAPPING[model_type]())
 
 
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "intermediate_size", "sliding_window"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "of_nobody"])
+def test_layers_that_differ_by_config_are_refused(model_type: str, key: str, monkeypatch) -> None:
+    """Any config may hold values for single layers, which transformers then refuses to read as if they were one."""
+    cls = CONFIG_MAPPING["qwen3" if model_type == "of_nobody" else model_type]
+    monkeypatch.setattr(cls, "model_type", model_type)
+    config = cls(num_hidden_layers=2, per_layer_config={i: {key: 4 + i} for i in range(2)})
+    assert f"its layers differ in {key}" in refusal(config)
+
+
 def test_the_language_model_of_a_multimodal_checkpoint_converts_as_its_refusal_says(tmp_path: Path) -> None:
     text = tiny.tiny_config("llama").to_dict()
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -266,6 +266,15 @@ def test_a_classifier_is_proved_by_its_hidden_states(monkeypatch):
             patch.prove()
 
 
+def test_layers_with_values_of_their_own_in_the_config_are_proved():
+    """transformers refuses to read such a value off the model's config; a probe does without it."""
+    model = tiny_model("qwen3", per_layer_config={i: {"sliding_window": 8 + i} for i in range(2)})
+    with pytest.raises(RuntimeError, match="per-layer"):
+        model.config.sliding_window  # noqa: B018
+    with patch_model(model, "tiled") as patch:
+        assert patch.prove().layers == 2
+
+
 def test_prove_needs_an_applied_patch(model):
     with pytest.raises(UsageError, match="not applied"):
         patch_model(model, "tiled").prove()
