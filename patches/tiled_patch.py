@@ -122,10 +122,13 @@ class TiledPatch(Patch):
         Raises:
             UsageError: the patch is not applied, is exact, or the tokens do not reach beyond the window.
         """
-        if self.exact:
+        window = self.options.window
+        if window is None:
             return super().measure(**options)
-        given, window = options.get("input_ids"), self.options.window
-        tokens = given.shape[-1] if given is not None else options.get("length") or probing.default_length(self.model)
+        given = options.get("input_ids")
+        tokens = options.get("length") or probing.default_length(self.model)
+        if given is not None:
+            tokens = probing.checked_tokens(given, self.model).shape[1]
         if tokens <= window:
             # Within the window nothing changes, and a KL of zero would pass for a finding.
             raise UsageError(
