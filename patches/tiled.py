@@ -9,9 +9,7 @@ from torch import Tensor
 
 from rehead.errors import UnsupportedError
 from rehead.patches import cpu
-
-DECODE_ROWS = 16
-"""Most query rows that the decode kernel takes."""
+from rehead.patches.kernels.decode import MAX_QUERIES
 
 DECODE_PAIRS = 65535
 """Most pairs of batch row and KV head that its grid holds."""
@@ -73,7 +71,7 @@ def _autocast(*tensors: Tensor) -> Any:
 
 def _is_decode(query: Tensor, key: Tensor, value: Tensor, rules: dict[str, Any]) -> bool:
     """Few rows, no gradient, and no rule that the decode kernel lacks."""
-    if query.shape[2] > DECODE_ROWS or query.shape[0] * key.shape[1] > DECODE_PAIRS:
+    if query.shape[2] > MAX_QUERIES or query.shape[0] * key.shape[1] > DECODE_PAIRS:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return False

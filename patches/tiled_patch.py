@@ -12,11 +12,10 @@ from transformers import Cache
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import adapters, measure, probing, proof
 from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
+from rehead.patches.cpu.lanes import DTYPES
 from rehead.patches.discover import Found, find_attention
 from rehead.patches.interface import NAME, RECORD
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_GPU_HEAD_DIM = 256
+from rehead.patches.kernels.rules import MAX_HEAD_DIM
 
 
 @register_patch
@@ -193,9 +192,9 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         dim = module.__dict__.get("head_dim")
         on_gpu = dim is not None and any(p.is_cuda for p in module.parameters(recurse=True))
-        if on_gpu and isinstance(dim, int) and dim > MAX_GPU_HEAD_DIM:
+        if on_gpu and isinstance(dim, int) and dim > MAX_HEAD_DIM:
             raise UnsupportedError(
-                f"{name} has head_dim {dim}, over the {MAX_GPU_HEAD_DIM} that the GPU kernels take; "
+                f"{name} has head_dim {dim}, over the {MAX_HEAD_DIM} that the GPU kernels take; "
                 "leave it on attn_implementation='sdpa'"
             )
 
