@@ -107,3 +107,17 @@ def test_broken_models_and_texts_are_one_line(load, original, tokens):
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(UnsupportedError, match="the converted: gives no finite probability"):
         window_losses(model, tokens, "disjoint", 64, name="the converted")
+
+
+def test_an_interval_holds_95_of_100_draws_as_many_left_out_on_either_side():
+    """Of a mean over many windows, the normal distribution says where it ends."""
+    values = np.random.default_rng(3).normal(2.0, 1.0, 400)
+    low, high = interval(lambda s: s / 400, values, resamples=20000)
+    reach = 1.96 * values.std() / 20
+    assert [values.mean() - low, high - values.mean()] == pytest.approx([reach, reach], rel=0.04)
+    assert interval(lambda s: s / 400, values, resamples=200, seed=1) == interval(
+        lambda s: s / 400, values, resamples=200, seed=1
+    )
+    assert interval(lambda s: s / 400, values, resamples=200, seed=2) != interval(
+        lambda s: s / 400, values, resamples=200, seed=1
+    )
