@@ -63,11 +63,11 @@ def speed_rows(
                 try:
                     rows += _measure(models, batch, context, repeats, seed)
                 except torch.OutOfMemoryError:
-                    torch.cuda.empty_cache()
                     reason = "out of memory"
                 except NoCache as error:
                     return [], [*notes, f"speed left out: {error}"]
             if reason is not None:
+                torch.cuda.empty_cache()  # past the handler, in which the error holds what had been allocated
                 notes.append(f"speed at batch {batch}, context {context} left out: {reason}")
             done += 1
             if progress is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
@@ -80,12 +82,18 @@ def test_sizes_that_do_not_fit_are_noted(load, original, monkeypatch):
 
 
 def test_running_out_of_memory_is_noted(load, original, monkeypatch):
+    allocated, left = [], []
+
     def refuse(*_):
+        cache = torch.empty(8)
+        allocated.append(weakref.ref(cache))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(speed, "_once", refuse)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(allocated[-1]() is not None))
     rows, notes = speed.speed_rows({"model": load(original)}, {}, [1], [16])
     assert rows == []
+    assert left == [False]
     assert notes == ["speed at batch 1, context 16 left out: out of memory"]
 
 
