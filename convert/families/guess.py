@@ -54,6 +54,8 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     prefix = f"{start}{layers[0]}.{attention}"
     if getattr(config, "num_key_value_heads", None) is None:
         raise _unknown(config, "has no num_key_value_heads in its config, so no config can load fewer")
+    if getattr(config, "hidden_size", None) is None:
+        raise _unknown(config, "has no hidden_size in its config")
     output = next((stem for stem in _OUTPUTS if f"{prefix}{stem}.weight" in tensors), None)
     if output is None:
         raise _unknown(config, f"has no output projection beside {prefix}q_proj.weight")
@@ -62,14 +64,16 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     norms = next((pair for pair in _NORMS if f"{prefix}{pair[1]}.weight" in tensors), _NORMS[0])
     names = Names(output=output, query_norm=norms[0], key_norm=norms[1])
     extras = {_check_rest(config, f"{start}{layer}.{attention}", names, tensors) for layer in layers}
-    _check_modules(config, f"{layers[0]}.{attention}".rstrip("."), names)
+    suffix = f"{layers[0]}.{attention}".rstrip(".")
+    module = _check_modules(config, suffix, names)
     pairing = probe_pairing(config)
     # Without its rotation known, a key's basis must not be touched: that is what a LayerNorm's freedom says.
     norm: KeyNorm = "layer" if pairing is None else _guess_norm(config, prefix, names, tensors)
     attending = frozenset(layers)
     return Family(
         config.model_type,
-        layer=start + "{i}.",
+        layer=module.removesuffix(suffix) + "{i}.",
+        layer_aliases=(start + "{i}.",),
         attention=attention,
         names=names,
         key_norm=norm,
@@ -83,13 +87,15 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
 
 
 def _check_shapes(config: Config, prefix: str, output: str, tensors: Mapping[str, Any]) -> None:
-    heads, kv, size = query_heads(config), kv_heads(config), head_dim(config)
+    heads, kv, size, width = query_heads(config), kv_heads(config), head_dim(config), config.hidden_size
     wanted = {"q_proj": heads * size, "k_proj": kv * size, "v_proj": kv * size}
     for stem, rows in wanted.items():
         info = tensors.get(f"{prefix}{stem}.weight")
         if info is None or len(info.shape) != 2 or info.shape[0] != rows:
             shape = "missing" if info is None else "x".join(map(str, info.shape))
             raise _unknown(config, f"has {prefix}{stem}.weight {shape} where its config means {rows} rows")
+        if info.shape[1] != width:
+            raise _unknown(config, f"has {prefix}{stem}.weight {info.shape[1]} wide, not {width} as its hidden states")
     info = tensors[f"{prefix}{output}.weight"]
     if len(info.shape) != 2 or info.shape[1] != heads * size:
         raise _unknown(config, f"has {prefix}{output}.weight {'x'.join(map(str, info.shape))}, not {heads * size} wide")
@@ -110,8 +116,12 @@ def _check_rest(config: Config, prefix: str, names: Names, tensors: Mapping[str,
     return tuple(extras)
 
 
-def _check_modules(config: Config, suffix: str, names: Names) -> None:
-    """Refuse a class whose attention has parts beside the known ones: a norm may matter without having weights."""
+def _check_modules(config: Config, suffix: str, names: Names) -> str:
+    """Refuse a class whose attention has parts beside the known ones: a norm may matter without having weights.
+
+    Returns:
+        Where the class has the module that ends in ``suffix``; a checkpoint may spell the part before it otherwise.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -121,13 +131,14 @@ def _check_modules(config: Config, suffix: str, names: Names) -> None:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise _unknown(config, f"has a class that cannot be built from its config ({type(error).__name__})") from None
-    found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{suffix}")]
+    found = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{suffix}")]
     if len(found) != 1:
         raise _unknown(config, f"has no module {suffix} in its class")
-    for name, part in found[0].named_children():
+    for name, part in model.get_submodule(found[0]).named_children():
         normed = name in (names.query_norm, names.key_norm) and not list(part.parameters())
         if normed or not (name in known or isinstance(part, (torch.nn.Dropout, torch.nn.Identity))):
             raise _unknown(config, f"has a part {name} ({type(part).__name__}) in its attention that is unknown")
+    return found[0]
 
 
 def _guess_norm(config: Config, prefix: str, names: Names, tensors: Mapping[str, Any]) -> KeyNorm:

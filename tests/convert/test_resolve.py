@@ -176,6 +176,13 @@ def test_guess_refuses_lying_shapes() -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     with pytest.raises(UnsupportedError, match=r"layers\.1\.self_attn\.k_proj\.weight 3x64"):
         guess_family(config, tensors | {name: torch.empty(3, 64)})
+    wide = {key: torch.empty(info.shape[0], 128) for key, info in tensors.items() if key.endswith("q_proj.weight")}
+    with pytest.raises(UnsupportedError, match="128 wide, not 64 as its hidden states"):
+        guess_family(config, tensors | wide)
+    vars(config)["hidden_size"] = None
+    with pytest.raises(UnsupportedError, match="no hidden_size"):
+        guess_family(config, tensors)
+    config = tiny.tiny_config("llama")
     with pytest.raises(UnsupportedError, match="secret"):
         guess_family(config, tensors | {"model.layers.0.self_attn.secret": torch.empty(8)})
 
@@ -194,6 +201,22 @@ def test_guessed_models_convert_and_wrong_guesses_do_not(name: str, tmp_path: Pa
         with pytest.raises(UnsupportedError, match="llama"):
             convert(tmp_path / "source", tmp_path / "wrong", num_key_value_heads=2, method="procrustes")
         assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "nemotron_h"])
+def test_guessed_models_are_found_in_their_class_however_checkpoints_spell_them(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
+    """A base model saved alone has no first part; Nemotron-H is saved with another than its class has."""
+    model = tiny.tiny_model(name)
+    (model.base_model if name == "llama" else model).save_pretrained(tmp_path / "source")
+    known = convert(tmp_path / "source", tmp_path / "known", num_key_value_heads=2).out
+    monkeypatch.delitem(FAMILIES, name)
+    guess = guess_family(model.config, load_file(tmp_path / "source" / "model.safetensors"))
+    assert guess.layer == "model.layers.{i}."
+    guessed = convert(tmp_path / "source", tmp_path / "guessed", num_key_value_heads=2).out
+    wanted, found = load_file(known / "model.safetensors"), load_file(guessed / "model.safetensors")
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
 def test_prefixes_as_checkpoints_spell_them() -> None:
