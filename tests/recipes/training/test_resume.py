@@ -158,6 +158,17 @@ def test_a_checkpoint_whose_hash_fails_gives_way_to_the_former(tiny, whole: Path
     assert _weights(out) == _weights(whole)
 
 
+def test_a_teacher_that_changed_in_its_place_is_another(tiny, tmp_path: Path) -> None:
+    teacher, out = shutil.copytree(tiny.teacher, tmp_path / "teacher"), tmp_path / "out"
+    _stopped(tiny, out, teacher=str(teacher))
+    weights = teacher / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UsageError, match="since the teacher checkpoint changed"):
+        uptrain(tiny.student, out, **tiny.options(teacher=str(teacher)))
+
+
 def test_a_refused_resume_names_what_differs(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "train.txt"
     shutil.copy(tiny.train.split("#")[0], data)
