@@ -23,12 +23,18 @@ class RunLog:
         path: the file; None writes none (a process that is not the main one).
         trackers: of :func:`open_trackers`.
         listener: called with every event.
+
+    Raises:
+        ResourceError: the file cannot be opened.
     """
 
     def __init__(self, path: Path | None, trackers: Sequence[Any] = (), listener: Listener | None = None) -> None:
         self._trackers, self._listener = trackers, listener
         self._path = path
-        self._file = None if path is None else open(path, "ab")  # noqa: SIM115 (closed by close)
+        try:
+            self._file = None if path is None else open(path, "ab")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise write_error(error, str(path)) from None
 
     def write(self, event: str, **facts: Any) -> None:
         """Add a line; a figure that is no number (NaN, infinity) is written as null, which JSON has.

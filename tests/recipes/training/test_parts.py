@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from rehead.convert.stream import ResourceError
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.training.balance import LIMIT, measure, warn_if_unbalanced
 from rehead.recipes.training.isolation import prove_isolation
+from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.models import open_checkpoint, set_attention
 from rehead.recipes.training.optimizer import Optimizer
 from rehead.recipes.training.options import UptrainOptions, flag, make_options, parse_count
@@ -252,6 +254,11 @@ def test_a_document_alone_that_gives_no_numbers_proves_nothing(tiny) -> None:
     model.register_forward_hook(broken, with_kwargs=True)
     with pytest.raises(UnsupportedError, match="packed documents see each other"):
         prove_isolation(model, "tiny")
+
+
+def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"log.jsonl: cannot be written: No such file or directory"):
+        RunLog(tmp_path / "gone" / "log.jsonl")
 
 
 def _rescaled(tiny, out: Path, pair: tuple[str, str], factor: float) -> Path:
