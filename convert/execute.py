@@ -233,7 +233,7 @@ def convert(
         result = _execute(plan, out, device, resume, overwrite, progress, command, chosen)
     result.seconds = time.monotonic() - started
     if push_to_hub:
-        from rehead.convert.hub import push_folder
+        from rehead.convert.push import push_folder
 
         push_folder(result.out, push_to_hub)
     return result

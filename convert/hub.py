@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: read by header, fetched when a weight is asked for, pushed when verified.
+"""Checkpoints on the Hugging Face Hub: read by header, fetched when a weight is asked for.
 
 Opening a repository moves its file list, ``config.json``, the index and the shards' headers (by HTTP ranges), so
 planning a 70B model costs well under a megabyte. All of it goes through ``huggingface_hub``: cache, endpoint, token.
@@ -6,30 +6,20 @@ planning a 70B model costs well under a megabyte. All of it goes through ``huggi
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
 from rehead.convert.contents import INDEX_FILE, MAX_CONFIG_BYTES, gather, parse_config, pick_layout
-from rehead.convert.manifest import MANIFEST_NAME, verify_files
+from rehead.convert.hub_errors import retried, translated
 from rehead.convert.safetensors_io import Header, header_length, parse_header, parse_index, shown
 from rehead.convert.smallfiles import CONFIG_NAME
 from rehead.convert.source import LocalSource, Source
-from rehead.convert.stream import ResourceError, is_full, write_error
-from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError, first_line
+from rehead.errors import UnsupportedError, UsageError
 
-__all__ = ["HubSource", "push_folder"]
+__all__ = ["HubSource"]
 
-_T = TypeVar("_T")
-_ATTEMPTS = 4
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
-_WAIT_S = 0.5
 _BYTES_PER_TENSOR = 200  # a header entry is 90 to 160 bytes for the usual names, so one request is nearly always enough
 _FIRST_GUESS = 100_000
 
@@ -192,214 +182,3 @@ class HubSource(Source):
         if self._cached is not None:
             return {"commit": str(self.revision)}
         return {"commit": str(self.revision), "repo": self.id}
-
-
-# ---- errors
-
-
-def retried(call: Callable[[], _T], attempts: int = _ATTEMPTS) -> _T:
-    """``call()``, tried again after a dropped connection; whatever else fails is not."""
-    for attempt in range(attempts):
-        try:
-            return call()
-        except Exception as err:
-            if attempt == attempts - 1 or not _is_dropped(err):
-                raise
-            time.sleep(_WAIT_S * 2**attempt)
-    raise AssertionError
-
-
-def _chain(err: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = err
-    for _ in range(8):
-        if seen is None:
-            return
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def _is_dropped(err: BaseException) -> bool:
-    """Whether a connection was lost or refused, as against an answer that says no."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(err, ReheadError):
-        return False
-    if isinstance(err, HfHubHTTPError):
-        return err.response is not None and err.response.status_code >= 500
-    for link in _chain(err):
-        module = type(link).__module__.split(".")[0]
-        if module.startswith("httpx") or module.startswith("httpcore"):
-            return True
-        if isinstance(link, (ConnectionError, TimeoutError)) and type(link).__name__ != "OfflineModeIsEnabled":
-            return True
-        if isinstance(link, OSError) and "Consistency check failed" in str(link):
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def translated(repo_id: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Turn what ``huggingface_hub`` raises inside the block into one of Rehead's errors, one line each."""
-    try:
-        yield
-    except ReheadError:
-        raise
-    except Exception as err:
-        mapped = hub_error(err, repo_id, revision, file)
-        if mapped is None:
-            raise
-        if file is None and _is_dropped(err):
-            # Whoever meant a folder and mistyped it is not helped by words about the network alone.
-            raise ResourceError(f"{mapped}; no local folder has this name") from None
-        raise mapped from None
-
-
-def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str | None = None) -> ReheadError | None:
-    """The one-line error for an exception of ``huggingface_hub``; None if it is no trouble with the Hub."""
-    from huggingface_hub import constants, errors
-
-    where = f"{repo_id}/{file}" if file else repo_id
-    status = getattr(getattr(err, "response", None), "status_code", None)
-    if isinstance(err, errors.HFValidationError):
-        return UsageError(f"{repo_id}: neither a folder nor a valid Hub id; write it as owner/name")
-    if isinstance(err, errors.GatedRepoError):
-        return UnsupportedError(
-            f"{repo_id}: is gated; accept its terms at {constants.ENDPOINT}/{repo_id} and log in with `hf auth login`"
-        )
-    if isinstance(err, errors.RevisionNotFoundError):
-        return UsageError(f"{repo_id}: has no revision {revision!r}; give a branch, tag or commit of it")
-    if isinstance(err, errors.RepositoryNotFoundError):
-        return UsageError(
-            f"{repo_id}: neither a local folder nor a model on the Hub; check the id, and log in with `hf auth login` "
-            "if it is private"
-        )
-    if isinstance(err, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)) and not _is_dropped(err):
-        return UnsupportedError(f"{where}: is not in the local cache and the Hub is off; unset HF_HUB_OFFLINE")
-    if isinstance(err, errors.EntryNotFoundError) and not isinstance(err, errors.LocalEntryNotFoundError):
-        return UnsupportedError(f"{where}: is not on the Hub; check the revision")
-    if status in (401, 403):
-        return UnsupportedError(
-            f"{where}: the Hub refuses access ({status}); log in with `hf auth login`, or ask its owner for access"
-        )
-    if status == 429:
-        return ResourceError(f"{where}: the Hub asks to slow down (429); wait some minutes and run again")
-    if status is not None and 400 <= status < 500:
-        return UnsupportedError(f"{where}: the Hub refuses the request ({status}: {first_line(err)}); check the id")
-    full = next((e for e in _chain(err) if isinstance(e, OSError) and is_full(e)), None)
-    if full is not None:
-        return write_error(full, f"{where}, in the Hub's cache")
-    if isinstance(err, OSError) and err.errno in _UNWRITABLE:
-        return ResourceError(
-            f"{where}: the Hub's cache cannot be written ({err.filename}: {err.strerror}); set HF_HOME to a folder "
-            "that can"
-        )
-    if _is_dropped(err):
-        return ResourceError(
-            f"{where}: the connection to the Hub failed; check the network and run again, what was fetched is kept"
-        )
-    return None
-
-
-# ---- pushing
-
-
-def push_folder(
-    out: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    message: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> str:
-    """Upload a converted folder to a model repository, made if need be, in one commit.
-
-    The folder is verified first and exactly the manifest's files are sent, so a fresh download verifies too. Files of
-    an earlier Rehead upload that are no longer part of it are deleted in the same commit; a repository that holds
-    anything else is left alone.
-
-    Args:
-        out: what a conversion wrote.
-        repo_id: ``"owner/name"``.
-        private: for a new repository; the account's default when None.
-        revision: an existing branch to commit to; the default branch when None.
-        token: as everywhere in ``huggingface_hub``.
-        message: the commit's message.
-        progress: called with (bytes hashed, bytes in all) while the folder is verified.
-
-    Returns:
-        The commit's URL.
-
-    Raises:
-        UsageError: the repository holds files that are not Rehead's, or the id is not valid.
-        VerificationError: the folder does not match its manifest, or the Hub ended up with something else.
-        UnsupportedError: the Hub refuses.
-        ResourceError: the connection was lost; pushing again sends only what is missing.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    folder = Path(out)
-    table = verify_files(folder, progress)
-    names = [*table["files"], MANIFEST_NAME]
-    api = HfApi(token=token)
-    with _push_translated(repo_id):
-        retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        before = retried(lambda: api.model_info(repo_id, revision=revision))
-        there = {s.rfilename for s in before.siblings or ()} - {".gitattributes"}
-        strays = sorted(there - set(names))
-        if strays and MANIFEST_NAME not in there:
-            raise UsageError(
-                f"{repo_id}: holds files that Rehead did not write ({shown(strays[0])}); choose another repository"
-            )
-        operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
-        operations += [CommitOperationDelete(name) for name in strays]
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=message or "Upload a checkpoint converted with Rehead",
-            revision=revision,
-            parent_commit=before.sha,
-        )
-        after = retried(lambda: api.model_info(repo_id, revision=commit.oid, files_metadata=True))
-    _check_upload(repo_id, table["files"], {s.rfilename: s for s in after.siblings or ()})
-    return str(commit.commit_url)
-
-
-@contextlib.contextmanager
-def _push_translated(repo_id: str) -> Iterator[None]:
-    try:
-        yield
-    except ReheadError:
-        raise
-    except Exception as err:
-        status = next((r.status_code for e in _chain(err) if (r := getattr(e, "response", None)) is not None), None)
-        if status in (401, 403):
-            raise UnsupportedError(
-                f"{repo_id}: the Hub refuses the upload ({status}); log in with a writing token (`hf auth login`)"
-            ) from None
-        if status in (409, 412):
-            raise UnsupportedError(f"{repo_id}: was changed by somebody else meanwhile; push again") from None
-        mapped = hub_error(err, repo_id, None)
-        if isinstance(mapped, ResourceError):
-            raise ResourceError(
-                f"{repo_id}: the connection to the Hub failed during the upload; push again, what arrived is not resent"
-            ) from None
-        if mapped is None and isinstance(err, ValueError):
-            raise UnsupportedError(f"{repo_id}: the Hub refuses the upload ({first_line(err)}); mend that") from None
-        if mapped is None:
-            raise
-        raise mapped from None
-
-
-def _check_upload(repo_id: str, files: dict[str, Any], remote: dict[str, Any]) -> None:
-    """Compare what the Hub says it holds with the manifest: sizes, and SHA-256 where it keeps one (LFS files)."""
-    for name, entry in files.items():
-        there = remote.get(name)
-        lfs = getattr(there, "lfs", None)
-        if (
-            there is None
-            or (there.size is not None and there.size != entry["size"])
-            or (lfs is not None and lfs.sha256 != entry["sha256"])
-        ):
-            raise VerificationError(f"{repo_id}/{name}: the Hub holds something else than was sent; push again")

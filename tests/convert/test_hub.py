@@ -275,7 +275,7 @@ def test_pushing_again_replaces_rehead_files_and_nothing_else(hub, client, tmp_p
     hub.add_folder("me/somebody-elses", model)
     broken = _converted(model, tmp_path / "broken")
     (broken / "LICENSE").write_text("MIT-0.00.0\n")
-    code = CATCH + "from rehead.convert.hub import push_folder\nfrom huggingface_hub import snapshot_download\n"
+    code = CATCH + "from rehead.convert.push import push_folder\nfrom huggingface_hub import snapshot_download\n"
     code += f"push_folder({str(split)!r}, 'me/out')\npush_folder({str(whole)!r}, 'me/out')\n"
     code += f"snapshot_download('me/out', local_dir={str(tmp_path / 'down')!r})\n"
     code += f"out['foreign'] = caught(lambda: push_folder({str(whole)!r}, 'me/somebody-elses'))\n"
@@ -292,7 +292,7 @@ def test_pushing_again_replaces_rehead_files_and_nothing_else(hub, client, tmp_p
     one_line(got["broken"], "LICENSE")
     assert "me/broken" not in hub.repos
     got = client(
-        CATCH + "from rehead.convert.hub import push_folder\n"
+        CATCH + "from rehead.convert.push import push_folder\n"
         f"out['x'] = caught(lambda: push_folder({str(whole)!r}, 'me/other'))",
         HF_TOKEN="hf_wrong",
     )
@@ -304,7 +304,7 @@ def test_pushing_again_replaces_rehead_files_and_nothing_else(hub, client, tmp_p
 def test_an_upload_that_breaks_ends_in_one_line_and_pushing_again_finishes(hub, client, tmp_path):
     whole = _converted(checkpoints.write_llama(tmp_path / "m"), tmp_path / "whole")
     hub.refuse_uploads = True
-    push = CATCH + "from rehead.convert.hub import push_folder\n"
+    push = CATCH + "from rehead.convert.push import push_folder\n"
     push += f"out['x'] = caught(lambda: push_folder({str(whole)!r}, 'me/out'))"
     got = client(push)["x"]
     assert got[:2] == ["ResourceError", 3]
