@@ -8,6 +8,7 @@ norm) shows up here.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,7 +70,36 @@ def disguised(heads: Heads, generator: torch.Generator) -> Heads:
     values = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
     if not heads.fixed_values:
         values = _rotations(count, size, generator)
-    return turned(heads, keys, values)
+    return _stretched(turned(heads, keys, values), generator)
+
+
+def _stretched(heads: Heads, generator: torch.Generator) -> Heads:
+    """Scale what may be scaled, channel by channel or pair by pair, and undo it in queries and output: rotations alone
+    would pass a norm that the class applies without a module or a weight of its own."""
+    freedom, group = key_freedom(heads), heads.group_size
+    key, value = (_scales(heads.num_kv_heads, heads.head_dim, generator) for _ in range(2))
+    free = torch.zeros(heads.head_dim, dtype=torch.bool)
+    if freedom.rest == "any":
+        free[heads.free_dims()] = True
+    if heads.pairs is not None and freedom.pair_scales.any():
+        real, imag = heads.pairs[freedom.pair_scales].unbind(1)
+        key[:, imag] = key[:, real]
+        free[real] = free[imag] = True
+    key = torch.where(free, key, 1.0)
+    value = torch.ones_like(value) if heads.fixed_values else value
+
+    for_q, for_o = 1 / key.repeat_interleave(group, 0), 1 / value.repeat_interleave(group, 0)
+    changed = {"o": (heads.o.double() * for_o).to(heads.o)}
+    for name, by in (("q", for_q), ("k", key), ("v", value)):
+        weight, bias = getattr(heads, name), getattr(heads, f"{name}_bias")
+        changed[name] = (weight.double() * by[..., None]).to(weight)
+        if bias is not None:
+            changed[f"{name}_bias"] = (bias.double() * by).to(bias)
+    return replace(heads, **changed)  # type: ignore[arg-type]
+
+
+def _scales(count: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.exp(0.3 * torch.randn(count, size, generator=generator, dtype=torch.float64))
 
 
 def _rotations(count: int, size: int, generator: torch.Generator) -> Tensor:

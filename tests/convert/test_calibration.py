@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from rehead.convert import convert, open_model
 from rehead.convert.calibration import layer as healing
@@ -275,6 +277,15 @@ def test_a_guessed_layout_is_proved_on_numbers(llama: Path) -> None:
     model.family = wrong
     with pytest.raises(UnsupportedError, match="not laid out as"):
         prove_layout(model)
+
+
+def test_a_norm_that_no_module_shows_is_found_out(llama: Path, monkeypatch) -> None:
+    """Rotations of pairs pass through a norm over the head, scales of pairs do not, and svd would use those."""
+    rotate = modeling_llama.apply_rotary_pos_emb
+    normed = lambda *args, **kwargs: tuple(4 * F.normalize(x, dim=-1) for x in rotate(*args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", normed)
+    with pytest.raises(UnsupportedError, match="not laid out as"):
+        prove_layout(open_model(llama))
 
 
 @pytest.mark.parametrize("layer", [0, -1])
