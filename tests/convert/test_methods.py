@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rehead.convert.calibration.statistics import LayerStatistics, StatisticsGatherer
 from rehead.convert.freedom import key_freedom
 from rehead.convert.gauge import disguised
-from rehead.convert.grouping import contiguous_groups, permute, similar_groups
+from rehead.convert.grouping import contiguous_groups, pair_costs, permute, similar_groups
 from rehead.convert.heads import Heads, rotary_pairs
 from rehead.convert.linalg import balance, ridge, sqrt_pair
 from rehead.convert.methods.registry import METHOD_MODULES, MethodContext, get_method, register
@@ -56,7 +57,10 @@ def attend(heads: Heads, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         states[..., real], states[..., imag] = z.real, z.imag
         return states
 
-    scores = rotate(project("q")) @ rotate(project("k")).mT * SIZE**-0.5
+    def normed(states: torch.Tensor) -> torch.Tensor:
+        return states if heads.key_norm == "none" else states * states.square().mean(-1, keepdim=True).rsqrt()
+
+    scores = rotate(normed(project("q"))) @ rotate(normed(project("k"))).mT * SIZE**-0.5
     p = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
     return torch.einsum("mhd,hsd->sm", heads.o.double(), p @ project("v")), p
 
@@ -143,6 +147,67 @@ def test_heads_in_their_own_bases_are_recovered(method, rigid, pairing, dims, bi
     assert error(far) > 0.1
     assert result.key_error < 1e-4
     assert result.value_error < 1e-4
+
+
+@pytest.mark.parametrize("dims", [SIZE, 4])
+@pytest.mark.parametrize("method", ["procrustes", "svd"])
+def test_heads_under_a_norm_are_recovered_whatever_their_scale(method, dims) -> None:
+    """An RMS norm of equal weights over a head keeps rotations apart and divides scales out."""
+    base = replace(make_heads(2, "half", dims), key_norm="rms", k_norm=torch.ones(SIZE), q_norm=torch.ones(SIZE))
+    heads = in_own_bases(base, 2, rigid=True)
+    heads.k = heads.k * torch.tensor([1.0, 3.0, 0.2, 1.0])[:, None, None]
+    x = torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted = attend(base, x)[0]
+    assert torch.allclose(wanted, attend(heads, x)[0], rtol=1e-6, atol=1e-6)
+    pooled = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2))).heads
+    assert float((attend(pooled, x)[0] - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["mean", "procrustes", "svd"])
+def test_costs_are_what_pooling_two_heads_alone_would_lose(method) -> None:
+    heads = make_heads(4, "half", 4)
+    found = pair_costs(heads, method, None)
+    assert torch.equal(found, found.mT)
+    real, imag = heads.pairs.unbind(1)
+    rows = torch.complex(heads.k[:, real], heads.k[:, imag]).transpose(0, 1)  # [P, K, n]
+    rest = heads.k[:, heads.free_dims()]
+
+    def lost(i: int, j: int, blocks: torch.Tensor) -> float:
+        """By the nearest common head among what the method may choose from; blocks [K, D, n], real or complex."""
+        one, other = blocks[i], blocks[j]
+        if method == "svd":
+            return float(torch.linalg.svdvals(torch.cat([one, other]))[len(one) :].square().sum())
+        if method == "procrustes":
+            u, _, vh = torch.linalg.svd(one @ other.mH)
+            other = u @ vh @ other
+        return float((one - other).abs().square().sum() / 2)
+
+    for i in range(4):
+        for j in range(i):
+            keys = sum(lost(i, j, pair[:, None]) for pair in rows) + lost(i, j, rest)
+            values = lost(i, j, heads.v)
+            sizes = (t.square().sum((1, 2)).mean() for t in (heads.k, heads.v))
+            wanted = sum(part / float(size) for part, size in zip((keys, values), sizes))
+            assert float(found[i, j]) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("kv", [1, 2, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_exchange_of_two_heads_would_lose_less(kv, seed) -> None:
+    heads = make_heads(8, seed=seed)
+    costs, groups = pair_costs(heads, "svd", None), similar_groups(heads, kv, "svd", None)
+
+    def total(parts: list[list[int]]) -> float:
+        return sum(float(costs[i, j]) for part in parts for i in part for j in part) / 2
+
+    assert sorted(head for group in groups for head in group) == list(range(8))
+    assert {len(group) for group in groups} == {8 // kv}
+    assert groups == sorted(sorted(group) for group in groups)
+    for one, other in combinations(range(kv), 2):
+        for i, j in product(range(8 // kv), repeat=2):
+            tried = [list(group) for group in groups]
+            tried[one][i], tried[other][j] = tried[other][j], tried[one][i]
+            assert total(tried) >= total(groups) - 1e-9
 
 
 @pytest.mark.parametrize("method", [name for name in METHOD_MODULES if name != "random"])
