@@ -22,13 +22,13 @@ from rehead.recipes.evaluation.perplexity import WindowLosses, counts_of, dtype_
 from rehead.recipes.evaluation.scoring import (
     TokenDivergence,
     batch_size,
-    evaluating,
     next_logits,
     require_finite,
     token_divergence,
     vocabulary,
 )
 from rehead.recipes.evaluation.windows import batches, cut
+from rehead.recipes.modes import evaluating
 
 #: Edges of the histogram, in nats: everything below the first, then eight to a decade.
 EDGES: tuple[float, ...] = (0.0, *(float(edge) for edge in np.logspace(-6, 2, 65)))

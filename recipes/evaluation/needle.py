@@ -26,7 +26,8 @@ from torch import Tensor
 
 from rehead.errors import UsageError
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.scoring import batch_size, evaluating, next_logits
+from rehead.recipes.evaluation.scoring import batch_size, next_logits
+from rehead.recipes.modes import evaluating
 from rehead.recipes.positions import position_limit
 
 KEY, VALUE = 4, 2

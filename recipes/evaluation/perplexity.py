@@ -14,8 +14,9 @@ from torch import Tensor
 from rehead.errors import UsageError
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
-from rehead.recipes.evaluation.scoring import batch_size, evaluating, next_logits, require_finite, token_nll
+from rehead.recipes.evaluation.scoring import batch_size, next_logits, require_finite, token_nll
 from rehead.recipes.evaluation.windows import Window, batches, cut
+from rehead.recipes.modes import evaluating
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,20 +57,6 @@ def batch_size(model: Any, window: int, batch_tokens: int | None = None) -> int:
 def vocabulary(model: Any) -> int:
     """Entries of a model's logits."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
-
-
-@contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """No gradients and no dropout inside the block; every module's own mode is given back after it."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def next_logits(model: Any, inputs: Tensor, counted: int) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.scoring import evaluating, keeps_logits, vocabulary
+from rehead.recipes.evaluation.scoring import keeps_logits, vocabulary
+from rehead.recipes.modes import evaluating
 from rehead.recipes.positions import position_limit
 
 #: Decoding steps that are timed after each prefill, behind one that is not.

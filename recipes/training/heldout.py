@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rehead.recipes.data.store import IGNORED
+from rehead.recipes.modes import evaluating
 from rehead.recipes.training.processes import Processes
 
 
@@ -26,7 +27,6 @@ class HeldOut:
     windows: Tensor
 
 
-@torch.no_grad()
 def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> dict[str, Any]:
     """Figures of one text, over disjoint windows: what ``rehead evaluate`` calls the disjoint convention.
 
@@ -40,11 +40,9 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
         ``tokens_counted``, ``perplexity``, and with a teacher ``kl`` (nats a token) and ``top1_agreement``; the count
         alone where the loss reads no logits.
     """
-    was = module.training
-    module.eval()
     sums: dict[str, float] = {}
     counted = 0
-    try:
+    with evaluating(module):
         # Sharded parameters are gathered by all processes together, so all run as many passes; spare ones count
         # nothing.
         size = max(min(rows, -(-len(text.windows) // run.world)), 1)
@@ -59,8 +57,6 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
             counted += 0 if spare else len(index)
             for name, value in found.metrics.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if spare else float(value))
-    finally:
-        module.train(was)
     names = sorted(sums)  # the same in every process, as each has made as many passes
     total = run.sum(torch.tensor([counted, *(sums.get(name, 0.0) for name in names)], device=run.device))
     count, *means = total.double().tolist()

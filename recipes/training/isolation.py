@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from rehead.errors import UnsupportedError
+from rehead.recipes.modes import evaluating
 
 _LENGTH = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
-@torch.no_grad()
 def prove_isolation(model: Any, name: str) -> float:
     """Run two documents packed into one row, and again with another first document: the second must not notice.
 
@@ -32,13 +32,9 @@ def prove_isolation(model: Any, name: str) -> float:
     rows = torch.randint(0, vocabulary, (2, 2 * _LENGTH), generator=generator)
     rows[1, _LENGTH:] = rows[0, _LENGTH:]
     positions = torch.arange(_LENGTH).repeat(2).expand(2, -1)
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(input_ids=rows.to(device), position_ids=positions.to(device), use_cache=False).logits
         alone = model(input_ids=rows[:1, _LENGTH:].to(device), use_cache=False).logits[0].float()
-    finally:
-        model.train(was)
     packed = logits[:, _LENGTH:].float()
     size = packed.abs().max().clamp_min(1e-6)
     seen = float((packed[0] - packed[1]).abs().max() / size)

@@ -9,7 +9,6 @@ same logits on every rung.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError, first_line
+from rehead.recipes.modes import evaluating
 
 # Standard deviation of the raw logits on each rung: one shows the scale, the next the bend, the last the cap.
 _LADDER = (0.05, 1.0, 20.0, 2000.0)
@@ -120,7 +120,7 @@ def find_head(model: nn.Module) -> Head:
         raise UnsupportedError(f"{name}: has no output embedding; give a model of AutoModelForCausalLM")
     base = base_model(model)
     try:
-        with _evaluating(inner), torch.no_grad():
+        with evaluating(inner):
             return _find(inner, base, module)
     except torch.OutOfMemoryError:
         raise
@@ -243,15 +243,3 @@ def _same(got: Tensor, want: Tensor, tolerance: float) -> bool:
 def _is_linear(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters()}
     return isinstance(module, nn.Linear) and names <= {"weight", "bias"} and not module._forward_pre_hooks
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
