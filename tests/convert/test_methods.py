@@ -191,6 +191,24 @@ def test_costs_are_what_pooling_two_heads_alone_would_lose(method) -> None:
             assert float(found[i, j]) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", METHOD_MODULES)
+def test_groups_do_not_see_one_another(method, bias) -> None:
+    heads, others = make_heads(4, "half", 4, bias), make_heads(4, "half", 4, bias, seed=1)
+    x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    context = MethodContext(statistics=gathered(heads, x, 2))
+    mixed = {
+        name: torch.cat([t[: len(t) // 2], others.tensors()[name][len(t) // 2 :]])
+        for name, t in heads.tensors().items()
+    }
+    mixed["o"] = torch.cat([heads.o[:, :4], others.o[:, 4:]], 1)
+    one, other = (get_method(method).pool(h, 2, context).tensors() for h in (heads, replace(heads, **mixed)))
+    for name, tensor in one.items():
+        same = tensor[:, :4] - other[name][:, :4] if name == "o" else (tensor - other[name])[: len(tensor) // 2]
+        assert not same.any(), name
+        assert method == "random" or not torch.equal(tensor, other[name]), name
+
+
 @pytest.mark.parametrize("kv", [1, 2, 4, 8])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_exchange_of_two_heads_would_lose_less(kv, seed) -> None:
