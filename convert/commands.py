@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -223,7 +224,7 @@ def families_command(as_json: bool) -> None:
 def progress_bar(quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
     """A progress callback that draws on standard error, one bar for each stage; None when quiet."""
     if quiet or not sys.stderr.isatty():
-        yield None
+        yield None if quiet else progress_lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -238,6 +239,25 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, float, float], None] | 
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+def progress_lines(figures: Callable[[], str] = str, every: float = 30.0) -> Callable[[str, float, float], None]:
+    """A progress callback for logs, where nobody watches a bar: a line on standard error every so often.
+
+    Args:
+        figures: what to add to a line; nothing by default.
+        every: seconds between lines, so that short work leaves none.
+    """
+    told = time.monotonic()
+
+    def show(stage: str, done: float, total: float) -> None:
+        nonlocal told
+        if time.monotonic() - told >= every:
+            told = time.monotonic()
+            share = f"{done / total:.0%}" if total else f"{done:,.0f}"
+            click.echo(f"{stage} {share}  {figures()}".rstrip(), err=True)
+
+    return show
 
 
 def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

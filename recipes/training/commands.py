@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from rehead.convert.commands import progress_lines
 from rehead.recipes.training.options import UptrainOptions, flag
 
 # How a run was started or watched is no part of what it made.
@@ -58,7 +59,7 @@ def _metavar(kind: Any) -> str:
 @click.argument("out")
 @option_flags
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never",
-              help="auto goes on from an interrupted run's newest checkpoint, never starts anew.")  # fmt: skip
+              help="auto: go on from an interrupted run's newest checkpoint; never: start anew.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
@@ -98,8 +99,19 @@ def uptrain_command(
 @contextmanager
 def training_bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
     """A progress callback and an event listener that show loss, tokens a second and time left on standard error."""
-    if quiet or not sys.stderr.isatty():
-        yield None, _ignore if quiet else _say
+    if quiet:
+        yield None, _ignore
+        return
+    if not sys.stderr.isatty():
+        figures = {"training": ""}
+
+        def say(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                figures["training"] = _figures(event)
+            elif line := _line(event):
+                click.echo(line, err=True)
+
+        yield progress_lines(lambda: figures["training"]), say
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -121,8 +133,7 @@ def training_bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
 
         def tell(event: dict[str, Any]) -> None:
             if event["event"] == "step" and "training" in tasks:
-                figures = f"loss {event['loss']:.4g}  {event['tokens_per_second']:,.0f} tokens/s"
-                bars.update(tasks["training"], figures=figures)
+                bars.update(tasks["training"], figures=_figures(event))
             else:
                 line = _line(event)
                 if line:
@@ -135,11 +146,8 @@ def _ignore(event: dict[str, Any]) -> None:
     """Listens, so that warnings stay in the log."""
 
 
-def _say(event: dict[str, Any]) -> None:
-    """Where nobody watches a bar: a line for what is rare, and for every tenth of the steps."""
-    line = _line(event)
-    if line:
-        click.echo(line, err=True)
+def _figures(event: dict[str, Any]) -> str:
+    return f"loss {event['loss']:.4g}  {event['tokens_per_second']:,.0f} tokens/s"
 
 
 def _line(event: dict[str, Any]) -> str | None:

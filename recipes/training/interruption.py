@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -21,12 +23,16 @@ class Interrupted(ReheadError):
 class StopRequests:
     """Notes the first SIGINT or SIGTERM inside a ``with`` block; the second acts at once, as it would have.
 
+    Args:
+        announce: say on standard error that the step is finished first; a step can take a minute.
+
     Attributes:
         number: the signal that came, or 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: bool = False) -> None:
         self.number = 0
+        self._announce = announce
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
@@ -41,6 +47,10 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        if self._announce:
+            # Past Python's streams, which the signal may have found in the middle of a write.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once, without\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

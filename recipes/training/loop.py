@@ -97,7 +97,7 @@ class Loop:
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.run.device)
         self.module.train()
-        with StopRequests() as requests:
+        with StopRequests(announce=self.run.main) as requests:
             if start == 0:
                 self._evaluate(0)
             for step in range(start, self.options.steps):

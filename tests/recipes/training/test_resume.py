@@ -113,13 +113,14 @@ def test_ten_sigkills_at_random_moments(tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_keep_a_checkpoint(tiny, whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_keep_a_checkpoint(tiny, whole: Path, tmp_path: Path, number: signal.Signals, capfd) -> None:
     out = tmp_path / "out"
     handler = signal.getsignal(number)
     stop = _stopping_at(3, lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match="its checkpoint is kept") as found:
         uptrain(tiny.student, out, **tiny.options(checkpoint_every=0), on_event=stop)
     assert found.value.exit_code == (130 if number == signal.SIGINT else 143)
+    assert capfd.readouterr().err.count("stopping after this step, with a checkpoint") == 1
     assert signal.getsignal(number) is handler
     uptrain(tiny.student, out, **tiny.options(checkpoint_every=0))
     assert _weights(out) == _weights(whole)
