@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,12 +93,14 @@ class Products:
         self.weights = {str(i): nn.Parameter(w, requires_grad=False) for i, w in enumerate(start)}
         self.x = [draw(8, 4, 6, seed=5), draw(3, 16, 6, seed=6)]
         self.asked: list[tuple[int, tuple[int, ...]]] = []
+        self.path: list[dict[str, torch.Tensor]] = []
 
     def forward(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         return self.x[index][rows] @ self.weights["0"].T @ self.weights["1"].T
 
     def target(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         self.asked.append((index, tuple(rows.tolist())))
+        self.path.append({name: weight.detach().clone() for name, weight in self.weights.items()})
         return self.x[index][rows] @ self.true[0].T @ self.true[1].T
 
     def error(self) -> float:
@@ -130,6 +133,19 @@ def test_a_fit_goes_through_all_sequences_before_it_sees_one_again() -> None:
         assert sorted(row for index, rows in epoch for row in rows if index == 0) == list(range(8))
         assert sorted(row for index, rows in epoch for row in rows if index == 1) == list(range(3))
     assert layer.asked[:7] != layer.asked[7:]
+
+
+def test_a_fit_steps_relative_to_the_weights_and_comes_to_rest() -> None:
+    """Adam's first step has the rate's size in every number; the rate warms up over 20 steps and ends at nothing."""
+    layer = Products()
+    layer.fit(200)
+    for name in layer.weights:
+        at = [weights[name] for weights in layer.path]
+        first, size = (at[1] - at[0]).abs(), at[0].square().mean().sqrt()
+        torch.testing.assert_close(first, torch.full_like(first, float(1e-2 * size / 20)), rtol=1e-2, atol=0)
+        moves = [float((b - a).norm()) for a, b in pairwise(at)]
+        assert sum(moves[-10:]) < 0.02 * sum(moves[20:30])
+        assert sum(moves[:3]) < 0.2 * sum(moves[20:23])
 
 
 def test_a_fit_of_no_steps_changes_nothing() -> None:
