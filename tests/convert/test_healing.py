@@ -60,7 +60,7 @@ def test_attention_is_seen_as_it_is(mask: str | None, softcap: float | None, sin
     given, extra = None, draw(4, seed=3) if sinks else None
     if mask is not None:
         visible = visible & (draw(2, 1, 7, 7, seed=4) > -0.5) | torch.eye(7, dtype=torch.bool)
-        given = visible if mask == "bool" else torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+        given = visible if mask == "bool" else torch.zeros(visible.shape).masked_fill(~visible, -3.4e38)
     found: list[Seen] = []
     with observing(found.append, rows):
         probe_attention(nn.Module(), q, k, v, given, scaling=0.3, softcap=softcap, s_aux=extra)

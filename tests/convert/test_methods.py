@@ -191,6 +191,46 @@ def test_costs_are_what_pooling_two_heads_alone_would_lose(method) -> None:
             assert float(found[i, j]) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["mean", "first"])
+def test_errors_of_weights_are_those_of_the_definition(method) -> None:
+    heads = make_heads(4)
+    result = regroup(heads, 2, method)
+    for name, found in (("k", result.key_error), ("v", result.value_error)):
+        old, new = getattr(heads, name), getattr(result.heads, name).double().repeat_interleave(2, 0)
+        assert found == pytest.approx(float((old - new).norm() / old.norm()), rel=1e-5)
+        assert found > 0.1  # or nothing was tested
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(("pairing", "dims"), LAYOUTS)
+def test_errors_of_forms_are_those_of_the_definition(pairing, dims, seen) -> None:
+    """Every query head's q^T k, each rotary pair by itself as complex rows, and W_o W_v; on the inputs where known."""
+    heads = make_heads(4, pairing, dims)
+    x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x = x @ torch.diag(torch.logspace(0, -1, WIDTH, dtype=torch.float64))
+    statistics = gathered(heads, x, 2) if seen else None
+    if statistics is not None:
+        statistics.angles = torch.ones(len(heads.pairs))  # none so slow that they are taken together
+    result = regroup(heads, 2, "procrustes", context=MethodContext(statistics=statistics))
+    root = torch.eye(WIDTH + 1, dtype=torch.float64) if statistics is None else statistics.input_roots[0]
+    lost, size = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for head in range(QUERIES):
+        forms = []
+        for some in (heads.to(torch.float32), result.heads):
+            rows = {n: torch.nn.functional.pad(getattr(some, n).double(), (0, 1)) @ root for n in "qkv"}
+            q, k, v = rows["q"][head], rows["k"][head // some.group_size], rows["v"][head // some.group_size]
+            z = lambda t: torch.complex(t[heads.pairs[:, 0]], t[heads.pairs[:, 1]])[:, None]  # noqa: E731
+            pairs = z(q).conj().mT @ z(k)
+            rest = q[heads.free_dims()].T @ k[heads.free_dims()]
+            forms.append((torch.cat([pairs, rest[None].to(pairs)]), some.o[:, head].double() @ v))
+        for i, (old, new) in enumerate(zip(*forms)):
+            lost[i] += (old - new).abs().square().sum()
+            size[i] += old.abs().square().sum()
+    wanted = (lost / size).sqrt()
+    assert [result.key_error, result.value_error] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert float(wanted.min()) > 0.1  # or nothing was tested
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("method", METHOD_MODULES)
 def test_groups_do_not_see_one_another(method, bias) -> None:
