@@ -21,6 +21,12 @@ TWO_TEXTS = found(
         {"who": "model", "mean": 0.3, "top1_agreement": 0.7},
         {"who": "control", "mean": 9.0, "top1_agreement": 0.0},
     ],
+    perplexity=[
+        {"who": "model", "value": 20.0, "ratio": SimpleNamespace(value=1.2), "bits_per_byte": None},
+        {"who": "model", "value": 30.0, "ratio": SimpleNamespace(value=1.1), "bits_per_byte": 0.9},
+        {"who": "baseline", "value": 90.0, "ratio": None, "bits_per_byte": 5.0},
+    ],
+    damage=[{"kl": 0.01}, {"kl": 0.4}],
     needle=[{"who": "model", "hits": 3, "trials": 4}, {"who": "baseline", "hits": 0, "trials": 4}],
 )
 
@@ -35,6 +41,10 @@ TWO_TEXTS = found(
         ({}, {"top1-agreement": 0.7}, 0.7, True),
         ({}, {"top1-agreement": 0.71}, 0.7, False),
         ({"top1-agreement": 0.8}, {}, 0.9, False),
+        ({"perplexity": 30.0}, {}, 30.0, True),
+        ({"perplexity-ratio": 1.15}, {}, 1.2, False),
+        ({"bits-per-byte": 1.0}, {}, 0.9, True),
+        ({"damage": 0.3}, {}, 0.4, False),
         ({}, {"needle": 0.75}, 0.75, True),
         ({}, {"needle": 0.8}, 0.75, False),
     ],
@@ -54,7 +64,7 @@ def test_the_worst_of_several_texts_counts(above, below, value, passed) -> None:
 
 def test_what_was_not_measured_is_no_pass() -> None:
     with pytest.raises(UsageError, match="--fail-above damage: was not measured; it needs --baseline and --damage"):
-        judge(TWO_TEXTS, {"damage": 1.0}, {})
+        judge(found(), {"damage": 1.0}, {})
 
 
 @pytest.mark.parametrize(
