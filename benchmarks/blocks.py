@@ -2,8 +2,9 @@
 
 PaLM reports 15% faster training from parallel blocks (arXiv 2204.02311). That is a tensor-parallel figure: one
 all-reduce a layer in place of two. This measures stacks of LLaMA's parts (RMS norm, rotary grouped attention, gated
-FFN) in both forms, each in every variant that may be its best: products separate or fused, element-wise pieces compiled
-or not, collectives plain or overlapped with products, PyTorch's DTensor beside collectives by hand. A training step is
+FFN) in both forms, each in every variant that may be its best: products separate or fused, attention and FFN of a
+parallel block one after the other or side by side, element-wise pieces compiled or not, collectives plain or overlapped
+with products, PyTorch's DTensor beside collectives by hand. A training step is
 forward and backward, a decode step one token behind a filled cache; both are replayed as CUDA graphs. The speed-up is
 the best parallel variant's over the best serial one's.
 
