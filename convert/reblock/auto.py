@@ -63,14 +63,16 @@ def choose(
                 f"{source.id}: cannot be loaded to choose layers ({first_line(error)}); name --layers"
             ) from None
     live = live.to(device).eval()
+    asked = auto_count(options.layers, int(model.config.num_hidden_layers))
     choice = choose_layers(
-        live,
-        text.tokens[0],
-        form=options.block,
-        kl_budget=options.kl_budget,
-        count=auto_count(options.layers, int(model.config.num_hidden_layers)),
-        progress=progress,
+        live, text.tokens[0], form=options.block, kl_budget=options.kl_budget, count=asked, progress=progress
     )
+    wanted = min(asked or 0, len(choice.alone))  # some may have that form already
+    if options.kl_budget is None and len(choice.layers) < wanted:
+        raise UsageError(
+            f"--layers {options.layers}: only {len(choice.layers)} of {wanted} layers can be {options.block} and leave "
+            "finite logits; ask for fewer"
+        )
     if not choice.layers:
         least = choice.alone[0]
         assert options.kl_budget is not None

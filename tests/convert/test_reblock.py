@@ -188,6 +188,23 @@ def test_auto_takes_as_many_layers_as_asked(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_auto_leaves_out_a_layer_that_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so in JSON that any parser reads."""
+    from rehead.patches.blocks.ranking import BlockSwitch
+
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    kl = BlockSwitch.kl
+    monkeypatch.setattr(BlockSwitch, "kl", lambda self, layers: float("inf") if 1 in layers else kl(self, layers))
+    done = convert(source, tmp_path / "out", block="parallel", layers="auto", kl_budget=100.0, **CALIBRATION)
+    assert done.plan.model.reblocked == [0]
+    text = (tmp_path / "out" / "rehead.json").read_text()
+    facts = json.loads(text, parse_constant=pytest.fail)["calibration"]["chosen_layers"]
+    assert facts["alone"]["1"] is None
+    assert facts["alone"]["0"] > 0
+    with pytest.raises(UsageError, match="--layers auto:2: only 1 of 2 layers can be parallel and leave finite logits"):
+        convert(source, tmp_path / "no", block="parallel", layers="auto:2", **CALIBRATION)
+
+
 def test_a_switch_and_a_host_in_one_run(tmp_path: Path) -> None:
     """A serial GPT-NeoX becomes parallel, and with that a Phi."""
     source = tiny.tiny_model("gpt_neox-serial")
