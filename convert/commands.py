@@ -13,9 +13,19 @@ from typing import Any
 
 import click
 
+from rehead.counts import parse_count
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
+
+
+def _count(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """``128k`` as a number, as `uptrain` and `evaluate` take it."""
+    try:
+        return parse_count(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
 
 
 def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -51,7 +61,8 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--calibration", multiple=True, metavar="TEXT",
                      help="Text file (.txt, .txt.gz, .jsonl, .parquet) or Hub dataset; repeat for more. "
                           "Default: the text that ships with Rehead."),
-        click.option("--calibration-tokens", type=int, default=131072, show_default=True, metavar="N"),
+        click.option("--calibration-tokens", default="131072", show_default=True, metavar="N", callback=_count,
+                     help="Tokens to calibrate on, e.g. 128k."),
         click.option("--calibration-length", default="2048", show_default=True, metavar="N[,N]", callback=_lengths,
                      help="Tokens in a calibration sequence; several lengths share the tokens equally."),
         click.option("--refit", is_flag=True, help="Refit each layer's attention by least squares."),

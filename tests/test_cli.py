@@ -91,6 +91,10 @@ def test_same_number_of_heads_is_exact_and_verified_so(run, llama, tmp_path) -> 
     assert f"sequences of 16 and {positions}" in run(*planned, "16,2048")[1]
     assert f"sequences of {positions}" in run(*planned[:-1])[1]
     assert "sequences of 100" in run(*planned[:-1], "--calibration-tokens", 100)[1]
+    assert "128,000 tokens of" in run(*planned[:-1], "--calibration-tokens", "128k")[1]
+    code, _, err = run(*planned[:-1], "--calibration-tokens", "some")
+    assert code == 2
+    assert "write 8000000, 8M or 32Ki" in err
     theirs, ours = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from rehead.counts import parse_count
 from rehead.errors import UsageError
 from rehead.recipes.pipeline.schema import checked
-from rehead.recipes.training.options import parse_count
 
 #: Options that say how a stage is run or watched, not what it makes: they are no part of its identity.
 ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "token_cache", "tracker"})
@@ -25,6 +26,10 @@ def convert_options(values: dict[str, Any], where: str) -> dict[str, Any]:
 
     calibration = values.get("calibration")
     values = {**values, "calibration": [calibration]} if isinstance(calibration, str) else values
+    # What is no count stays as it is, and is refused by name with every other key.
+    with contextlib.suppress(ValueError):
+        if "calibration_tokens" in values:
+            values = {**values, "calibration_tokens": parse_count(values["calibration_tokens"])}
     table = checked(_model_of(ConvertOptions), values, where).model_dump()
     try:
         ConvertOptions(**table)

@@ -13,7 +13,7 @@ from rehead.recipes.pipeline.graph import plan_cell
 from rehead.recipes.pipeline.load import library_names, load_recipe, parse_setting, recipe_text
 from rehead.recipes.pipeline.preview import preview
 from rehead.recipes.pipeline.run import plan_recipe
-from rehead.recipes.pipeline.sections import share_of
+from rehead.recipes.pipeline.sections import convert_options, share_of
 from rehead.recipes.pipeline.sweep import cells
 
 BAD = [
@@ -232,3 +232,11 @@ def test_no_gpu_where_the_recipe_wants_one(run, tmp_path, monkeypatch) -> None:
     assert "wants 8 GPUs and this machine has 1" in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("given", "meant"), [("8k", 8000), ("8Ki", 8192), (8192, 8192)])
+def test_calibration_tokens_are_written_as_those_of_training(given, meant) -> None:
+    options = convert_options({"num_key_value_heads": 1, "method": "svd", "calibration_tokens": given}, "convert")
+    assert options["calibration_tokens"] == meant
+    with pytest.raises(UsageError, match="calibration_tokens"):
+        convert_options({"num_key_value_heads": 1, "calibration_tokens": "some"}, "convert")
