@@ -105,7 +105,7 @@ def test_a_mean_start_can_be_refitted_and_similar_groups_calibrated(llama: Path,
     plain = convert(llama, tmp_path / "a", num_key_value_heads=2, method="mean")
     assert plain.layers[0]["groups"] == [[0, 1, 2, 3], [4, 5, 6, 7]] or plain.layers[0]["groups"] == [[0, 1], [2, 3]]
     done = convert(llama, tmp_path / "b", num_key_value_heads=2, method="mean", refit=True, **SMALL)
-    assert [layer["groups"] for layer in done.layers] == [layer["groups"] for layer in plain.layers]
+    assert [facts["groups"] for facts in done.layers.values()] == [facts["groups"] for facts in plain.layers.values()]
     assert distance(tmp_path / "b", llama) < distance(tmp_path / "a", llama)
     done = convert(llama, tmp_path / "c", num_key_value_heads=2, method="svd", grouping="similar", refit=True, **SMALL)
     assert distance(tmp_path / "c", llama) < distance(tmp_path / "a", llama)
