@@ -69,8 +69,10 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--fit", type=int, default=0, metavar="STEPS", help="Then fit each layer for STEPS steps."),
         click.option("--dtype", default="auto", show_default=True, metavar="NAME",
                      help="Of the result: auto, float32, bfloat16 or float16."),
-        click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE",
+                     help="Largest file of weights, where the source's own split has larger ones."),
+        click.option("--seed", type=int, default=0, show_default=True,
+                     help="Of what is drawn: calibration excerpts, the heads of random, new weights."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
