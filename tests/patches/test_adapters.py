@@ -95,3 +95,21 @@ def test_dropout_is_refused_in_training_and_no_matter_in_evaluation(model_type):
         with pytest.raises(UnsupportedError, match="dropout") as error:
             model(TOKENS, use_cache=False)
         one_line(error)
+
+
+def test_a_bool_mask_says_what_the_same_mask_of_numbers_says():
+    """GPT-Neo's layers apply their own window to whatever mask they get."""
+    model = tiny_model("gpt_neo", "eager")
+    seen = (torch.rand(2, 1, 24, 24, generator=torch.Generator().manual_seed(4)) > 0.3) | torch.eye(24).bool()
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    before = logits(model, attention_mask=added)
+    with patch_model(model, "tiled"):
+        torch.testing.assert_close(logits(model, attention_mask=added), before, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model, attention_mask=seen), before, atol=2e-5, rtol=1e-5)
+
+
+def test_a_bias_that_the_class_adds_twice_is_refused():
+    model = tiny_model("falcon", "eager", alibi=True)
+    with patch_model(model, "tiled"), pytest.raises(UnsupportedError, match="adds its bias twice") as error:
+        logits(model)
+    one_line(error)
