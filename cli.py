@@ -7,6 +7,7 @@ loaded only when they are called, so that ``rehead --help`` starts fast and neve
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -84,6 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Threads that wait for work by spinning take the cores from those that hash and write.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A terminal or a log that has no sign for "×" gets a question mark, not a traceback after the work is done.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         cli.main(args=argv, prog_name="rehead", standalone_mode=False)
     except click.exceptions.Exit as stop:

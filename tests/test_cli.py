@@ -286,3 +286,11 @@ def test_long_work_leaves_lines_in_a_log(capsys, monkeypatch) -> None:
     with progress_bar(quiet=True) as none, training_bar(quiet=True) as (also_none, _):
         assert none is None
         assert also_none is None
+
+
+def test_an_output_without_the_signs_gets_question_marks() -> None:
+    code = "from rehead import cli; cli.cli.callback = lambda: print('1 \u00d7 1'); cli.main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, b"1 ? 1".split(), b"")
