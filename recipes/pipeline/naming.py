@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,5 +41,11 @@ def renamed(value: Any, shown: dict[str, str]) -> Any:
         return [renamed(item, shown) for item in value]
     if isinstance(value, str):
         for path, name in shown.items():
-            value = value.replace(path, name)
+            value = re.sub(_whole(path), lambda found, name=name: name, value)
     return value
+
+
+def _whole(path: str) -> str:
+    """The pattern of a path by itself or with something below it: ``/m`` in ``/m/x``, not in ``/m2`` or ``/a/m``."""
+    after = "" if path.endswith("/") else r"(?![\w-]|\.\w)"
+    return r"(?<![\w./-])" + re.escape(path) + after
