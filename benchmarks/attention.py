@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError, UsageError, unknown_name
 
 PEERS = ("rehead", "flash", "cudnn", "flex")
@@ -59,27 +60,6 @@ def require_cuda(what: str) -> None:
         raise UnsupportedError(
             f"the {what} benchmark measures GPU kernels and this machine has no CUDA GPU; run it on one"
         )
-
-
-def machine() -> dict[str, object]:
-    """GPU name, driver-independent clocks as found, and library versions, for the head of a report."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    facts: dict[str, object] = {
-        "gpu": properties.name,
-        "processors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    try:
-        facts["sm_clock_mhz"] = torch.cuda.clock_rate()
-        facts["power_w"] = round(torch.cuda.power_draw() / 1000)
-    except Exception:  # clocks need the management library, which is optional
-        facts["sm_clock_mhz"] = None
-    return facts
 
 
 def median_ms(function: Callable[[], object], budget_ms: float = 300.0) -> float:
@@ -251,13 +231,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     rows = run(args.only, args.peers.split(","), args.budget_ms)
-    report = {"machine": machine(), "rows": rows}
-    print("  ".join(f"{name} {value}" for name, value in machine().items()))
+    facts = machine()
+    print(headline(facts))
     print("bf16, causal; TFLOP/s over visible pairs, medians")
     print(table(rows))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+            json.dump({"machine": facts, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,11 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rehead.benchmarks.block_model import HEAD_DIM, Shape
 from rehead.benchmarks.block_tables import Row, how, markdown, summary
 from rehead.benchmarks.block_variants import Bench, Variant, variants
+from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError, UsageError
 
 KV_HEADS = {"mha": None, "gqa": 8, "mqa": 1}
@@ -67,20 +66,6 @@ def measure(bench: Bench, shape: Shape, kind: str, tried: Sequence[Variant]) -> 
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
     return rows
-
-
-def machine(device: torch.device, size: int) -> dict[str, Any]:
-    """What this ran on."""
-    facts: dict[str, Any] = {"device": platform.processor() or "cpu", "ranks": size, "torch": torch.__version__}
-    if device.type == "cuda":
-        nccl: Any = torch.cuda.nccl.version()
-        facts |= {
-            "device": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, nccl)),
-        }
-    return facts
 
 
 def _numbers(text: str, flag: str) -> list[int]:
@@ -182,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench = Bench(device, torch.float32 if args.cpu else torch.bfloat16, args.seconds)
         with sdpa_kernel(ATTENTION, set_priority=True):
             rows = run(args, bench)
-        facts, what = summary(rows), machine(device, bench.size)
+        facts, what = summary(rows), machine(device) | {"ranks": bench.size}
         if bench.index == 0:
-            print("  ".join(f"{name} {value}" for name, value in what.items()))
+            print(headline(what))
             print(
                 f"{args.layers} blocks; train: forward and backward of {args.batch} x {args.length} tokens; decode: "
                 f"{args.decode_batch} sequences after {args.context} tokens"

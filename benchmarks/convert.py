@@ -27,9 +27,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+from rehead.benchmarks.machine import headline, machine
 from rehead.convert.safetensors_io import header_bytes
 
 HIDDEN, INNER, HEADS, VOCAB = 4096, 11008, 32, 32000
@@ -239,12 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}"
-    )
-    print(
-        "python " + platform.python_version(), *(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
-    )
+    print(headline(machine("cpu") | {"CPUs": os.cpu_count(), "system": platform.release()}))
     found = {}
     for gb in args.gb:
         with tempfile.TemporaryDirectory(prefix="rehead-bench-", dir=args.folder) as root:

@@ -15,7 +15,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import rehead.patches  # noqa: F401  (registers rehead_tiled)
+from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError
 
 
@@ -183,17 +183,6 @@ def check(case: Case) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True))
 
 
-def machine(threads: int) -> dict[str, object]:
-    """What the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    load = f"{os.getloadavg()[0]:.1f}"
-    return {"cpu": name, "threads": threads, "torch": torch.__version__, "load": load, "dtype": "float32"}
-
-
 def run(
     cases: Sequence[Case] = CASES,
     *,
@@ -292,14 +281,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         clock=time.process_time if args.cpu_time else time.perf_counter,
         progress=lambda name: print(f"... {name}", file=sys.stderr, flush=True),
     )
-    print("  ".join(f"{name} {value}" for name, value in machine(args.threads).items()))
+    load = f"{os.getloadavg()[0]:.1f}"
+    facts = machine("cpu") | {"threads": args.threads, "load": load, "dtype": "float32"}
+    print(headline(facts))
     if args.cpu_time:
         print("seconds are CPU seconds of the process")
     print(table(rows))
     if not args.no_memory and growth(rows):
         print(growth(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine(args.threads), "rows": rows}, indent=2))
+        Path(args.json).write_text(json.dumps({"machine": facts, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

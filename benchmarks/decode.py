@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.benchmarks.attention import machine, median_ms, require_cuda
+from rehead.benchmarks.attention import median_ms, require_cuda
+from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UsageError, unknown_name
 
 HEADS = 32
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = run(args.only, args.peers.split(","))
     facts = machine()
-    print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    print(headline(facts))
     print(f"bf16, {HEADS} query heads of {DIM}; device copy {rows[0]['copy_bytes_per_s'] / 1e12:.2f} TB/s; medians")
     print(table(rows))
     if args.json:

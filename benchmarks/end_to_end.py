@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import patch_model
 
@@ -359,12 +360,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = Setting.__dataclass_fields__
     setting = Setting(**{name: getattr(args, name) for name in names})
     rows = run(setting, args.kv_heads, args.implementations.split(","))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}  torch {torch.__version__}  batch {setting.batch}  context {setting.context}  {setting.backend}")
+    facts = machine()
+    print(headline(facts))
+    print(f"batch {setting.batch}, context {setting.context}, backend {setting.backend}")
     print(table(rows))
     if args.json:
         Path(args.json).write_text(
-            json.dumps({"setting": asdict(setting), "rows": [asdict(r) for r in rows]}, indent=2)
+            json.dumps({"machine": facts, "setting": asdict(setting), "rows": [asdict(r) for r in rows]}, indent=2)
         )
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rehead.benchmarks.machine import headline, machine
 from rehead.convert.execute import resolve_device
 from rehead.errors import UnsupportedError
 from rehead.recipes.data.tokens import token_stream
@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({"rows": facts, "kl_to_itself_max": itself, "tokens": len(tokens)}, indent=2))
         return
     print(f"{args.model}, {len(tokens)} tokens of {args.data}, window {args.window}, stride {args.stride}, "
-          f"{args.dtype}, {device}, torch {torch.__version__}, Python {platform.python_version()}")  # fmt: skip
+          f"{args.dtype}")  # fmt: skip
+    print(headline(machine(device)))
     print(f"{'convention':<12}{'Rehead':>12}{'referee':>12}{'difference':>12}  of")
     for row in rows:
         print(f"{row.convention:<12}{row.ours:>12.5f}{row.theirs:>12.5f}{row.difference:>12.1e}  {row.referee}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 import traceback
@@ -180,15 +179,13 @@ def run(
         common: options of every uptraining.
         budget: seconds after which no further cell is begun.
     """
-    import torch
-    import transformers
+    from rehead.benchmarks.machine import headline, machine
 
     work.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    machine = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
-    print(" ".join(f"{key} {value}" for key, value in machine.items()))
+    facts = machine()
+    print(headline(facts))
     print(f"{'':34}{'KL from':>9}{'KL':>9}{'top-1':>7}{'ppl':>10}{'tokens/s':>12}{'GiB':>7}{'s':>8}", flush=True)
-    results: dict[str, Any] = {"machine": machine, "conversions": {}, "rows": [], "curves": {}}
+    results: dict[str, Any] = {"machine": facts, "conversions": {}, "rows": [], "curves": {}}
     common = {"data": list(data), "eval_data": list(held_out), "token_cache": str(work / "tokens"), **(common or {})}
     began = time.monotonic()
     for cell in cells:

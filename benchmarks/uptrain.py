@@ -31,6 +31,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UsageError
 
 LOSSES = ("kd", "ce")
@@ -315,14 +316,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     setting = Setting(**given)
     rows = run(setting, args.losses.split(","))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"{device}  torch {torch.__version__}  transformers {transformers.__version__}  "
-        f"{setting.rows} x {setting.length} tokens a step"
-    )
+    ran_on = machine()
+    print(headline(ran_on))
+    print(f"{setting.rows} x {setting.length} tokens a step")
     print(table(rows))
     if args.json:
-        facts = {"device": device, "setting": asdict(setting), "rows": [asdict(row) for row in rows]}
+        facts = {"machine": ran_on, "setting": asdict(setting), "rows": [asdict(row) for row in rows]}
         Path(args.json).write_text(json.dumps(facts, indent=2) + "\n")
 
 
