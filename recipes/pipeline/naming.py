@@ -41,7 +41,7 @@ def renamed(value: Any, shown: dict[str, str]) -> Any:
         return [renamed(item, shown) for item in value]
     if isinstance(value, str):
         for path, name in shown.items():
-            value = re.sub(_whole(path), lambda found, name=name: name, value)
+            value = re.sub(_whole(path), name.replace("\\", r"\\"), value)
     return value
 
 
