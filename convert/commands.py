@@ -28,8 +28,10 @@ def _count(context: click.Context, parameter: click.Parameter, value: str) -> in
         raise click.BadParameter(f"{value!r} {error}") from None
 
 
-def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+def _lengths(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """``512,2048`` as numbers."""
+    if value is None:
+        return None
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -63,8 +65,9 @@ def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
                           "Default: the text that ships with Rehead."),
         click.option("--calibration-tokens", default="131072", show_default=True, metavar="N", callback=_count,
                      help="Tokens to calibrate on, e.g. 128k."),
-        click.option("--calibration-length", default="2048", show_default=True, metavar="N[,N]", callback=_lengths,
-                     help="Tokens in a calibration sequence; several lengths share the tokens equally."),
+        click.option("--calibration-length", metavar="N[,N]", callback=_lengths,
+                     help="Tokens in a calibration sequence; several lengths share the tokens equally. Default: 2048, "
+                          "or down to 512 where the tokens would not make 16 sequences."),
         click.option("--refit", is_flag=True, help="Refit each layer's attention by least squares."),
         click.option("--fit", type=int, default=0, metavar="STEPS", help="Then fit each layer for STEPS steps."),
         click.option("--dtype", default="auto", show_default=True, metavar="NAME",

@@ -134,7 +134,7 @@ def convert(
     grouping: str = "contiguous",
     calibration: Sequence[str] = (),
     calibration_tokens: int = 131072,
-    calibration_length: int | Sequence[int] = 2048,
+    calibration_length: int | Sequence[int] | None = None,
     refit: bool = False,
     fit: int = 0,
     device: str = "auto",
@@ -166,7 +166,8 @@ def convert(
         grouping: ``contiguous`` or ``similar``.
         calibration: text files or Hub datasets for ``svd``, ``refit`` and ``fit``; the built-in text when empty.
         calibration_tokens: tokens of it to use.
-        calibration_length: tokens in a sequence; several lengths share the tokens equally.
+        calibration_length: tokens in a sequence; several lengths share the tokens equally. By default 2048, or down to
+            512 where the tokens would not make 16 sequences.
         refit: refit each layer's attention by least squares on what the converted layers before it really produce.
         fit: optimiser steps for each layer after that.
         device: where calibration runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
@@ -202,7 +203,9 @@ def convert(
         grouping=grouping,
         calibration=tuple(calibration),
         calibration_tokens=calibration_tokens,
-        calibration_length=calibration_length if isinstance(calibration_length, int) else tuple(calibration_length),
+        calibration_length=tuple(calibration_length)
+        if isinstance(calibration_length, Sequence)
+        else calibration_length,
         refit=refit,
         fit=fit,
         dtype=dtype,

@@ -18,6 +18,17 @@ _OF_STEPS = {"multiple_of": "reinvest", "layers": "block", "kl_budget": "block",
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+def usual_length(tokens: int) -> int:
+    """Tokens in a calibration sequence by default: 2048, halved down to 512 until ``tokens`` make 16 of them.
+
+    Long sequences heal long contexts, but a refit on a handful of excerpts learns the excerpts.
+    """
+    length = 2048
+    while length > 512 and tokens // length < 16:
+        length //= 2
+    return length
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """What a conversion is asked to do.
@@ -28,9 +39,9 @@ class ConvertOptions:
         grouping: ``"contiguous"``, or ``"similar"`` to choose which heads share a KV head.
         calibration: texts to calibrate on: files or Hub datasets; the text that ships with Rehead when empty.
         calibration_tokens: tokens to calibrate on.
-        calibration_length: tokens in one calibration sequence. Several lengths share the tokens equally, so that both
-            short and long contexts are calibrated on. One beyond the model's positions or ``calibration_tokens`` is cut
-            to them; of several, one that its share does not fill once is left out.
+        calibration_length: tokens in one calibration sequence; None for :func:`usual_length`. Several lengths share the
+            tokens equally, so that both short and long contexts are calibrated on. One beyond the model's positions or
+            ``calibration_tokens`` is cut to them; of several, one that its share does not fill once is left out.
         refit: refit queries, keys, values and the output projection by least squares after pooling.
         fit: optimiser steps for each layer after the refit; 0 for none.
         dtype: of the converted floating-point weights; ``"auto"`` keeps them.
@@ -52,7 +63,7 @@ class ConvertOptions:
     grouping: str = "contiguous"
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 131072
-    calibration_length: int | tuple[int, ...] = 2048
+    calibration_length: int | tuple[int, ...] | None = None
     refit: bool = False
     fit: int = 0
     dtype: str = "auto"
@@ -126,7 +137,8 @@ class ConvertOptions:
     @property
     def calibration_lengths(self) -> tuple[int, ...]:
         """Tokens in a calibration sequence, one entry for each length, none above ``calibration_tokens``."""
-        length = self.calibration_length
+        given = self.calibration_length
+        length = usual_length(self.calibration_tokens) if given is None else given
         lengths = (length,) if isinstance(length, int) else tuple(length)
         return tuple(dict.fromkeys(min(length, self.calibration_tokens) for length in lengths))
 

@@ -26,6 +26,7 @@ from rehead.convert.calibration.text import load_calibration
 from rehead.convert.gauge import prove_layout
 from rehead.convert.heads import Heads, rotary_pairs
 from rehead.convert.linalg import eigen
+from rehead.convert.options import ConvertOptions
 from rehead.convert.stream import ResourceError
 from rehead.errors import UnsupportedError, UsageError
 
@@ -355,6 +356,18 @@ def test_lengths_share_the_tokens_without_overlap(letters, tmp_path: Path) -> No
 def test_a_length_that_its_share_does_not_fill_is_left_out(tokens: int, lengths, shapes) -> None:
     found = load_calibration(["random"], None, 64, tokens, lengths)
     assert [tuple(part.shape) for part in found.tokens] == shapes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length"),
+    [(131072, 2048), (32768, 2048), (32767, 1024), (16384, 1024), (8192, 512), (1000, 512), (300, 300)],
+)
+def test_few_tokens_are_cut_into_shorter_sequences_unless_a_length_is_given(tokens: int, length: int) -> None:
+    usual = ConvertOptions(num_key_value_heads=1, method="svd", calibration_tokens=tokens)
+    assert usual.calibration_lengths == (length,)
+    assert usual.as_json(positions=4096)["calibration_length"] == length
+    given = ConvertOptions(num_key_value_heads=1, method="svd", calibration_tokens=tokens, calibration_length=64)
+    assert given.calibration_lengths == (64,)
 
 
 def test_mixed_lengths_are_healed_for_both(llama: Path, tmp_path: Path) -> None:
