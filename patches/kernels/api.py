@@ -122,6 +122,7 @@ def run_forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None,
         batch, heads, num_q, _ = query.shape
         out = query.new_zeros(batch, num_q, heads, value.shape[3])
         return out, torch.full((batch, heads, num_q), float("inf"), dtype=torch.float32, device=query.device)
+    sinks = None if sinks is None else sinks.contiguous()
     with torch.cuda.device_of(query):
         if hopper.takes(query, key, value, rules):
             return hopper.forward(query, key, value, sinks, rules)

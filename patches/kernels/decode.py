@@ -139,7 +139,7 @@ def run_decode(query: Tensor, key: Tensor, value: Tensor, rules: DecodeRules) ->
         mask = (key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()).view(torch.uint8)
     bias = None if rules.bias is None else float_bias(rules.bias).expand(batch, heads, num_q, num_k)
     unused = query  # stands in for pointers that no kernel reads
-    alibi, sinks = (unused if item is None else item for item in (rules.alibi_slopes, rules.sinks))
+    alibi, sinks = (unused if item is None else item.contiguous() for item in (rules.alibi_slopes, rules.sinks))
     # The maximum of scaled scores is the scaled maximum only under a positive scale.
     plain = rules.scale > 0 and rules.softcap is None and rules.alibi_slopes is None and bias is None
     scan = 16 if interpreting() else max(256, min(4096, triton.next_power_of_2(triton.cdiv(length, splits))))

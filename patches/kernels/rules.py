@@ -92,7 +92,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, rules: Rules, sinks: Tensor
 
 
 def check_rules(batch: int, heads: int, num_q: int, num_k: int, rules: Rules, sinks: Tensor | None) -> None:
-    """Raise :class:`UsageError` for extents that are not positive and tensors that do not fit the call's."""
+    """Raise :class:`UsageError` for extents that are not positive and tensors of a wrong shape or a mask not bool."""
     for name, extent in (("window", rules.window), ("chunk", rules.chunk), ("softcap", rules.softcap)):
         if extent is not None and extent <= 0:
             raise UsageError(f"{name} is {extent}; give a positive number or None")
@@ -107,6 +107,9 @@ def check_rules(batch: int, heads: int, num_q: int, num_k: int, rules: Rules, si
         "alibi_slopes": (rules.alibi_slopes, (heads,)),
         "sinks": (sinks, (heads,)),
     }
+    if rules.key_mask is not None and rules.key_mask.dtype != torch.bool:
+        # A mask of integers or floats may mean that 0 hides a key, or that 0 is added to its score.
+        raise UsageError(f"key_mask has dtype {rules.key_mask.dtype}; it must be bool, True where a key may be seen")
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise UsageError(f"{name} has shape {_shape(tensor)}; it must be {'x'.join(map(str, shape))}")

@@ -92,7 +92,8 @@ def token_losses(
     if tokens == 0:
         return rows
     shape, other = shapes
-    bias, other_bias = biases
+    bias, other_bias = (None if item is None else item.contiguous() for item in biases)
+    labels = labels.contiguous()
     scale, cap = (1.0, None) if other is None else (other.scale, other.cap)
     # Small blocks in the interpreter, so that small vocabularies still cross their borders.
     block = 64 if triton.knobs.runtime.interpret else min(4096, max(16, triton.next_power_of_2(vocabulary)))

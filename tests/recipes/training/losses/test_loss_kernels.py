@@ -85,6 +85,17 @@ def test_rows_with_room(vocabulary) -> None:
     assert (around[3 * vocabulary :] == 7).all()
 
 
+def test_labels_and_biases_need_not_be_contiguous() -> None:
+    generator = torch.Generator().manual_seed(0)
+    raw, other = (torch.randn(3, 70, generator=generator).to(DEVICE) for _ in range(2))
+    bias, other_bias = torch.randn(70, 2, generator=generator).to(DEVICE).unbind(1)
+    labels = torch.tensor([[4, 0], [69, 0], [30, 0]], device=DEVICE)[:, 0]
+    want = plain_loss("kd+ce", (raw + bias).double(), (other + other_bias).double(), labels, 1.0, 0.5)
+    biases, shapes = (bias, other_bias), (Shape(70), Shape(70))
+    rows = fused.token_losses(raw, other, labels, parse_objective("kd+ce"), shapes, biases, False)
+    assert apart(rows[0].sum(), want) < 1e-5
+
+
 def test_extreme_logits() -> None:
     """Logits beyond what exp can hold: softmax statistics stay finite, and so does everything made of them."""
     raw = torch.tensor([[3e4, -3e4, 0.0, 1.0] * 8, [-3e4] * 31 + [3e4]], device=DEVICE)
