@@ -28,11 +28,11 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the 
 triton_there = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
-def passes_interpreted(file: Path, *options: str) -> None:
-    """Run a file's tests in a child process, in which the interpreter is chosen before Triton is imported."""
+def passes_interpreted(*files: Path) -> None:
+    """Run the files' tests in a child process, in which the interpreter is chosen before Triton is imported."""
     common = ["-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
     child = subprocess.run(
-        [sys.executable, "-c", RUNNER, *common, *options, str(file)],
+        [sys.executable, "-c", RUNNER, *common, *map(str, files)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -75,6 +75,17 @@ CASES = {
     "sinks": (2, 4, 2, 1, 70, 32, 32, {"q_offset": 69, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "short": (1, 4, 2, 1, 5, 32, 32, {"q_offset": 4, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "not causal": (1, 4, 2, 4, 40, 32, 32, {"q_offset": 0, "causal": False}),
+    "far below zero": (2, 4, 1, 2, 70, 32, 32, {"q_offset": 68, "bias": noise(2, 4, 2, 70) - 300}),
+    "range beyond the keys": (
+        2,
+        4,
+        2,
+        1,
+        50,
+        32,
+        32,
+        {"q_offset": 49, "kv_start": ints(-20, 3), "kv_end": ints(80, 51)},
+    ),
     "everything": (
         2,
         8,
