@@ -75,6 +75,16 @@ CASES = {
     "sinks": (2, 4, 2, 1, 70, 32, 32, {"q_offset": 69, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "short": (1, 4, 2, 1, 5, 32, 32, {"q_offset": 4, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}),
     "not causal": (1, 4, 2, 4, 40, 32, 32, {"q_offset": 0, "causal": False}),
+    "sinks above all scores": (
+        1,
+        2,
+        1,
+        1,
+        9,
+        16,
+        16,
+        {"q_offset": 8, "sinks": torch.tensor([200.0, -200.0], device=DEVICE)},
+    ),
     "far below zero": (2, 4, 1, 2, 70, 32, 32, {"q_offset": 68, "bias": noise(2, 4, 2, 70) - 300}),
     "range beyond the keys": (
         2,
@@ -174,10 +184,24 @@ def test_what_lies_past_the_end_is_never_used():
 
 @needs_kernels
 def test_rows_without_keys_are_zero():
-    inputs, rules = draw(CASES["left padding"], torch.float32)
-    out = decode(*inputs, **rules | {"kv_start": ints(0, 60)})
-    assert (out[1] == 0).all()
-    assert (out[0] != 0).any()
+    for num_k in (60, 200):  # one part, and several to merge
+        inputs, rules = draw((2, 4, 1, 1, num_k, 32, 32, {"q_offset": num_k - 1}), torch.float32)
+        out = decode(*inputs, **rules | {"kv_start": ints(0, num_k)})
+        assert (out[1] == 0).all()
+        assert (out[0] != 0).any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rules", [{}, {"sinks": torch.tensor([0.5, -1.0, 9.0, 0.0], device=DEVICE)}])
+def test_a_merge_of_many_parts(rules, monkeypatch):
+    """Two parts at a time in columns of 16, as a merge of hundreds of parts goes; the last parts weigh most."""
+    module = importlib.import_module("rehead.patches.kernels.decode")
+    monkeypatch.setattr(module, "split_count", lambda *_: 7)
+    monkeypatch.setattr(module, "merge_shape", lambda *_: (16, 2))
+    rising = torch.linspace(-20, 20, 120, device=DEVICE).expand(1, 1, 2, 120)
+    for kv_end in (120, 21):
+        rest = {"q_offset": 118, "kv_end": ints(kv_end), "bias": rising, **rules}
+        compare((1, 4, 2, 2, 120, 16, 24, rest), torch.float32)
 
 
 @needs_kernels

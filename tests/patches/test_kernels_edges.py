@@ -67,7 +67,7 @@ CASES = {
         2, 3, 1, 21, 21, 16, 40, {"causal": True, "sinks": torch.tensor([0.5, 3.0, -1.0], device=DEVICE)}
     ),
     "sinks above all scores": (
-        1, 2, 1, 20, 20, 16, 16, {"causal": True, "sinks": torch.tensor([40.0, -40.0], device=DEVICE)}
+        1, 2, 1, 20, 20, 16, 16, {"causal": True, "sinks": torch.tensor([200.0, -200.0], device=DEVICE)}
     ),
     "a negative scale": (1, 2, 1, 20, 20, 16, 16, {"causal": True, "scale": -0.7}),
 }  # fmt: skip

@@ -85,6 +85,38 @@ def test_rows_with_room(vocabulary) -> None:
     assert (around[3 * vocabulary :] == 7).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("loss", ["ce", LOSSES[-1]])
+def test_maxima_that_move_from_block_to_block(loss, temperature) -> None:
+    """Rows that rise and rows that fall: what was summed before is rescaled in every block, or in none."""
+    vocabulary = 150 if INTERPRETED else 9000
+    rising = torch.linspace(-9, 9, vocabulary, device=DEVICE)
+    raw = torch.stack([rising, rising, -rising, -rising])
+    other = torch.stack([0.5 * rising, -0.5 * rising, 0.5 * rising, -rising])
+    labels = torch.tensor([0, 5, vocabulary - 1, 70], device=DEVICE)
+    leaf = raw.double().requires_grad_()
+    want = plain_loss(loss, leaf, other.double(), labels, temperature, 0.3)
+    gradient = torch.autograd.grad(want, leaf)[0]
+    shapes = (Shape(vocabulary), Shape(vocabulary))
+    objective = parse_objective(loss, temperature=temperature, mix=0.3)
+    rows = fused.token_losses(raw, other, labels, objective, shapes, (None, None), True)
+    assert apart(rows[0].sum(), want) < 1e-4
+    assert apart(raw, gradient) < 1e-4
+
+
+def test_tops_agree_where_they_are_the_same_token() -> None:
+    """Not the same column of another block; of equal logits the first counts, as in argmax."""
+    student, teacher = torch.zeros(2, 5, 150, device=DEVICE)
+    for token, (ours, theirs) in enumerate([(70, 70), (6, 70), (70, 6), (140, 140), (140, 12)]):
+        student[token, ours] = teacher[token, theirs] = 3.0
+    student[3, 149] = 3.0
+    teacher[3, 145] = 3.0
+    shapes = (Shape(150), Shape(150))
+    labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    rows = fused.token_losses(student, teacher, labels, parse_objective("kd"), shapes, (None, None), False)
+    assert rows[3].tolist() == [1, 0, 0, 1, 0]
+
+
 def test_labels_and_biases_need_not_be_contiguous() -> None:
     generator = torch.Generator().manual_seed(0)
     raw, other = (torch.randn(3, 70, generator=generator).to(DEVICE) for _ in range(2))
