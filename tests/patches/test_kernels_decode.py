@@ -29,6 +29,15 @@ def holes(batch: int, count: int) -> torch.Tensor:
     return mask
 
 
+def ends(count: int) -> torch.Tensor:
+    """One key hidden among visible ones; a block that only its last key is seen of; a last block of hidden keys."""
+    mask = torch.ones(3, count, dtype=torch.bool, device=DEVICE)
+    mask[0, 7] = False
+    mask[1, :15] = False
+    mask[2, 11:] = False
+    return mask
+
+
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
 
@@ -56,6 +65,7 @@ CASES = {
     "static cache, number": (1, 4, 2, 1, 96, 32, 32, {"q_offset": 30, "kv_end": 31}),
     "left padding": (2, 4, 1, 1, 60, 32, 32, {"q_offset": 59, "kv_start": ints(0, 33)}),
     "key mask": (2, 4, 2, 2, 60, 32, 32, {"q_offset": 58, "key_mask": holes(2, 60)}),
+    "key mask, ends": (3, 2, 1, 1, 44, 16, 16, {"q_offset": 43, "key_mask": ends(44)}),
     "window": (2, 4, 2, 2, 80, 32, 32, {"q_offset": 78, "window": 21}),
     "chunk": (1, 4, 2, 3, 80, 32, 32, {"q_offset": 70, "chunk": 24}),
     "soft cap": (1, 4, 2, 1, 40, 32, 32, {"q_offset": 39, "softcap": 3.0}),
@@ -189,6 +199,17 @@ def test_rows_without_keys_are_zero():
         out = decode(*inputs, **rules | {"kv_start": ints(0, num_k)})
         assert (out[1] == 0).all()
         assert (out[0] != 0).any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("top", [30.0, -30.0])
+def test_scores_hundreds_apart(top):
+    """The running maximum holds from block to block, and is taken of scaled scores: exp2 never leaves float32."""
+    query, value = torch.ones(1, 2, 1, 16, device=DEVICE), noise(1, 1, 60, 16)
+    key = torch.linspace(0, top, 60, device=DEVICE).view(1, 1, 60, 1).repeat(1, 1, 1, 16)
+    rules = {"scale": 1.0, "q_offset": 59}
+    want = exact([query, key, value], rules)
+    torch.testing.assert_close(decode(query, key, value, **rules).double(), want, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels

@@ -29,7 +29,7 @@ CASES = {
     "window of a block and one": (1, 2, 1, 50, 50, 16, 16, {"causal": True, "window": 17}),
     "window of a block and two": (1, 2, 1, 50, 50, 16, 16, {"causal": True, "window": 18}),
     "chunk of a block": (1, 2, 1, 48, 48, 16, 16, {"causal": True, "chunk": 16}),
-    "chunks ahead": (1, 2, 1, 33, 60, 16, 16, {"causal": False, "chunk": 20, "q_offset": 21}),
+    "chunks ahead": (1, 1, 1, 60, 90, 16, 16, {"causal": False, "chunk": 40, "q_offset": 10}),
     "padding on borders": (
         3, 2, 2, 20, 48, 16, 16,
         {"causal": False, "kv_start": lengths(16, 31, 15), "kv_end": lengths(32, 33, 17)},
