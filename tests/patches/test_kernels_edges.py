@@ -32,7 +32,7 @@ CASES = {
     "chunks ahead": (1, 1, 1, 60, 90, 16, 16, {"causal": False, "chunk": 40, "q_offset": 10}),
     "padding on borders": (
         3, 2, 2, 20, 48, 16, 16,
-        {"causal": False, "kv_start": lengths(16, 31, 15), "kv_end": lengths(32, 33, 17)},
+        {"causal": False, "kv_start": lengths(16, 31, 15), "kv_end": lengths(32, 33, 31)},
     ),
     "range beyond the keys": (
         2, 2, 1, 20, 40, 16, 16, {"causal": False, "kv_start": lengths(-20, 3), "kv_end": lengths(80, 41)}
@@ -42,10 +42,15 @@ CASES = {
         {"causal": True, "q_offset": 24, "q_segments": packed((16, 1, 23), (3, 20, 17)) + 1,
          "kv_segments": packed((20, 20, 1, 23), (24, 3, 20, 17))},
     ),
+    "packed, seen both ways": (
+        2, 1, 1, 48, 48, 16, 16,
+        {"causal": False, "q_segments": packed((32, 16), (1, 47)), "kv_segments": packed((32, 16), (1, 47))},
+    ),
+    # The first row's last segment has no key: its rows are zero among rows that are not.
     "packed out of order": (
         2, 2, 2, 20, 40, 16, 16,
         {"causal": False, "q_segments": packed((4, 4, 12), (20,)),
-         "kv_segments": torch.stack([torch.arange(40) % 4, torch.arange(40) // 16]).to(DEVICE, torch.int32)},
+         "kv_segments": torch.stack([torch.arange(40) % 2, torch.arange(40) // 16]).to(DEVICE, torch.int32)},
     ),
     "key mask and range": (
         2, 2, 1, 20, 60, 16, 16,
