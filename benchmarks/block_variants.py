@@ -15,6 +15,7 @@ from torch import Tensor
 from rehead.benchmarks.block_model import BRANCHES, FUSED, ONE, SEPARATE, Pieces, Shape, Stack
 from rehead.benchmarks.block_products import Ranks
 from rehead.benchmarks.block_tables import FORMS
+from rehead.benchmarks.graphs import warm_up
 
 PARTS = 4
 """Into how many parts an overlapped output product is cut."""
@@ -143,12 +144,7 @@ class Bench:
         if self.device.type != "cuda":
             step()
             return step, False
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
+        warm_up(step)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads (the collectives' watchdog) may call into CUDA meanwhile.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rehead.benchmarks.attention import median_ms, require_cuda
+from rehead.benchmarks.graphs import warm_up
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UsageError, unknown_name
 
@@ -67,12 +68,7 @@ def copy_bandwidth() -> float:
 
 def graphed_ms(calls: Sequence[Callable[[], object]], rounds: int = 20) -> float:
     """Median milliseconds a call takes inside a CUDA graph that runs all of ``calls`` one after the other."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    warm_up(lambda: [call() for call in calls], 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from rehead.benchmarks.graphs import warm_up
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import patch_model
@@ -207,12 +208,7 @@ def _replayed(model: Any, cache: Any, setting: Setting) -> float:
     restart()
     replay = step
     if device.type == "cuda":
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        warm_up(step)
         restart()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

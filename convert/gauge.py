@@ -8,7 +8,6 @@ norm) shows up here.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ def disguised(heads: Heads, generator: torch.Generator) -> Heads:
 def _stretched(heads: Heads, generator: torch.Generator) -> Heads:
     """Scale what may be scaled, channel by channel or pair by pair, and undo it in queries and output: rotations alone
     would pass a norm that the class applies without a module or a weight of its own."""
-    freedom, group = key_freedom(heads), heads.group_size
+    freedom = key_freedom(heads)
     key, value = (_scales(heads.num_kv_heads, heads.head_dim, generator) for _ in range(2))
     free = torch.zeros(heads.head_dim, dtype=torch.bool)
     if freedom.rest == "any":
@@ -88,14 +87,7 @@ def _stretched(heads: Heads, generator: torch.Generator) -> Heads:
     key = torch.where(free, key, 1.0)
     value = torch.ones_like(value) if heads.fixed_values else value
 
-    for_q, for_o = 1 / key.repeat_interleave(group, 0), 1 / value.repeat_interleave(group, 0)
-    changed = {"o": (heads.o.double() * for_o).to(heads.o)}
-    for name, by in (("q", for_q), ("k", key), ("v", value)):
-        weight, bias = getattr(heads, name), getattr(heads, f"{name}_bias")
-        changed[name] = (weight.double() * by[..., None]).to(weight)
-        if bias is not None:
-            changed[f"{name}_bias"] = (bias.double() * by).to(bias)
-    return replace(heads, **changed)  # type: ignore[arg-type]
+    return turned(heads, key.diag_embed(), value.diag_embed(), (1 / key).diag_embed(), (1 / value).diag_embed())
 
 
 def _scales(count: int, size: int, generator: torch.Generator) -> Tensor:

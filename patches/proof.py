@@ -61,6 +61,11 @@ class Proof:
         )
 
 
+def allowance(plain: Tensor, tolerance: float | None = None) -> float:
+    """What logits may differ by: a share of their largest, ``tolerance`` or by their dtype (:data:`TOLERANCE`)."""
+    return probing.allowed(plain, TOLERANCE.get(plain.dtype, 1e-5) if tolerance is None else tolerance)
+
+
 def by_rounding(model: nn.Module, moved: float, plain: Tensor) -> float:
     """What logits may differ by for no other reason than 16 bits; 0 for a model in float32 or float64.
 
@@ -146,8 +151,7 @@ def prove(
             raise VerificationError(
                 "no patched layer ran on the probe, so nothing is proved; pass input_ids that reach them"
             )
-        share = TOLERANCE.get(theirs.plain.dtype, 1e-5) if tolerance is None else tolerance
-        limit = probing.allowed(theirs.plain, share)
+        limit = allowance(theirs.plain, tolerance)
         gap, against = probing.gap_of(mine, theirs, probe), "eager" if named else "unpatched"
         if not gap <= limit and not named:
             # Some attention implementations drop what they cannot do (a soft cap, under SDPA in older transformers).

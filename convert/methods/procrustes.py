@@ -40,16 +40,21 @@ def procrustes(heads: Heads, kv: int, context: MethodContext) -> Heads:
     return mean(turned(heads, key_turns, value_turns), kv, context)
 
 
-def turned(heads: Heads, keys: Tensor, values: Tensor) -> Heads:
+def turned(
+    heads: Heads, keys: Tensor, values: Tensor, queries: Tensor | None = None, outputs: Tensor | None = None
+) -> Heads:
     """Apply a change of basis to every KV head and undo it in the queries and the output projection.
 
     Args:
-        keys: [K, D, D], orthogonal (k -> T k, q -> T q).
-        values: [K, D, D], orthogonal (v -> T v, o -> o T^T).
+        keys: [K, D, D] (k -> T k).
+        values: [K, D, D] (v -> T v).
+        queries: [K, D, D], the transposed inverse of ``keys``; ``keys`` itself, which are orthogonal, if None.
+        outputs: [K, D, D], the transposed inverse of ``values``, likewise (o -> o S^T).
     """
     group = heads.group_size
     keys, values = keys.to(heads.k.device), values.to(heads.v.device)
-    for_q, for_o = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    for_q = (keys if queries is None else queries.to(keys)).repeat_interleave(group, 0)
+    for_o = (values if outputs is None else outputs.to(values)).repeat_interleave(group, 0)
 
     def turn(matrix: Tensor, weight: Any) -> Any:
         return None if weight is None else torch.einsum("hij,hj...->hi...", matrix, weight.double()).to(weight)

@@ -161,7 +161,7 @@ class BlockPatch(Patch):
             raise UnsupportedError(
                 f"{type(self.model).__name__} does not run fused ({first_line(error, 100)}); patch it with fused=False"
             ) from error
-        limit = probing.allowed(want, proof.TOLERANCE.get(want.dtype, 1e-5))
+        limit = proof.allowance(want)
         gap = probing.difference(got, want)
         if not gap <= limit and not gap <= max(limit, proof.by_rounding(self.model, moved, want)):
             raise UnsupportedError(
@@ -314,15 +314,13 @@ class BlockPatch(Patch):
             calls = {record.name: record.calls - before[record.name] for record in self._records}
             with probing.unpatched(self), self._twin():
                 theirs = probing.run_probe(self.model, probe)
+                limit, gap = proof.allowance(theirs.plain, tolerance), probing.gap_of(mine, theirs, probe)
                 moved = 0.0
-                if tolerance is None:
+                if not gap <= limit and tolerance is None:
                     moved = probing.rounding(self.model, list(calls), probe.plain, theirs.plain)
         silent = [name for name, count in calls.items() if not count]
         if silent:
             raise VerificationError(f"{silent[0]} ran without its fused matrices; revert the patch")
-        share = proof.TOLERANCE.get(theirs.plain.dtype, 1e-5) if tolerance is None else tolerance
-        limit = probing.allowed(theirs.plain, share)
-        gap = probing.gap_of(mine, theirs, probe)
         if not gap <= limit:
             limit = max(limit, proof.by_rounding(self.model, moved, theirs.plain))
         if not gap <= limit:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from known_heads import changed
 from torch import Tensor, nn
 
 from rehead.convert.families.layouts import merge, shared_norm_names, split, tensor_names
@@ -126,23 +127,7 @@ def rotated_heads(kv: int, method: str, seed: int = 0) -> Callable[[int, Heads],
                 keys[head, rest[:, None], rest[None, :]] = free
             if not heads.fixed_values:
                 values[head] = invertible(size)
-        group = heads.group_size
-        undo_q = torch.linalg.inv(keys).mT.repeat_interleave(group, 0)
-        undo_o = torch.linalg.inv(values).repeat_interleave(group, 0)
-
-        def through(matrix: Tensor, weight: Tensor | None) -> Tensor | None:
-            return None if weight is None else torch.einsum("hij,hj...->hi...", matrix, weight)
-
-        return replace(
-            heads,
-            q=through(undo_q, heads.q),
-            q_bias=through(undo_q, heads.q_bias),
-            k=through(keys, heads.k),
-            k_bias=through(keys, heads.k_bias),
-            v=through(values, heads.v),
-            v_bias=through(values, heads.v_bias),
-            o=torch.einsum("mhj,hji->mhi", heads.o, undo_o),
-        )
+        return changed(heads, keys, values)
 
     return step
 
