@@ -9,8 +9,8 @@ Importing the package is cheap: nothing heavy is loaded until one of its parts i
 
 from __future__ import annotations
 
-from rehead.convert.modeling import install as _install_models
 from rehead.lazy import exports
+from rehead.models.modeling import install as _install_models
 
 __version__ = "0.1.0"
 

@@ -126,7 +126,7 @@ def _flex(shape: Shape) -> Callable[..., Tensor]:
 
 
 def _peer(name: str, shape: Shape) -> Callable[..., Tensor]:
-    from rehead.patches.kernels import attention
+    from rehead.attention.kernels import attention
 
     if name == "flash":
         return _sdpa(torch.nn.attention.SDPBackend.FLASH_ATTENTION, shape)
@@ -139,7 +139,7 @@ def _peer(name: str, shape: Shape) -> Callable[..., Tensor]:
 
 def _errors(name: str, shape: Shape) -> tuple[float, float]:
     """Relative errors against float64 of the output and of the worst gradient, on two heads of at most 2048 tokens."""
-    from rehead.patches.kernels import reference
+    from rehead.attention.kernels import reference
 
     torch.manual_seed(0)
     small = Shape(shape.name, 1, 2, 2, min(shape.seq, 2048), shape.dim, shape.window and min(shape.window, 512))

@@ -333,7 +333,7 @@ def _attend_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of the last position over the whole cache: the decode kernel on a GPU, SDPA elsewhere."""
     query, keys, values = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     if query.is_cuda:
-        from rehead.patches.kernels import decode
+        from rehead.attention.kernels import decode
 
         return decode(query, keys, values, scale=query.shape[-1] ** -0.5, q_offset=keys.shape[2] - 1)
     out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != keys.shape[1])

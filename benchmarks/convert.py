@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rehead.benchmarks.machine import headline, machine
-from rehead.convert.safetensors_io import header_bytes
+from rehead.checkpoints.safetensors_io import header_bytes
 
 HIDDEN, INNER, HEADS, VOCAB = 4096, 11008, 32, 32000
 SHARD_BYTES = 2_000_000_000

@@ -121,7 +121,7 @@ def _in_step(item: Inputs, call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _call(peer: str, item: Inputs) -> Callable[[], Tensor]:
-    from rehead.patches.kernels import decode
+    from rehead.attention.kernels import decode
 
     if peer.startswith("rehead"):
         mask = None if peer.endswith("no mask") else item.mask

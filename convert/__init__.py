@@ -18,10 +18,10 @@ _EXPORTS = {
     "plan": "rehead.convert.execute",
     "inspect": "rehead.convert.inspection",
     "verify": "rehead.convert.verification",
-    "open_model": "rehead.convert.model",
-    "open_source": "rehead.convert.source",
-    "verify_files": "rehead.convert.manifest",
-    "register": "rehead.convert.methods.registry",
+    "open_model": "rehead.models.model",
+    "open_source": "rehead.checkpoints.source",
+    "verify_files": "rehead.checkpoints.manifest",
+    "register": "rehead.variants.pool.methods.registry",
 }
 
 __all__ = list(_EXPORTS)

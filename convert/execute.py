@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from rehead import __version__
+from rehead.checkpoints.finite import first_nonfinite
+from rehead.checkpoints.manifest import made_by
+from rehead.checkpoints.source import torch_dtype
+from rehead.checkpoints.target import Target, finish_commit
 from rehead.convert.card import model_card
-from rehead.convert.families.layouts import merge
-from rehead.convert.finite import first_nonfinite
-from rehead.convert.manifest import made_by
-from rehead.convert.methods.registry import MethodContext
-from rehead.convert.model import open_model
-from rehead.convert.modeling import carried_files
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
-from rehead.convert.reblock.layers import is_auto
-from rehead.convert.regroup import LayerResult, regroup
-from rehead.convert.source import torch_dtype
-from rehead.convert.target import Target, finish_commit
 from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.families.layouts import merge
+from rehead.models.model import open_model
+from rehead.models.modeling import carried_files
+from rehead.variants.blocks.layer_choice import is_auto
+from rehead.variants.pool.methods.registry import MethodContext
+from rehead.variants.pool.regroup import LayerResult, regroup
 
 Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total); stages are "calibrating", "writing"."""
@@ -225,18 +225,18 @@ def convert(
     with opened.source:
         chosen: dict[str, Any] = {}
         if is_auto(options.layers):
-            from rehead.convert.reblock.auto import choose
+            from rehead.variants.blocks.auto import choose
 
             options, chosen = choose(opened, options, resolve_device(device), progress)
         plan = make_plan(opened, options)
         if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
-            from rehead.convert.gauge import prove_layout
+            from rehead.convert.prove_layout import prove_layout
 
             prove_layout(plan.model)
         result = _execute(plan, out, device, resume, overwrite, progress, command, chosen)
     result.seconds = time.monotonic() - started
     if push_to_hub:
-        from rehead.convert.push import push_folder
+        from rehead.checkpoints.push import push_folder
 
         push_folder(result.out, push_to_hub)
     return result
@@ -288,7 +288,7 @@ def _execute(
         provider: LayerProvider = DirectLayers(plan, result.layers, target)
         details: dict[str, Any] = {}
         if plan.calibrated:
-            from rehead.convert.calibration.run import calibrate
+            from rehead.healing.run import calibrate
 
             provider, details = calibrate(plan, target.work_dir, device, result.layers, progress)
         _write(plan, target, provider, progress)

@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from typing import Any
 
-from rehead.convert.families import FAMILIES
-from rehead.convert.families.seq2seq import SEQ2SEQ
 from rehead.convert.hosts import hosts_of
-from rehead.convert.model import open_model
+from rehead.models.families import FAMILIES
+from rehead.models.families.seq2seq import SEQ2SEQ
+from rehead.models.model import open_model
 
 
 def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:

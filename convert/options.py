@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rehead.convert.methods.registry import get_method
-from rehead.convert.reblock.layers import AUTO, is_auto
-from rehead.convert.shards import parse_size
+from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError, unknown_name
+from rehead.variants.blocks.layer_choice import AUTO, is_auto
+from rehead.variants.pool.methods.registry import get_method
 
 GROUPINGS = ("contiguous", "similar")
 REINVESTMENTS = ("ffn", "hidden")

@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rehead.convert.families.layouts import merge
-from rehead.convert.meta import LoadReport, check_loads
-from rehead.convert.methods.mean import mean
-from rehead.convert.methods.registry import MethodContext
-from rehead.convert.model import Model, hosted, resolve_config
+from rehead.checkpoints.shards import OutputTensor
 from rehead.convert.options import DTYPES, ConvertOptions
-from rehead.convert.shards import OutputTensor
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.families.layouts import merge
+from rehead.models.meta import LoadReport, check_loads
+from rehead.models.model import Model, hosted, resolve_config
+from rehead.variants.pool.methods.mean import mean
+from rehead.variants.pool.methods.registry import MethodContext
 
 if TYPE_CHECKING:
     from rehead.convert.reinvest import Widening
@@ -184,7 +184,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     if old % kv:
         raise UsageError(f"--kv-heads {kv}: does not divide the model's {old} KV heads; choose {_divisors(old)}")
     if options.block is not None:
-        from rehead.convert.reblock import reblock
+        from rehead.variants.blocks.reblock import reblock
 
         model = reblock(model, options.block, options.layers, options.plain)
     if options.host is not None or (kv != old and model.family.hosted):
@@ -230,7 +230,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 def _without_remote_code(raw: dict[str, Any]) -> dict[str, Any]:
     """The config without an ``auto_map`` of somebody's code: transformers' own class loads the result, and remote code
     neither knows of the change nor comes along."""
-    from rehead.convert.modeling import carried_modules
+    from rehead.models.modeling import carried_modules
 
     if raw.get("auto_map") and not carried_modules(raw):
         raw.pop("auto_map")

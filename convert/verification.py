@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.convert.manifest import verify_files
-from rehead.convert.meta import load_report, quiet_transformers
-from rehead.convert.model import causal_lm_class, resolve_config
-from rehead.convert.modeling import carried_files
-from rehead.convert.source import open_source
+from rehead.checkpoints.manifest import verify_files
+from rehead.checkpoints.source import open_source
 from rehead.errors import VerificationError, first_line
+from rehead.models.meta import load_report, quiet_transformers
+from rehead.models.model import causal_lm_class, resolve_config
+from rehead.models.modeling import carried_files
 
 _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
@@ -182,7 +182,7 @@ def _compare(
     logits: Tensor, source: str, revision: str | None, tokens: Tensor, cached: bool
 ) -> tuple[dict[str, float], float | None]:
     """How far the source's logits are from these, and its own cache error where that is asked for."""
-    from rehead.patches.probing import divergence
+    from rehead.models.probing import divergence
 
     opened = open_source(source, revision)
     model = _load(source, resolve_config(opened.config, source), revision)

@@ -3,10 +3,10 @@
 Importing this module registers the attention implementation ``rehead_tiled`` with transformers.
 """
 
-from rehead.patches.base import PATCHES, LayerRecord, Patch, PatchReport, patch_model, register_patch
-from rehead.patches.blocks import ParallelPatch, SerialPatch
-from rehead.patches.interface import NAME, register
+from rehead.attention.interface import NAME, register
+from rehead.patches.patch import PATCHES, LayerRecord, Patch, PatchReport, patch_model, register_patch
 from rehead.patches.tiled_patch import TiledPatch
+from rehead.variants.blocks import ParallelPatch, SerialPatch
 
 register()
 

@@ -43,8 +43,8 @@ def patches_command(
 def _list(as_json: bool) -> None:
     from dataclasses import fields
 
+    from rehead.attention.adapters import ADAPTERS
     from rehead.patches import NAME, PATCHES
-    from rehead.patches.adapters import ADAPTERS
 
     patches = [
         {"name": p.name, "summary": p.summary, "options": [f.name for f in fields(p.Options)]}  # type: ignore[arg-type]
@@ -69,8 +69,8 @@ def _coverage(types: tuple[str, ...], workers: int, seconds: float, as_json: boo
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from rehead.errors import UsageError, VerificationError, unknown_name
+    from rehead.models.tiny import causal_types
     from rehead.patches import coverage
-    from rehead.patches.tiny import causal_types
 
     known = causal_types()
     for name in types:

@@ -15,7 +15,7 @@ from typing import Any
 PROVED, REFUSED, FAILED, WRONG, UNBUILT = "proved", "refused", "failed", "wrong", "not built"
 
 TOLERANCE = 1e-5
-"""Largest difference of logits, as :func:`rehead.patches.probing.allowed` takes it."""
+"""Largest difference of logits, as :func:`rehead.models.probing.allowed` takes it."""
 
 
 @dataclass
@@ -64,8 +64,9 @@ def _try(model_type: str) -> Outcome:
     import torch
 
     from rehead.errors import ReheadError, UnsupportedError, VerificationError
-    from rehead.patches import patch_model, probing
-    from rehead.patches.tiny import tiny_model
+    from rehead.models import probing
+    from rehead.models.tiny import tiny_model
+    from rehead.patches import patch_model
 
     torch.set_num_threads(1)
     try:
@@ -136,8 +137,8 @@ def _decode(model: Any, ids: Any) -> Any:
 def _by_name(model_type: str, ids: Any, reference: Any) -> str:
     import torch
 
-    from rehead.patches import probing
-    from rehead.patches.tiny import tiny_model
+    from rehead.models import probing
+    from rehead.models.tiny import tiny_model
 
     try:
         named = tiny_model(model_type, attn_implementation="rehead_tiled")
@@ -204,7 +205,7 @@ def run(
     Returns:
         Outcomes in the order of the types.
     """
-    from rehead.patches.tiny import causal_types
+    from rehead.models.tiny import causal_types
 
     types = list(causal_types() if model_types is None else model_types)
     queue = list(reversed(types))

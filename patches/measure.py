@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rehead.errors import UsageError
-from rehead.patches import probing
+from rehead.models import probing
 
 
 @dataclass

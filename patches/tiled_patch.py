@@ -9,13 +9,16 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from rehead.attention import adapters
+from rehead.attention.cpu.lanes import DTYPES
+from rehead.attention.discover import Found, find_attention
+from rehead.attention.interface import NAME, RECORD
+from rehead.attention.kernels.rules import MAX_HEAD_DIM
 from rehead.errors import UnsupportedError, UsageError
-from rehead.patches import adapters, measure, probing, proof
-from rehead.patches.base import LayerRecord, Patch, UndoLog, own_configs, register_patch
-from rehead.patches.cpu.lanes import DTYPES
-from rehead.patches.discover import Found, find_attention
-from rehead.patches.interface import NAME, RECORD
-from rehead.patches.kernels.rules import MAX_HEAD_DIM
+from rehead.models import probing
+from rehead.patches import measure
+from rehead.patches import prove as proof
+from rehead.patches.patch import LayerRecord, Patch, UndoLog, own_configs, register_patch
 
 
 @register_patch

@@ -168,8 +168,8 @@ def copy_command(name: str, file: str, overwrite: bool) -> None:
     """Copy the recipe NAME to FILE, to change it there."""
     from pathlib import Path
 
+    from rehead.checkpoints.files import write_file
     from rehead.errors import UsageError
-    from rehead.recipes.files import write_file
     from rehead.recipes.pipeline.load import recipe_text
 
     text = recipe_text(name)[0]

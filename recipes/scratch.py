@@ -99,7 +99,7 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel = NewModel())
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rehead.convert.meta import quiet_transformers
+    from rehead.models.meta import quiet_transformers
 
     if out.exists():
         raise UsageError(f"{out}: exists already; choose another folder or remove it")

@@ -19,3 +19,11 @@ def run(capsys: pytest.CaptureFixture[str]):
         return int(stop.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def model():
+    """A tiny random LLaMA."""
+    from rehead.models.tiny import tiny_model
+
+    return tiny_model("llama")

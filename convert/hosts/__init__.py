@@ -6,8 +6,8 @@ the checkpoint as its host's class sees it, with a KV head for each query head, 
 calibration, pooling) works on it as on any other source.
 """
 
-from rehead.convert.hosts.recipe import Derived, Recipe
 from rehead.convert.hosts.registry import find_host, hosts_of
-from rehead.convert.hosts.view import HostedSource
+from rehead.models.rewrite import Derived, Recipe
+from rehead.models.rewritten import HostedSource
 
 __all__ = ["Derived", "HostedSource", "Recipe", "find_host", "hosts_of"]

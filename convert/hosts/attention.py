@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rehead.convert.heads import Heads, rotary_pairs
+from rehead.models.heads import Heads, rotary_pairs
 
 
 def as_halves(heads: Heads) -> Heads:

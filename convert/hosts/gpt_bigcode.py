@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rehead.convert.heads import Heads
 from rehead.convert.hosts.attention import with_biases, with_queries_scaled
-from rehead.convert.hosts.recipe import Builder, Read, Recipe
+from rehead.models.heads import Heads
+from rehead.models.rewrite import Builder, Read, Recipe
 
 _OFFSET = 2  # rows before the first position in OPT's and BioGPT's tables
 

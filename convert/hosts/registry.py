@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from rehead.convert.families.spec import Config
-from rehead.convert.families.table import FAMILIES
-from rehead.convert.hosts.recipe import Builder, Recipe
-from rehead.convert.safetensors_io import TensorInfo
+from rehead.checkpoints.safetensors_io import TensorInfo
 from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.models.families.spec import Config
+from rehead.models.families.table import FAMILIES
+from rehead.models.rewrite import Builder, Recipe
 
 #: (model type, host) -> the module below this package whose function ``host`` builds the recipe. Hosts of one type in
 #: the order in which ``auto`` tries them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rehead.convert.hosts.attention import with_biases
-from rehead.convert.hosts.recipe import Builder
+from rehead.models.rewrite import Builder
 
 
 def common_config(build: Builder, architecture: str) -> dict[str, Any]:

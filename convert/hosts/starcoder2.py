@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rehead.convert.hosts.recipe import Builder, Recipe
 from rehead.convert.hosts.rope import rope_fields
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
+from rehead.models.rewrite import Builder, Recipe
 
 
 def host(build: Builder) -> Recipe:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.convert.meta import quiet_transformers
-from rehead.convert.model import causal_lm_class
 from rehead.errors import UnsupportedError
+from rehead.models.meta import quiet_transformers
+from rehead.models.model import causal_lm_class
 
 Change = Callable[[Tensor], Tensor]
 

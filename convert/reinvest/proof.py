@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.convert.meta import quiet_transformers
-from rehead.convert.model import causal_lm_class
-from rehead.patches.tiny import LAYERS, LISTS, SIZES, randomize
+from rehead.models.meta import quiet_transformers
+from rehead.models.model import causal_lm_class
+from rehead.models.tiny import LAYERS, LISTS, SIZES, randomize
 
 #: An epsilon large enough that a norm which gets it wrong shows.
 EPSILON = 0.05

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError
+from rehead.models.live import decoder_layers
+from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import batch_size, next_logits, require_finite, token_divergence
 from rehead.recipes.evaluation.windows import batches, cut
-from rehead.recipes.layers import decoder_layers
-from rehead.recipes.modes import evaluating
 
 
 def layer_damage(

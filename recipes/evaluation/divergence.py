@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rehead.errors import UsageError
+from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
 from rehead.recipes.evaluation.perplexity import WindowLosses, counts_of, dtype_name
@@ -28,7 +29,6 @@ from rehead.recipes.evaluation.scoring import (
     vocabulary,
 )
 from rehead.recipes.evaluation.windows import batches, cut
-from rehead.recipes.modes import evaluating
 
 #: Edges of the histogram, in nats: everything below the first, then eight to a decade.
 EDGES: tuple[float, ...] = (0.0, *(float(edge) for edge in np.logspace(-6, 2, 65)))

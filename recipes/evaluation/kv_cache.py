@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import vocabulary
-from rehead.recipes.modes import evaluating
 
 #: Two short contexts; the difference of what they leave behind is what single tokens cost, without states of fixed size
 #: (convolutions, recurrences) and below every sliding window.
@@ -70,7 +70,7 @@ def computed_bytes_per_token(config: Any, itemsize: int) -> float | None:
     Returns:
         None where the config does not say enough (latent attention, layers of unknown kinds or that differ).
     """
-    from rehead.convert.families import FAMILIES
+    from rehead.models.families import FAMILIES
 
     config = config.get_text_config(decoder=True)
     if getattr(config, "per_layer_attributes", None):
@@ -129,7 +129,7 @@ def stated_heads(config: Any, cached: list[int]) -> list[int]:
         config: a transformers config.
         cached: heads in each layer's cache.
     """
-    from rehead.convert.families import FAMILIES
+    from rehead.models.families import FAMILIES
 
     config = config.get_text_config(decoder=True)
     family = FAMILIES.get(config.model_type)

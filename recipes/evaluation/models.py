@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rehead.convert.source import Source, open_source, split_revision, torch_dtype
-from rehead.convert.tokenizer import open_tokenizer
+from rehead.checkpoints.source import Source, open_source, split_revision, torch_dtype
+from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
-from rehead.patches.probing import config_value
+from rehead.models.probing import config_value
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
 
@@ -80,8 +80,8 @@ def load_model(
         UnsupportedError: a checkpoint that plain transformers does not load (pickles, remote code, missing tensors),
             or one that does not fit into memory.
     """
-    from rehead.convert.meta import quiet_transformers
-    from rehead.convert.model import causal_lm_class, resolve_config
+    from rehead.models.meta import quiet_transformers
+    from rehead.models.model import causal_lm_class, resolve_config
 
     source = open_named(name)
     place = source.id
@@ -129,7 +129,7 @@ def load_model(
 
 
 def open_named(name: str) -> Source:
-    """The checkpoint of a folder, a Hub id, or ``id@revision``; raises as :func:`rehead.convert.source.open_source`."""
+    """The checkpoint of a folder, a Hub id, or ``id@revision``; raises as ``open_source``."""
     return open_source(*split_revision(name))
 
 
@@ -167,7 +167,7 @@ def require_same_tokenizer(baseline: Loaded, other: Loaded) -> None:
 
 def _manifest(name: str) -> dict[str, Any]:
     """The manifest of a folder that Rehead wrote; empty for any other model."""
-    from rehead.convert.manifest import MANIFEST_NAME, read_manifest
+    from rehead.checkpoints.manifest import MANIFEST_NAME, read_manifest
     from rehead.errors import ReheadError
 
     folder = Path(name)

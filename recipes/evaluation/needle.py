@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from rehead.errors import UsageError
+from rehead.models.modes import evaluating
+from rehead.models.positions import position_limit
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import batch_size, next_logits
-from rehead.recipes.modes import evaluating
-from rehead.recipes.positions import position_limit
 
 KEY, VALUE = 4, 2
 

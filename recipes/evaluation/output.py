@@ -17,7 +17,7 @@ def check_folder(out: str) -> None:
     Raises:
         UsageError: it is a file, or a checkpoint that Rehead wrote, whose manifest would no longer hold.
     """
-    from rehead.convert.smallfiles import MANIFEST_NAME
+    from rehead.checkpoints.smallfiles import MANIFEST_NAME
 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -36,7 +36,7 @@ def write(found: Evaluation, out: str) -> str:
     Returns:
         The path of the report for a person.
     """
-    from rehead.recipes.files import write_file
+    from rehead.checkpoints.files import write_file
     from rehead.recipes.report import write_report
 
     folder = Path(out)

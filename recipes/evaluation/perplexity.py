@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rehead.errors import UsageError
+from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
 from rehead.recipes.evaluation.scoring import batch_size, next_logits, require_finite, token_nll
 from rehead.recipes.evaluation.windows import Window, batches, cut
-from rehead.recipes.modes import evaluating
 
 
 @dataclass(frozen=True)

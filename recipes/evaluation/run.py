@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import rehead
+from rehead.checkpoints.manifest import versions
 from rehead.convert.execute import resolve_device
-from rehead.convert.manifest import versions
+from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
-from rehead.recipes.data.tokens import load_tokenizer, require_known, token_stream
+from rehead.models.positions import check_positions
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
@@ -28,7 +29,6 @@ from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
 from rehead.recipes.evaluation.scoring import vocabulary
 from rehead.recipes.evaluation.speed import speed_rows
-from rehead.recipes.positions import check_positions
 
 Progress = Callable[[str, float, float], None]
 
@@ -71,7 +71,7 @@ def evaluate(
         model: the model that is judged: a folder, a Hub id, or ``id@revision``.
         baseline: what it was made from.
         control: the baseline trained on the same tokens, so that what a text taught does not pass for what was healed.
-        data: texts, as ``rehead.recipes.data.sources.read_documents`` takes them.
+        data: texts, as ``rehead.data.sources.read_documents`` takes them.
         progress: called with (stage, done, total).
         **options: the fields of :class:`~rehead.recipes.evaluation.options.EvaluateOptions`.
 

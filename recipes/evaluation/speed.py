@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.models.modes import evaluating
+from rehead.models.positions import position_limit
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.scoring import keeps_logits, vocabulary
-from rehead.recipes.modes import evaluating
-from rehead.recipes.positions import position_limit
 
 #: Decoding steps that are timed after each prefill, behind one that is not.
 STEPS = 8

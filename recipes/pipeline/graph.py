@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from rehead.data import builtin
 from rehead.errors import UsageError
-from rehead.recipes.data import builtin
 from rehead.recipes.pipeline import names, sections
 from rehead.recipes.pipeline.schema import Recipe, checked
 from rehead.recipes.pipeline.sweep import Cell

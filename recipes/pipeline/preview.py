@@ -52,7 +52,7 @@ def conversion(stage: Stage) -> str:
     """``"8 -> 2 KV heads, 5,120 -> 1,280 bytes of KV cache a token"``; empty for a model that a stage will make.
 
     Raises:
-        ReheadError: as :func:`rehead.convert.plan`.
+        ReheadError: as :func:`rehead.convert.planning`.
     """
     from rehead.convert import plan
 

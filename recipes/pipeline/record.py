@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rehead import __version__
-from rehead.convert import source
-from rehead.convert.smallfiles import CARD_NAME, MANIFEST_NAME
-from rehead.convert.stream import hash_file
-from rehead.recipes.files import write_file
+from rehead.checkpoints import source
+from rehead.checkpoints.files import write_file
+from rehead.checkpoints.smallfiles import CARD_NAME, MANIFEST_NAME
+from rehead.checkpoints.stream import hash_file
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.training.log import LOG_NAME
 
@@ -51,7 +51,7 @@ def outside(stage: Stage) -> dict[str, Any]:
         UsageError: a model or text cannot be meant.
         UnsupportedError: a model on the Hub cannot be reached.
     """
-    from rehead.recipes.data.sources import identity
+    from rehead.data.sources import identity
 
     found: dict[str, Any] = {}
     for role, place in stage.models.items():

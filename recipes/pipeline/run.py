@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rehead.checkpoints.files import write_file
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UsageError
-from rehead.recipes.files import write_file
 from rehead.recipes.pipeline.graph import TRAININGS, CellPlan, Stage, plan_cell
+from rehead.recipes.pipeline.labels import shown_names
 from rehead.recipes.pipeline.load import Loaded, load_recipe
-from rehead.recipes.pipeline.naming import shown_names
 from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
 from rehead.recipes.pipeline.schema import Recipe, checked
 from rehead.recipes.pipeline.stages import Site, error_of, free_memory, require, run_stage

@@ -13,12 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rehead.checkpoints.files import write_file
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes.evaluation.output import FILE as EVALUATION
-from rehead.recipes.files import write_file
 from rehead.recipes.pipeline import graph, names
 from rehead.recipes.pipeline.graph import Place, Stage
-from rehead.recipes.pipeline.naming import renamed
+from rehead.recipes.pipeline.labels import renamed
 from rehead.recipes.pipeline.record import name_of
 
 Progress = Callable[[str, float, float], None]
@@ -68,7 +68,7 @@ def _fetch(stage: Stage, site: Site) -> None:
 
 
 def _new(stage: Stage, site: Site) -> None:
-    from rehead.recipes.data.sources import read_documents
+    from rehead.data.sources import read_documents
     from rehead.recipes.scratch import NewModel, new_model
 
     folder = site.out / stage.name
@@ -77,8 +77,8 @@ def _new(stage: Stage, site: Site) -> None:
 
 
 def _convert(stage: Stage, site: Site) -> None:
+    from rehead.checkpoints.staging import staging_path
     from rehead.convert import convert
-    from rehead.convert.staging import staging_path
 
     place = stage.models["model"]
     model, revision = (str(site.out / place.stage), None) if place.stage else name_of(place)

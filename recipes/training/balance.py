@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rehead.convert.heads import Heads
-from rehead.convert.model import Model, open_model
 from rehead.errors import ReheadError
+from rehead.models.heads import Heads
+from rehead.models.model import Model, open_model
 from rehead.recipes.training.models import Opened
 
 #: Factors that are off by more than this train badly: AdamW moves every element by about the learning rate, whatever

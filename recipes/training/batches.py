@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rehead.recipes.data.store import IGNORED, Rows
+from rehead.data.store import IGNORED, Rows
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
 

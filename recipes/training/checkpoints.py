@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rehead.convert.stream import ResourceError, hash_file, sync_dir, write_error
+from rehead.checkpoints.files import write_file
+from rehead.checkpoints.stream import ResourceError, hash_file, sync_dir, write_error
 from rehead.errors import UnsupportedError, UsageError
-from rehead.recipes.files import write_file
 from rehead.recipes.training.tensorfile import read_tensors, write_tensors
 
 try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rehead.recipes.data.store import TokenStore
+from rehead.data.store import TokenStore
 from rehead.recipes.training.identity import code_version
 from rehead.recipes.training.loop import peak_memory
 from rehead.recipes.training.models import Opened

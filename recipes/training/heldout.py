@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.recipes.data.store import IGNORED
-from rehead.recipes.modes import evaluating
+from rehead.data.store import IGNORED
+from rehead.models.modes import evaluating
 from rehead.recipes.training.processes import Processes
 
 

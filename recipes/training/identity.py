@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rehead import __version__
-from rehead.convert.smallfiles import MANIFEST_NAME
+from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.errors import UsageError
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions, flag
@@ -47,10 +47,10 @@ def code_version() -> dict[str, str]:
     """Versions of what computes, with a hash of the training code's own text."""
     import transformers
 
-    root = Path(__file__).parent
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
     digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *(root.parent / "data").rglob("*.py"), root.parent / "layers.py"]):
-        digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted([*here.rglob("*.py"), *(root / "data").rglob("*.py"), root / "models/live.py"]):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {
         "rehead": f"{__version__}+{digest.hexdigest()[:12]}",
         "torch": torch.__version__,

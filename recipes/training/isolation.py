@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rehead.errors import UnsupportedError
-from rehead.recipes.modes import evaluating
+from rehead.models.modes import evaluating
 
 _LENGTH = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.data.order import rows_of_step
+from rehead.data.store import Rows, TokenStore
 from rehead.errors import UsageError
-from rehead.recipes.data.order import rows_of_step
-from rehead.recipes.data.store import Rows, TokenStore
-from rehead.recipes.layers import decoder_layers
+from rehead.models.live import decoder_layers
 from rehead.recipes.training.batches import first_micro_batch, forward_inputs
 from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.losses.head import transformer

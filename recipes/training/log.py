@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rehead.convert.stream import write_error
+from rehead.checkpoints.stream import write_error
 from rehead.errors import UsageError, unknown_name
 
 LOG_NAME = "training-log.jsonl"

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.convert.stream import ResourceError
+from rehead.checkpoints.stream import ResourceError
+from rehead.data.order import rows_of_step
+from rehead.data.store import IGNORED, Rows, TokenStore
 from rehead.errors import VerificationError
-from rehead.recipes.data.order import rows_of_step
-from rehead.recipes.data.store import IGNORED, Rows, TokenStore
 from rehead.recipes.training.batches import first_micro_batch, forward_inputs
 from rehead.recipes.training.checkpoints import WorkFolder, save
 from rehead.recipes.training.heldout import HeldOut, evaluate_held_out

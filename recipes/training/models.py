@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rehead.convert.meta import quiet_transformers
-from rehead.convert.model import causal_lm_class, resolve_config
-from rehead.convert.smallfiles import MANIFEST_NAME
-from rehead.convert.source import Source, open_source, split_revision
+from rehead.checkpoints.smallfiles import MANIFEST_NAME
+from rehead.checkpoints.source import Source, open_source, split_revision
 from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.meta import quiet_transformers
+from rehead.models.model import causal_lm_class, resolve_config
 from rehead.recipes.training.options import UptrainOptions
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rehead import __version__
-from rehead.convert.manifest import made_by
-from rehead.convert.modeling import carried_files
-from rehead.convert.shards import OutputTensor, parse_size, plan_shards
-from rehead.convert.source import Source, torch_dtype
-from rehead.convert.target import Target
+from rehead.checkpoints.manifest import made_by
+from rehead.checkpoints.shards import OutputTensor, parse_size, plan_shards
+from rehead.checkpoints.source import Source, torch_dtype
+from rehead.checkpoints.target import Target
 from rehead.errors import UnsupportedError, VerificationError
+from rehead.models.modeling import carried_files
 from rehead.recipes.training.log import LOG_NAME
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.tensorfile import whole

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from rehead.convert.resume import finish_commit
-from rehead.convert.staging import check_out
+from rehead.checkpoints.resume import finish_commit
+from rehead.checkpoints.staging import check_out
+from rehead.data.sources import identity as data_identity
 from rehead.errors import UsageError
-from rehead.recipes.data.sources import identity as data_identity
-from rehead.recipes.layers import decoder_layers
-from rehead.recipes.positions import check_positions
+from rehead.models.live import decoder_layers
+from rehead.models.positions import check_positions
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
 from rehead.recipes.training.facts import end_facts, start_facts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rehead.recipes.layers import decoder_layers
+from rehead.models.live import decoder_layers
 from rehead.recipes.training.processes import Processes
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.convert.safetensors_io import header_bytes
-from rehead.convert.source import DTYPE_NAMES
-from rehead.convert.stream import HashingWriter, new_pool, sync_close
+from rehead.checkpoints.safetensors_io import header_bytes
+from rehead.checkpoints.source import DTYPE_NAMES
+from rehead.checkpoints.stream import HashingWriter, new_pool, sync_close
 from rehead.errors import UnsupportedError
 
 DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}

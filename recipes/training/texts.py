@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rehead.data.sources import identity
+from rehead.data.store import TokenStore, write_store
+from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UsageError
-from rehead.recipes.data.sources import identity
-from rehead.recipes.data.store import TokenStore, write_store
-from rehead.recipes.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.recipes.training.loop import Progress
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions

@@ -12,9 +12,9 @@ from pathlib import Path
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from rehead.convert.contents import gather, parse_config
-from rehead.convert.manifest import read_manifest, verify_files
-from rehead.convert.safetensors_io import (
+from rehead.checkpoints.contents import gather, parse_config
+from rehead.checkpoints.manifest import read_manifest, verify_files
+from rehead.checkpoints.safetensors_io import (
     DTYPE_BITS,
     Header,
     header_bytes,
@@ -23,7 +23,7 @@ from rehead.convert.safetensors_io import (
     parse_index,
     read_header,
 )
-from rehead.convert.shards import OutputTensor, parse_size, plan_shards
+from rehead.checkpoints.shards import OutputTensor, parse_size, plan_shards
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 
 many = settings(

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import IDS, loaded, logits
 from transformers import AutoModelForCausalLM
 
+from rehead.checkpoints.safetensors_io import read_header
 from rehead.convert import convert, inspect, plan, verify
 from rehead.convert.hosts.registry import _PAIRS
 from rehead.convert.hosts.rope import rope_fields
-from rehead.convert.safetensors_io import read_header
 from rehead.errors import UnsupportedError, UsageError
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

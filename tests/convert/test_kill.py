@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
 import pytest
 
-from rehead.convert.manifest import verify_files
+import checkpoints
+from rehead.checkpoints.manifest import verify_files
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,8 @@ import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import transformers.models.llama.modeling_llama
 from rehead import cli
-from rehead.convert import commands, execute, verification
+from rehead.convert import commands, execute
+from rehead.convert import verify as verification
 
 def convert(model, out, resume, overwrite):
     flags = ["--quiet", "--kv-heads", "1", "--max-shard-size", "40KB"]

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from tiny import IDS, logits
 from transformers import AutoModelForCausalLM
 
+from rehead.checkpoints.safetensors_io import header_bytes
 from rehead.convert import convert, plan, verify
 from rehead.convert.commands import plan_command
-from rehead.convert.families import FAMILIES
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
-from rehead.convert.safetensors_io import header_bytes
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.families import FAMILIES
 
 FFN = ["llama", "ministral3", "qwen3", "gemma2", "phi3", "glm", "starcoder2", "falcon", "gpt_neox", "gpt2"]
 HIDDEN = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "granite", "olmo2"]

@@ -12,9 +12,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
+from rehead.attention.discover import mask_style
+from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
-from rehead.patches.discover import mask_style
-from rehead.patches.tiny import tiny_model
 
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
 ARCHS = {
@@ -332,7 +332,7 @@ def test_a_model_loaded_by_name_compiles_without_graph_breaks():
 @pytest.mark.parametrize("arch", ["llama", "gpt_oss"])
 def test_compiled_decoding_is_one_graph(arch, monkeypatch):
     """As `generate` does on a GPU: masks made outside, positions as tensors; every step runs the same graph."""
-    monkeypatch.setattr("rehead.patches.masking._may_wait", lambda tensor, rows: rows > 16)
+    monkeypatch.setattr("rehead.attention.mask_function._may_wait", lambda tensor, rows: rows > 16)
     model = shared(arch)
 
     def run(step):

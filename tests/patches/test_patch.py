@@ -8,11 +8,11 @@ from probes import TOKENS, logits, one_line
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from rehead.attention.adapters import register_adapter
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.tiny import tiny_model
 from rehead.patches import PATCHES, Patch, patch_model, register_patch
-from rehead.patches.adapters import register_adapter
-from rehead.patches.base import UndoLog
-from rehead.patches.tiny import tiny_model
+from rehead.patches.patch import UndoLog
 
 
 def test_apply_and_revert_by_hand(model):

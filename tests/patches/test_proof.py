@@ -9,10 +9,10 @@ from probes import TOKENS, logits, one_line
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-import rehead.patches.probing as probing
+import rehead.models.probing as probing
 from rehead.errors import UsageError, VerificationError
+from rehead.models.tiny import randomize, tiny_model
 from rehead.patches import patch_model
-from rehead.patches.tiny import randomize, tiny_model
 
 
 def test_prove_restores_mode_counters_and_random_state(model):
@@ -51,7 +51,7 @@ def test_what_16_bits_do_by_themselves_is_not_held_against_a_patch(monkeypatch):
         with pytest.raises(VerificationError, match="differ"):
             patch.prove(tolerance=0.04)
         monkeypatch.setattr(
-            "rehead.patches.interface.tiled.attention",
+            "rehead.attention.interface.tiled.attention",
             wrong_attention(lambda rules: {**rules, "kv_start": None, "kv_end": None, "key_mask": None}),
         )
         with pytest.raises(VerificationError, match="differ"):
@@ -74,7 +74,7 @@ def test_logits_that_rounding_alone_throws_about_prove_nothing(dtype):
 
 def wrong_attention(change):
     """The real attention function with one rule changed."""
-    from rehead.patches import tiled
+    from rehead.attention import attend as tiled
 
     real = tiled.attention
     return lambda *args, **kwargs: real(*args, **change(dict(kwargs)))
@@ -91,7 +91,7 @@ def wrong_attention(change):
 )
 def test_prove_catches_wrong_attention(model, monkeypatch, change, word):
     with patch_model(model, "tiled") as patch:
-        monkeypatch.setattr("rehead.patches.interface.tiled.attention", wrong_attention(change))
+        monkeypatch.setattr("rehead.attention.interface.tiled.attention", wrong_attention(change))
         with pytest.raises(VerificationError, match=word) as error:
             patch.prove()
         one_line(error)
@@ -108,11 +108,11 @@ def test_prove_catches_wrong_attention(model, monkeypatch, change, word):
 )
 def test_prove_catches_what_is_wrong_from_a_cache_alone(model, monkeypatch, rows, change):
     """A step of one token, and the rest of a prompt in one piece, have code of their own below the interface."""
-    from rehead.patches import tiled
+    from rehead.attention import attend as tiled
 
     real, wrong = tiled.attention, wrong_attention(change)
     monkeypatch.setattr(
-        "rehead.patches.interface.tiled.attention",
+        "rehead.attention.interface.tiled.attention",
         lambda query, *args, **rules: (wrong if query.shape[2] == rows else real)(query, *args, **rules),
     )
     with patch_model(model, "tiled") as patch, pytest.raises(VerificationError, match="differ"):
@@ -123,7 +123,7 @@ def test_a_model_loaded_by_name_is_not_proved_against_itself(monkeypatch):
     with patch_model(tiny_model("llama", "rehead_tiled"), "tiled") as patch:
         assert patch.prove().against == "eager"
         monkeypatch.setattr(
-            "rehead.patches.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "scale": 0.3})
+            "rehead.attention.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "scale": 0.3})
         )
         with pytest.raises(VerificationError, match="differ"):
             patch.prove()
@@ -260,7 +260,7 @@ def test_a_classifier_is_proved_by_its_hidden_states(monkeypatch):
     with patch_model(model, "tiled") as patch:
         assert patch.prove().layers == 2
         monkeypatch.setattr(
-            "rehead.patches.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "causal": False})
+            "rehead.attention.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "causal": False})
         )
         with pytest.raises(VerificationError):
             patch.prove()

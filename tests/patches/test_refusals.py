@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
-from rehead.patches.tiny import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 from probes import TOKENS, logits, one_line
 from torch import nn
 
+from rehead.attention.discover import find_attention
 from rehead.errors import UnsupportedError
+from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
-from rehead.patches.discover import find_attention
-from rehead.patches.tiny import tiny_model
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["dp", "compile"])

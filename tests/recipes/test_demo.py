@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rehead.recipes.data.builtin import TEXTS, text_path
+from rehead.data.builtin import TEXTS, text_path
 from rehead.recipes.demo import RECIPES, main
 from rehead.recipes.pipeline.load import library_names
 from rehead.recipes.pipeline.names import embedded_model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rehead.patches.kernels import unavailable as device_unavailable
+from rehead.attention.kernels import unavailable as device_unavailable
 from rehead.recipes.training.losses.registry import Objective
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rehead.data.store import IGNORED
 from rehead.errors import UsageError
-from rehead.recipes.data.store import IGNORED
 from rehead.recipes.training.losses.chunked import Side, head_loss
 from rehead.recipes.training.losses.head import Head, base_model, final_hidden, find_head, transformer
 from rehead.recipes.training.losses.hidden import chosen_layers, hidden_loss

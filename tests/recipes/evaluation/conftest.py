@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers import MistralForCausalLM as Mistral
 
 from rehead.convert import convert
-from rehead.patches.tiny import randomize
+from rehead.models.tiny import randomize
 from rehead.recipes.scratch import NewModel, new_model
 
 WORDS = ("peace", "commerce", "a treaty with the United Kingdom", "revenues beyond all expectation")

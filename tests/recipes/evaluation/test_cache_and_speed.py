@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
-from rehead.patches.tiny import tiny_model
+from rehead.models.tiny import tiny_model
 from rehead.recipes.evaluation import speed
 from rehead.recipes.evaluation.kv_cache import (
     cache_note,

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from rehead.errors import UnsupportedError
-from rehead.patches.tiny import tiny_model
+from rehead.models.live import decoder_layers
+from rehead.models.tiny import tiny_model
 from rehead.recipes.evaluation.damage import borrowed, layer_damage
 from rehead.recipes.evaluation.divergence import compare
-from rehead.recipes.layers import decoder_layers
 
 
 def test_each_layer_alone_is_what_a_model_with_that_layer_gives(load, original, converted, tokens):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rehead.recipes.pipeline.naming import renamed
+from rehead.recipes.pipeline.labels import renamed
 
 SHOWN = {"/m/texts/a.txt#lines": "a.txt#lines", "/out/": "", "/m": "m", "/mm": "big"}
 

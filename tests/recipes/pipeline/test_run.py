@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rehead.convert.manifest import verify_files
+from rehead.checkpoints.manifest import verify_files
 from rehead.errors import QualityError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes import run_recipe
 from rehead.recipes.pipeline.record import FOLDER

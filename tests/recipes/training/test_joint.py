@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert
 from rehead.errors import UsageError
+from rehead.models.live import decoder_layers
 from rehead.recipes import uptrain
-from rehead.recipes.layers import decoder_layers
 from rehead.recipes.training.joint import _output_of
 
 

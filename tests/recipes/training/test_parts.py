@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rehead.convert.stream import ResourceError
+from rehead.checkpoints.stream import ResourceError
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.training.balance import LIMIT, measure, warn_if_unbalanced
 from rehead.recipes.training.isolation import prove_isolation
@@ -295,7 +295,7 @@ def test_badly_scaled_factors_are_warned_of(tiny, tmp_path: Path, pair: tuple[st
 
 def test_one_badly_scaled_dimension_in_a_good_layer(tiny, tmp_path: Path) -> None:
     # Seen without a teacher as well, by the spread inside the layer.
-    from rehead.convert.model import open_model
+    from rehead.models.model import open_model
 
     folder = _rescaled(tiny, tmp_path / "out", ("nothing", "nothing either"), 1.0)
     weights = load_file(folder / "model.safetensors")

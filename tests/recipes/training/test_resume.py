@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rehead.convert.stream import ResourceError
+from rehead.checkpoints.stream import ResourceError
 from rehead.errors import UsageError, VerificationError
 from rehead.recipes import uptrain
 from rehead.recipes.training import identity

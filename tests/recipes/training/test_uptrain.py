@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rehead.checkpoints.manifest import verify_files
 from rehead.convert import convert, verify
-from rehead.convert.manifest import verify_files
+from rehead.data.tokens import load_tokenizer, token_stream
 from rehead.errors import UsageError, VerificationError
 from rehead.recipes import uptrain
-from rehead.recipes.data.tokens import load_tokenizer, token_stream
 from rehead.recipes.training.checkpoints import work_path
 
 
@@ -178,7 +178,7 @@ def test_pretraining_from_scratch_needs_no_teacher(tiny, tmp_path: Path) -> None
 
 
 def test_a_gpu_out_of_memory_is_given_fewer_rows(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rehead.convert.stream import ResourceError
+    from rehead.checkpoints.stream import ResourceError
     from rehead.recipes.training.losses import StudentWithLoss
 
     plain: list[dict] = []

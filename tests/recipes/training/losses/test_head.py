@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rehead.errors import UnsupportedError
-from rehead.patches.tiny import tiny_model
+from rehead.models.tiny import tiny_model
 from rehead.recipes.training.losses.head import base_model, final_hidden, find_head
 
 # What stands behind the head, by model type and the config that brings it about.

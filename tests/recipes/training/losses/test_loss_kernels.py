@@ -8,7 +8,7 @@ import pytest
 import torch
 from loss_reference import LOSSES, apart, head_side, plain_loss, whole
 
-from rehead.patches.kernels import unavailable
+from rehead.attention.kernels import unavailable
 from rehead.recipes.training.losses import fused, parse_objective
 from rehead.recipes.training.losses.chunked import head_loss
 from rehead.recipes.training.losses.head import Shape

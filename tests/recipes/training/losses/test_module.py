@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rehead.errors import UsageError
-from rehead.patches.tiny import tiny_model
+from rehead.models.tiny import tiny_model
 from rehead.recipes.training.losses import StudentWithLoss
 from rehead.recipes.training.losses.hidden import hidden_loss
 from rehead.recipes.training.losses.registry import parse_objective

@@ -1,0 +1,5 @@
+"""Exact tiled attention on the CPU: forward and backward in linear memory, skipping the tiles that a mask rules out."""
+
+from rehead.attention.cpu.operator import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,351 @@
+"""Exact attention on the CPU with the signature of the GPU kernels: tiles, log-sum-exp merges, linear memory.
+
+The forward and the backward are registered as custom operators (``rehead::cpu_attention`` and its backward), so that
+autograd, ``torch.compile`` and gradient checkpointing treat attention as one opaque node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rehead.attention.cpu.masks import Row, TileMasks, read_row
+from rehead.attention.cpu.plan import Call, Rect, Rules, plan
+from rehead.attention.cpu.tiles import flash_backward, flash_forward, math_backward, math_forward, merge_
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+STEP_ELEMENTS = 1 << 20
+"""Largest query tensor that one kernel call takes whole; beyond, temporaries are kept small by cutting along heads."""
+
+
+@dataclass
+class Options:
+    """Every argument of :func:`attention` besides query, key and value; see there. The operators' schemas list them in
+    this order."""
+
+    scale: float
+    causal: bool
+    q_offset: int
+    window: int | None
+    chunk: int | None
+    kv_start: Tensor | None
+    kv_end: Tensor | None
+    key_mask: Tensor | None
+    q_segments: Tensor | None
+    kv_segments: Tensor | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class Lane:
+    """The batch rows that share one plan, laid out for the tile functions.
+
+    Attributes:
+        rows: the batch rows.
+        query, key, value: ``[N, G, Sq, D]`` and ``[N, 1 or G, Skv, D]``.
+        calls: what to compute.
+        masks: the mask of each masked call.
+    """
+
+    rows: slice
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    calls: list[Call]
+    masks: TileMasks
+
+    def mask(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        return self.masks(call) if call.kind == "masked" else (None, None)
+
+    def keys(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self.key[:, :, call.k0 : call.k1], self.value[:, :, call.k0 : call.k1]
+
+    def lay_out(self, tensor: Tensor) -> Tensor:
+        """``[rows, H, S, ...]`` in this lane's ``[N, G, S, ...]``."""
+        return tensor.reshape(*self.query.shape[:2], *tensor.shape[2:])
+
+
+def _rows(opts: Options, batch: int, n_query: int, n_key: int) -> list[tuple[slice, Row]]:
+    """Group the batch by what its rows may see; one group when nothing depends on the row."""
+    per_row = (opts.kv_start, opts.kv_end, opts.key_mask, opts.q_segments)
+    if batch == 0 or all(item is None for item in per_row):
+        rows = [(slice(0, batch), Row([Rect(0, n_query, 0, n_key)]))]
+    else:
+        starts = [0] * batch if opts.kv_start is None else opts.kv_start.tolist()
+        ends = [n_key] * batch if opts.kv_end is None else opts.kv_end.tolist()
+        read = [
+            read_row(
+                n_query,
+                n_key,
+                starts[b],
+                ends[b],
+                None if opts.key_mask is None else opts.key_mask[b],
+                None if opts.q_segments is None else opts.q_segments[b],
+                None if opts.kv_segments is None else opts.kv_segments[b],
+            )
+            for b in range(batch)
+        ]
+        same = all(not row.irregular and row.rects == read[0].rects for row in read)
+        rows = [(slice(0, batch), read[0])] if same else [(slice(b, b + 1), row) for b, row in enumerate(read)]
+    if (opts.bias is not None or opts.alibi_slopes is not None) and len(rows) == 1 and batch > 1:
+        # A mask that differs between heads is laid out for one row at a time.
+        rows = [(slice(b, b + 1), rows[0][1]) for b in range(batch)]
+    return rows
+
+
+def _split_long(rows: list[tuple[slice, Row]], elements: int) -> list[tuple[slice, Row]]:
+    """Long grouped sequences go row by row, which needs no copies; short ones together, which needs fewer calls."""
+    if elements <= STEP_ELEMENTS:
+        return rows
+    return [(slice(b, b + 1), row) for span, row in rows for b in range(span.start, span.stop)]
+
+
+def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: bool) -> Iterator[Lane]:
+    batch, heads, n_query, _ = query.shape
+    kv_heads, n_key = key.shape[1:3]
+    group = heads // kv_heads
+    work = torch.promote_types(query.dtype, torch.float32)
+    mask_heads = heads if opts.alibi_slopes is not None or (opts.bias is not None and opts.bias.shape[1] > 1) else 1
+    layout = _rows(opts, batch, n_query, n_key)
+    if group > 1:
+        layout = _split_long(layout, query.numel())
+    for rows, row in layout:
+        count = rows.stop - rows.start
+        q, k, v = query[rows], key[rows], value[rows]
+        alibi = opts.alibi_slopes
+        bias = None
+        if opts.bias is not None:
+            bias = opts.bias if opts.bias.shape[0] == 1 else opts.bias[rows]
+        if group > 1:
+            q = q.reshape(count * kv_heads, group, n_query, q.shape[-1])
+            k, v = (x.reshape(count * kv_heads, 1, n_key, x.shape[-1]) for x in (k, v))
+            alibi = None if alibi is None else alibi.view(kv_heads, group)
+            if bias is not None and bias.shape[1] > 1:
+                bias = bias.reshape(kv_heads, group, *bias.shape[2:])
+        elif alibi is not None:
+            alibi = alibi[None]
+        rules = Rules(
+            causal=opts.causal,
+            offset=opts.q_offset,
+            window=opts.window,
+            chunk=opts.chunk,
+            dense=row.irregular or alibi is not None or bias is not None,
+            tiled=tiled,
+            mask_heads=mask_heads,
+        )
+        yield Lane(rows, q, k, v, plan(row.rects, rules), TileMasks(rules, row, alibi, bias, work))
+
+
+def _head_steps(lane: Lane, call: Call) -> list[slice]:
+    """Cut a large call along its heads, so that the kernel's temporaries stay a fraction of the tensors."""
+    count, group = lane.query.shape[:2]
+    if (call.q1 - call.q0) * lane.query.shape[-1] * count * group <= STEP_ELEMENTS:
+        return [slice(0, group)]
+    step = max(1, -(-torch.get_num_threads() // count))
+    return [slice(start, min(start + step, group)) for start in range(0, group, step)]
+
+
+def _pick(tensor: Tensor | None, heads: slice) -> Tensor | None:
+    """The heads of a tensor whose second dimension may be broadcast."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
+
+
+def _lane_forward(lane: Lane, opts: Options, out: Tensor, lse: Tensor) -> None:
+    """Fill ``out`` ``[N, G, Sq, D]`` (zeros) and ``lse`` ``[N, G, Sq]`` (-inf) of one lane."""
+    filled = torch.zeros(lane.query.shape[2], dtype=torch.bool)
+    for call in lane.calls:
+        rows = slice(call.q0, call.q1)
+        key, value = lane.keys(call)
+        mask, hidden = lane.mask(call)
+        merge = bool(filled[rows].any())
+        filled[rows] = True
+        for heads in _head_steps(lane, call):
+            args = (
+                lane.query[:, heads, rows],
+                *(key if key.shape[1] == 1 else key[:, heads], value if value.shape[1] == 1 else value[:, heads]),
+                opts.scale,
+                _pick(mask, heads),
+                call.kind == "causal",
+            )
+            if opts.softcap is None:
+                part, part_lse = flash_forward(*args, _pick(hidden, heads))
+            else:
+                part, part_lse = math_forward(*args, opts.softcap)
+            if merge:
+                merge_(out[:, heads, rows], lse[:, heads, rows], part, part_lse.to(lse.dtype))
+            else:
+                out[:, heads, rows], lse[:, heads, rows] = part, part_lse
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor] | None:
+    """One query token: the heads of a group become the rows of one tile, so that each KV head is read once."""
+    batch, heads, _, dim = query.shape
+    kv_heads, n_key = key.shape[1:3]
+    if opts.softcap is not None or opts.alibi_slopes is not None or opts.bias is not None:
+        return None
+    low, high = 0, n_key
+    if opts.causal:
+        high = min(high, opts.q_offset + 1)
+    if opts.window is not None:
+        low = max(low, opts.q_offset - opts.window + 1)
+    if opts.chunk is not None:
+        start = opts.q_offset // opts.chunk * opts.chunk
+        low, high = max(low, start), min(high, start + opts.chunk)
+    if low >= high:
+        return None
+    seen = _seen_by_last(opts, low, high)
+    mask = hidden = None
+    if seen is not None and not bool(seen.all()):
+        mask = torch.where(seen, 0.0, float("-inf")).to(torch.promote_types(query.dtype, torch.float32))[:, None, None]
+        hidden = ~seen.any(-1)[:, None, None]
+    span = slice(low, high)
+    packed = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    out, lse = flash_forward(packed, key[:, :, span], value[:, :, span], opts.scale, mask, False, hidden)
+    return out.reshape(batch, 1, heads, dim).contiguous(), lse.reshape(batch, heads, 1).contiguous()
+
+
+def _seen_by_last(opts: Options, low: int, high: int) -> Tensor | None:
+    """Which of the keys ``[low, high)`` the rows' bounds, padding and segments leave to one query, bool ``[B, n]``."""
+    key = torch.arange(low, high)
+    parts = []
+    if opts.kv_start is not None:
+        parts.append(key >= opts.kv_start[:, None])
+    if opts.kv_end is not None:
+        parts.append(key < opts.kv_end[:, None])
+    if opts.key_mask is not None:
+        parts.append(opts.key_mask[:, low:high])
+    if opts.q_segments is not None and opts.kv_segments is not None:
+        parts.append(opts.kv_segments[:, low:high] == opts.q_segments[:, :1])
+    if not parts:
+        return None
+    seen = parts[0]
+    for part in parts[1:]:
+        seen = seen & part
+    return seen
+
+
+def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Add one logit a head to the denominator. ``out`` is ``[B, Sq, H, D]``, ``lse`` ``[B, H, Sq]``."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    return (out * torch.exp(lse - total).transpose(1, 2)[..., None].to(out.dtype)), total
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Sq, H, D]`` and log-sum-exp ``[B, H, Sq]`` (sinks included), both contiguous."""
+    heads, n_query, dim = query.shape[1:]
+    result = _decode(query, key, value, opts) if n_query == 1 else None
+    if result is None:
+        batch = query.shape[0]
+        work = torch.promote_types(query.dtype, torch.float32)
+        lanes = list(_lanes(query, key, value, opts, tiled=opts.softcap is not None))
+        # Rows merged from several tiles are kept in float32 until they are complete.
+        merged = any(sum(call.q1 - call.q0 for call in lane.calls) > n_query for lane in lanes)
+        out = query.new_zeros(batch, n_query, heads, dim, dtype=work if merged else query.dtype)
+        lse = query.new_full((batch, heads, n_query), float("-inf"), dtype=work)
+        for lane in lanes:
+            whole = out[lane.rows].transpose(1, 2)
+            part = lane.lay_out(whole)
+            _lane_forward(lane, opts, part, lane.lay_out(lse[lane.rows]))
+            if part.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+                # Grouped heads of several batch rows cannot be seen as one lane without a copy.
+                whole.copy_(part.reshape(whole.shape))
+        result = out.to(query.dtype), lse
+    if opts.sinks is not None:
+        result = _apply_sinks(*result, opts.sinks)
+    return result
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    opts: Options,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, sinks and bias; the last two are empty where there is none to give.
+
+    Args:
+        grad_out, out: ``[B, Sq, H, D]``.
+        lse: ``[B, H, Sq]`` with the sinks included.
+        bias_grad: also differentiate with respect to ``opts.bias``.
+    """
+    work = torch.promote_types(query.dtype, torch.float32)
+    explicit = opts.softcap is not None or bias_grad
+    grads = [x.new_zeros(x.shape, dtype=work) for x in (query, key, value)]
+    grad_bias = query.new_zeros(opts.bias.shape if bias_grad and opts.bias is not None else (0,), dtype=work)
+    for lane in _lanes(query, key, value, opts, tiled=explicit):
+        grad_lane, out_lane = (lane.lay_out(x[lane.rows].transpose(1, 2)) for x in (grad_out, out))
+        lse_lane = lane.lay_out(lse[lane.rows])
+        # The sums are contiguous, so these are views: tiles add straight into the result.
+        sums = [
+            g[lane.rows].view(like.shape) for g, like in zip(grads, (lane.query, lane.key, lane.value), strict=True)
+        ]
+        for call in lane.calls:
+            rows, span = slice(call.q0, call.q1), slice(call.k0, call.k1)
+            key_part, value_part = lane.keys(call)
+            mask, _ = lane.mask(call)
+            for some in _head_steps(lane, call):
+                own = key_part.shape[1] != 1
+                args = (
+                    grad_lane[:, some, rows],
+                    lane.query[:, some, rows],
+                    key_part[:, some] if own else key_part,
+                    value_part[:, some] if own else value_part,
+                    out_lane[:, some, rows],
+                    lse_lane[:, some, rows],
+                    opts.scale,
+                    _pick(mask, some),
+                    call.kind == "causal",
+                )
+                if explicit:
+                    *parts, grad_mask = math_backward(*args, opts.softcap)
+                    if bias_grad:
+                        _add_bias_grad(grad_bias, grad_mask, lane, call, some)
+                else:
+                    parts = list(flash_backward(*args))
+                for total, part, where in zip(sums, parts, (rows, span, span), strict=True):
+                    _target(total, some)[:, :, where] += part
+    grad_sinks = query.new_zeros(0)
+    if opts.sinks is not None:
+        delta = (grad_out.to(work) * out.to(work)).sum(-1).transpose(1, 2)
+        weight = torch.exp(opts.sinks.to(work)[None, :, None] - lse)
+        grad_sinks = -(weight * delta).sum((0, 2)).to(opts.sinks.dtype)
+    grad_q, grad_k, grad_v = (g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
+    if bias_grad and opts.bias is not None:
+        grad_bias = grad_bias.to(opts.bias.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks, grad_bias
+
+
+def _target(total: Tensor, heads: slice) -> Tensor:
+    """Where the gradient of some heads goes; a KV head that a whole group reads has one place for all."""
+    return total if total.shape[1] == 1 else total[:, heads]
+
+
+def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, call: Call, some: slice) -> None:
+    """Add a tile's mask gradient, summed over the dimensions along which the bias is broadcast."""
+    count = lane.rows.stop - lane.rows.start
+    target = grad_bias if grad_bias.shape[0] == 1 else grad_bias[lane.rows]
+    lane_heads = lane.query.shape[0] * lane.query.shape[1] // count
+    # [rows, KV heads or 1, group, Sq, Skv]: a lane keeps the heads of a group beside each other.
+    part = grad_mask.reshape(count, -1, *grad_mask.shape[1:])
+    if target.shape[1] == 1:
+        part, target = part.sum((1, 2), keepdim=True), target[:, :, None]
+    else:
+        target = target.view(target.shape[0], part.shape[1], lane_heads // part.shape[1], *target.shape[2:])[:, :, some]
+    for dim, (start, stop) in ((0, (0, count)), (3, (call.q0, call.q1)), (4, (call.k0, call.k1))):
+        if target.shape[dim] == 1 and part.shape[dim] > 1:
+            part = part.sum(dim, keepdim=True)
+        elif dim and target.shape[dim] > 1:
+            target = target.narrow(dim, start, stop - start)
+    target += part

@@ -1,0 +1,234 @@
+"""The attention function that transformers calls under ``rehead_tiled``, and its registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from rehead.attention import attend as tiled
+from rehead.attention.mask import TiledMask
+from rehead.errors import UnsupportedError, UsageError
+
+NAME = "rehead_tiled"
+
+RECORD = "_rehead_layer"
+"""Attribute that a patch puts on each attention module while it is applied."""
+
+IGNORED = frozenset(
+    {
+        # Positions, caches and bookkeeping that have done their work before attention is called.
+        "position_ids", "cache_position", "position_embeddings", "past_key_values", "past_key_value", "use_cache",
+        "is_updated", "layer_idx", "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep",
+        "output_router_logits", "return_tensors", "labels", "token_type_ids", "mm_token_type_ids", "training",
+        "max_length_q", "max_length_k", "inputs_embeds", "input_ids",
+        # Speech and vision encoders hand these down to every layer.
+        "encoder_hidden_states", "encoder_attention_mask", "past_key_values_length",
+    }
+)  # fmt: skip
+"""Keyword arguments that do not change what attention computes."""
+
+
+def _segments(cu_seq_lens: Tensor, length: int, batch: int) -> Tensor:
+    """Which packed sequence each of ``length`` tokens belongs to, int32 ``[B, length]``, from cumulative lengths."""
+    token = torch.arange(length, device=cu_seq_lens.device)
+    ids = torch.searchsorted(cu_seq_lens[1:].contiguous().to(token.dtype), token, right=True)
+    return ids.to(torch.int32)[None].expand(batch, -1)
+
+
+def _no_mask(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, window: int | None) -> TiledMask:
+    """What a missing mask means in transformers: top-left causal for several queries, everything for one."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    n_query, n_key = query.shape[2], key.shape[2]
+    causal = bool(causal) and n_query > 1
+    return TiledMask(query.shape[0], n_query, n_key, query.device, causal=causal, window=window if causal else None)
+
+
+def _check_window(mask: TiledMask, window: int | None, module: nn.Module) -> None:
+    """The mask decides what is seen; a window argument that would hide more contradicts it."""
+    if window is None or mask.dense is not None or not mask.causal or mask.kv_length <= window:
+        return
+    if mask.window is None and mask.chunk is None and mask.q_segments is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} asks for a window of {window} but its mask has none; "
+            "the two must agree, load the model with attn_implementation='eager'"
+        )
+
+
+def _select(indices: Tensor, rules: dict[str, Any], mask: TiledMask | None, n_key: int) -> dict[str, Any]:
+    """Keep the keys that an indexer chose for each row; a dense mask, as the choice is different for each."""
+    chosen = torch.zeros(*indices.shape[:2], n_key, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if mask is not None:
+        return {"causal": False, "bias": chosen & mask.materialize()}
+    bias = rules["bias"]
+    return {"causal": False, "bias": chosen & bias if bias.dtype == torch.bool else _join(chosen, bias)}
+
+
+def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A user's own 4-D mask, cut to the keys at hand, as eager attention reads it."""
+    if mask.ndim != 4:
+        raise UnsupportedError(
+            f"an attention mask of {mask.ndim} dimensions reached the attention layer; pass a 2-D or a 4-D mask"
+        )
+    return mask[..., : key.shape[2]] if mask.shape[-1] > 1 else mask
+
+
+def _column_sinks(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, rules: dict[str, Any], mask: TiledMask | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Sinks that differ between tokens, ``[B, H, Sq, 1]``: one more key of zeros whose bias is the sink."""
+    bias = rules.get("bias")
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros((), dtype=sinks.dtype, device=sinks.device).where(bias, float("-inf"))
+    if mask is not None:
+        seen = mask.materialize()
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        bias = torch.zeros(shape, dtype=sinks.dtype, device=sinks.device) if bias is None else bias.expand(shape)
+        bias = bias.masked_fill(~seen, float("-inf"))
+    assert bias is not None
+    bias = torch.cat([bias.expand(*sinks.shape[:3], -1), sinks.to(bias.dtype)], dim=-1)
+    key, value = (torch.cat([x, torch.zeros_like(x[:, :, :1])], dim=2) for x in (key, value))
+    return key, value, {"causal": False, "bias": bias}
+
+
+def tiled_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: TiledMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    indices: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' ``AttentionInterface``; every argument is honoured or refused.
+
+    Args:
+        module: the calling attention layer.
+        query: ``[B, H, Sq, D]``.
+        key, value: ``[B, K, Skv, D]`` and ``[B, K, Skv, Dv]``.
+        attention_mask: a :class:`TiledMask`, a 4-D mask (bool: True is visible; float: added), or None.
+        scaling: factor of the scores, ``D ** -0.5`` if None.
+        dropout: must be 0.
+        is_causal: for a missing mask only; the module's ``is_causal`` if None.
+        sliding_window: must agree with the mask; for a missing mask it is the window.
+        softcap: ``softcap * tanh(score / softcap)``.
+        s_aux: attention sinks, ``[H]``.
+        sinks: attention sinks of each token, ``[B, H, Sq, 1]`` (or ``[H]``).
+        position_bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``.
+        cu_seq_lens_q, cu_seq_lens_k: int ``[N + 1]``, cumulative lengths of packed sequences.
+        indices: int ``[B, Sq, top_k]``, the only keys that each row may see besides (learned sparse attention).
+        **kwargs: names in :data:`IGNORED`, or values of None or False; anything else is refused.
+
+    Returns:
+        ``[B, Sq, H, Dv]`` and None in place of the attention weights.
+
+    Raises:
+        UnsupportedError: an argument that is not implemented.
+        UsageError: attention weights were asked for.
+    """
+    where = type(module).__name__
+    if kwargs.pop("output_attentions", False):
+        raise UsageError(NO_WEIGHTS)
+    if dropout:
+        raise UnsupportedError(
+            f"{where} asks for attention dropout {dropout}, which tiled attention does not have; "
+            "call model.eval() or set the config's attention dropout to 0"
+        )
+    for name, given in kwargs.items():
+        if name not in IGNORED and given is not None and given is not False:
+            raise UnsupportedError(
+                f"{where} passes {name!r} to attention, which rehead_tiled does not implement; "
+                "load the model with attn_implementation='eager'"
+            )
+    record = getattr(module, RECORD, None)
+    mask = attention_mask if isinstance(attention_mask, TiledMask) else None
+    rules: dict[str, Any]
+    if attention_mask is not None and mask is None:
+        if record is not None and record.window is not None:
+            raise UnsupportedError(NO_WINDOW)
+        rules = {"causal": False, "bias": _as_bias(attention_mask, query, key)}  # type: ignore[arg-type]
+    else:
+        if mask is None:
+            mask = _no_mask(module, query, key, is_causal, sliding_window)
+        else:
+            _check_window(mask, sliding_window, module)
+        mask = _fit(mask, key, where)
+        if cu_seq_lens_q is not None:
+            cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+            batch = query.shape[0]
+            mask = mask.with_segments(
+                _segments(cu_seq_lens_q, query.shape[2], batch), _segments(cu_seq_lens_k, key.shape[2], batch)
+            )
+        if record is not None:
+            mask = mask.with_window(record.window)
+        rules = mask.arguments()
+    if indices is not None:
+        rules = _select(indices, rules, mask, key.shape[2])
+    if position_bias is not None:
+        rules["bias"] = _join(rules.get("bias"), position_bias[..., : key.shape[2]])
+    if sinks is not None and sinks.ndim == 4:
+        key, value, rules = _column_sinks(query, key, value, sinks, rules, mask)
+        sinks = None
+    if record is not None:
+        if not torch.compiler.is_compiling():
+            record.calls += 1
+        rules["deterministic"] = record.deterministic
+    head_sinks = s_aux if s_aux is not None else sinks
+    if head_sinks is not None:
+        rules["sinks"] = head_sinks.reshape(-1)
+    out = tiled.attention(query, key, value, scale=scaling, softcap=softcap, **rules)
+    return out, None
+
+
+NO_WEIGHTS = (
+    "output_attentions=True asks for attention weights, which tiled attention never forms; "
+    "call model.set_attn_implementation('eager') for that run, or leave output_attentions out"
+)
+
+NO_WINDOW = (
+    "a window cannot be added to a mask of values (a 4-D one of your own, or that of a model whose layers read it); "
+    "drop the window option"
+)
+
+
+def _fit(mask: TiledMask, key: Tensor, where: str) -> TiledMask:
+    """A mask made for a longer cache covers the first keys; a shorter one is somebody's mistake."""
+    if mask.kv_length == key.shape[2]:
+        return mask
+    if mask.kv_length > key.shape[2]:
+        return mask[:, :, :, : key.shape[2]]
+    raise UnsupportedError(
+        f"{where} has {key.shape[2]} keys but its mask describes {mask.kv_length}; "
+        "pass an attention mask that covers the whole cache"
+    )
+
+
+def _join(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """One additive bias from a dense mask and a position bias."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return mask + bias
+
+
+def register() -> None:
+    """Make ``attn_implementation="rehead_tiled"`` known to transformers; called on import of :mod:`rehead.patches`."""
+    from rehead.attention.mask_function import tiled_mask
+
+    AttentionInterface.register(NAME, tiled_attention)
+    AttentionMaskInterface.register(NAME, tiled_mask)

@@ -1,0 +1,176 @@
+"""Launches the Hopper kernels: which calls they take, tensor descriptors, tile shapes, work buffers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from rehead.attention.kernels.general import interpreting, key_splits, row_delta
+from rehead.attention.kernels.rules import Rules
+
+# Gluon is Triton's experimental layer and changes between releases; the kernels are proved on these.
+GLUON_RELEASES = ("3.6",)
+READY = ".".join(triton.__version__.split(".")[:2]) in GLUON_RELEASES
+if READY:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from rehead.attention.kernels import hopper_backward, hopper_forward
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Heads whose K and V fit in this many bytes are worked on together, so that they stay in the 50 MB L2 cache.
+L2_SECTION = 24 * 2**20
+
+
+# Per padded head_dim: consumer warpgroups (64 query rows each), keys a block, pipeline stages, taking turns.
+FORWARD = {
+    64: {"NUM_WG": 3, "BLOCK_N": 128, "STAGES": 3, "TURNS": True},
+    128: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 2, "TURNS": False},
+}
+# Query rows and keys a tile, pipeline stages, whether P's registers are needed for the next tile's scores.
+BACKWARD = {
+    64: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": False},
+    128: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": True},
+}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _describable(tensor: Tensor) -> bool:
+    """The copy engine wants an aligned start and 16-byte, non-zero steps between rows, heads and sequences."""
+    step = 16 // tensor.element_size()
+    strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
+    return tensor.data_ptr() % 16 == 0 and tensor.shape[3] % 8 == 0 and all(s > 0 and s % step == 0 for s in strides)
+
+
+def _block(dim: int) -> int:
+    return 64 if dim <= 64 else 128
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> str | None:
+    """Why the Hopper forward kernel leaves this call to the general kernels (one line), or None when it takes it."""
+    if not READY:
+        return f"Triton {triton.__version__} is not among the releases the Hopper kernels are proved on (3.6)"
+    if interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
+        return "the device is not a Hopper GPU"
+    if query.dtype not in _DTYPES:
+        return f"dtype {query.dtype} is neither bfloat16 nor float16"
+    if not rules.positional_only:
+        return "a chunk, key mask, packed segments, soft cap, ALiBi or bias is given"
+    dim, dim_v = query.shape[3], value.shape[3]
+    if dim > 128 or _block(dim_v) > _block(dim):
+        return f"head_dim {dim} with values of {dim_v}; up to 128, values no wider than keys"
+    if not all(_describable(item) for item in (query, key, value)):
+        return "a tensor is not laid out in 16-byte steps"
+    return None
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+    """Whether the Hopper forward kernel computes this call."""
+    return refusal(query, key, value, rules) is None
+
+
+def takes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+    """Whether the Hopper backward kernel (not deterministic) computes this call. ``grad`` is [B, Sq, H, Dv]."""
+    return takes(query, key, value, rules) and _describable(grad.transpose(1, 2))
+
+
+def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of ``[B, heads, S, dim]``, blocks of ``[1, 1, rows, columns]``; outside it reads zeros."""
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[tensor.dtype])
+    # A dimension of one element may have any stride; the engine's rule holds for it all the same.
+    strides = [s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], tensor.stride()[:3])]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)
+
+
+def _bounds(key: Tensor, rules: Rules) -> tuple[Tensor, Tensor, bool]:
+    batch, num_k = key.shape[0], key.shape[2]
+    if rules.kv_start is None and rules.kv_end is None:
+        return key, key, False
+    start, end = rules.kv_start, rules.kv_end
+    if start is None:
+        start = torch.zeros(batch, dtype=torch.int32, device=key.device)
+    if end is None:
+        end = torch.full((batch,), num_k, dtype=torch.int32, device=key.device)
+    return start.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), True
+
+
+def section_heads(num_k: int, row_bytes: int, group: int, heads: int) -> int:
+    """How many query heads share a section: whole groups whose K and V fit in :data:`L2_SECTION`, at least one."""
+    return max(1, min(L2_SECTION // max(1, num_k * row_bytes), triton.cdiv(heads, group))) * group
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32."""
+    batch, heads, num_q, dim = query.shape
+    group, num_k, dim_v = heads // key.shape[1], key.shape[2], value.shape[3]
+    out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=query.device)
+    block_d, block_dv = _block(dim), _block(dim_v)
+    config = FORWARD[block_d]
+    groups, block_n = config["NUM_WG"], config["BLOCK_N"]
+    start, end, ranged = _bounds(key, rules)
+    num_m = triton.cdiv(num_q, 64 * groups)
+    tiles = num_m * batch * heads
+    hopper_forward.attention_forward[(min(tiles, _processors(query.device)),)](
+        _describe(query, 64, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
+        _describe(out.transpose(1, 2), 64, block_dv),
+        torch.zeros(1, dtype=torch.int32, device=query.device), lse, query if sinks is None else sinks, start, end,
+        rules.scale, num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
+        section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
+        D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
+        WINDOW=rules.window is not None, RANGE=ranged, SINKS=sinks is not None, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv shaped and typed like query, key and value, and delta; dq's last bits may differ from run to run."""
+    batch, heads, num_q, dim = query.shape
+    kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+    group = heads // kv_heads
+    block_d, block_dv = _block(dim), _block(dim_v)
+    config = BACKWARD[block_d]
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    num_n = triton.cdiv(num_k, block_n)
+    splits = key_splits(num_n * batch * kv_heads, group, _processors(query.device))
+    padded_q = triton.cdiv(num_q, block_m) * block_m
+    acc = torch.empty((batch, heads, padded_q, block_d), dtype=torch.float32, device=query.device)
+    delta = row_delta(out, grad, clear=acc)
+    dk = torch.empty((batch, num_k, kv_heads, dim), dtype=query.dtype, device=query.device)
+    dv = torch.empty((batch, num_k, kv_heads, dim_v), dtype=query.dtype, device=query.device)
+    dk_part = dv_part = acc
+    if splits > 1:
+        dk_part = torch.empty((splits, batch, num_k, kv_heads, block_d), dtype=torch.float32, device=query.device)
+        dv_part = torch.empty((splits, batch, num_k, kv_heads, block_dv), dtype=torch.float32, device=query.device)
+    start, end, ranged = _bounds(key, rules)
+    hopper_backward.attention_backward[(num_n * splits * batch * kv_heads,)](
+        _describe(query, block_m, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
+        _describe(grad.transpose(1, 2), block_m, block_dv), _describe(dk.transpose(1, 2), block_n, block_d),
+        _describe(dv.transpose(1, 2), block_n, block_dv), dk_part, dv_part, acc, lse, delta, start, end, rules.scale,
+        num_q, num_k, rules.q_offset, rules.window or 0, heads, kv_heads, splits, padded_q, num_n,
+        D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
+        WINDOW=rules.window is not None, RANGE=ranged, SPLIT=splits > 1, num_warps=8,
+    )  # fmt: skip
+    if splits > 1:
+        dk.copy_(dk_part.sum(0)[..., :dim])
+        dv.copy_(dv_part.sum(0)[..., :dim_v])
+    dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
+    hopper_backward.finish_query[(padded_q // block_m * batch * heads,)](
+        acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), delta

@@ -1,0 +1,1 @@
+"""A folder in, a folder out: reading checkpoints from disk or the Hub, and writing them whole or not at all."""

@@ -1,0 +1,119 @@
+"""What a checkpoint's own files say: its config, which weight files count, and which tensors they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from rehead.checkpoints.safetensors_io import Header, TensorInfo, loads_strict, parse_index, shown
+from rehead.errors import UnsupportedError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_CONFIG_BYTES = 32_000_000
+
+#: What to do about checkpoints in other formats, by a file name's ending.
+_OTHER_FORMATS = (
+    (".gguf", "GGUF", "convert from the original safetensors repository instead"),
+    (".h5", "TensorFlow", "save it from transformers as safetensors first"),
+    (".msgpack", "Flax", "save it from transformers as safetensors first"),
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def parse_config(raw: bytes, file: str) -> dict[str, Any]:
+    """Parse a ``config.json``.
+
+    Raises:
+        UnsupportedError: it is no JSON object or unreasonably large.
+    """
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise UnsupportedError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; that is no model configuration")
+    try:
+        config = loads_strict(raw, file)
+    except UnsupportedError:
+        config = _lenient_config(raw)  # transformers itself writes Infinity, and older tools wrote keys twice
+        if config is None:
+            raise
+    if not isinstance(config, dict):
+        raise UnsupportedError(f"{file}: no JSON object; give a transformers checkpoint")
+    return config
+
+
+def _lenient_config(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def pick_layout(names: set[str], id: str) -> str:
+    """``model.safetensors`` or its index, whichever transformers would load from a checkpoint with these files.
+
+    Raises:
+        UnsupportedError: there are no safetensors weights; the message says what to do about what there is.
+    """
+    for known in (SINGLE_FILE, INDEX_FILE):
+        if known in names:
+            return known
+    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
+        raise UnsupportedError(
+            f"{id}: is an adapter, not a model; merge it into its base model first (merge_and_unload)"
+        )
+    others = sorted(n for n in names if n.endswith(".safetensors"))
+    if others:
+        raise UnsupportedError(
+            f"{id}: has {others[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}; save it with save_pretrained first"
+        )
+    pickles = sorted(n for n in names if n.endswith(_PICKLE_SUFFIXES) and n != "training_args.bin")
+    if pickles:
+        raise UnsupportedError(
+            f"{id}: has only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, save "
+            "them as safetensors with AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER) and give FOLDER"
+        )
+    for suffix, kind, mend in _OTHER_FORMATS:
+        if any(n.endswith(suffix) for n in names):
+            raise UnsupportedError(f"{id}: has only {kind} weights; {mend}")
+    raise UnsupportedError(f"{id}: has no weights; it needs {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def gather(
+    index: bytes | None, id: str, header_of: Callable[[str], Header]
+) -> tuple[list[str], dict[str, TensorInfo], dict[str, str]]:
+    """Shards, tensors and metadata of a checkpoint from its index (None: a single file) and its shards' headers.
+
+    Args:
+        index: the index file's bytes.
+        id: the checkpoint, for messages.
+        header_of: reads the header of a shard.
+
+    Raises:
+        UnsupportedError: the index names a tensor that its shard does not hold, or two shards hold one unlisted tensor.
+    """
+    if index is None:
+        header = header_of(SINGLE_FILE)
+        return [SINGLE_FILE], {t.name: t for t in header.tensors}, header.metadata
+    weight_map = parse_index(index, INDEX_FILE)
+    shards = sorted(set(weight_map.values()))
+    headers = {shard: header_of(shard) for shard in shards}
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for t in headers[shard].tensors:
+            listed = weight_map.get(t.name, None if t.name not in tensors else tensors[t.name].file)
+            if listed is None:
+                tensors[t.name] = t  # transformers loads what a shard holds, listed or not
+            elif listed == shard:
+                tensors[t.name] = t
+            elif t.name not in weight_map:
+                raise UnsupportedError(
+                    f"{id}: tensor {shown(t.name)} is in both {listed} and {shard}, and not in the index; "
+                    "save the checkpoint anew"
+                )
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise UnsupportedError(
+                f"{INDEX_FILE}: tensor {shown(name)} is not in {shown(shard)}, where the index says it is; "
+                "fetch the checkpoint again"
+            )
+    return shards, tensors, headers[shards[0]].metadata

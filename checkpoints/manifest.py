@@ -1,0 +1,180 @@
+"""The manifest ``rehead.json``: what a conversion did, and the size and SHA-256 of every file it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rehead import __version__
+from rehead.checkpoints.safetensors_io import check_shard_name, loads_strict, shown
+from rehead.checkpoints.smallfiles import MANIFEST_NAME
+from rehead.checkpoints.stream import CHUNK, hash_file
+from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "completed",
+    "made_by",
+    "manifest_bytes",
+    "read_manifest",
+    "verify_files",
+    "versions",
+]
+
+FORMAT = 1
+_MAX_BYTES = 256_000_000
+_REPEAT = "convert again or fetch it again"
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: Python, torch and transformers."""
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """How every manifest begins: the tool, the versions and the command."""
+    return {"tool": {"name": "rehead", "version": __version__}, "versions": versions(), "command": command}
+
+
+def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, str]], fingerprint: str) -> bytes:
+    """The manifest's bytes; equal input gives equal bytes.
+
+    Args:
+        content: what the conversion wants recorded; JSON types only.
+        files: (size in bytes, SHA-256 in hex) by name, the manifest itself left out.
+        fingerprint: hash of all that determined the output.
+    """
+    table = {
+        "format": FORMAT,
+        **{k: v for k, v in content.items() if k not in ("format", "fingerprint", "files")},
+        "fingerprint": fingerprint,
+        "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in sorted(files.items())},
+    }
+    return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def read_manifest(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a folder's manifest and check its form, not its files.
+
+    Raises:
+        UsageError: the folder or the manifest is missing.
+        VerificationError: the manifest is broken.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give what `rehead convert` wrote")
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UsageError(
+            f"{folder}: no {MANIFEST_NAME} in it, so Rehead did not write it; give what `rehead convert` wrote"
+        )
+    try:
+        with open(path, "rb") as f:
+            raw = f.read(_MAX_BYTES + 1)
+        table = loads_strict(raw, MANIFEST_NAME) if len(raw) <= _MAX_BYTES else None
+    except (OSError, UnsupportedError) as err:
+        raise VerificationError(f"{folder}/{MANIFEST_NAME}: cannot be read ({err}); {_REPEAT}") from None
+    if not isinstance(table, dict) or not isinstance(table.get("files"), dict):
+        raise VerificationError(f"{folder}/{MANIFEST_NAME}: not a manifest; {_REPEAT}")
+    if table.get("format") != FORMAT:
+        raise VerificationError(
+            f"{folder}/{MANIFEST_NAME}: its format is {shown(str(table.get('format')))}, this version reads {FORMAT}; "
+            "update it"
+        )
+    for name, entry in table["files"].items():
+        ok = isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
+        try:
+            check_shard_name(f"{name}.safetensors", MANIFEST_NAME)
+        except UnsupportedError:
+            ok = False
+        if not ok:
+            raise VerificationError(f"{folder}/{MANIFEST_NAME}: bad entry for {shown(name)}; {_REPEAT}")
+    return table
+
+
+def verify_files(
+    out: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None, *, allow_extra: bool = False
+) -> dict[str, Any]:
+    """Check every file of a converted folder against its manifest and return the manifest.
+
+    Args:
+        out: the folder.
+        progress: called with (bytes hashed, bytes in all).
+        allow_extra: accept files that the manifest does not name.
+
+    Raises:
+        UsageError: no folder or no manifest.
+        VerificationError: a file is missing, extra, of another size or of another SHA-256; the message names it.
+    """
+    folder = Path(out)
+    table = read_manifest(folder)
+    files: dict[str, Any] = table["files"]
+    present = set(_walk(folder)) - {MANIFEST_NAME}
+    missing = sorted(files.keys() - present)
+    if missing:
+        raise VerificationError(f"{folder}: {_named(missing)} missing; {_REPEAT}")
+    extra = sorted(present - files.keys())
+    if extra and not allow_extra:
+        raise VerificationError(f"{folder}: {_named(extra)} not in the manifest; move what is not part of it elsewhere")
+    total = sum(entry["size"] for entry in files.values())
+    for name, entry in files.items():
+        size = (folder / name).stat().st_size
+        if size != entry["size"]:
+            raise VerificationError(f"{folder}/{name}: {size} bytes where the manifest says {entry['size']}; {_REPEAT}")
+    done = 0
+    buffer = bytearray(CHUNK)
+    for name, entry in files.items():
+        try:
+            size, sha = hash_file(folder / name, buffer=buffer)
+        except OSError as err:
+            raise VerificationError(f"{folder}/{name}: cannot be read ({err.strerror}); check the disk") from None
+        if (size, sha) != (entry["size"], entry["sha256"]):
+            raise VerificationError(f"{folder}/{name}: its SHA-256 is not the manifest's, so it has changed; {_REPEAT}")
+        done += size
+        if progress is not None:
+            progress(done, total)
+    return table
+
+
+def _walk(folder: Path) -> list[str]:
+    """Files below a folder, without what the Hub's client and git keep in hidden folders and `.gitattributes`."""
+    found = []
+    for base, folders, names in os.walk(folder):
+        here = Path(base).relative_to(folder)
+        folders[:] = [f for f in folders if not (here == Path(".") and f in (".cache", ".git"))]
+        found += [(here / name).as_posix() for name in names if (here / name).as_posix() != ".gitattributes"]
+    return found
+
+
+def _named(names: list[str]) -> str:
+    shown_names = ", ".join(shown(n) for n in names[:3])
+    return shown_names + (f" and {len(names) - 3} more are" if len(names) > 3 else " are" if len(names) > 1 else " is")
+
+
+def completed(out: str | os.PathLike[str], fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of ``out`` if that folder is the complete result of the conversion with this fingerprint, else None.
+
+    A run killed right after its rename leaves such a folder, so a resumed run has nothing more to do. Files are
+    compared by size; :func:`verify_files` reads them.
+    """
+    folder = Path(out)
+    try:
+        table = read_manifest(folder)
+    except ReheadError:
+        return None
+    same = table.get("fingerprint") == fingerprint
+    files = table["files"].items()
+    if same and all((folder / n).is_file() and (folder / n).stat().st_size == e["size"] for n, e in files):
+        return table
+    return None

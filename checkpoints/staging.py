@@ -1,0 +1,386 @@
+"""The staging folder beside OUT: one writer at a time, a journal of what is finished, one rename at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rehead.checkpoints.smallfiles import CONFIG_NAME, MANIFEST_NAME
+from rehead.checkpoints.stream import sync_dir, write_error
+from rehead.errors import UnsupportedError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; the process id in the journal stands in for it
+    fcntl = None  # type: ignore[assignment]
+
+PRIVATE = ".rehead"  # inside the staging folder; gone before the rename
+_JOURNAL = "journal.jsonl"
+_OWNER = "owner.json"
+
+
+def check_out(out: Path, source_folder: Path | None, overwrite: bool) -> None:
+    """Refuse an OUT that cannot be meant.
+
+    Args:
+        out: the folder to be written.
+        source_folder: the source's folder when it is local.
+        overwrite: whether an existing OUT may be replaced.
+
+    Raises:
+        UsageError: OUT equals the source, lies inside it or around it; exists without ``overwrite``; or exists and is
+            no checkpoint, so that replacing it would lose something else.
+    """
+    if out.name in ("", ".", ".."):
+        raise UsageError(f"{out}: is no folder name; give a new folder as OUT")
+    real = out.resolve()
+    if source_folder is not None:
+        src = source_folder.resolve()
+        if real == src:
+            raise UsageError(f"{out}: OUT is the source itself; choose another OUT")
+        if real.is_relative_to(src):
+            raise UsageError(f"{out}: OUT lies inside the source; choose an OUT outside {source_folder}")
+        if src.is_relative_to(real):
+            raise UsageError(f"{out}: the source lies inside OUT; choose another OUT")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: already exists; choose another OUT or give --overwrite")
+    if out.is_symlink() or not out.is_dir():
+        raise UsageError(f"{out}: is a file or a link, not a folder; choose another OUT")
+    names = os.listdir(out)
+    if names and MANIFEST_NAME not in names and CONFIG_NAME not in names:
+        raise UsageError(f"{out}: holds files but no checkpoint, so it will not be overwritten; choose another OUT")
+
+
+def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """One hash, and one per named part, of everything that determines the output."""
+    if isinstance(parts, str):
+        return parts, {}
+    hashes = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        for name, value in parts.items()
+    }
+    whole = hashlib.sha256("\n".join(f"{k}={v}" for k, v in sorted(hashes.items())).encode()).hexdigest()
+    return whole, hashes
+
+
+def staging_path(out: Path) -> Path:
+    """The staging folder of an output folder: beside it, so on the same file system, and always the same."""
+    return out.parent / f".{out.name}.rehead-staging"
+
+
+def only_unpublished(out: Path) -> bool:
+    """Whether a killed run left a staging folder that lacks nothing but the rename."""
+    path = staging_path(out)
+    return (path / MANIFEST_NAME).is_file() and not (path / PRIVATE / _JOURNAL).exists()
+
+
+class Staging:
+    """The locked staging folder of one run.
+
+    Args:
+        out: the folder that will appear at the end.
+        fingerprint: hash of what determines the output.
+        parts: hash of each named part of it, to say what differs.
+        resume: go on from what an earlier run left; otherwise that is removed.
+
+    Attributes:
+        path: the staging folder.
+        files: (size, SHA-256) of every finished file.
+        resumed: whether there was something to go on from.
+
+    Raises:
+        UsageError: another run is writing OUT, or the leftover is of another conversion.
+        ResourceError: the folder cannot be made.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, parts: Mapping[str, str], *, resume: bool) -> None:
+        self.out = out
+        self.path = staging_path(out)
+        self.retired = out.parent / f".{out.name}.rehead-old"
+        self.fingerprint = fingerprint
+        self.files: dict[str, tuple[int, str]] = {}
+        self.resumed = False
+        self._journal_fd = -1
+        self._made: list[Path] = []
+        self._fd = -1
+        try:
+            self._make_parents()
+            self._lock()
+        except OSError as err:
+            raise write_error(err, str(out)) from None
+        try:
+            self._recover()
+            if not (resume and self._load(parts)):
+                self._empty()
+                self._begin(parts)
+        except OSError as err:
+            self.keep() if self.resumed else self.discard()
+            raise write_error(err, str(out)) from None
+        except BaseException:
+            self.keep()
+            raise
+
+    # ---- one writer at a time
+
+    def _make_parents(self) -> None:
+        missing = []
+        parent = self.out.parent
+        while not parent.exists():
+            missing.append(parent)
+            parent = parent.parent
+        if not parent.is_dir():
+            raise UsageError(f"{self.out}: {parent} is no folder; choose another OUT")
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                self._made.append(folder)
+
+    def _lock(self) -> None:
+        """Lock the staging folder itself, so that no lock file is left to clean up.
+
+        The folder may be renamed or removed between opening and locking it; then the path no longer leads to what is
+        locked, and the next round makes a new one.
+        """
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir()
+            if self.path.is_symlink() or not self.path.is_dir():
+                raise UsageError(f"{self.path}: is in the way of the staging folder; remove it")
+            if fcntl is None:
+                self._refuse_if_owned()
+                return
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise UsageError(self._busy(self._owner())) from None
+            except OSError:  # a file system without locks
+                os.close(fd)
+                self._refuse_if_owned()
+                return
+            try:
+                same = os.path.samestat(os.fstat(fd), os.stat(self.path))
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._fd = fd
+                return
+            os.close(fd)
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            owner = json.loads((self.path / PRIVATE / _OWNER).read_text())
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _busy(self, owner: dict[str, Any]) -> str:
+        who = f" (process {owner['pid']})" if type(owner.get("pid")) is int else ""
+        return f"{self.out}: another run{who} is writing it; wait for that to end or choose another OUT"
+
+    def _refuse_if_owned(self) -> None:
+        owner = self._owner()
+        pid = owner.get("pid")
+        if type(pid) is int and pid != os.getpid() and owner.get("host") == socket.gethostname() and _alive(pid):
+            raise UsageError(self._busy(owner))
+
+    def _unlock(self) -> None:
+        for fd in (self._fd, self._journal_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._journal_fd = -1
+
+    # ---- what an earlier run left
+
+    def _recover(self) -> None:
+        """Put a replaced OUT back if a run was killed between the two renames of an overwrite; drop it otherwise."""
+        if os.path.lexists(self.retired):
+            if os.path.lexists(self.out):
+                _remove(self.retired)
+            else:
+                os.rename(self.retired, self.out)
+
+    def _load(self, parts: Mapping[str, str]) -> bool:
+        """Take over the journal of an earlier run; False when there is nothing to take over."""
+        head, files = self._read_journal()
+        if not head:
+            head, files = self._read_manifest()
+        if not head:
+            return False
+        if head.get("fingerprint") != self.fingerprint:
+            noted = head.get("parts")
+            theirs: dict[str, str] = noted if isinstance(noted, dict) else {}
+            differ = sorted(k for k in {*parts, *theirs} if parts.get(k) != theirs.get(k))
+            what = ", ".join(differ) if parts and theirs and differ else "the source or the options"
+            raise UsageError(
+                f"{self.out}: cannot resume, since {what} changed after the interrupted run; run again without --resume"
+            )
+        self.files = files
+        self.resumed = True
+        self._begin(parts)
+        return True
+
+    def _read_journal(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+        try:
+            lines = (self.path / PRIVATE / _JOURNAL).read_bytes().split(b"\n")[:-1]  # an unfinished line does not count
+        except OSError:
+            return {}, {}
+        head: dict[str, Any] = {}
+        files: dict[str, tuple[int, str]] = {}
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if "fingerprint" in record:
+                    head = record
+                else:
+                    files[record["file"]] = (int(record["size"]), str(record["sha256"]))
+            except (ValueError, TypeError, KeyError):
+                break
+        return head, files
+
+    def _read_manifest(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+        """A run killed just before the rename has dropped its journal, but then its manifest names every file."""
+        try:
+            table = json.loads((self.path / MANIFEST_NAME).read_bytes())
+            files = {k: (int(v["size"]), str(v["sha256"])) for k, v in table["files"].items()}
+            return {"fingerprint": table["fingerprint"]}, files
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}, {}
+
+    def _empty(self) -> None:
+        for entry in self.path.iterdir():
+            _remove(entry)
+
+    # ---- the journal
+
+    @property
+    def private(self) -> Path:
+        """The folder inside the staging folder that does not become part of OUT."""
+        return self.path / PRIVATE
+
+    def _begin(self, parts: Mapping[str, str]) -> None:
+        self.private.mkdir(exist_ok=True)
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        (self.private / _OWNER).write_text(json.dumps(owner))
+        fresh = self.private / (_JOURNAL + ".new")
+        self._journal_fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        self._append({"fingerprint": self.fingerprint, "parts": dict(parts)}, *self._records())
+        os.replace(fresh, self.private / _JOURNAL)
+        sync_dir(self.private)
+        sync_dir(self.path)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"file": name, "size": size, "sha256": sha} for name, (size, sha) in self.files.items()]
+
+    def _append(self, *records: Mapping[str, Any]) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        while text:
+            text = text[os.write(self._journal_fd, text) :]
+        os.fsync(self._journal_fd)
+
+    def record(self, name: str, size: int, sha256: str) -> None:
+        """Note that a file is complete and on disk.
+
+        Raises:
+            ResourceError: the journal cannot be written.
+        """
+        try:
+            self._append({"file": name, "size": size, "sha256": sha256})
+        except OSError as err:
+            raise write_error(err, str(self.out)) from None
+        self.files[name] = (size, sha256)
+
+    # ---- the end
+
+    def publish(self, overwrite: bool) -> None:
+        """Make the staging folder OUT: drop the private part, sync, rename, sync.
+
+        Raises:
+            UsageError: OUT has appeared meanwhile.
+            ResourceError: a rename failed; OUT is as it was.
+        """
+        try:
+            # The journal goes first: without it the manifest, complete by now, says what is there.
+            (self.private / _JOURNAL).unlink(missing_ok=True)
+            shutil.rmtree(self.private)
+            sync_dir(self.path)
+            if os.path.lexists(self.out):
+                if not overwrite:
+                    raise UsageError(f"{self.out}: has appeared meanwhile; move it away or give --overwrite")
+                self._replace()
+            else:
+                os.rename(self.path, self.out)
+            for folder in (self.out, *self._made):
+                sync_dir(folder.parent)
+        except OSError as err:
+            raise write_error(err, str(self.out)) from None
+        self._unlock()
+        if os.path.lexists(self.retired):
+            with contextlib.suppress(OSError):
+                _remove(self.retired)
+
+    def _replace(self) -> None:
+        """Put the staging folder in the place of OUT and OUT aside, in one step where the system can."""
+        if _exchange(self.path, self.out):
+            os.rename(self.path, self.retired)
+            return
+        os.rename(self.out, self.retired)
+        try:
+            os.rename(self.path, self.out)
+        except OSError:
+            os.rename(self.retired, self.out)
+            raise
+
+    def discard(self) -> None:
+        """Remove the staging folder, and the parents of OUT that this run made."""
+        with contextlib.suppress(OSError, UnsupportedError):
+            _remove(self.path)
+        self._unlock()
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def keep(self) -> None:
+        """Leave the staging folder for a later run that resumes."""
+        self._unlock()
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders atomically (Linux's renameat2); False where that cannot be done."""
+    at_cwd, swap = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), ctypes.c_uint(swap)) == 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as err:
+        return err.errno == errno.EPERM
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()

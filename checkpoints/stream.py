@@ -1,0 +1,271 @@
+"""Write a file while its SHA-256 is computed: reading, hashing and writing overlap in three threads.
+
+Python's file and hash calls release the interpreter lock on large buffers, so the slowest of the three sets the pace.
+The buffers come from a small fixed pool, which bounds the memory whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from rehead.checkpoints.source import drop_cache
+from rehead.errors import UnsupportedError
+
+CHUNK = 4 << 20  # large enough that Python's share is nothing, small enough to stay near the cache
+POOL = 6
+_WRITEBACK = 64 << 20
+
+Pool = queue.SimpleQueue[mmap.mmap]
+
+#: Errors of a disk that cannot take more, and what to say about them.
+_FULL = {
+    errno.ENOSPC: "the disk is full; free some space or choose another OUT",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another OUT",
+    errno.EFBIG: "the file would pass the size limit here; lower --max-shard-size or raise the limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only; choose another OUT",
+    errno.EACCES: "permission denied; choose another OUT",
+    errno.EPERM: "not permitted; choose another OUT",
+    errno.EIO: "the disk failed (I/O error); check it or choose another OUT",
+}
+
+
+class ResourceError(UnsupportedError):
+    """A disk or a connection gave out: what was done so far is still good, so a resumed run may go on from it."""
+
+
+def is_full(err: OSError) -> bool:
+    """Whether an error says that a disk, a quota or a file's size limit is used up."""
+    return err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_error(err: OSError, what: str) -> ResourceError:
+    """The one-line error for a failed write of ``what``."""
+    mend = _FULL.get(err.errno or 0, f"{err.strerror or err}; check the disk or choose another OUT")
+    return ResourceError(f"{what}: cannot be written: {mend}")
+
+
+class _Chunk:
+    """A filled buffer on its way through the hashing and the writing thread, back to the pool after both."""
+
+    __slots__ = ("_left", "_lock", "buffer", "offset", "view")
+
+    def __init__(self, buffer: mmap.mmap, length: int, offset: int) -> None:
+        self.buffer, self.offset = buffer, offset
+        self.view = memoryview(buffer)[:length]
+        self._left = 2
+        self._lock = threading.Lock()
+
+    def done(self) -> bool:
+        """Whether this was the second of the two."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+
+class HashingWriter:
+    """One output file: feed it with :meth:`space` and :meth:`advance`, or :meth:`write`; then :meth:`finish` or
+    :meth:`abort`.
+
+    Full buffers bypass the page cache where the file system allows it (``O_DIRECT``): a copy into the cache costs more
+    processor time than the hash does, and evicts what others keep there. The rest goes through the cache.
+
+    Args:
+        path: the file, created or emptied.
+        pool: free buffers of ``CHUNK`` bytes, shared between files (see :func:`new_pool`).
+
+    Raises:
+        ResourceError: from any method, when the disk does not take the data.
+    """
+
+    def __init__(self, path: Path, pool: Pool) -> None:
+        self.path = path
+        self.size = 0
+        self.sha256 = ""
+        self._pool = pool
+        self._buffer: mmap.mmap | None = None
+        self._filled = 0
+        self._sha = hashlib.sha256()
+        self._error: BaseException | None = None
+        flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self.fd = os.open(path, flags | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as err:
+            raise write_error(err, path.name) from None
+        try:
+            self._direct = os.open(path, flags | os.O_DIRECT)
+        except (AttributeError, OSError):  # a system or file system without it
+            self._direct = -1
+        self._to_hash: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self._to_write: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, args=(inbox, step), daemon=True, name=name)
+            for inbox, step, name in (
+                (self._to_hash, self._hash_one, "rehead-hash"),
+                (self._to_write, self._write_one, "rehead-write"),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- the two workers
+
+    def _run(self, inbox: queue.SimpleQueue[_Chunk | None], step: Callable[[_Chunk], None]) -> None:
+        while (chunk := inbox.get()) is not None:
+            try:
+                if self._error is None:
+                    step(chunk)
+            except BaseException as err:  # handed to the caller by the next call
+                self._error = err
+            finally:
+                if chunk.done():
+                    self._pool.put(chunk.buffer)
+
+    def _hash_one(self, chunk: _Chunk) -> None:
+        self._sha.update(chunk.view)
+
+    def _write_one(self, chunk: _Chunk) -> None:
+        done = 0
+        if self._direct >= 0 and len(chunk.view) == CHUNK:
+            try:
+                done = os.pwrite(self._direct, chunk.view, chunk.offset)
+            except OSError as err:
+                if err.errno != errno.EINVAL:  # what a file system says that opens so but cannot write so
+                    raise
+            if done < CHUNK:
+                os.close(self._direct)
+                self._direct = -1
+        while done < len(chunk.view):
+            done += os.pwrite(self.fd, chunk.view[done:], chunk.offset + done)
+        end = chunk.offset + done
+        if self._direct < 0 and end % _WRITEBACK < CHUNK:
+            # Starts the write-back of what is dirty, so that the final fsync has little left to wait for.
+            start = max(0, end - 4 * _WRITEBACK)
+            drop_cache(self.fd, start, end - start)
+
+    # ---- the caller's side
+
+    def space(self) -> memoryview:
+        """Free space for the bytes that come next, one or more, waiting for a buffer; :meth:`advance` says how much was
+        filled."""
+        self._check()
+        if self._buffer is None:
+            self._buffer = self._pool.get()
+        return memoryview(self._buffer)[self._filled :]
+
+    def advance(self, length: int) -> None:
+        """Append the first ``length`` bytes of what :meth:`space` gave."""
+        self._filled += length
+        if self._filled == CHUNK:
+            self._flush()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data`` of any length; it is copied, so it may change afterwards."""
+        view = memoryview(data)
+        if view.nbytes == 0:
+            return
+        view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+        at = 0
+        while at < len(view):
+            space = self.space()
+            length = min(len(space), len(view) - at)
+            space[:length] = view[at : at + length]
+            self.advance(length)
+            at += length
+
+    def _flush(self) -> None:
+        if self._buffer is None:
+            return
+        chunk = _Chunk(self._buffer, self._filled, self.size)
+        self.size += self._filled
+        self._buffer, self._filled = None, 0
+        self._to_hash.put(chunk)
+        self._to_write.put(chunk)
+
+    def _check(self) -> None:
+        err = self._error
+        if isinstance(err, OSError):
+            raise write_error(err, self.path.name) from None
+        if err is not None:
+            raise err
+
+    def _stop(self) -> None:
+        self._to_hash.put(None)
+        self._to_write.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
+
+    def finish(self) -> tuple[int, str]:
+        """Wait until all is written (not yet synced) and return (size in bytes, SHA-256 in hex). ``fd`` stays open."""
+        self._flush()
+        self._stop()
+        self._check()
+        self.sha256 = self._sha.hexdigest()
+        return self.size, self.sha256
+
+    def abort(self) -> None:
+        """Stop the threads and close the file, whatever state it is in."""
+        self._error = self._error or RuntimeError("aborted")
+        self._stop()
+        os.close(self.fd)
+
+
+def new_pool(buffers: int = POOL) -> Pool:
+    """The free buffers that the files written one after the other share; page-aligned, as direct writes need them."""
+    pool: Pool = queue.SimpleQueue()
+    for _ in range(buffers):
+        pool.put(mmap.mmap(-1, CHUNK))
+    return pool
+
+
+def sync_close(fd: int, what: str) -> None:
+    """fsync and close.
+
+    Raises:
+        ResourceError: the disk did not take the data.
+    """
+    try:
+        os.fsync(fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as err:
+        raise write_error(err, what) from None
+    finally:
+        os.close(fd)
+
+
+def sync_dir(path: Path) -> None:
+    """fsync a folder, so that the names in it survive a power cut; does nothing where folders cannot be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network file systems refuse it, and there is nothing further to ask of them
+    finally:
+        os.close(fd)
+
+
+def hash_file(path: Path, *, buffer: bytearray | None = None) -> tuple[int, str]:
+    """Size in bytes and SHA-256 in hex of a file, read once in large pieces that are dropped from the page cache."""
+    buffer = bytearray(CHUNK) if buffer is None else buffer
+    view = memoryview(buffer)
+    sha = hashlib.sha256()
+    size = 0
+    with open(path, "rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            sha.update(view[:n])
+            drop_cache(f.fileno(), size, n)
+            size += n
+    return size, sha.hexdigest()

@@ -1,5 +1,0 @@
-"""Pooling methods: how the KV heads of a group become one."""
-
-from rehead.convert.methods.registry import Method, MethodContext, get_method, method_names, register
-
-__all__ = ["Method", "MethodContext", "get_method", "method_names", "register"]

@@ -1,0 +1,192 @@
+"""Calibration text: where it comes from, and how it becomes sequences of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.checkpoints.source import Source
+from rehead.checkpoints.tokenizer import open_tokenizer
+from rehead.errors import UsageError, first_line
+
+BUILT_IN = "calibration.txt.gz"
+RANDOM = "random"
+#: With less than this, second moments say more about the sample than about the model.
+MIN_TOKENS = 1024
+#: More characters than a token has on average in any text worth calibrating on.
+_CHARACTERS = 7
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Sequences to run a model over.
+
+    Attributes:
+        tokens: int64 [sequences, length], one tensor for each length, the longest first.
+        names: what they were taken from.
+    """
+
+    tokens: list[Tensor]
+    names: list[str]
+
+    @property
+    def count(self) -> int:
+        """Tokens in all."""
+        return sum(part.numel() for part in self.tokens)
+
+
+def load_calibration(
+    texts: Sequence[str], source: Source, vocab_size: int, tokens: int, lengths: Sequence[int], seed: int = 0
+) -> CalibrationText:
+    """Read texts and cut them into sequences with the model's own tokenizer.
+
+    Excerpts lie at random places of equal stretches of each text and do not overlap (at even distances, a text whose
+    parts take turns may show only some of them); several texts share the tokens equally. A tokenizer that starts a text
+    with a special token starts every sequence with it.
+
+    Args:
+        texts: files (.txt, .txt.gz, .md, .jsonl, .parquet), folders or Hub datasets, with options as
+            :mod:`rehead.data.sources` reads them; or ``"random"`` for uniformly random tokens (a model without
+            a tokenizer, tests). Empty: the text that ships with Rehead.
+        source: the model, for its tokenizer.
+        vocab_size: for ``"random"``.
+        tokens: how many in all; fewer are used where the texts hold fewer.
+        lengths: tokens in a sequence; several share the tokens equally, less those that their share does not fill once.
+        seed: of the places, and for ``"random"``.
+
+    Raises:
+        UsageError: a text is missing, empty, not text, or too short; or the model has no tokenizer.
+    """
+    counts = _counts(tokens, lengths)
+    if list(texts) == [RANDOM]:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randint(0, vocab_size, (count, length), generator=generator) for length, count in counts.items()]
+        return CalibrationText(drawn, ["random tokens"])
+    names = list(texts) or ["built in"]
+    contents = [_read(name) for name in names]
+    for name, content in zip(names, contents):
+        if not content.strip():
+            raise UsageError(f"--calibration {name}: is empty; give a file with text")
+    tokenizer = _tokenizer(source)
+    found = []
+    for i, content in enumerate(contents):
+        share = {length: (count + len(contents) - 1 - i) // len(contents) for length, count in counts.items()}
+        found.append(_sequences(content, tokenizer, _slots(share), seed))
+    turns = [row for rows in zip_longest(*found) for row in rows if row is not None]
+    parts = [[row for row in turns if len(row) == length] for length in counts]
+    least = min(MIN_TOKENS, sum(length * count for length, count in counts.items()))
+    if (held := sum(map(len, turns))) < least:
+        raise UsageError(
+            f"--calibration {', '.join(names)}: too short, {held} tokens in whole sequences of "
+            f"{' and '.join(map(str, counts))} where at least {least} are needed; give more text or a smaller "
+            "--calibration-length"
+        )
+    return CalibrationText([torch.tensor(part) for part in parts if part], names)
+
+
+def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
+    """How many sequences of each length, longest first; what a length cannot use goes to the shorter ones."""
+    counts: dict[int, int] = {}
+    distinct = sorted(set(lengths), reverse=True)
+    for i, length in enumerate(distinct):
+        count = tokens // (len(distinct) - i) // length
+        if i == len(distinct) - 1 and not counts:
+            count = max(count, 1)
+        if count:
+            counts[length] = count
+            tokens -= count * length
+    return counts
+
+
+def _slots(counts: dict[int, int]) -> list[int]:
+    """The lengths of all sequences in the order in which they come up in a text: each spread evenly over it."""
+    places = [((i + 0.5) / count, length) for length, count in counts.items() for i in range(count)]
+    return [length for _, length in sorted(places)]
+
+
+def _sequences(text: str, tokenizer: Any, slots: Sequence[int], seed: int) -> list[list[int]]:
+    """Sequences of the lengths of ``slots``, in this order and spread over a text; those that it holds."""
+    wanted, draw = sum(slots), random.Random(seed).random
+    spare = len(text) - _CHARACTERS * wanted
+    if spare < 0:
+        return _all_sequences(text, tokenizer, slots)
+    # Room for excerpts with generous ends, so the rest of the text need not be tokenised.
+    rows, at = [], 0
+    for length in slots:
+        start = int(len(text) * (at / wanted) + draw() * spare * (length / wanted))
+        at += length
+        if start:  # not in the middle of a word
+            space = text.find(" ", start, start + 200)
+            start = space + 1 if space >= 0 else start
+        ids = tokenizer(text[start : start + _CHARACTERS * length]).input_ids[:length]
+        if len(ids) == length:
+            rows.append(ids)
+    return rows
+
+
+def _all_sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list[int]]:
+    """The same for a text that has to be tokenised whole; the first slots use up one that is too short for all."""
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    start = _start(tokenizer, text, ids)
+    spare = max(len(ids) - sum(length - len(start) for length in slots), 0)
+    rows, at, shift = [], 0, spare / max(len(slots), 1)
+    for i, length in enumerate(slots):
+        begin = at + int(i * shift)
+        body = ids[begin : begin + length - len(start)]
+        if len(start) + len(body) == length:
+            rows.append([*start, *body])
+            at += len(body)
+    return rows
+
+
+def _start(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """The special tokens that a tokenizer puts before a text with these tokens."""
+    marked = list(tokenizer(text[:1000]).input_ids)
+    for count in range(len(marked)):
+        if marked[count : count + 4] == ids[:4]:
+            return marked[:count]
+    return []
+
+
+def _tokenizer(source: Source) -> Any:
+    try:
+        return open_tokenizer(source)
+    except Exception as error:
+        raise UsageError(
+            f"{source.id}: its tokenizer cannot be loaded ({first_line(error, 120)}), and calibration needs one; "
+            "add the tokenizer's files or use a method that needs no calibration (mean, procrustes)"
+        ) from None
+
+
+def built_in_text() -> str:
+    """The text that ships with Rehead for calibration."""
+    return gzip.decompress((files("rehead.data.assets") / BUILT_IN).read_bytes()).decode("utf-8")
+
+
+def _read(name: str) -> str:
+    """The whole of a text as one string."""
+    if name == "built in":
+        return built_in_text()
+    # Imported here: recipes build on conversions, and most conversions read no text.
+    from rehead.data.sources import read_documents
+
+    return _join(read_documents([name], streaming=True, option="--calibration"))
+
+
+def _join(texts: Iterable[str], limit: int = 64_000_000) -> str:
+    """Documents as one text; at most ``limit`` characters, which is far more than any calibration needs."""
+    parts, size = [], 0
+    for text in texts:
+        parts.append(text)
+        size += len(text)
+        if size > limit:
+            break
+    return "\n\n".join(parts)

@@ -1,0 +1,297 @@
+"""Closed-form healing of one layer: linear least squares against what the original layer computes.
+
+Two problems, each linear in what it solves for:
+
+- *Logits.* Given the shared keys, the attention logits are linear in the query projections, and given the queries, in
+  the key projections. Both are solved by conjugate gradients on the true logits (with the true rotary angles), weighted
+  by the original's attention probabilities, less each row's mean, which the softmax does not see. What is matched are
+  the logits of the original layer on the original's activations, from inputs that the converted prefix really produces.
+- *Output.* Given the attention, its output is linear in the output projection: ridge regression of the original
+  attention output, plus what the prefix has drifted by where the block adds the output straight to the residual stream,
+  so that each layer also takes back some of the errors before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.healing.moments import LayerStatistics
+from rehead.models.heads import Heads
+from rehead.models.linalg import ridge
+from rehead.variants.pool.methods.svd import augmented
+
+#: Conjugate-gradient steps of one solve, and the order of the solves.
+STEPS = 15
+SCHEDULE = ("q", "k", "q")
+#: Pull towards the start, relative to the problem's own curvature: directions that the text does not show stay put.
+DAMPING = 1e-2
+OUTPUT_RIDGE = 1e-4
+
+
+@dataclass
+class LogitTargets:
+    """What some of the logits of one batch ought to be.
+
+    Attributes:
+        x: inputs of the converted layer [b, S, w], with the one that carries biases.
+        rows: positions of the R queries that count, int64 [R].
+        probabilities: the original's for them [b, H, R, S].
+        scores: the original's logits for them before masking [b, H, R, S].
+    """
+
+    x: Tensor
+    rows: Tensor
+    probabilities: Tensor
+    scores: Tensor
+
+
+@dataclass
+class Rotation:
+    """How the model turns a head's rotary pairs at each position: complex [S, P] up to the longest sequence."""
+
+    factors: Tensor
+    pairs: Tensor
+
+    def order(self, size: int) -> Tensor:
+        """The dimensions of a head as real parts, imaginary parts, and the rest: int64 [size]."""
+        rest = torch.ones(size, dtype=torch.bool)
+        rest[self.pairs.flatten().cpu()] = False
+        return torch.cat([self.pairs.T.flatten().cpu(), rest.nonzero().flatten()]).to(self.factors.device)
+
+    def turn(self, states: Tensor, rows: Tensor | None = None, inverse: bool = False) -> Tensor:
+        """Turn states [..., S, D] in that order, or [..., R, D] at some positions; the transpose with ``inverse``."""
+        count = len(self.pairs)
+        if not count:
+            return states
+        factors = self.factors[: states.shape[-2]] if rows is None else self.factors[rows]
+        cos, sin = factors.real, -factors.imag if inverse else factors.imag
+        real, imag, rest = states[..., :count], states[..., count : 2 * count], states[..., 2 * count :]
+        return torch.cat([real * cos - imag * sin, real * sin + imag * cos, rest], -1)
+
+
+class LogitModel:
+    """Attention logits as a function of the query and key projections, whose rows are in :meth:`Rotation.order`.
+
+    Args:
+        rotation: of the model; scaling: factor on the dot products.
+    """
+
+    def __init__(self, rotation: Rotation, scaling: float) -> None:
+        self.rotation, self.scaling = rotation, scaling
+
+    def weights(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """(queries [H, D, w], keys [kv, D, w]) of a layer, float32."""
+        order = self.rotation.order(heads.head_dim)
+        q, k = augmented(heads, "q").float()[:, order], augmented(heads, "k").float()[:, order]
+        return q, k
+
+    def states(self, x: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Rotated queries or keys [b, heads, R, D] at ``rows`` of inputs [b, S, w], from weights [heads, D, w]."""
+        x = x if rows is None else x[:, rows]
+        flat = (x @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2])
+        return self.rotation.turn(flat.transpose(1, 2), rows)
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Logits before masking [b, H, R, S] of rotated queries [b, H, R, D] and keys [b, kv, S, D]."""
+        grouped = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # the queries of a group in one product
+        return (grouped @ keys.transpose(-1, -2) * self.scaling).reshape(*queries.shape[:3], keys.shape[2])
+
+    def pull_queries(self, x: Tensor, rows: Tensor, error: Tensor, keys: Tensor) -> Tensor:
+        """The adjoint of the logits in the query projections: [H, D, w]."""
+        grouped = error.unflatten(1, (keys.shape[1], -1)).flatten(2, 3) @ keys * self.scaling
+        pulled = self.rotation.turn(grouped.reshape(*error.shape[:3], -1), rows, inverse=True)
+        return _adjoint(pulled, x[:, rows])
+
+    def pull_keys(self, x: Tensor, error: Tensor, queries: Tensor, kv: int) -> Tensor:
+        """The adjoint of the logits in the key projections: [kv, D, w]."""
+        grouped = error.unflatten(1, (kv, -1)).flatten(2, 3).transpose(-1, -2)
+        pulled = grouped @ queries.unflatten(1, (kv, -1)).flatten(2, 3) * self.scaling
+        return _adjoint(self.rotation.turn(pulled, inverse=True), x)
+
+
+def _adjoint(states: Tensor, x: Tensor) -> Tensor:
+    """sum over batch and positions of states [b, heads, R, D] times inputs [b, R, w]: [heads, D, w]."""
+    flat = states.transpose(1, 2).flatten(2).flatten(0, 1)  # [b * R, heads * D]
+    return (flat.T @ x.flatten(0, 1)).unflatten(0, (states.shape[1], -1))
+
+
+def refit_logits(
+    heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], statistics: LayerStatistics
+) -> Heads:
+    """Refit query and key projections to the original's logits.
+
+    Args:
+        heads: the pooled layer, without a query or key norm (logits would not be linear in the projections).
+        targets: batches of the calibration text.
+        statistics: of the layer; the second moment of its inputs preconditions and damps.
+    """
+    values, vectors = statistics.input_eigen
+    values = values / statistics.inputs.double().diagonal().mean()
+    metric = (vectors * values.clamp_min(0)) @ vectors.T
+    smooth = (vectors / (values.clamp_min(0) + 1e-3)) @ vectors.T
+    metric, smooth = metric.float(), smooth.float()
+    q, k = model.weights(heads)
+    free = {name: _mask(heads, name, q.device) for name in "qk"}
+    for which in SCHEDULE:
+        side = _QuerySide(model, targets, q, k) if which == "q" else _KeySide(model, targets, q, k)
+        change = _solve(side, metric, smooth, free[which])
+        q, k = (q + change, k) if which == "q" else (q, k + change)
+    back = model.rotation.order(heads.head_dim).argsort()
+    q, k = q[:, back], k[:, back]
+    result = replace(heads, q=q[..., :-1].to(heads.q), k=k[..., :-1].to(heads.k))
+    if heads.q_bias is not None:
+        result.q_bias = q[..., -1].to(heads.q)
+    if heads.k_bias is not None:
+        result.k_bias = k[..., -1].to(heads.k)
+    return result
+
+
+def logit_error(model: LogitModel, targets: Sequence[LogitTargets], heads: Heads) -> float:
+    """Root mean square logit error under the original's attention, each row less its mean."""
+    q, k = model.weights(heads)
+    lost, rows = 0.0, 0
+    for batch in targets:
+        gap = batch.scores - model.scores(model.states(batch.x, q, batch.rows), model.states(batch.x, k))
+        lost += float((_weighted(batch.probabilities, gap) * gap).sum())
+        rows += gap.shape[0] * gap.shape[1] * gap.shape[2]
+    return (max(lost, 0.0) / max(rows, 1)) ** 0.5
+
+
+def _mask(heads: Heads, name: str, device: torch.device) -> float | Tensor:
+    """1 for what may move: a projection without a bias keeps its last column at zero."""
+    if getattr(heads, name + "_bias") is not None:
+        return 1.0
+    mask = torch.ones(heads.q.shape[-1] + 1, device=device)
+    mask[-1] = 0.0
+    return mask
+
+
+def _weighted(probabilities: Tensor, gap: Tensor) -> Tensor:
+    """The weighted error whose product with the error is its variance under the attention, row by row."""
+    weighted = probabilities * gap
+    return weighted.addcmul_(probabilities, weighted.sum(-1, keepdim=True), value=-1.0)
+
+
+class _QuerySide:
+    """The logits as a linear function of the queries; the keys' states are the same in every step."""
+
+    def __init__(self, model: LogitModel, targets: Sequence[LogitTargets], q: Tensor, k: Tensor) -> None:
+        self.model, self.targets, self.start = model, targets, q
+        self.others = [model.states(batch.x, k) for batch in targets]
+
+    def scores(self, index: int, change: Tensor) -> Tensor:
+        batch = self.targets[index]
+        return self.model.scores(self.model.states(batch.x, change, batch.rows), self.others[index])
+
+    def gradient(self, index: int, error: Tensor) -> Tensor:
+        batch = self.targets[index]
+        return self.model.pull_queries(batch.x, batch.rows, error, self.others[index])
+
+
+class _KeySide(_QuerySide):
+    """The same for the keys; the queries' states stay."""
+
+    def __init__(self, model: LogitModel, targets: Sequence[LogitTargets], q: Tensor, k: Tensor) -> None:
+        self.model, self.targets, self.start = model, targets, k
+        self.others = [model.states(batch.x, q, batch.rows) for batch in targets]
+
+    def scores(self, index: int, change: Tensor) -> Tensor:
+        return self.model.scores(self.others[index], self.model.states(self.targets[index].x, change))
+
+    def gradient(self, index: int, error: Tensor) -> Tensor:
+        return self.model.pull_keys(self.targets[index].x, error, self.others[index], len(self.start))
+
+
+def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tensor) -> Tensor:
+    """The change that minimises the weighted logit error plus the pull: preconditioned conjugate gradients."""
+
+    def curvature(change: Tensor) -> Tensor:
+        total = torch.zeros_like(change)
+        for i, batch in enumerate(side.targets):
+            total += side.gradient(i, _weighted(batch.probabilities, side.scores(i, change)))
+        return total * free
+
+    residual = torch.zeros_like(side.start)
+    for i, batch in enumerate(side.targets):
+        residual += side.gradient(i, _weighted(batch.probabilities, batch.scores - side.scores(i, side.start)))
+    residual = residual * free
+    step = (residual @ smooth) * free
+    size = ((step @ metric) * step).sum()
+    change = torch.zeros_like(step)
+    if not bool(size > 0):
+        return change
+    pull = DAMPING * (step * curvature(step)).sum() / size
+    search, power = step.clone(), (residual * step).sum()
+    for _ in range(STEPS):
+        bent = curvature(search) + pull * (search @ metric) * free
+        bend = (search * bent).sum()
+        if not bool(bend > 0) or not bool(power > 0):
+            break
+        length = power / bend
+        change += length * search
+        residual = residual - length * bent
+        step = (residual @ smooth) * free
+        power, last = (residual * step).sum(), power
+        search = step + power / last * search
+    return change
+
+
+@dataclass
+class OutputTarget:
+    """What the converted layer's attention ought to give.
+
+    Attributes:
+        clean: the original's attention output [N, S, m], for each length of sequence.
+        drift: what the prefix has drifted by, in the output's scale, likewise; None where a norm stands between the
+            output and the residual stream.
+    """
+
+    clean: list[Tensor]
+    drift: list[Tensor] | None
+
+    def at(self, index: int, rows: Any, share: float, device: torch.device) -> Tensor:
+        """The targets of some sequences of one length, taking back ``share`` of the drift."""
+        wanted = self.clean[index][rows]
+        return (wanted if self.drift is None else wanted + share * self.drift[index][rows]).to(device)
+
+
+class OutputRefit:
+    """Gathers the normal equations of the output projection batch by batch and solves them.
+
+    Args:
+        heads: the layer whose output projection is the prior.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        self.bias = heads.o_bias is not None
+        prior = heads.o.flatten(1)
+        self.prior = torch.cat([prior, heads.o_bias[:, None]], 1) if heads.o_bias is not None else prior
+        width = self.prior.shape[1]
+        self.gram = torch.zeros(width, width, device=prior.device)
+        self.cross = torch.zeros_like(self.prior, dtype=torch.float32)
+
+    def add(self, mixed: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            mixed: what goes into the output projection [b, S, H * D].
+            target: what should come out [b, S, m].
+        """
+        z, y = mixed.flatten(0, 1), target.flatten(0, 1)
+        if self.bias:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        self.gram += z.T @ z
+        self.cross += y.T @ z
+
+    def solve(self, heads: Heads) -> Heads:
+        """``heads`` with the refitted output projection."""
+        weight = ridge(self.gram, self.cross, self.prior, OUTPUT_RIDGE).to(heads.o)
+        bias = None
+        if self.bias:
+            weight, bias = weight[:, :-1], weight[:, -1]
+        return replace(heads, o=weight.unflatten(1, (heads.num_heads, -1)).contiguous(), o_bias=bias)

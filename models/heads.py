@@ -1,0 +1,103 @@
+"""One layer's attention weights, by head: the form every method works on, whatever the checkpoint's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Heads:
+    """Attention weights of one layer.
+
+    Shapes: H query heads, K KV heads, D ``head_dim``, n input width, m output width.
+
+    Attributes:
+        q: [H, D, n]; k: [K, D, n]; v: [K, D, n]; o: [m, H, D] (``o[:, h]`` reads head h).
+        q_bias: [H, D] or None; k_bias, v_bias: [K, D] or None; o_bias: [m] or None.
+        q_norm, k_norm: weights of the query/key norm where they are resized with the heads ([H, D], [K, D]); a weight
+            [D] that all heads share; or None.
+        pairs: int64 [P, 2], the two dimensions of each rotary pair, real part first.
+        key_norm: the family's key norm (see :data:`rehead.models.families.spec.KeyNorm`).
+        fixed_values: the basis of V must stay: a gate or norm acts on its channels before ``o`` reads them.
+        extras: tensors [H, ...] that belong to the query heads and only change places with them (sinks, output gates),
+            by the name they have below the attention module.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    pairs: Tensor | None = None
+    key_norm: str = "none"
+    fixed_values: bool = False
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that read one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight that is there, by field name (``pairs`` is layout, not a weight)."""
+        fields = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
+        return {name: tensor for name in fields if (tensor := getattr(self, name)) is not None}
+
+    def map(self, function) -> Heads:
+        """A copy with ``function`` applied to every weight."""
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def to(self, *args, **kwargs) -> Heads:
+        """A copy with every weight moved or cast as by :meth:`torch.Tensor.to`."""
+        moved = self.map(lambda tensor: tensor.to(*args, **kwargs))
+        if self.pairs is not None:
+            moved.pairs = self.pairs.to(moved.q.device)
+        return moved
+
+    def permute_queries(self, order: Tensor) -> Heads:
+        """A copy with the query heads in another order, ``order`` int64 [H]: old index of each new head.
+
+        With the KV heads left as they are this changes which KV head a query reads, so the caller moves those too.
+        """
+        moved = {name: getattr(self, name)[order] for name in ("q", "q_bias") if getattr(self, name) is not None}
+        if self.q_norm is not None and self.q_norm.ndim == 2:
+            moved["q_norm"] = self.q_norm[order]
+        extras = {name: tensor[order.to(tensor.device)] for name, tensor in self.extras.items()}
+        return replace(self, **moved, o=self.o[:, order], extras=extras)
+
+    def free_dims(self) -> Tensor:
+        """Dimensions of the head that no rotary pair covers, int64 [D - 2P]."""
+        mask = torch.ones(self.head_dim, dtype=torch.bool)
+        if self.pairs is not None:
+            mask[self.pairs.flatten().cpu()] = False
+        return mask.nonzero().flatten()
+
+
+def rotary_pairs(pairing: str, dims: int) -> Tensor:
+    """The rotary pairs over the first ``dims`` dimensions of a head: int64 [dims / 2, 2]."""
+    first = torch.arange(dims // 2)
+    if pairing == "half":
+        return torch.stack([first, first + dims // 2], dim=1)
+    if pairing == "interleaved":
+        return torch.stack([2 * first, 2 * first + 1], dim=1)
+    return torch.empty(0, 2, dtype=torch.int64)

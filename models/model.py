@@ -1,0 +1,283 @@
+"""A model that is open for conversion: its source, resolved config and family; no weight has been read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rehead.checkpoints.finite import first_nonfinite
+from rehead.checkpoints.source import Source, open_source, torch_dtype
+from rehead.convert.hosts import HostedSource, Recipe, find_host
+from rehead.errors import UnsupportedError
+from rehead.models.families import resolve_family
+from rehead.models.families.layouts import shared_norm_names, split, tensor_names
+from rehead.models.families.parallel import base_type
+from rehead.models.families.resolve import with_checkpoint_prefix
+from rehead.models.families.spec import Config, Family
+from rehead.models.heads import Heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass
+class Model:
+    """An open checkpoint.
+
+    Attributes:
+        source: where tensors come from.
+        config: transformers' resolved config.
+        family: the layout of its attention; its ``layer`` prefix is the checkpoint's own.
+        layers: indices of the layers that have attention.
+        module_layer: the layers' prefix in the class, where the checkpoint's may lack the first part.
+        hosted_from: the checkpoint's own model type, where another stands in for it.
+        reblocked: layers whose block has another form than in the checkpoint.
+        folded: attention's tensors are not the checkpoint's own, as norms were folded into them or heads rearranged.
+        rounds: its weights stand for the checkpoint's up to rounding.
+    """
+
+    source: Source
+    config: Config
+    family: Family
+    layers: list[int]
+    module_layer: str = "model.layers.{i}."
+    hosted_from: str | None = None
+    reblocked: list[int] = field(default_factory=list)
+    folded: bool = False
+    rounds: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.family.num_heads(self.config)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.family.num_kv_heads(self.config)
+
+    @property
+    def head_dim(self) -> int:
+        return self.family.head_dim(self.config)
+
+    def layer_tensors(self, layer: int) -> list[str]:
+        """Names of the tensors that hold a layer's heads."""
+        return tensor_names(self.family, self.config, layer, self.source.tensors)
+
+    def module_name(self, name: str) -> str:
+        """A checkpoint's tensor name as the class has it: a base model's checkpoint lacks the first part."""
+        full, bare = self.module_layer, self.family.layer
+        if full.endswith(bare):
+            return full.removesuffix(bare) + name
+        old, new = bare.split(".", 1)[0] + ".", full.split(".", 1)[0] + "."
+        return new + name.removeprefix(old) if name.startswith(old) else name
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """Read the tensors of a layer's attention, checked to be finite.
+
+        Raises:
+            UnsupportedError: one holds a NaN or an infinity.
+        """
+        return {name: self.read(name, layer) for name in self.meta_layer(layer)}
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """One tensor, checked to be finite; raises as :meth:`read_layer`."""
+        tensor = self.source.read(name)
+        check_finite(name, tensor, layer)
+        return tensor
+
+    def heads(self, layer: int, tensors: Mapping[str, Tensor] | None = None) -> Heads:
+        """One layer's heads, in the checkpoint's dtype."""
+        return split(self.family, self.config, layer, tensors if tensors is not None else self.read_layer(layer))
+
+    def meta_layer(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer's attention, with the norm weights that its heads share, as shapes without data."""
+        names = self.layer_tensors(layer) + shared_norm_names(self.family, self.config, layer, self.source.tensors)
+        infos = [self.source.tensors[name] for name in names]
+        return {info.name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for info in infos}
+
+    def layer_on_meta(self, layer: int) -> Heads:
+        """One layer's heads as shapes alone."""
+        return self.heads(layer, self.meta_layer(layer))
+
+    def kv_bytes_per_token(self, kv: int | None = None) -> int:
+        """KV-cache bytes for each token over all layers, in the checkpoint's dtype and from the real ``head_dim``."""
+        size = max(torch_dtype(self.source.tensors[self.layer_tensors(i)[0]].dtype).itemsize for i in self.layers[:1])
+        return 2 * len(self.layers) * (kv or self.num_kv_heads) * self.head_dim * size
+
+    def parameters(self) -> int:
+        """Number of weights in the checkpoint."""
+        return sum(math.prod(info.shape) for info in self.source.tensors.values())
+
+
+def open_model(model: str | os.PathLike[str] | Source, revision: str | None = None) -> Model:
+    """Open a checkpoint for conversion: config and headers only.
+
+    Args:
+        model: a local folder, a Hub id, or an open source.
+        revision: a Hub revision.
+
+    Raises:
+        UsageError: there is no such model.
+        UnsupportedError: its architecture, format or layout cannot be converted; says why and what to do.
+    """
+    source = model if isinstance(model, Source) else open_source(model, revision)
+    config = resolve_config(source.config, source.id)
+    _refuse_quantised(source)
+    family = resolve_family(config, source.tensors)
+    opened = _opened(source, config, family)
+    _check_shapes(opened)
+    return opened
+
+
+def hosted(model: Model, host: str = "auto") -> Model:
+    """The model under the type that stands in for its own, with a KV head for each query head.
+
+    Args:
+        host: a model type, or ``"auto"`` for the first that computes the same function.
+
+    Raises:
+        UsageError: no such host.
+        UnsupportedError: it would not compute the same function; says why.
+    """
+    result = under(model, find_host(host, model.config, model.source.config, model.source.tensors))
+    result.hosted_from = model.config.model_type
+    result.folded = True
+    return result
+
+
+def under(model: Model, recipe: Recipe) -> Model:
+    """A model as a recipe says: another config, and tensors made of the model's."""
+    source = HostedSource(model.source, recipe)
+    config = resolve_config(recipe.config, source.id)
+    target = recipe.target
+    if config.model_type != target.model_type:
+        target = resolve_family(config, source.tensors)
+    result = _opened(source, config, target)
+    if base_type(config.model_type) == base_type(model.config.model_type):
+        result.module_layer = model.module_layer
+    result.hosted_from, result.reblocked, result.folded = model.hosted_from, model.reblocked, model.folded
+    result.rounds = model.rounds or recipe.rounds
+    return result
+
+
+def _opened(source: Source, config: Config, family: Family) -> Model:
+    found = with_checkpoint_prefix(family, source.tensors)
+    start = found.layer.split("{i}")[0]
+    if not any(name.startswith(start) for name in source.tensors):
+        raise UnsupportedError(
+            f"{source.id}: has no tensor below {start!r}, where {family.model_type} keeps its layers; "
+            "check that config.json belongs to these weights"
+        )
+    return Model(source, config, found, found.attention_layers(config), family.layer)
+
+
+def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
+    """A raw ``config.json`` as transformers' config object, without remote code.
+
+    Raises:
+        UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedError(f"{name}: config.json names no model_type; save the model with transformers first")
+    if model_type not in CONFIG_MAPPING:
+        if raw.get("auto_map"):
+            raise UnsupportedError(
+                f"{name}: model type {model_type!r} needs remote code, which Rehead never runs; "
+                "use a checkpoint in transformers' own format"
+            )
+        raise UnsupportedError(
+            f"{name}: model type {model_type!r} is not in the installed transformers; upgrade transformers"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(raw)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); mend it") from None
+
+
+def _plain_floats(value: Any) -> Any:
+    """Undo what transformers writes into JSON for infinities and NaN: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain_floats(item) for key, item in value.items()}
+    return [_plain_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def causal_lm_class(config: Config) -> type[PreTrainedModel]:
+    """The class that ``AutoModelForCausalLM`` loads for a config, or ``AutoModelForSeq2SeqLM`` for an encoder-decoder.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    found = auto._model_mapping.get(type(config), None)
+    if found is None:
+        raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
+    model_class: Any = found[0] if isinstance(found, (tuple, list)) else found
+    return model_class
+
+
+def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:
+    """Raise UnsupportedError when a weight holds a NaN or an infinity."""
+    at = first_nonfinite(tensor)
+    if at is not None:
+        where = f" (layer {layer})" if layer is not None else ""
+        raise UnsupportedError(
+            f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or mend the weight"
+        )
+
+
+def _refuse_quantised(source: Source) -> None:
+    quantised = source.config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+        raise UnsupportedError(
+            f"{source.id}: is quantised ({method}), and heads cannot be pooled in that form; "
+            "convert the unquantised original, then quantise the result"
+        )
+
+
+def _check_shapes(model: Model) -> None:
+    """Refuse a checkpoint whose tensors do not have the heads that its config claims."""
+    heads, kv, size, source = model.num_heads, model.num_kv_heads, model.head_dim, model.source
+    for layer in model.layers:
+        names = model.layer_tensors(layer)
+        present = set(names)
+        prefix, stems = model.family.prefix(layer), model.family.names
+        wanted = [stems.query, stems.output]
+        wanted += [stems.key, stems.value] if model.family.packing == "separate" else []
+        for stem in wanted:
+            if f"{prefix}{stem}.weight" not in present:
+                raise UnsupportedError(
+                    f"{source.id}: layer {layer} has no tensor {prefix}{stem}.weight; "
+                    f"it is not laid out as {model.family.model_type} is"
+                )
+        try:
+            found = model.layer_on_meta(layer)
+            ok = found.q.shape[:2] == (heads, size) and found.k.shape[:2] == found.v.shape[:2] == (kv, size)
+        except (RuntimeError, ValueError):
+            ok = False
+        if not ok:
+            raise UnsupportedError(
+                f"{source.id}: layer {layer}'s attention tensors do not hold the {heads} query and {kv} KV heads of "
+                f"{size} that config.json claims; check that config.json belongs to these weights"
+            )
+        for name in names:
+            if source.tensors[name].dtype not in _FLOATS:
+                raise UnsupportedError(
+                    f"{name}: is stored as {source.tensors[name].dtype}, which cannot be pooled; "
+                    "convert the unquantised original"
+                )

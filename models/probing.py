@@ -1,0 +1,321 @@
+"""What proofs and measurements share: tokens to run a model on, ways to run it, and how outputs are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from rehead.errors import UsageError
+
+if TYPE_CHECKING:
+    from rehead.patches.patch import Patch
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def unpatched(patch: Patch) -> Iterator[nn.Module]:
+    """Take a patch off for a moment, keeping its counters, and put it back whatever happens."""
+    calls = {record.name: record.calls for record in patch._records}
+    patch.revert()
+    try:
+        yield patch.model
+    finally:
+        patch.apply()
+        for record in patch._records:
+            record.calls = calls.get(record.name, 0)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without disturbing the random state."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = modes[name]
+
+
+def config_value(config: Any, name: str) -> Any:
+    """A config's value, or None where it has none or keeps one for each layer (which reading it refuses to hide)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+def probe_tokens(model: nn.Module, length: int, batch: int, seed: int) -> Tensor:
+    """Random token ids ``[batch, length]`` on the model's device, away from the lowest ids (padding, end of text)."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    vocabulary = int(getattr(config, "vocab_size", 0) or 0)
+    if vocabulary < 4:
+        raise UsageError("the model's config has no vocab_size to draw probe tokens from; pass input_ids= to prove()")
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randint(min(8, vocabulary // 2), vocabulary, (batch, length), generator=gen).to(_device(model))
+
+
+def checked_tokens(input_ids: Any, model: nn.Module | None = None) -> Tensor:
+    """A caller's token ids, on the device of the model that will read them.
+
+    Args:
+        input_ids: int ``[B, S]``.
+        model: what will read them.
+
+    Raises:
+        UsageError: not token ids of two dimensions, none at all, or some that ``model`` does not have.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise UsageError("input_ids must be an integer tensor [batch, length]; tokenise with return_tensors='pt'")
+    if not input_ids.numel():
+        raise UsageError("input_ids holds no tokens; tokenise some text first")
+    if model is None:
+        return input_ids
+    table = _table_size(model)
+    if table is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table:
+        worst = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+        raise UsageError(f"input_ids holds token {worst}, the model has {table}; use the model's own tokenizer")
+    return input_ids.to(_device(model))
+
+
+def _table_size(model: nn.Module) -> int | None:
+    """Rows of a model's embedding; None where it does not say."""
+    try:
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs; those of one that is offloaded as a whole, accelerate moves itself."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of most of a model's weights."""
+    counts: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+def default_length(model: nn.Module) -> int:
+    """Long enough to pass a short window or chunk, short enough to be quick, and within the model's positions."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    # On a GPU several tiles of the kernels (up to 192 rows, 128 keys), the last of them ragged.
+    length = 300 if any(p.is_cuda for p in model.parameters()) else 48
+    for name in ("sliding_window", "attention_chunk_size", "window_size"):
+        extent = config_value(config, name)
+        if isinstance(extent, int) and 1 < extent <= 1024:
+            length = max(length, 2 * extent + 3)
+    limits = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min([length, *(limit for limit in limits if isinstance(limit, int) and limit > 1)])
+
+
+def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
+    out = model(**inputs, use_cache=False)
+    found = getattr(out, "logits", None)
+    if found is None:
+        found = getattr(out, "last_hidden_state", None)
+    if not isinstance(found, Tensor) or found.ndim < 3:
+        # A head that says one thing of a whole sequence hides what a proof is about: one row a token.
+        hidden = getattr(model(**inputs, use_cache=False, output_hidden_states=True), "hidden_states", None)
+        if not hidden:
+            raise UsageError(f"{type(model).__name__} returns no logits or hidden states of tokens; prove a causal LM")
+        found = hidden[-1]
+    # Virtual tokens (prompt tuning) come before those of the probe.
+    return found[:, -inputs["input_ids"].shape[1] :]
+
+
+def called(model: nn.Module, names: list[str], run: Any) -> tuple[Any, set[str]]:
+    """Run, and say which of the named modules took part."""
+    seen: set[str] = set()
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_pre_hook(lambda module, args, name=name: seen.add(name)) for name in names]
+    try:
+        return run(), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class Probe:
+    plain: dict[str, Any]
+    changed: dict[str, Any]
+    padded: dict[str, Any] | None
+    cut: int
+
+
+def make_probe(model: nn.Module, input_ids: Tensor | None, length: int | None, padding: bool) -> Probe:
+    """Tokens, the same with a changed second half, and the same with the first row padded on the left."""
+    if input_ids is None:
+        input_ids = probe_tokens(model, length or default_length(model), 2, seed=0)
+    else:
+        input_ids = checked_tokens(input_ids, model)
+    length = input_ids.shape[1]
+    if length < 2:
+        raise UsageError("a proof needs at least two tokens; pass longer input_ids")
+    cut = max(1, length // 2)
+    others = input_ids.clone()
+    # Shifting the later tokens among themselves changes each without inventing ids the model may not have.
+    others[:, cut:] = input_ids[:, cut:].roll(1, dims=1).flip(0)
+    if torch.equal(others, input_ids):
+        others[:, cut:] = input_ids[:, :1]
+    mask = torch.ones_like(input_ids)
+    mask[0, : max(1, length // 5)] = 0
+    return Probe(
+        {"input_ids": input_ids},
+        {"input_ids": others},
+        {"input_ids": input_ids, "attention_mask": mask} if padding else None,
+        cut,
+    )
+
+
+@dataclass
+class Outputs:
+    plain: Tensor
+    changed: Tensor
+    padded: Tensor | None
+    cached: Tensor | None = None
+
+
+def continued(model: nn.Module, probe: Probe) -> Tensor | None:
+    """Logits ``[rows, vocabulary]`` of a prefill, one token and the rest through a cache; None without a cache."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return None
+    tokens = probe.plain["input_ids"]
+    mask = torch.ones_like(tokens) if probe.padded is None else probe.padded["attention_mask"]
+    cache, rows = None, []
+    for start, stop in ((0, probe.cut), (probe.cut, probe.cut + 1), (probe.cut + 1, tokens.shape[1])):
+        if start == stop:
+            continue
+        step: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        out = model(input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **step)
+        cache, found = getattr(out, "past_key_values", None), getattr(out, "logits", None)
+        if cache is None or not isinstance(found, Tensor) or found.ndim < 3:
+            return None
+        rows.append(found[:, start - stop :][mask[:, start:stop].bool()])
+    return torch.cat(rows)
+
+
+def continued_if_it_can(model: nn.Module, probe: Probe) -> Tensor | None:
+    """:func:`continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to."""
+    try:
+        return continued(model, probe)
+    except Exception:
+        return None
+
+
+def run_probe(model: nn.Module, probe: Probe, plain: Tensor | None = None) -> Outputs:
+    """Logits of every part of the probe; ``plain`` if they are there already."""
+    return Outputs(
+        logits(model, probe.plain) if plain is None else plain,
+        logits(model, probe.changed),
+        None if probe.padded is None else logits(model, probe.padded),
+    )
+
+
+def gap_of(a: Outputs, b: Outputs, probe: Probe) -> float:
+    """Largest difference on rows that are not padding."""
+    gap = max(difference(a.plain, b.plain), cached_gap(a, b) or 0.0)
+    if a.padded is not None and b.padded is not None and probe.padded is not None:
+        keep = probe.padded["attention_mask"].bool()
+        gap = max(gap, difference(a.padded[keep], b.padded[keep]))
+    return gap
+
+
+def cached_gap(a: Outputs, b: Outputs) -> float | None:
+    return None if a.cached is None or b.cached is None else difference(a.cached, b.cached)
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Run an unpatched model with eager attention for a moment."""
+    configs = {id(c): c for m in model.modules() for c in m.__dict__.values() if isinstance(c, PreTrainedConfig)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors of one shape, in float64; infinite where one is no number."""
+    a, b = a.double(), b.double()
+    # Models with capped vocabularies give -inf on both sides.
+    same = a == b
+    gap = torch.where(same, 0.0, (a - b).abs())
+    # A maximum of Python's would pass over what is not a number.
+    return float(gap.nan_to_num(nan=math.inf).max()) if gap.numel() else 0.0
+
+
+def allowed(logits: Tensor, share: float) -> float:
+    """The largest difference that counts as none: a share of the largest finite logit, or of 1 if that is larger."""
+    return share * max(1.0, float(logits.abs().nan_to_num(0, 0, 0).max()))
+
+
+def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: Tensor) -> float:
+    """How far logits move when what the named modules return is rounded once more, at random.
+
+    Two exact computations that add in another order differ by about that: in 16 bits a deep model, or one that routes
+    tokens to experts, can carry one rounding a layer to its logits many times enlarged.
+
+    Args:
+        model: as it is to be compared with.
+        names: modules of it.
+        inputs: of the model.
+        plain: its logits for them.
+
+    Returns:
+        The largest difference of two trials; 0 in float32 and float64.
+    """
+    if dtype_of(model) not in HALF:
+        return 0.0
+
+    def again(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, Tensor) or first.dtype not in HALF:
+            return None
+        # Half a unit in the last place to either side.
+        share = torch.finfo(first.dtype).eps * (torch.rand(first.shape, device=first.device) - 0.5)
+        first = torch.addcmul(first.float(), first.float(), share).to(first.dtype)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(again) for name in names]
+    try:
+        return max(difference(logits(model, inputs), plain) for _ in range(2))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def divergence(reference: Tensor, variant: Tensor) -> Tensor:
+    """Kullback-Leibler divergence, reference to variant, in nats.
+
+    Logits ``[..., V]`` -> ``[...]``, in float64 if they are and in float32 otherwise.
+    """
+    log_p, log_q = (
+        torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1) for x in (reference, variant)
+    )
+    # Capped vocabularies give -inf on both sides; and rounding must not go below nothing.
+    return torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)

@@ -1,5 +1,0 @@
-"""Exact tiled attention on the CPU: forward and backward in linear memory, skipping the tiles that a mask rules out."""
-
-from rehead.patches.cpu.operator import attention
-
-__all__ = ["attention"]

@@ -1,0 +1,194 @@
+"""The Hopper and decode kernels compile for compute capability 9.0, without a GPU, and keep what makes them fast.
+
+Triton's own ptxas reports register spills, and a C75xx warning when it serialises asynchronous matrix products.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+INT, FLOAT = "i32", "fp32"
+# Bytes of shared memory a block may use: A100, other cards of that generation or the next, H100 and H200.
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
+
+
+def assemble(function, signature: dict, constants: dict, gluon: bool, tmp_path, capability=90, **options) -> str:
+    """ptxas's report on the kernel, which must fit the card's shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = function.arg_names
+    types = {name: "constexpr" if name in constants else signature.get(name, INT) for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if types[name].startswith("*") or (name.startswith("stride") and name != "stride_mask")
+    }
+    source = (GluonASTSource if gluon else ASTSource)(fn=function, signature=types, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert kernel.metadata.shared <= SHARED[capability], "more shared memory than the card has"
+    path = tmp_path / "kernel.ptx"
+    path.write_text(kernel.asm["ptx"])
+    ptxas = triton.knobs.nvidia.ptxas.path
+    report = subprocess.run(
+        [
+            ptxas,
+            "-v",
+            f"--gpu-name=sm_{capability}{'a' if capability == 90 else ''}",
+            str(path),
+            "-o",
+            str(tmp_path / "kernel.cubin"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return report.stderr
+
+
+def spilled(report: str) -> int:
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report))
+
+
+def descriptor(rows: int, dim: int) -> str:
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
+    return f"tensordesc<bf16[1,1,{rows},{dim}],{layout!r}>"
+
+
+@pytest.fixture
+def hopper():
+    module = pytest.importorskip("rehead.attention.kernels.hopper")
+    if not module.READY:
+        pytest.skip("this Triton release has no Hopper kernels")
+    return module
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_forward(hopper, dim, tmp_path):
+    config = hopper.FORWARD[dim]
+    flags = {"CAUSAL": True, "WINDOW": True, "RANGE": True, "SINKS": True}
+    signature = {
+        "q_desc": descriptor(64, dim), "o_desc": descriptor(64, dim), "scale": FLOAT, "lse": "*fp32", "sinks": "*bf16",
+        "k_desc": descriptor(config["BLOCK_N"], dim), "v_desc": descriptor(config["BLOCK_N"], dim),
+        "counter": "*i32", "kv_start": "*i32", "kv_end": "*i32",
+    }  # fmt: skip
+    kernel = hopper.hopper_forward.attention_forward
+    report = assemble(kernel, signature, {"D": dim, "DV": dim, **config, **flags}, True, tmp_path, num_warps=4)
+    assert "serialized" not in report
+    assert spilled(report) == 0
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_backward(hopper, dim, tmp_path):
+    config = hopper.BACKWARD[dim]
+    flags = {"CAUSAL": True, "WINDOW": False, "RANGE": False, "SPLIT": False}
+    rows, keys = descriptor(config["BLOCK_M"], dim), descriptor(config["BLOCK_N"], dim)
+    signature = {
+        "q_desc": rows, "do_desc": rows, "k_desc": keys, "v_desc": keys, "dk_desc": keys, "dv_desc": keys,
+        "dk_part": "*fp32", "dv_part": "*fp32", "dq_acc": "*fp32", "lse": "*fp32", "delta": "*fp32", "scale": FLOAT,
+        "kv_start": "*i32", "kv_end": "*i32",
+    }  # fmt: skip
+    kernel = hopper.hopper_backward.attention_backward
+    report = assemble(kernel, signature, {"D": dim, "DV": dim, **config, **flags}, True, tmp_path, num_warps=8)
+    assert "serialized" not in report
+    assert spilled(report) <= 16  # a few bytes outside the loop
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_decode(rows, tmp_path):
+    block_n, stages, warps = (64, 3, 4) if rows == 64 else (128, 3, 8)
+    report = assemble_decode(rows, block_n, stages, 128, "bf16", 90, tmp_path, warps)
+    assert spilled(report) == 0
+    assert "serialized" not in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(("width", "kind"), [(64, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32"), (256, "fp32")])
+@pytest.mark.parametrize("total", [1, 64])
+def test_decode_fits_every_card(total, width, kind, capability, tmp_path, monkeypatch):
+    module = importlib.import_module("rehead.attention.kernels.decode")
+    general = importlib.import_module("rehead.attention.kernels.general")
+    monkeypatch.setattr(general, "shared_memory", lambda device: SHARED[capability])
+    monkeypatch.setattr(module, "_is_hopper", lambda device: capability == 90)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
+    module.launch_shape.cache_clear()
+    shape = module.launch_shape(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
+    module.launch_shape.cache_clear()
+    for stages, bias in ((shape.stages, False), (min(2, shape.stages), True)):
+        changed = {"BIAS": bias, "PLAIN": not bias}
+        sizes = (shape.rows, shape.block_n, stages, width, kind, capability, tmp_path, shape.warps)
+        report = assemble_decode(*sizes, **changed)
+        assert "registers" in report
+
+
+def assemble_decode(
+    rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path, warps: int = 4, **changed
+) -> str:
+    from rehead.attention.kernels import decode_kernels
+
+    flags = {
+        "GROUP": 4, "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "ROWS": rows, "BLOCK_N": block_n,
+        "SCAN": 1024, "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True,
+        "MASK": True, "OFFSET": True, "ALIBI": False, "SINKS": True, "BIAS": False, "DIRECT": False,
+        "EARLY": capability == 90, "AHEAD": 256, "SINGLE": True, "PLAIN": True,
+        "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
+    }  # fmt: skip
+    flags |= changed
+    pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")} | {"bias_ptr": "*fp32"}
+    pointers |= {f"{name}_ptr": "*i32" for name in ("start", "end", "offset")}
+    pointers |= {"acc_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*u8", "alibi": "*fp32", "sinks": "*bf16"}
+    signature = pointers | {"scale": FLOAT, "softcap": FLOAT}
+    options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if capability == 90 else {})
+    return assemble(decode_kernels.partial_attention, signature, flags, False, tmp_path, capability, **options)
+
+
+@pytest.mark.parametrize("name", ["forward", "grad_query", "grad_key_value"])
+def test_general_kernels_with_every_rule(name, tmp_path):
+    assert "registers" in assemble_general(name, 128, "bf16", 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(("width", "kind"), [(64, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32"), (256, "fp32")])
+@pytest.mark.parametrize("name", ["forward", "grad_query", "grad_key_value"])
+def test_general_kernels_fit_every_card(name, width, kind, capability, tmp_path):
+    assert "registers" in assemble_general(name, width, kind, capability, tmp_path)
+
+
+def assemble_general(name: str, width: int, kind: str, capability: int, tmp_path) -> str:
+    from rehead.attention.kernels import backward, forward, general
+
+    kernel = forward.attention_forward if name == "forward" else getattr(backward, name)
+    itemsize = 2 if kind == "bf16" else 4
+    tile = general.tile_for(name, width, itemsize, SHARED[capability])
+    rules = ("CAUSAL", "WINDOW", "CHUNK", "SOFTCAP", "RANGE", "KEY_MASK", "SEGMENTS", "ALIBI", "SINKS", "BIAS")
+    flags = dict.fromkeys(rules, True) | {
+        "D": width - 8, "DV": width, "BLOCK_D": width, "BLOCK_DV": width,
+        "PRECISION": "ieee" if itemsize == 2 else "tf32x3",
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+    }  # fmt: skip
+    flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
+    pointers = {f"{item}_ptr": f"*{kind}" for item in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "bias")}
+    pointers |= {item: "*i32" for item in ("kv_start", "kv_end", "q_segments", "kv_segments", "seg_begin", "seg_end")}
+    pointers |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "alibi": "*fp32", "sinks": "*bf16", "key_mask": "*u8"}
+    signature = pointers | {"scale": FLOAT, "softcap": FLOAT}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return assemble(kernel, signature, flags, False, tmp_path, capability, **options)

@@ -1,0 +1,93 @@
+"""Choosing the layers whose change loses least, up to a budget: the model is run whole, unlike everything else here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rehead.convert.options import ConvertOptions
+from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.model import Model, causal_lm_class
+from rehead.variants.blocks.forms import reblock
+from rehead.variants.blocks.layer_choice import auto_count
+from rehead.variants.blocks.switches import SWITCHES
+
+#: Numbers of logits that are kept to compare with, and the fewest tokens to measure on.
+_LOGITS, _FEWEST = 1 << 27, 1024
+
+
+def choose(
+    model: Model,
+    options: ConvertOptions,
+    device: torch.device,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> tuple[ConvertOptions, dict[str, Any]]:
+    """Fill in ``--layers auto``.
+
+    Returns:
+        (the options with the layers named, what was measured, for the manifest).
+
+    Raises:
+        UsageError: the calibration text cannot be used, or no layer fits the budget.
+        UnsupportedError: the class switches all layers together, or the model cannot be loaded.
+    """
+    from rehead.data.calibration import load_calibration
+    from rehead.models.meta import quiet_transformers
+    from rehead.variants.blocks.ranking import choose_layers
+
+    assert options.block is not None
+    assert isinstance(options.layers, str)
+    if model.config.model_type in SWITCHES:
+        raise UnsupportedError(f"{model.config.model_type}: its class switches all layers together; leave --layers out")
+    reblock(model, options.block, None, options.plain)
+    vocab = int(model.config.vocab_size)
+    count = min(options.calibration_tokens, max(_FEWEST, _LOGITS // vocab))
+    longest = min(options.lengths_within(getattr(model.config, "max_position_embeddings", None)))
+    text = load_calibration(
+        options.calibration, model.source, vocab, max(count, longest), [min(longest, count)], options.seed
+    )
+    source = model.source
+    source.materialise()
+    where = getattr(source, "folder", None) or source.id
+    with quiet_transformers():
+        try:
+            live: Any = causal_lm_class(model.config).from_pretrained(
+                where, revision=source.revision or "main", dtype=torch.float32
+            )
+        except Exception as error:
+            raise UnsupportedError(
+                f"{source.id}: cannot be loaded to choose layers ({first_line(error)}); name --layers"
+            ) from None
+    live = live.to(device).eval()
+    asked = auto_count(options.layers, int(model.config.num_hidden_layers))
+    choice = choose_layers(
+        live, text.tokens[0], form=options.block, kl_budget=options.kl_budget, count=asked, progress=progress
+    )
+    wanted = min(asked or 0, len(choice.alone))  # some may have that form already
+    if options.kl_budget is None and len(choice.layers) < wanted:
+        raise UsageError(
+            f"--layers {options.layers}: only {len(choice.layers)} of {wanted} layers can be {options.block} and leave "
+            "finite logits; ask for fewer"
+        )
+    if not choice.layers:
+        least = choice.alone[0]
+        assert options.kl_budget is not None
+        raise UsageError(
+            f"--kl-budget {options.kl_budget:g}: the layer that loses least, {least.layer}, loses {least.kl:.3g} nats; "
+            "raise the budget or name --layers"
+        )
+    facts = {
+        "asked": options.layers,
+        "kl_budget": options.kl_budget,
+        "kl": round(choice.kl, 6),
+        "tokens": text.count,
+        "text": text.names,
+        "path": [[layer, round(kl, 6)] for layer, kl in choice.path],
+        # A layer that overflows has no figure that JSON could hold.
+        "alone": {str(loss.layer): round(loss.kl, 6) if math.isfinite(loss.kl) else None for loss in choice.alone},
+    }
+    return replace(options, layers=tuple(choice.layers), kl_budget=None), facts

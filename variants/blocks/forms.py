@@ -1,0 +1,101 @@
+"""From a model to the same weights in blocks of the other form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from rehead.errors import UnsupportedError, UsageError
+from rehead.models.families.parallel import base_type
+from rehead.models.families.table import FAMILIES
+from rehead.models.model import Model, under
+from rehead.models.rewrite import Derived, Recipe
+from rehead.variants.blocks.layer_choice import parse_layers
+from rehead.variants.blocks.switches import SWITCHES
+
+PARALLEL, SERIAL = FORMS = ("parallel", "serial")
+
+
+def reblock(model: Model, form: str, layers: str | Sequence[int] | None = None, plain: bool = False) -> Model:
+    """A model under a config, and where the class wants it with weights, of the other block form. No weight is read.
+
+    Args:
+        form: ``"parallel"`` or ``"serial"``.
+        layers: which layers change; see :func:`~rehead.variants.blocks.layer_choice.parse_layers`.
+        plain: refuse what transformers' own classes cannot express.
+
+    Returns:
+        The model in the new form; ``reblocked`` names the layers that changed.
+
+    Raises:
+        UsageError: a layer that does not exist, or nothing would change.
+        UnsupportedError: the class cannot express the form.
+    """
+    from rehead.models.modeling import parallel_families
+
+    chosen = parse_layers(layers, int(model.config.num_hidden_layers))
+    kind = model.config.model_type
+    if kind in SWITCHES:
+        return _switched(model, form, chosen)
+    known = [name for name in parallel_families() if name in FAMILIES]
+    if base_type(kind) not in known:
+        state = model.family.block_of(model.config)
+        if state == form:
+            raise UsageError(f"--block {form}: {kind}'s blocks are {form} already; leave --block out")
+        raise UnsupportedError(
+            f"{kind}: its class has {state} blocks only, and Rehead has none of its own for it; "
+            f"of the models whose blocks can change there are {', '.join([*SWITCHES, *known])}"
+        )
+    return _carried(model, form, chosen, plain)
+
+
+def parallel_now(config: Any) -> set[int]:
+    """The layers that are parallel in a config of ours, or none."""
+    if base_type(config.model_type) == config.model_type:
+        return set()
+    given = config.parallel_layers
+    return set(range(int(config.num_hidden_layers)) if given is None else given)
+
+
+def _carried(model: Model, form: str, chosen: list[int], plain: bool) -> Model:
+    """The same tensors; the config says which layers are parallel."""
+    from rehead.models.modeling import parallel_config
+
+    before = parallel_now(model.config)
+    after = before | set(chosen) if form == PARALLEL else before - set(chosen)
+    changed = before ^ after
+    if not changed:
+        raise UsageError(f"--block {form}: the layers asked for are {form} already; leave --block out")
+    if after and plain:
+        raise UnsupportedError(
+            f"{base_type(model.config.model_type)}: transformers' class has serial blocks only, so parallel ones are "
+            "not plain; leave --plain out and the checkpoint carries its modelling file"
+        )
+    raw = parallel_config(copy.deepcopy(model.source.config), sorted(after))
+    return _as(model, Recipe(raw, model.family, _copies(model), (), _no_step, False), changed)
+
+
+def _switched(model: Model, form: str, chosen: list[int]) -> Model:
+    """By the class's own switch, which all layers share."""
+    kind, state = model.config.model_type, model.family.block_of(model.config)
+    if state == form:
+        raise UsageError(f"--block {form}: {kind}'s blocks are {form} already; leave --block out")
+    if len(chosen) != int(model.config.num_hidden_layers):
+        raise UnsupportedError(f"{kind}: its class switches all layers together; leave --layers out")
+    return _as(model, SWITCHES[kind](model, form), set(chosen))
+
+
+def _as(model: Model, recipe: Recipe, changed: set[int]) -> Model:
+    result = under(model, recipe)
+    result.reblocked = sorted(changed)
+    result.folded = model.folded or any(derived.layer is not None for derived in recipe.tensors.values())
+    return result
+
+
+def _copies(model: Model) -> dict[str, Derived]:
+    return {name: Derived((name,), info.shape) for name, info in model.source.tensors.items()}
+
+
+def _no_step(layer: int, read: Any) -> dict[str, Any]:
+    raise AssertionError("every tensor is copied")

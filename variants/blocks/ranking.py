@@ -1,0 +1,212 @@
+"""Which layers lose least in the other form, measured on the model itself."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.errors import UsageError
+from rehead.models import probing
+from rehead.patches.patch import LayerRecord, UndoLog
+from rehead.variants.blocks.anatomy import PARALLEL, Block, check_live, find_blocks
+from rehead.variants.blocks.measure import batches
+from rehead.variants.blocks.redirect import redirect
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What changing one layer's form alone costs: ``kl`` in nats a token, original to changed."""
+
+    layer: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers to change.
+
+    Attributes:
+        layers: chosen, ascending.
+        kl: of the model with all of them changed, in nats a token.
+        path: (layer, KL of the model with it and all before it changed), in the order of choice.
+        alone: every layer changed alone, cheapest first.
+    """
+
+    layers: list[int]
+    kl: float
+    path: list[tuple[int, float]] = field(default_factory=list)
+    alone: list[LayerLoss] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+class BlockSwitch:
+    """A live model whose blocks can be switched to another form and back, a set at a time, and measured.
+
+    A context manager: outside it, the model is as it was, bit for bit.
+
+    Args:
+        model: an unpatched live model.
+        input_ids: int ``[B, S]`` calibration tokens. Their logits are kept: ``B S V`` numbers in the model's dtype.
+        form: what layers are switched to, ``"parallel"`` or ``"serial"``.
+
+    Raises:
+        UnsupportedError: the model's blocks cannot be changed.
+        UsageError: bad tokens, or no layer has another form than ``form`` now.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: Tensor, form: str = PARALLEL) -> None:
+        check_live(model)
+        self.model = model
+        self._parts = batches(input_ids, model)
+        blocks = [block for block in find_blocks(model) if block.form != form]
+        if not blocks:
+            raise UsageError(f"every layer is {form} already; there is nothing to choose from")
+        self._form, self._blocks = form, blocks
+        self._records: dict[int, LayerRecord] = {}
+        self._undo = UndoLog()
+        self._reference: list[Tensor] = []
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers that can be switched."""
+        return [block.index for block in self._blocks]
+
+    def __enter__(self) -> BlockSwitch:
+        with probing.frozen(self.model):
+            self._reference = [self._logits(part) for part in self._parts]
+        try:
+            for block in self._blocks:
+                self._records[block.index] = self._switch(block)
+        except BaseException:
+            self._undo.run()
+            raise
+        return self
+
+    def _switch(self, block: Block) -> LayerRecord:
+        record = LayerRecord(block.name, type(block.layer).__name__, was=block.form, now=self._form)
+        redirect(block, record, self._undo)
+        record.now = record.was
+        return record
+
+    def __exit__(self, *exc: object) -> None:
+        self._undo.run()
+        self._reference = []
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return probing.logits(self.model, {"input_ids": tokens})
+
+    def kl(self, layers: Iterable[int]) -> float:
+        """Nats a token between the original model and the one with ``layers`` switched; infinite where it overflows."""
+        chosen = set(layers)
+        for index, record in self._records.items():
+            record.now = self._form if index in chosen else record.was
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        with probing.frozen(self.model):
+            for part, reference in zip(self._parts, self._reference):
+                each = probing.divergence(reference, self._logits(part))
+                total, count = total + each.double().sum().cpu(), count + each.numel()
+        kl = float(total) / count
+        # What is no number would compare as neither more nor less than any other.
+        return kl if math.isfinite(kl) else math.inf
+
+
+def rank_layers(
+    model: nn.Module, input_ids: Tensor, *, form: str = PARALLEL, progress: Progress | None = None
+) -> list[LayerLoss]:
+    """What each layer costs when it alone changes its form, cheapest first.
+
+    Args:
+        model: an unpatched live model; left as it was.
+        input_ids: int ``[B, S]`` calibration tokens.
+        form: what the layers are switched to.
+        progress: called with ("ranking layers", done, of).
+
+    Raises:
+        As :class:`BlockSwitch`.
+    """
+    with BlockSwitch(model, input_ids, form) as switch:
+        return _rank(switch, progress)
+
+
+def _rank(switch: BlockSwitch, progress: Progress | None) -> list[LayerLoss]:
+    losses = []
+    for done, layer in enumerate(switch.layers):
+        if progress is not None:
+            progress("ranking layers", done, len(switch.layers))
+        losses.append(LayerLoss(layer, switch.kl([layer])))
+    if progress is not None:
+        progress("ranking layers", len(switch.layers), len(switch.layers))
+    return sorted(losses, key=lambda loss: (loss.kl, loss.layer))
+
+
+def choose_layers(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    form: str = PARALLEL,
+    kl_budget: float | None = None,
+    count: int | None = None,
+    exhaustive: bool = False,
+    progress: Progress | None = None,
+) -> Choice:
+    """Choose layers greedily: next, always the one that adds least to the model's loss.
+
+    The loss of a set is measured, never summed up from its layers. By default only layers whose last measured cost
+    could still be the least are measured again (lazily: costs tend to grow with the set, which makes the stale ones
+    lower bounds); that takes about two passes over the tokens for each layer chosen.
+
+    Args:
+        model: an unpatched live model; left as it was.
+        input_ids: int ``[B, S]`` calibration tokens.
+        form: what the layers are switched to.
+        kl_budget: stop before the model's loss exceeds this, in nats a token.
+        count: stop at this many layers, or before the first that leaves no finite loss.
+        exhaustive: measure every remaining layer at every step.
+        progress: called with ("choosing layers", chosen, at most).
+
+    Raises:
+        UsageError: neither a budget nor a count, or a negative one.
+        Otherwise as :class:`BlockSwitch`.
+    """
+    if kl_budget is None and count is None:
+        raise UsageError("choosing layers needs a limit; give kl_budget= or count=")
+    if (kl_budget is not None and not kl_budget >= 0) or (count is not None and count < 0):
+        raise UsageError("kl_budget and count cannot be negative; give a larger one")
+    with BlockSwitch(model, input_ids, form) as switch:
+        alone = _rank(switch, progress)
+        most = len(alone) if count is None else min(count, len(alone))
+        path: list[tuple[int, float]] = []
+        # (cost added when last measured, layer, how many were chosen then)
+        queue = [(loss.kl, loss.layer, 0) for loss in alone]
+        heapq.heapify(queue)
+        total = 0.0
+        while queue and len(path) < most:
+            if progress is not None:
+                progress("choosing layers", len(path), most)
+            if exhaustive:
+                chosen = [layer for layer, _ in path]
+                queue = [(switch.kl([*chosen, layer]) - total, layer, len(path)) for _, layer, _ in queue]
+                heapq.heapify(queue)
+            added, layer, at = heapq.heappop(queue)
+            if at < len(path):
+                fresh = switch.kl([*(one for one, _ in path), layer]) - total
+                heapq.heappush(queue, (fresh, layer, len(path)))
+                continue
+            if math.isinf(added) or (kl_budget is not None and total + added > kl_budget):
+                break
+            total += added
+            path.append((layer, total))
+        if progress is not None:
+            progress("choosing layers", most, most)
+    return Choice(sorted(layer for layer, _ in path), total, path, alone)

@@ -1,0 +1,1 @@
+"""Blocks computed with fewer, larger matrix products; the same function."""

@@ -1,0 +1,1 @@
+"""Fewer KV heads: multi-head to grouped-query or multi-query attention."""
