@@ -6,7 +6,7 @@ Importing this module registers the attention implementation ``rehead_tiled`` wi
 from rehead.attention.interface import NAME, register
 from rehead.patches.patch import PATCHES, LayerRecord, Patch, PatchReport, patch_model, register_patch
 from rehead.patches.tiled_patch import TiledPatch
-from rehead.variants.blocks import ParallelPatch, SerialPatch
+from rehead.variants.blocks.patch import ParallelPatch, SerialPatch
 
 register()
 

@@ -17,7 +17,7 @@ from rehead.checkpoints.safetensors_io import header_bytes
 from rehead.checkpoints.source import LocalSource
 from rehead.checkpoints.target import Target
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rehead.checkpoints.source import open_source
 from rehead.checkpoints.target import Target
 from rehead.errors import UsageError, VerificationError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
 expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
 

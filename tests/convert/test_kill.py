@@ -22,7 +22,7 @@ import pytest
 import checkpoints
 from rehead.checkpoints.manifest import verify_files
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 
 HELPER = """
 import json, os, sys

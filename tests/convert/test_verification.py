@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rehead.cli import cli
-from rehead.convert import convert, plan, verify
-from rehead.convert import verify as verification
+from rehead.convert import convert, plan, verification, verify
 from rehead.convert.execute import cast
 from rehead.errors import UnsupportedError, VerificationError
 from rehead.models.model import Model
@@ -126,7 +125,7 @@ def test_numbers_beyond_the_dtype_are_refused(llama: Path, tmp_path: Path, name:
 
 def test_what_is_no_number_does_not_verify(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons with a NaN are false, so that neither a cache nor a source that gives one may look close enough."""
-    from rehead.convert import verify as verification
+    from rehead.convert import verification
 
     convert(llama, tmp_path / "out", num_key_value_heads=tiny.KV_HEADS)
     assert verify(tmp_path / "out", str(llama)).cache_error < 1e-5

@@ -37,7 +37,7 @@ class BlockPatch(Patch):
             layers: indices of the layers, or ``"all"``, or ``"auto"``: those that lose least, within ``kl_budget``.
             fused: fold the norms into the matrices that read them, and compute in as few products as the form allows.
             calibration: int ``[B, S]`` token ids that the report, and ``"auto"``, measure on; see
-                :func:`~rehead.variants.blocks.calibration_tokens`. Without them, random tokens, which say little.
+                ``calibration_tokens`` in measure.py. Without them, random tokens, which say little.
             kl_budget: for ``"auto"``: most nats a token that the changed model may be off by.
         """
 

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.tiny import causal_types, tiny_model
 from rehead.patches import patch_model
-from rehead.variants.blocks import BlockReport, find_blocks
+from rehead.variants.blocks.anatomy import find_blocks
+from rehead.variants.blocks.report import BlockReport
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
 SERIAL_TYPES = (

@@ -8,8 +8,8 @@ import torch
 from rehead.errors import UsageError
 from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
-from rehead.variants.blocks import calibration_tokens, choose_layers, rank_layers
-from rehead.variants.blocks.ranking import BlockSwitch
+from rehead.variants.blocks.measure import calibration_tokens
+from rehead.variants.blocks.ranking import BlockSwitch, choose_layers, rank_layers
 
 TOKENS = torch.randint(8, 128, (3, 12), generator=torch.Generator().manual_seed(0))
 

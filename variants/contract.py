@@ -1,0 +1,84 @@
+"""What a variant is: one frozen record that says everything Rehead has to know about a form of attention or block.
+
+A variant lives in its own folder, ``variants/NAME/``, and registers itself under its name; :data:`VARIANTS` finds it.
+Nothing else in the project names it. The same record is a live patch (``patch_model(model, NAME, ...)``), a step of a
+conversion (``rehead convert --variant NAME:key=value``), a row of ``rehead variants`` and a row of the tests' battery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rehead.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rehead.attention.call import AttentionCall
+    from rehead.models.heads import Heads
+    from rehead.models.layout import LayerLayout
+    from rehead.models.model import Model
+    from rehead.models.rewrite import Rewrite
+    from rehead.options import Options
+
+Compute = Any
+"""Attention as it stands below a variant: an :class:`~rehead.attention.call.AttentionCall` in, [B, Sq, H, Dv] out."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form that a model's attention or blocks can be given. Every part that a variant does not have is None.
+
+    Attributes:
+        name: as users write it.
+        summary: one line for ``rehead variants`` and the help.
+        source: the paper or report that it comes from.
+        options: its own options; each field has a default, a type and a description.
+        exact: (options) -> whether the result computes the same function as the original.
+        off: (options) -> options under which nothing changes: the battery's first row and the ablation of `measure()`.
+        layout: (layer, options) -> what that layer caches afterwards.
+        attend: (call, options, state, compute) -> [B, Sq, H, Dv]. What the layer computes, in terms of the attention
+            below it: change the call and hand it on, or merge several calls. Patches stack by handing on.
+        state: (layer, options) -> the layer's own tensors by name, fp32 (a sink logit for each head), which
+            ``attend`` reads, the fit moves and the checkpoint stores. Empty for most.
+        cache: (layer, options) -> the layer's cache where transformers' own would keep too much or too little.
+        redirect: (model, options, undo) -> list of layer records: changes a live model where ``attend`` is not enough
+            (a block's wiring, fused matrices). Every change goes through ``undo``.
+        weights: (heads, options, moments) -> heads. The closed form, pure: what becomes of one layer's weights.
+        rewrite: (model, options) -> the checkpoint's change: its config, class, names and shapes of tensors. A variant
+            with ``weights`` whose shapes and class stay needs none.
+        needs: (options) -> names of the moments (:mod:`rehead.healing.moments`) that ``weights`` reads.
+        trains: (attention module) -> what the layer-wise fit and uptraining move; None for q, k, v and o.
+    """
+
+    name: str
+    summary: str
+    source: str
+    options: type[Options]
+    exact: Callable[[Any], bool]
+    off: Callable[[Any], Any]
+    layout: Callable[[LayerLayout, Any], LayerLayout] = lambda layer, options: layer
+    attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
+    state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None
+    cache: Callable[[LayerLayout, Any], Any] | None = None
+    redirect: Callable[..., Any] | None = None
+    weights: Callable[[Heads, Any, Any], Heads] | None = None
+    rewrite: Callable[[Model, Any], Rewrite] | None = None
+    needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
+    trains: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
+
+
+VARIANTS: Registry[Variant] = Registry("variant", {})
+"""Name -> the module that registers it when imported. A new variant is one line here."""
+
+
+def register(variant: Variant) -> Variant:
+    """Make a variant known under its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    VARIANTS.add(variant.name, variant)
+    return variant
