@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rehead.checkpoints.shards import OutputTensor
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.config import resolve_config
 from rehead.models.families.layouts import merge
 from rehead.models.meta import LoadReport, check_loads
-from rehead.models.model import Model, hosted, resolve_config
+from rehead.models.model import Model, hosted
 from rehead.variants.pool.methods.mean import mean
 from rehead.variants.pool.methods.registry import MethodContext
 

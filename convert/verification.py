@@ -13,8 +13,8 @@ from torch import Tensor
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.source import open_source
 from rehead.errors import VerificationError, first_line
+from rehead.models.config import causal_lm_class, resolve_config
 from rehead.models.meta import load_report, quiet_transformers
-from rehead.models.model import causal_lm_class, resolve_config
 from rehead.models.modeling import carried_files
 
 _CACHE_TOLERANCE = 2e-3

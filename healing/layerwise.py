@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError
+from rehead.models.config import causal_lm_class
 from rehead.models.meta import quiet_transformers
-from rehead.models.model import Model, causal_lm_class
+from rehead.models.model import Model
 from rehead.models.watch import PROBE, register_probe
 
 

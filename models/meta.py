@@ -16,7 +16,7 @@ import torch
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.errors import UnsupportedError, first_line
-from rehead.models.model import causal_lm_class
+from rehead.models.config import causal_lm_class
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +14,13 @@ from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.source import Source, open_source, torch_dtype
 from rehead.convert.hosts import HostedSource, Recipe, find_host
 from rehead.errors import UnsupportedError
+from rehead.models.config import resolve_config
 from rehead.models.families import resolve_family
 from rehead.models.families.layouts import shared_norm_names, split, tensor_names
 from rehead.models.families.parallel import base_type
 from rehead.models.families.resolve import with_checkpoint_prefix
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
@@ -176,58 +173,6 @@ def _opened(source: Source, config: Config, family: Family) -> Model:
             "check that config.json belongs to these weights"
         )
     return Model(source, config, found, found.attention_layers(config), family.layer)
-
-
-def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
-    """A raw ``config.json`` as transformers' config object, without remote code.
-
-    Raises:
-        UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
-    """
-    from transformers import CONFIG_MAPPING
-
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise UnsupportedError(f"{name}: config.json names no model_type; save the model with transformers first")
-    if model_type not in CONFIG_MAPPING:
-        if raw.get("auto_map"):
-            raise UnsupportedError(
-                f"{name}: model type {model_type!r} needs remote code, which Rehead never runs; "
-                "use a checkpoint in transformers' own format"
-            )
-        raise UnsupportedError(
-            f"{name}: model type {model_type!r} is not in the installed transformers; upgrade transformers"
-        )
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(raw)))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); mend it") from None
-
-
-def _plain_floats(value: Any) -> Any:
-    """Undo what transformers writes into JSON for infinities and NaN: ``{"__float__": "Infinity"}``."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _plain_floats(item) for key, item in value.items()}
-    return [_plain_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def causal_lm_class(config: Config) -> type[PreTrainedModel]:
-    """The class that ``AutoModelForCausalLM`` loads for a config, or ``AutoModelForSeq2SeqLM`` for an encoder-decoder.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-    found = auto._model_mapping.get(type(config), None)
-    if found is None:
-        raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
-    model_class: Any = found[0] if isinstance(found, (tuple, list)) else found
-    return model_class
 
 
 def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:

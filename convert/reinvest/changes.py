@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError
+from rehead.models.config import causal_lm_class
 from rehead.models.meta import quiet_transformers
-from rehead.models.model import causal_lm_class
 
 Change = Callable[[Tensor], Tensor]
 

@@ -14,8 +14,9 @@ from rehead.convert.reinvest import proof
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
 from rehead.convert.reinvest.changes import Change, Slot, Variant, ffn_changes, hidden_changes, resized, slots
 from rehead.errors import ReheadError, UnsupportedError, UsageError
+from rehead.models.config import resolve_config
 from rehead.models.families.spec import Config
-from rehead.models.model import Model, resolve_config
+from rehead.models.model import Model
 
 #: Where configs keep the FFN's width and the norms' epsilon; the first that a config has counts.
 _FFN_KEYS = ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")

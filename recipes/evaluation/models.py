@@ -80,8 +80,8 @@ def load_model(
         UnsupportedError: a checkpoint that plain transformers does not load (pickles, remote code, missing tensors),
             or one that does not fit into memory.
     """
+    from rehead.models.config import causal_lm_class, resolve_config
     from rehead.models.meta import quiet_transformers
-    from rehead.models.model import causal_lm_class, resolve_config
 
     source = open_named(name)
     place = source.id

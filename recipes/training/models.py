@@ -13,8 +13,8 @@ from torch import nn
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.checkpoints.source import Source, open_source, split_revision
 from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.config import causal_lm_class, resolve_config
 from rehead.models.meta import quiet_transformers
-from rehead.models.model import causal_lm_class, resolve_config
 from rehead.recipes.training.options import UptrainOptions
 
 

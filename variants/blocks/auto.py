@@ -11,7 +11,8 @@ import torch
 
 from rehead.convert.options import ConvertOptions
 from rehead.errors import UnsupportedError, UsageError, first_line
-from rehead.models.model import Model, causal_lm_class
+from rehead.models.config import causal_lm_class
+from rehead.models.model import Model
 from rehead.variants.blocks.forms import reblock
 from rehead.variants.blocks.layer_choice import auto_count
 from rehead.variants.blocks.switches import SWITCHES

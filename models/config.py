@@ -1,0 +1,64 @@
+"""A raw ``config.json`` as transformers reads it: which config class, which model class, without remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rehead.errors import UnsupportedError
+from rehead.models.families.spec import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
+    """A raw ``config.json`` as transformers' config object, without remote code.
+
+    Raises:
+        UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedError(f"{name}: config.json names no model_type; save the model with transformers first")
+    if model_type not in CONFIG_MAPPING:
+        if raw.get("auto_map"):
+            raise UnsupportedError(
+                f"{name}: model type {model_type!r} needs remote code, which Rehead never runs; "
+                "use a checkpoint in transformers' own format"
+            )
+        raise UnsupportedError(
+            f"{name}: model type {model_type!r} is not in the installed transformers; upgrade transformers"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(raw)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); mend it") from None
+
+
+def _plain_floats(value: Any) -> Any:
+    """Undo what transformers writes into JSON for infinities and NaN: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain_floats(item) for key, item in value.items()}
+    return [_plain_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def causal_lm_class(config: Config) -> type[PreTrainedModel]:
+    """The class that ``AutoModelForCausalLM`` loads for a config, or ``AutoModelForSeq2SeqLM`` for an encoder-decoder.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    found = auto._model_mapping.get(type(config), None)
+    if found is None:
+        raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
+    model_class: Any = found[0] if isinstance(found, (tuple, list)) else found
+    return model_class
