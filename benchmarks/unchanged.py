@@ -285,7 +285,7 @@ def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Record or check; returns the exit code, 4 where anything differs."""
+    """Record or check; returns the exit code, 4 where anything differs or a case fails for no reason Rehead gives."""
     parser = argparse.ArgumentParser(
         description="Record what Rehead computes on tiny models, or check it against that."
     )
@@ -294,23 +294,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--log", action="store_true", help="a line for each case with its time")
     args = parser.parse_args(argv)
-    before = json.loads(args.file.read_text()) if args.what == "check" else {}
+    before = {}
+    if args.what == "check":
+        try:
+            before = json.loads(args.file.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"{args.file}: cannot be read ({error}); record it first")
     started = time.perf_counter()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {**versions, "cpu": torch.backends.cpu.get_cpu_capability()}
     results = run_all(args.only, args.log)
+    if not results:
+        parser.error(f"--only {args.only}: no case has that in its name; leave it out")
     refused = sum("refused" in result for result in results.values())
     failed = sum("failed" in result for result in results.values())
     seconds = time.perf_counter() - started
     print(f"{len(results)} cases in {seconds:.0f} s; {refused} refused by Rehead, {failed} failed")
     if args.what == "record":
         args.file.write_text(json.dumps({"machine": machine, "cases": results}, indent=1) + "\n")
-        return 0
+        return 4 if failed else 0
     if before["machine"] != machine:
         print(f"note: recorded with {before['machine']}, checked with {machine}")
     lines = differences({name: old for name, old in before["cases"].items() if args.only in name}, results)
     print("\n".join(lines) or "no difference")
-    return 4 if lines else 0
+    return 4 if lines or failed else 0
 
 
 if __name__ == "__main__":
