@@ -22,7 +22,8 @@ from rehead.checkpoints.target import Target, finish_commit
 from rehead.convert.card import model_card
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
-from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.errors import UnsupportedError, UsageError
+from rehead.models.device import resolve_device
 from rehead.models.families.layouts import merge
 from rehead.models.model import open_model
 from rehead.models.modeling import carried_files
@@ -329,19 +330,3 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},
         "changed_tensors": [change.name for change in plan.rewritten],
     }  # fmt: skip
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        UsageError: no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: cannot be used ({first_line(error)}); choose cpu or auto") from None
-    return device

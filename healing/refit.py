@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from rehead.healing.moments import LayerStatistics
-from rehead.models.heads import Heads
+from rehead.models.heads import Heads, augmented
 from rehead.models.linalg import ridge
-from rehead.variants.pool.methods.svd import augmented
 
 #: Conjugate-gradient steps of one solve, and the order of the solves.
 STEPS = 15

@@ -47,7 +47,7 @@ def calibrate(
         UsageError: the calibration text or the device cannot be used.
         UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
     """
-    from rehead.convert.execute import resolve_device
+    from rehead.models.device import resolve_device
 
     where, options, model = resolve_device(device), plan.options, plan.model
     text = load_calibration(

@@ -93,6 +93,13 @@ class Heads:
         return mask.nonzero().flatten()
 
 
+def augmented(heads: Heads, name: str) -> Tensor:
+    """A projection with its bias as a last column (zero where there is none): float64 [heads, D, n + 1]."""
+    weight, bias = getattr(heads, name).double(), getattr(heads, name + "_bias")
+    column = torch.zeros_like(weight[..., :1]) if bias is None else bias.double()[..., None]
+    return torch.cat([weight, column], -1)
+
+
 def rotary_pairs(pairing: str, dims: int) -> Tensor:
     """The rotary pairs over the first ``dims`` dimensions of a head: int64 [dims / 2, 2]."""
     first = torch.arange(dims // 2)

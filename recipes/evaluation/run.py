@@ -12,9 +12,9 @@ from torch import Tensor
 
 import rehead
 from rehead.checkpoints.manifest import versions
-from rehead.convert.execute import resolve_device
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.device import resolve_device
 from rehead.models.positions import check_positions
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage

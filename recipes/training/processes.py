@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rehead.convert.execute import resolve_device
 from rehead.errors import UsageError
+from rehead.models.device import resolve_device
 
 _BUCKET = 64 << 20
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from rehead.healing.moments import LayerStatistics
-from rehead.models.heads import Heads
+from rehead.models.heads import Heads, augmented
 from rehead.models.linalg import sqrt_pair
 from rehead.variants.pool.methods.mean import kv_fields
-from rehead.variants.pool.methods.svd import augmented
 
 
 def contiguous_groups(old: int, kv: int) -> list[list[int]]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rehead.healing.moments import LayerStatistics
-from rehead.models.heads import Heads
+from rehead.models.heads import Heads, augmented
 from rehead.variants.pool.grouping import contiguous_groups, permute, similar_groups
 from rehead.variants.pool.methods.registry import MethodContext, get_method
-from rehead.variants.pool.methods.svd import SLOW_TURN, augmented
+from rehead.variants.pool.methods.svd import SLOW_TURN
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rehead.models.freedom import KeyFreedom, key_freedom
-from rehead.models.heads import Heads
+from rehead.models.heads import Heads, augmented
 from rehead.models.linalg import balance, sqrt_pair, top_rows
 from rehead.variants.pool.methods.mean import grouped
 from rehead.variants.pool.methods.procrustes import align
@@ -68,13 +68,6 @@ def svd(heads: Heads, kv: int, context: MethodContext) -> Heads:
     if heads.k_norm is not None and heads.k_norm.ndim == 2:
         result.k_norm = grouped(heads.k_norm, kv).mean(1)
     return result
-
-
-def augmented(heads: Heads, name: str) -> Tensor:
-    """A projection with its bias as a last column (zero where there is none): float64 [heads, D, n + 1]."""
-    weight, bias = getattr(heads, name).double(), getattr(heads, name + "_bias")
-    column = torch.zeros_like(weight[..., :1]) if bias is None else bias.double()[..., None]
-    return torch.cat([weight, column], -1)
 
 
 def _store(heads: Heads, name: str, weight: Tensor) -> None:
