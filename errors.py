@@ -1,6 +1,6 @@
 """The errors a user can meet.
 
-Each carries one line that names the thing, the reason and the mend, and the exit code the CLI ends with. Library
+Each carries one line that names the thing, the reason and the remedy, and the exit code the CLI ends with. Library
 callers catch :class:`ReheadError`; the CLI prints the line without a traceback.
 """
 
@@ -24,7 +24,7 @@ class ReheadError(Exception):
 
 
 class UsageError(ReheadError):
-    """A flag, argument or recipe that cannot be meant: exit code 2."""
+    """An invalid flag, argument or recipe: exit code 2."""
 
     exit_code = EXIT_USAGE
 
@@ -55,10 +55,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
         name: what the user wrote.
         known: every accepted name.
     """
+    return f"unknown {kind} {name!r}; {suggestion(name, known)}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name nearest to what the user wrote, or all of them where none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
-    return f"unknown {kind} {name!r}; {hint}"
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

@@ -13,73 +13,12 @@ from typing import Any
 
 import click
 
-from rehead.counts import parse_count
+from rehead.convert.options import ConvertOptions
+from rehead.options import flags, given
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
-
-
-def _count(context: click.Context, parameter: click.Parameter, value: str) -> int:
-    """``128k`` as a number, as `uptrain` and `evaluate` take it."""
-    try:
-        return parse_count(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} {error}") from None
-
-
-def _lengths(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """``512,2048`` as numbers."""
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no number of tokens; write 2048 or 512,2048") from None
-
-
-def conversion_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags that `plan` and `convert` share."""
-    options = [
-        click.option("--kv-heads", "num_key_value_heads", type=int, metavar="N",
-                     help="KV heads after; not needed where another step is asked for."),
-        click.option("--host", metavar="TYPE",
-                     help="Write the model under another class that computes the same: phi, starcoder2, nemotron, "
-                          "gpt_bigcode or auto."),
-        click.option("--reinvest", metavar="WHAT",
-                     help="Widen the model by what sharing KV heads frees, keeping its function: ffn or hidden."),
-        click.option("--multiple-of", type=int, metavar="N", help="Of the new width; 128 by default."),
-        click.option("--block", metavar="FORM", help="Give blocks another form: parallel or serial."),
-        click.option("--layers", metavar="LIST",
-                     help="Of --block: all (the default), a list like 0,4-7, or those that lose least: auto up to "
-                          "--kl-budget, auto:6 or auto:50%."),
-        click.option("--kl-budget", type=float, metavar="NATS",
-                     help="What --layers auto may cost; the whole model is loaded to measure it."),
-        click.option("--plain", is_flag=True, help="Refuse blocks for which the result needs a file of ours."),
-        click.option("--method", default="mean", show_default=True, metavar="NAME",
-                     help="mean, first, random, procrustes or svd."),
-        click.option("--grouping", default="contiguous", show_default=True, metavar="NAME",
-                     help="contiguous, or similar to choose which heads share."),
-        click.option("--calibration", multiple=True, metavar="TEXT",
-                     help="Text file (.txt, .txt.gz, .jsonl, .parquet) or Hub dataset; repeat for more. "
-                          "Default: the text that ships with Rehead."),
-        click.option("--calibration-tokens", default="131072", show_default=True, metavar="N", callback=_count,
-                     help="Tokens to calibrate on, e.g. 128k."),
-        click.option("--calibration-length", metavar="N[,N]", callback=_lengths,
-                     help="Tokens in a calibration sequence; several lengths share the tokens equally. Default: 2048, "
-                          "or down to 512 where the tokens would not make 16 sequences."),
-        click.option("--refit", is_flag=True, help="Refit each layer's attention by least squares."),
-        click.option("--fit", type=int, default=0, metavar="STEPS", help="Then fit each layer for STEPS steps."),
-        click.option("--dtype", default="auto", show_default=True, metavar="NAME",
-                     help="Of the result: auto, float32, bfloat16 or float16."),
-        click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE",
-                     help="Largest file of weights, where the source's own split has larger ones."),
-        click.option("--seed", type=int, default=0, show_default=True,
-                     help="Of what is drawn: calibration excerpts, the heads of random, new weights."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.command("inspect")
@@ -117,14 +56,14 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
 
 @click.command("plan")
 @click.argument("model")
-@conversion_options
+@flags(ConvertOptions)
 @REVISION
 @JSON
-def plan_command(model: str, revision: str | None, as_json: bool, **options: Any) -> None:
+def plan_command(model: str, revision: str | None, as_json: bool, **values: Any) -> None:
     """Show exactly what a conversion of MODEL would change; reads config and headers only."""
     from rehead.convert import plan
 
-    facts = plan(model, revision=revision, **options).as_json()
+    facts = plan(model, revision=revision, **given(values)).as_json()
     if as_json:
         _print_json(facts)
         return
@@ -140,7 +79,7 @@ def plan_command(model: str, revision: str | None, as_json: bool, **options: Any
 @click.command("convert")
 @click.argument("model")
 @click.argument("out")
-@conversion_options
+@flags(ConvertOptions)
 @click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
 @REVISION
 @click.option("--resume", is_flag=True, help="Go on from what a killed run left.")
@@ -148,7 +87,7 @@ def plan_command(model: str, revision: str | None, as_json: bool, **options: Any
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.")
 @QUIET
 @JSON
-def convert_command(model: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT."""
     from rehead.convert import convert
 
@@ -157,7 +96,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **options:
         ["rehead", *(flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite", "--quiet", "-q"))]
     )
     with progress_bar(quiet) as progress:
-        result = convert(model, out, progress=progress, command=line, **options)
+        result = convert(model, out, progress=progress, command=line, **given(values))
     facts = result.as_json()
     if as_json:
         _print_json(facts)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rehead.models.device import resolve_device
 from rehead.models.families.layouts import merge
 from rehead.models.model import open_model
 from rehead.models.modeling import carried_files
+from rehead.options import takes
 from rehead.variants.blocks.layer_choice import is_auto
 from rehead.variants.pool.methods.registry import MethodContext
 from rehead.variants.pool.regroup import LayerResult, regroup
@@ -126,66 +127,28 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+@takes(ConvertOptions)
 def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    num_key_value_heads: int | None = None,
-    method: str = "mean",
-    grouping: str = "contiguous",
-    calibration: Sequence[str] = (),
-    calibration_tokens: int = 131072,
-    calibration_length: int | Sequence[int] | None = None,
-    refit: bool = False,
-    fit: int = 0,
     device: str = "auto",
-    dtype: str = "auto",
-    max_shard_size: int | str = "5GB",
     revision: str | None = None,
-    seed: int = 0,
-    host: str | None = None,
-    reinvest: str | None = None,
-    multiple_of: int | None = None,
-    block: str | None = None,
-    layers: str | Sequence[int] | None = None,
-    kl_budget: float | None = None,
-    plain: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     push_to_hub: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    **options: Any,
 ) -> Conversion:
     """Convert a checkpoint: to fewer KV heads, to another class that computes the same, or both.
 
     Args:
         model: a local folder or a Hub id.
         out: the folder to write; must not exist unless ``overwrite`` or ``resume``.
-        num_key_value_heads: KV heads after the conversion; must divide the model's. The same number copies the model,
-            None leaves them as they are for another step alone.
-        method: ``mean``, ``first``, ``random``, ``procrustes``, ``svd``, or any registered one.
-        grouping: ``contiguous`` or ``similar``.
-        calibration: text files or Hub datasets for ``svd``, ``refit`` and ``fit``; the built-in text when empty.
-        calibration_tokens: tokens of it to use.
-        calibration_length: tokens in a sequence; several lengths share the tokens equally. By default 2048, or down to
-            512 where the tokens would not make 16 sequences.
-        refit: refit each layer's attention by least squares on what the converted layers before it really produce.
-        fit: optimiser steps for each layer after that.
         device: where calibration runs: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
-        dtype: of the result; ``auto`` keeps the source's.
-        max_shard_size: bytes in one weight file, or text such as ``"5GB"``.
         revision: Hub revision of ``model``.
-        seed: of everything drawn.
-        host: model type that stands in for the model's own, or ``auto``; chosen by itself where the model's class
-            cannot hold fewer KV heads.
-        reinvest: ``ffn`` or ``hidden``, to widen the model by what shared KV heads free, with the same function.
-        multiple_of: what the new width must be a multiple of; 128 when None.
-        block: ``parallel`` or ``serial``, to give blocks that form; not the same function.
-        layers: which of them: ``all``, a list such as ``0,4-7`` or indices, or those that lose least, for which the
-            whole model is loaded on ``device``: ``auto`` up to ``kl_budget``, ``auto:6`` or ``auto:50%`` of them.
-        kl_budget: nats a token, for ``layers="auto"``.
-        plain: refuse a form for which the checkpoint would have to carry a modelling file.
-        resume: go on from what a killed run left.
+        resume: continue from what a killed run left.
         overwrite: replace an existing checkpoint at ``out``.
         push_to_hub: upload the result to this repository.
         progress: called with (stage, done, total).
@@ -195,41 +158,20 @@ def convert(
         What was done; ``out`` holds a plain checkpoint, ``rehead.json`` and a model card.
 
     Raises:
-        UsageError: an argument that cannot be meant.
+        UsageError: an invalid argument.
         UnsupportedError: a model that cannot be converted, broken input, or a full disk; ``out`` is as it was.
     """
-    options = ConvertOptions(
-        num_key_value_heads=num_key_value_heads,
-        method=method,
-        grouping=grouping,
-        calibration=tuple(calibration),
-        calibration_tokens=calibration_tokens,
-        calibration_length=tuple(calibration_length)
-        if isinstance(calibration_length, Sequence)
-        else calibration_length,
-        refit=refit,
-        fit=fit,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        seed=seed,
-        host=host,
-        reinvest=reinvest,
-        multiple_of=multiple_of,
-        block=block,
-        layers=layers if layers is None or isinstance(layers, str) else tuple(layers),
-        kl_budget=kl_budget,
-        plain=plain,
-    )
+    asked = ConvertOptions.parse(options)
     resolve_device(device)
     started = time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
         chosen: dict[str, Any] = {}
-        if is_auto(options.layers):
+        if is_auto(asked.layers):
             from rehead.variants.blocks.auto import choose
 
-            options, chosen = choose(opened, options, resolve_device(device), progress)
-        plan = make_plan(opened, options)
+            asked, chosen = choose(opened, asked, resolve_device(device), progress)
+        plan = make_plan(opened, asked)
         if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
             from rehead.convert.prove_layout import prove_layout
 
@@ -243,16 +185,15 @@ def convert(
     return result
 
 
+@takes(ConvertOptions)
 def plan(model: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> Plan:
     """The exact change that :func:`convert` would make; reads config and headers only.
 
     Args:
         model: a local folder or a Hub id.
         revision: Hub revision.
-        options: as for :func:`convert`, of those that :class:`ConvertOptions` has.
     """
-    options["calibration"] = tuple(options.get("calibration", ()))
-    asked = ConvertOptions(**options)
+    asked = ConvertOptions.parse(options)
     if is_auto(asked.layers):
         raise UsageError(
             "--layers auto: chooses by running the model, which a plan does not; name the layers or convert"

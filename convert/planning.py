@@ -177,7 +177,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     """
     source, old = model, model.num_kv_heads
     kv = options.num_key_value_heads or old
-    options = replace(options, num_key_value_heads=kv)
+    options = options.but(num_key_value_heads=kv)
     if kv > old:
         raise UsageError(
             f"--kv-heads {kv}: the model has {old} KV heads and pooling cannot add any; choose {_divisors(old)}"

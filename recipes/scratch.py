@@ -7,44 +7,33 @@ made (recipe ``embedded-pretrain``), and a quick way to a real model of one's ow
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from rehead.errors import UsageError
+from rehead.options import Options
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-@dataclass(frozen=True)
-class NewModel:
-    """The shape of a new LLaMA-class model.
+class NewModel(Options):
+    """The shape of a new LLaMA-class model."""
 
-    Attributes:
-        vocab_size: tokens of the byte-pair tokenizer, bytes and the end-of-text token among them.
-        hidden_size: channels of the residual stream.
-        intermediate_size: columns of the gated feed-forward network.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads; ``hidden_size`` over them is the ``head_dim``.
-        num_key_value_heads: KV heads; as many as query heads is MHA.
-        max_position_embeddings: the longest context.
-        rope_theta: base of the rotary frequencies.
-        tie_word_embeddings: one matrix for tokens in and out.
-        dtype: the weights are stored in; training keeps float32 copies of its own.
-        seed: of the weights.
-    """
-
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 8
-    max_position_embeddings: int = 1024
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = True
-    dtype: str = "bfloat16"
-    seed: int = 0
+    vocab_size: int = Field(4096, description="Tokens of the byte-pair tokenizer, bytes and the end-of-text token too.")
+    hidden_size: int = Field(256, ge=1, description="Channels of the residual stream.")
+    intermediate_size: int = Field(688, ge=1, description="Columns of the gated feed-forward network.")
+    num_hidden_layers: int = Field(6, ge=1, description="Decoder layers.")
+    num_attention_heads: int = Field(8, ge=1, description="Query heads; hidden_size over them is the head_dim.")
+    num_key_value_heads: int = Field(8, ge=1, description="KV heads; as many as query heads is MHA.")
+    max_position_embeddings: int = Field(1024, ge=1, description="The longest context.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
+    tie_word_embeddings: bool = Field(True, description="One matrix for tokens in and out.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Of the stored weights; training keeps float32 copies of its own."
+    )
+    seed: int = Field(0, description="Of the weights.")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
@@ -85,13 +74,13 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def new_model(out: Path, documents: Iterable[str], shape: NewModel = NewModel()) -> Path:
+def new_model(out: Path, documents: Iterable[str], shape: NewModel | None = None) -> Path:
     """Write a checkpoint with random weights and a tokenizer of its own.
 
     Args:
         out: the folder to write; must not exist.
         documents: what the tokenizer is trained on.
-        shape: of the model.
+        shape: of the model; the defaults of :class:`NewModel` when None.
 
     Raises:
         UsageError: ``out`` exists, the shape is impossible, or the documents are too few.
@@ -101,6 +90,7 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel = NewModel())
 
     from rehead.models.meta import quiet_transformers
 
+    shape = shape or NewModel()
     if out.exists():
         raise UsageError(f"{out}: exists already; choose another folder or remove it")
     if shape.hidden_size % shape.num_attention_heads or shape.num_attention_heads % shape.num_key_value_heads:
@@ -108,10 +98,8 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel = NewModel())
             f"{shape.num_attention_heads} query and {shape.num_key_value_heads} KV heads: do not divide a hidden size "
             f"of {shape.hidden_size} evenly; choose divisors"
         )
-    if shape.dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"dtype {shape.dtype!r}: is not known; choose float32, bfloat16 or float16")
     tokenizer = train_tokenizer(documents, shape.vocab_size)
-    numbers = asdict(shape)
+    numbers = shape.model_dump()
     theta, seed = numbers.pop("rope_theta"), numbers.pop("seed")
     config = LlamaConfig(
         **numbers,

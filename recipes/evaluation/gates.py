@@ -58,24 +58,6 @@ def check_gates(above: Mapping[str, float], below: Mapping[str, float]) -> None:
                 raise UsageError(f"{flag}: {unknown_name('gate', name.lower(), GATES)}")
 
 
-def parse_gates(flags: tuple[str, ...], option: str) -> dict[str, float]:
-    """``KL=0.5`` as ``{"kl": 0.5}``.
-
-    Raises:
-        UsageError: not NAME=LIMIT.
-    """
-    found = {}
-    for flag in flags:
-        name, equals, limit = flag.partition("=")
-        try:
-            found[name.strip().lower()] = float(limit)
-        except ValueError:
-            raise UsageError(f"{option} {flag}: is not NAME=LIMIT; write {option} kl=0.5") from None
-        if not equals or not found[name.strip().lower()] == found[name.strip().lower()]:
-            raise UsageError(f"{option} {flag}: is not NAME=LIMIT; write {option} kl=0.5")
-    return found
-
-
 def judge(found: Evaluation, above: Mapping[str, float], below: Mapping[str, float]) -> list[Gate]:
     """Hold an evaluation to its limits; a value that equals its limit passes.
 

@@ -1,100 +1,78 @@
-"""The options of an evaluation: one object behind the API's arguments, the CLI's flags and a recipe's keys."""
+"""The options of an evaluation, stated once: keyword arguments, flags and a recipe's section."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from rehead.errors import UsageError, unknown_name
+from rehead.errors import UsageError
+from rehead.options import SPLIT, Count, Flag, Options, pairs
 from rehead.recipes.evaluation.gates import check_gates
-from rehead.recipes.training.options import parse_count
 
-CONVENTIONS = ("disjoint", "strided", "rolling")
 #: A needle, its line ends and its repeated key take about half of this.
 MIN_NEEDLE = 32
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Positive = Annotated[Count, Field(ge=1)]
+Counts = Annotated[tuple[Positive, ...], SPLIT]
+Names = Annotated[tuple[str, ...], SPLIT]
+Limits = Annotated[dict[str, float], pairs("NAME=LIMIT", "kl=0.5"), Flag(metavar="NAME=LIMIT")]
 
 
-def _listed(value: Any) -> Any:
-    """A single value as a list of one, and ``"a,b"`` as two."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+class EvaluateOptions(Options):
+    """What an evaluation is asked to do."""
 
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
-Depth = Annotated[float, Field(ge=0, le=1)]
-
-
-class EvaluateOptions(BaseModel):
-    """What an evaluation is asked to do.
-
-    Attributes:
-        window: tokens that the model sees at once.
-        stride: from one window of the strided convention to the next; half a window when None.
-        conventions: of the perplexity: ``disjoint``, ``strided``, ``rolling``.
-        tokens: the first so many of each text.
-        damage: measure each layer alone in the baseline.
-        damage_tokens: on so many tokens of the first text.
-        needle: context lengths at which retrieval is tried; none when empty.
-        needle_depths: where the needle stands, from 0 to 1.
-        needle_trials: at each length and depth.
-        tasks: lm-evaluation-harness tasks by name.
-        tasks_dir: a folder with task files of one's own, which need no network.
-        task_limit: samples of each task; all when None.
-        shots: examples before each question; the task's own number when None.
-        speed: measure prefill and decoding.
-        speed_batch, speed_context: at these sizes.
-        speed_repeats: of which medians are taken.
-        batch_tokens: tokens in a forward pass; by the device when None.
-        attention: transformers' attention implementation; its own choice when None.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        dtype: of weights and arithmetic; ``auto`` is float32 on a CPU and the checkpoint's own elsewhere.
-        resamples: of the bootstrap.
-        seed: of everything that is drawn.
-        fail_above, fail_below: quality gates, limits by name (see ``rehead.recipes.evaluation.gates``).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    window: Count = 512
-    stride: Count | None = None
-    conventions: Names = ("disjoint", "strided")
-    tokens: Count = 32768
-    damage: bool = False
-    damage_tokens: Count = 2048
-    needle: Counts = ()
-    needle_depths: Annotated[tuple[Depth, ...], BeforeValidator(_listed)] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    needle_trials: Count = 8
-    tasks: Names = ()
-    tasks_dir: str | None = None
-    task_limit: Count | None = None
-    shots: Annotated[int, Field(ge=0)] | None = None
-    speed: bool = False
-    speed_batch: Counts = (1, 8)
-    speed_context: Counts = (512, 2048)
-    speed_repeats: Count = 5
-    batch_tokens: Count | None = None
-    attention: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    resamples: Count = 2000
-    seed: Annotated[int, Field(ge=0)] = 0
-    fail_above: dict[str, float] = {}
-    fail_below: dict[str, float] = {}
+    window: Count = Field(512, ge=2, description="Tokens that the model sees at once.")
+    stride: Annotated[Count | None, Flag(default="half a window")] = Field(
+        None, ge=1, description="Tokens from one window of the strided convention to the next."
+    )
+    conventions: Annotated[
+        tuple[Literal["disjoint", "strided", "rolling"], ...], SPLIT, Flag("--convention", metavar="NAME")
+    ] = Field(
+        ("disjoint", "strided"),
+        description="Of the perplexity: disjoint, strided, or rolling as the harness has it; repeat for more.",
+    )
+    tokens: Count = Field(32768, ge=1, description="The first so many of each text.")
+    damage: bool = Field(False, description="Measure each layer of MODEL alone in the baseline.")
+    damage_tokens: Count = Field(2048, ge=1, description="On so many tokens of the first text.")
+    needle: Counts = Field((), description="Context lengths at which retrieval is tried, e.g. 512,2048.")
+    needle_depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], SPLIT] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0), description="Where the needle stands, from 0 to 1."
+    )
+    needle_trials: Count = Field(8, ge=1, description="At each length and depth.")
+    tasks: Annotated[Names, Flag(metavar="NAMES")] = Field(
+        (), description="lm-evaluation-harness tasks: arc_easy,piqa (extra: rehead[tasks])."
+    )
+    tasks_dir: Annotated[str | None, Flag(metavar="DIR")] = Field(
+        None, description="Task files of your own, which need no network."
+    )
+    task_limit: Annotated[Count | None, Flag(default="all")] = Field(None, ge=1, description="Samples of each task.")
+    shots: Annotated[Count | None, Flag(default="the task's own")] = Field(
+        None, ge=0, description="Examples before each question."
+    )
+    speed: bool = Field(False, description="Measure prefill and decoding, tokens per second.")
+    speed_batch: Counts = Field((1, 8), description="Sequences at once.")
+    speed_context: Counts = Field((512, 2048), description="Tokens of context.")
+    speed_repeats: Count = Field(5, ge=1, description="Runs of which medians are taken.")
+    batch_tokens: Annotated[Count | None, Flag(default="by the device")] = Field(
+        None, ge=1, description="Tokens in a forward pass."
+    )
+    attention: Annotated[str | None, Flag(default="the model's own")] = Field(
+        None, description="Implementation: sdpa, eager, ... or tiled for Rehead's."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and arithmetic; auto is float32 on a CPU and the checkpoint's own elsewhere."
+    )
+    resamples: Count = Field(2000, ge=1, description="Of the bootstrap behind the intervals.")
+    seed: Count = Field(0, ge=0, description="Of everything that is drawn.")
+    fail_above: Limits = Field(
+        {}, description="Exit with 5 where a figure is above, e.g. kl=0.5 or perplexity-ratio=1.2; repeat for more."
+    )
+    fail_below: Limits = Field({}, description="The same for one below: top1-agreement=0.9.")
 
     @model_validator(mode="after")
-    def _meant(self) -> EvaluateOptions:
-        for convention in self.conventions:
-            if convention not in CONVENTIONS:
-                raise UsageError(unknown_name("convention", convention, CONVENTIONS))
-        if self.dtype not in DTYPES:
-            raise UsageError(unknown_name("dtype", self.dtype, DTYPES))
-        if self.window < 2:
-            raise UsageError(f"--window {self.window}: must be 2 or more tokens")
+    def _consistent(self) -> EvaluateOptions:
         if self.stride is not None and self.stride > self.window:
             raise UsageError(f"--stride {self.stride}: is more than the window of {self.window}, and would skip tokens")
         if self.tokens < self.window:
@@ -103,21 +81,3 @@ class EvaluateOptions(BaseModel):
             raise UsageError(f"--needle {min(self.needle)}: must be {MIN_NEEDLE} or more tokens")
         check_gates(self.fail_above, self.fail_below)
         return self
-
-
-def checked_options(values: dict[str, Any]) -> EvaluateOptions:
-    """Options from keyword arguments.
-
-    Raises:
-        UsageError: one that does not exist or cannot be meant.
-    """
-    try:
-        return EvaluateOptions.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            raise UsageError(unknown_name("option", name, EvaluateOptions.model_fields)) from None
-        given = repr(first.get("input"))[:60]
-        what = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--{name.replace('_', '-')} {given}: {what[:1].lower()}{what[1:]}") from None

@@ -16,6 +16,7 @@ from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.device import resolve_device
 from rehead.models.positions import check_positions
+from rehead.options import takes
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
@@ -26,7 +27,7 @@ from rehead.recipes.evaluation.models import (
     require_same_tokenizer,
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
-from rehead.recipes.evaluation.options import EvaluateOptions, checked_options
+from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.scoring import vocabulary
 from rehead.recipes.evaluation.speed import speed_rows
 
@@ -48,6 +49,7 @@ class TokenisedText:
     bytes: int
 
 
+@takes(EvaluateOptions)
 def evaluate(
     model: str,
     *,
@@ -73,13 +75,12 @@ def evaluate(
         control: the baseline trained on the same tokens, so that what a text taught does not pass for what was healed.
         data: texts, as ``rehead.data.sources.read_documents`` takes them.
         progress: called with (stage, done, total).
-        **options: the fields of :class:`~rehead.recipes.evaluation.options.EvaluateOptions`.
 
     Raises:
         UsageError: an option, a text or a model that cannot be meant; different vocabularies.
         UnsupportedError: a model that does not load or whose logits are not finite.
     """
-    chosen = checked_options(options)
+    chosen = EvaluateOptions.parse(options)
     _check_request(chosen, baseline, data)
     manager = None
     if chosen.tasks:

@@ -10,7 +10,7 @@ from typing import Any
 from rehead.data import builtin
 from rehead.errors import UsageError
 from rehead.recipes.pipeline import names, sections
-from rehead.recipes.pipeline.schema import Recipe, checked
+from rehead.recipes.pipeline.schema import Recipe
 from rehead.recipes.pipeline.sweep import Cell
 from rehead.recipes.report.wording import short
 
@@ -95,7 +95,7 @@ def plan_cell(cell: Cell, where: str) -> CellPlan:
     Raises:
         UsageError: a key, value or combination that cannot be meant.
     """
-    recipe: Recipe = checked(Recipe, cell.raw, where)
+    recipe: Recipe = Recipe.parse(cell.raw, where)
     build = _Builder(recipe, where)
     original = build.original()
     converted = build.convert(original)

@@ -18,7 +18,7 @@ from rehead.recipes.pipeline.graph import TRAININGS, CellPlan, Stage, plan_cell
 from rehead.recipes.pipeline.labels import shown_names
 from rehead.recipes.pipeline.load import Loaded, load_recipe
 from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
-from rehead.recipes.pipeline.schema import Recipe, checked
+from rehead.recipes.pipeline.schema import Recipe
 from rehead.recipes.pipeline.stages import Site, error_of, free_memory, require, run_stage
 from rehead.recipes.pipeline.sweep import cells
 
@@ -110,7 +110,7 @@ def plan_recipe(recipe: str, settings: Sequence[str] = (), out: str | os.PathLik
         UsageError: something in it cannot be meant; the line names the key.
     """
     loaded = load_recipe(recipe, settings)
-    base: Recipe = checked(Recipe, {**loaded.raw}, loaded.origin)
+    base: Recipe = Recipe.parse({**loaded.raw}, loaded.origin)
     folder = Path(os.path.abspath(out or base.out or loaded.base / f"{base.name}-out"))
     return Planned(loaded, base, folder, [plan_cell(cell, loaded.origin) for cell in cells(loaded.raw, loaded.origin)])
 

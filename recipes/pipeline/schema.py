@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from rehead.errors import UsageError, unknown_name
-
-
-class Strict(BaseModel):
-    """A model that takes no unknown key."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from rehead.options import Options
 
 
-class Requires(Strict):
+class Requires(Options):
     """What the machine must have before anything is started.
 
     Attributes:
@@ -25,7 +19,7 @@ class Requires(Strict):
     gpus: int = Field(default=0, ge=0)
 
 
-class Launch(Strict):
+class Launch(Options):
     """Uptraining in several processes, started by ``accelerate launch``.
 
     Attributes:
@@ -37,7 +31,7 @@ class Launch(Strict):
     config: str = "ddp"
 
 
-class Recipe(Strict):
+class Recipe(Options):
     """A recipe: convert -> uptrain -> evaluate -> report, each stage where its section is given.
 
     Attributes:
@@ -78,60 +72,3 @@ class Recipe(Strict):
     control: bool | dict[str, Any] = True
     evaluate: dict[str, Any] | None = None
     sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] | None = None
-
-
-def checked(model: type[BaseModel], values: Any, where: str) -> Any:
-    """``values`` as an instance of a pydantic model.
-
-    Args:
-        model: what they must be.
-        values: from YAML.
-        where: the recipe and section, for messages.
-
-    Raises:
-        UsageError: an unknown key (the nearest is suggested), a missing one, or a value that cannot be meant.
-    """
-    if not isinstance(values, dict):
-        raise UsageError(f"{where}: is {type(values).__name__}, not a mapping; give it keys")
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(explained(error, where, model)) from None
-
-
-def explained(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """One line for pydantic's first complaint."""
-    first = error.errors(include_url=False)[0]
-    steps = [str(step) for step in first["loc"]]
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys_at(model, steps[:-1])
-        return f"{where}: {unknown_name('key', '.'.join(steps), ['.'.join([*steps[:-1], name]) for name in known])}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{where}: {'.'.join(steps)} is missing; give it"
-    if not steps:  # a rule over several keys, which names them itself
-        return f"{where}: {first['msg'].removeprefix('Value error, ')}; mend it"
-    given = repr(first.get("input"))
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{where}: {'.'.join(steps)}: {given}: {_sentence(first['msg'])}; mend it"
-
-
-def _sentence(message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
-
-
-def _keys_at(model: type[BaseModel], steps: list[str]) -> list[str]:
-    """The keys that a model knows at a place in it."""
-    for step in steps:
-        found = model.model_fields.get(step)
-        inner = [kind for kind in _kinds(found.annotation) if kind is not None] if found else []
-        if not inner:
-            break
-        model = inner[0]
-    return list(model.model_fields)
-
-
-def _kinds(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models among an annotation's alternatives."""
-    options = getattr(annotation, "__args__", (annotation,))
-    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
-from rehead.counts import parse_count
 from rehead.errors import UsageError
-from rehead.recipes.pipeline.schema import checked
+from rehead.options import parse_count
 
 #: Options that say how a stage is run or watched, not what it makes: they are no part of its identity.
 ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "token_cache", "tracker"})
 
 
 def convert_options(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The ``convert`` section as keyword arguments of :func:`rehead.convert.convert`.
-
-    Raises:
-        UsageError: as :func:`checked`, and whatever :class:`ConvertOptions` refuses.
-    """
+    """The ``convert`` section as keyword arguments of :func:`rehead.convert.convert`; raises as ``Options.parse``."""
     from rehead.convert.options import ConvertOptions
 
-    calibration = values.get("calibration")
-    values = {**values, "calibration": [calibration]} if isinstance(calibration, str) else values
-    # What is no count stays as it is, and is refused by name with every other key.
-    with contextlib.suppress(ValueError):
-        if "calibration_tokens" in values:
-            values = {**values, "calibration_tokens": parse_count(values["calibration_tokens"])}
-    table = checked(_model_of(ConvertOptions), values, where).model_dump()
-    try:
-        ConvertOptions(**table)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+    return ConvertOptions.parse(values, where).model_dump(mode="json")
 
 
 def uptrain_options(values: dict[str, Any], where: str, device: str) -> dict[str, Any]:
-    """The ``uptrain`` section as keyword arguments of :func:`rehead.recipes.uptrain`; raises as :func:`checked`."""
+    """The ``uptrain`` section as keyword arguments of :func:`rehead.recipes.uptrain`; raises as ``Options.parse``."""
     from rehead.recipes.training.options import UptrainOptions
 
-    return checked(UptrainOptions, {"device": device, **values}, where).model_dump(mode="json")
+    return UptrainOptions.parse({"device": device, **values}, where).as_json()
 
 
 def share_of(tokens: Any, pretraining: str | int | None, where: str) -> Any:
@@ -74,16 +56,13 @@ def evaluate_options(values: dict[str, Any], where: str, device: str) -> tuple[l
     """The ``evaluate`` section: texts, whether to evaluate before uptraining too, and the command's options.
 
     Raises:
-        UsageError: as :func:`checked`, or there is no text.
+        UsageError: as ``Options.parse``, or there is no text.
     """
     from rehead.recipes.evaluation.options import EvaluateOptions
 
     section: Any = create_model("EvaluateSection", __base__=EvaluateOptions, data=(list[str] | str, Field(...)),
                                 before=(bool, True))  # fmt: skip
-    try:
-        options = checked(section, {"device": device, **values}, where).model_dump(mode="json")
-    except UsageError as error:
-        raise UsageError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    options = section.parse({"device": device, **values}, where).as_json()
     data, before = options.pop("data"), options.pop("before")
     data = [data] if isinstance(data, str) else data
     if not data:
@@ -95,7 +74,7 @@ def new_options(values: dict[str, Any], where: str) -> tuple[list[str], dict[str
     """The ``new`` section: texts for the tokenizer, and the model's shape.
 
     Raises:
-        UsageError: an unknown key, a value that cannot be meant, or no text.
+        UsageError: as ``Options.parse``, or there is no text.
     """
     from rehead.recipes.scratch import NewModel
 
@@ -104,13 +83,4 @@ def new_options(values: dict[str, Any], where: str) -> tuple[list[str], dict[str
     data = [data] if isinstance(data, str) else list(data or [])
     if not data:
         raise UsageError(f"{where}: data is missing; name the texts that the tokenizer is trained on")
-    return data, checked(_model_of(NewModel), values, where).model_dump()
-
-
-def _model_of(cls: type) -> type[BaseModel]:
-    """A pydantic model with a dataclass's fields, types and defaults, which takes no other key."""
-    hints = get_type_hints(cls)
-    columns: dict[str, Any] = {
-        field.name: (hints[field.name], ... if field.default is MISSING else field.default) for field in fields(cls)
-    }
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **columns)
+    return data, NewModel.parse(values, where).as_json()

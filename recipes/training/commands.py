@@ -7,64 +7,31 @@ import os
 import re
 import shlex
 import sys
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from rehead.convert.commands import progress_lines
-from rehead.recipes.training.options import UptrainOptions, flag
+from rehead.options import flags, given
+from rehead.recipes.training.options import UptrainOptions
 
 # How a run was started or watched is no part of what it made.
 _UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+)(?= |$)")
 
 
-def option_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """One flag for each field of :class:`UptrainOptions`; values are checked by the options themselves."""
-    for name, entry in reversed(UptrainOptions.model_fields.items()):
-        names = [flag(name), name]
-        if flag(name) != "--" + name.replace("_", "-"):
-            names.insert(1, "--" + name.replace("_", "-"))
-        default = entry.get_default(call_default_factory=True)
-        told = f"  [default: {default}]" if not entry.is_required() and default not in (None, (), {}, False) else ""
-        options: dict[str, Any] = {
-            "help": f"{entry.description}{told}",
-            "default": None,
-            "required": entry.is_required(),
-        }
-        kind = entry.annotation
-        if kind is bool:
-            options |= {"is_flag": True}
-        elif name == "betas":
-            options |= {"nargs": 2, "type": float}
-        elif name in ("data", "eval_data", "tracker", "learning_rates"):
-            options |= {"multiple": True, "metavar": "PATTERN=FACTOR" if name == "learning_rates" else "D"}
-        elif typing.get_origin(kind) is typing.Literal:
-            options |= {"metavar": "|".join(typing.get_args(kind))}
-        else:
-            options |= {"metavar": _metavar(kind)}
-        command = click.option(*names, **options)(command)
-    return command
-
-
-def _metavar(kind: Any) -> str:
-    text = str(kind)
-    return "N" if "int" in text else "X" if "float" in text else "NAME"
-
-
 @click.command("uptrain")
 @click.argument("student")
 @click.argument("out")
-@option_flags
+@flags(UptrainOptions)
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never",
               help="auto: go on from an interrupted run's newest checkpoint; never: start anew.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
 def uptrain_command(
-    student: str, out: str, as_json: bool, quiet: bool, resume: str, overwrite: bool, **given: Any
+    student: str, out: str, as_json: bool, quiet: bool, resume: str, overwrite: bool, **values: Any
 ) -> None:
     """Train STUDENT (a folder or Hub id) briefly, taught by the model it was converted from, and write it to OUT.
 
@@ -72,9 +39,6 @@ def uptrain_command(
     """
     from rehead.recipes.training.run import uptrain
 
-    if given["loss_layers"] is not None:
-        given["loss_layers"] = tuple(part.strip() for part in given["loss_layers"].split(","))
-    options = {name: value for name, value in given.items() if value not in (None, (), False)}
     line = _UNRECORDED.sub("", shlex.join(["rehead", *sys.argv[1:]]))
     with training_bar(quiet) as (progress, on_event):
         done = uptrain(
@@ -85,7 +49,7 @@ def uptrain_command(
             command=line,
             progress=progress,
             on_event=on_event,
-            **options,
+            **given(values),
         )
     if int(os.environ.get("RANK", "0")):
         return

@@ -14,8 +14,9 @@ import torch
 from rehead import __version__
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.errors import UsageError
+from rehead.options import flag_of
 from rehead.recipes.training.models import Opened
-from rehead.recipes.training.options import UptrainOptions, flag
+from rehead.recipes.training.options import UptrainOptions
 
 
 def run_identity(options: UptrainOptions, student: Opened, teacher: Opened | None, data: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _differences(then: Any, now: Any, place: tuple[str, ...] = ()) -> Iterator[s
     elif then != now:
         kind = place[0]
         if kind == "options":
-            yield f"{flag(place[1])} ({json.dumps(then)} then, {json.dumps(now)} now)"
+            yield f"{flag_of(UptrainOptions, place[1])} ({json.dumps(then)} then, {json.dumps(now)} now)"
         elif kind == "code":
             yield f"the code's version of {place[1]} ({then} then, {now} now)"
         else:

@@ -5,39 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from rehead.counts import parse_count
-from rehead.errors import UsageError, unknown_name
-
-
-def _pairs(value: Any) -> Any:
-    """``["k_proj=2"]`` as ``{"k_proj": 2.0}``."""
-    if isinstance(value, (list, tuple)):
-        pairs = {}
-        for item in value:
-            name, equals, number = str(item).rpartition("=")
-            if not equals or not name:
-                raise ValueError(f"{item!r} is no PATTERN=FACTOR; write k_proj=2")
-            pairs[name] = number
-        return pairs
-    return value
+from rehead.options import SPLIT, Count, Flag, Names, Options, flag_of, pairs
 
 
-def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+class UptrainOptions(Options):
+    """What an uptraining is asked to do."""
 
-
-Count = Annotated[int, BeforeValidator(parse_count)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
-
-
-class UptrainOptions(BaseModel):
-    """What an uptraining is asked to do. Field descriptions are the help of the flags of the same names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    data: Names = Field(
+    data: Annotated[Names, Flag(metavar="TEXT")] = Field(
         description="Text to train on: file, folder or Hub dataset (repeat for more); NAME#lines takes "
         "every line as a document, NAME#chars=A:B a part."
     )
@@ -51,22 +27,28 @@ class UptrainOptions(BaseModel):
         description="Whether documents in a row see each other: "
         "isolated (positions restart, no attention across) or joined.",
     )
-    teacher: str | None = Field(
-        None, description="Model to learn from; default: what STUDENT was converted from, where the loss needs one."
-    )
+    teacher: Annotated[
+        str | None, Flag(metavar="MODEL", default="what STUDENT was converted from, where the loss needs one")
+    ] = Field(None, description="Model to learn from.")
     loss: str = Field("kd", description="kd (KL to the teacher), ce, or a weighted sum such as kd+0.1*ce+0.5*cosine.")
     temperature: float = Field(1.0, gt=0, description="Of losses that compare distributions.")
-    loss_layers: tuple[int, ...] | None = Field(None, description="Layers that hidden-state losses compare; all.")
+    loss_layers: Annotated[tuple[int, ...] | None, SPLIT, Flag(default="all")] = Field(
+        None, description="Layers that hidden-state losses compare, e.g. 3,7."
+    )
     tokens: Count = Field(8_000_000, gt=0, description="Tokens to train on, e.g. 8M.")
     batch_tokens: Count = Field(32768, gt=0, description="Tokens in an optimiser step, over all processes.")
     seq_length: Count = Field(512, ge=2, description="Tokens in a row.")
-    micro_batch: Annotated[int | None, BeforeValidator(parse_count)] = Field(
-        None, gt=0, description="Rows in a forward pass; default: as many as fit, tried out on a GPU."
+    micro_batch: Annotated[Count | None, Flag(default="as many as fit, tried out on a GPU")] = Field(
+        None, gt=0, description="Rows in a forward pass."
     )
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
-    learning_rates: Annotated[dict[str, Annotated[float, Field(ge=0)]], BeforeValidator(_pairs)] = Field(
+    learning_rate: Annotated[float, Flag("--lr")] = Field(5e-4, gt=0, description="Peak learning rate.")
+    learning_rates: Annotated[
+        dict[str, Annotated[float, Field(ge=0)]],
+        pairs("PATTERN=FACTOR", "k_proj=2"),
+        Flag("--lr-for", metavar="PATTERN=FACTOR"),
+    ] = Field(
         default_factory=dict,
-        description="PATTERN=FACTOR: another learning rate for parameters whose names hold PATTERN "
+        description="Another learning rate for parameters whose names hold PATTERN "
         "(a regular expression); repeat for more.",
     )
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="Of the learning rate after warm-up.")
@@ -87,7 +69,9 @@ class UptrainOptions(BaseModel):
         ge=0,
         description="Train low-rank adapters of this rank on the chosen matrices instead; they are merged at the end.",
     )
-    lora_alpha: float | None = Field(None, gt=0, description="Scale of the adapters; twice the rank.")
+    lora_alpha: Annotated[float | None, Flag(default="twice the rank")] = Field(
+        None, gt=0, description="Scale of the adapters."
+    )
     joint_layers: int = Field(
         0, ge=0, description="First fit windows of so many neighbouring layers to the teacher's hidden states."
     )
@@ -106,10 +90,12 @@ class UptrainOptions(BaseModel):
         100, ge=0, description="Steps between checkpoints; 0 writes one only when interrupted."
     )
     keep: int = Field(2, ge=1, description="Checkpoints to keep.")
-    eval_data: Names = Field((), description="Held-out text to evaluate on while training (repeat for more).")
+    eval_data: Annotated[Names, Flag(metavar="TEXT")] = Field(
+        (), description="Held-out text to evaluate on while training (repeat for more)."
+    )
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: ten times in all.")
     eval_tokens: Count = Field(32768, gt=0, description="Tokens of each held-out text.")
-    token_cache: str | None = Field(
+    token_cache: Annotated[str | None, Flag(metavar="DIR")] = Field(
         None, description="Folder that keeps tokenised data, so that runs on the same data tokenise it once."
     )
     tracker: Names = Field((), description="tensorboard, wandb or trackio (repeat for more).")
@@ -171,35 +157,8 @@ _ENVIRONMENT = frozenset(
 )
 
 
-def make_options(values: dict[str, Any]) -> UptrainOptions:
-    """Options out of keyword arguments.
-
-    Raises:
-        UsageError: an unknown option (the nearest is suggested) or a value that cannot be meant.
-    """
-    try:
-        return UptrainOptions(**values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UsageError(unknown_name("option", place, UptrainOptions.model_fields)) from None
-        if first["type"] == "missing":
-            raise UsageError(f"{flag(place)}: is missing; give it") from None
-        if not place:
-            raise UsageError(str(first["ctx"]["error"]) if "ctx" in first else first["msg"]) from None
-        what = first["msg"].removeprefix("Value error, ")
-        head = first["loc"][0]
-        raise UsageError(f"{flag(str(head))} {first['input']!r}: {what[:1].lower()}{what[1:]}") from None
-
-
-def flag(name: str) -> str:
-    """The command line's name of an option."""
-    return {"learning_rate": "--lr", "learning_rates": "--lr-for"}.get(name, "--" + name.replace("_", "-"))
-
-
 def _regex(pattern: str, where: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{flag(where)} {pattern!r}: is no regular expression ({error})") from None
+        raise ValueError(f"{flag_of(UptrainOptions, where)} {pattern!r}: is no regular expression ({error})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rehead.data.sources import identity as data_identity
 from rehead.errors import UsageError
 from rehead.models.live import decoder_layers
 from rehead.models.positions import check_positions
+from rehead.options import takes
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
 from rehead.recipes.training.facts import end_facts, start_facts
@@ -38,7 +38,7 @@ from rehead.recipes.training.models import (
     teacher_name,
 )
 from rehead.recipes.training.optimizer import Optimizer
-from rehead.recipes.training.options import UptrainOptions, make_options
+from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.output import changed_tensors, write_output
 from rehead.recipes.training.processes import Processes, join_processes
 from rehead.recipes.training.selection import choose
@@ -78,6 +78,7 @@ class Uptraining:
         return {"out": str(self.out), **self.facts}
 
 
+@takes(UptrainOptions)
 def uptrain(
     student: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -101,7 +102,6 @@ def uptrain(
         command: recorded in the manifest and the model card.
         progress: called with (stage, done, total); stages are "tokenising", "training", "writing".
         on_event: called with every line of the training log.
-        **options: fields of :class:`~rehead.recipes.training.options.UptrainOptions`.
 
     Returns:
         What was done.
@@ -113,33 +113,13 @@ def uptrain(
         VerificationError: a loss or gradient is not finite; the last good checkpoint is kept.
         Interrupted: SIGINT or SIGTERM; a checkpoint is kept.
     """
-    chosen = make_options(options)
+    chosen = UptrainOptions.parse(options)
     if resume not in RESUME:
         raise UsageError(f"--resume {resume}: choose auto or never")
     run = join_processes(chosen.device)
     return _Run(os.fspath(student), Path(os.path.abspath(out)), chosen, run, resume, overwrite, command)(
         progress if run.main else None, on_event if run.main else None
     )
-
-
-# What `help(uptrain)` shows: the options by name rather than "**options".
-uptrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        *(p for p in inspect.signature(uptrain).parameters.values() if p.kind is not p.VAR_KEYWORD),
-        *(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=entry.annotation,
-                default=inspect.Parameter.empty
-                if entry.is_required()
-                else entry.get_default(call_default_factory=True),
-            )
-            for name, entry in UptrainOptions.model_fields.items()
-        ),
-    ],
-    return_annotation=Uptraining,
-)
 
 
 @dataclass

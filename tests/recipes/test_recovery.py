@@ -11,7 +11,7 @@ from rehead.benchmarks import recovery
 from rehead.benchmarks.recovery import STARTS, STUDIES, Cell, chosen, main, run
 from rehead.errors import UsageError
 from rehead.recipes.scratch import NewModel, new_model
-from rehead.recipes.training.options import make_options
+from rehead.recipes.training.options import UptrainOptions
 
 LINES = [f"In the year {year} the harbours took in {year * 3} bales and the treasury was {word}." for year in
          range(1790, 1990) for word in ("full", "empty", "a matter of grave concern to the Congress")]  # fmt: skip
@@ -26,7 +26,7 @@ def test_every_cell_can_be_meant() -> None:
     assert len(names) == len(set(names))
     for cell in chosen(list(STUDIES)):
         assert cell.start in (*STARTS, "original")
-        make_options({"data": ("x",), **cell.options}).objective()
+        UptrainOptions.parse({"data": ("x",), **cell.options}).objective()
     with pytest.raises(UsageError, match="did you mean 'rates'"):
         chosen(["ratse"])
 
@@ -38,7 +38,15 @@ def test_cells_run_and_failures_do_not_stop_the_rest(
     text.write_text("\n".join(LINES))
     held = tmp_path / "held.txt"
     held.write_text("\n".join(LINES[::7]))
-    shape = NewModel(320, 32, 64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, dtype="float32")
+    shape = NewModel(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        dtype="float32",
+    )
     model = str(new_model(tmp_path / "model", LINES, shape))
     cheap = {"calibration_tokens": 2048, "calibration_length": 64, "refit": True, "fit": 2, "method": "svd"}
     monkeypatch.setitem(STARTS, "svd+refit+fit", cheap)

@@ -61,16 +61,15 @@ def test_a_plain_checkpoint_comes_out(tmp_path: Path):
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 30}, {"num_key_value_heads": 3}])
 def test_an_impossible_shape_is_an_error(tmp_path: Path, changes: dict[str, int]):
-    from dataclasses import replace
 
     with pytest.raises(UsageError, match="choose divisors"):
-        new_model(tmp_path / "model", TEXT, replace(TINY, **changes))
+        new_model(tmp_path / "model", TEXT, TINY.but(**changes))
     assert not (tmp_path / "model").exists()
 
 
 def test_an_unknown_dtype_is_an_error(tmp_path: Path):
-    with pytest.raises(UsageError, match="choose float32"):
-        new_model(tmp_path / "model", TEXT, NewModel(dtype="int7"))
+    with pytest.raises(UsageError, match="choose one of bfloat16"):
+        NewModel.parse({"dtype": "int7"}, "new")
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,4 +90,4 @@ def choose(
         # A layer that overflows has no figure that JSON could hold.
         "alone": {str(loss.layer): round(loss.kl, 6) if math.isfinite(loss.kl) else None for loss in choice.alone},
     }
-    return replace(options, layers=tuple(choice.layers), kl_budget=None), facts
+    return options.but(layers=tuple(choice.layers), kl_budget=None), facts

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from rehead.errors import QualityError, UsageError
-from rehead.recipes.evaluation.gates import check_gates, enforce, judge, missing, parse_gates
+from rehead.recipes.evaluation.gates import check_gates, enforce, judge, missing
+from rehead.recipes.evaluation.options import EvaluateOptions
 
 
 def found(**sections) -> SimpleNamespace:
@@ -87,7 +88,7 @@ def test_a_gate_without_its_figure_is_refused_before_the_measuring(name, measure
 @pytest.mark.parametrize("flag", ["kl", "kl=", "kl=x", "kl=nan", "=0.5x"])
 def test_a_gate_is_a_name_and_a_number(flag: str) -> None:
     with pytest.raises(UsageError, match="is not NAME=LIMIT"):
-        parse_gates((flag,), "--fail-above")
-    assert parse_gates((" KL = 0.5", "needle=1"), "--fail-above") == {"kl": 0.5, "needle": 1.0}
+        EvaluateOptions.parse({"fail_above": (flag,)})
+    assert EvaluateOptions.parse({"fail_above": (" kl = 0.5", "needle=1")}).fail_above == {"kl": 0.5, "needle": 1.0}
     with pytest.raises(UsageError, match="did you mean 'kl'"):
         check_gates({}, {"kll": 1.0})

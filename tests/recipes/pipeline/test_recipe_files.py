@@ -23,7 +23,7 @@ BAD = [
     ("evaluate: {data: a.txt, windwo: 8}", "did you mean 'window'"),
     ("convert: {num_key_value_head: 2}", "did you mean 'num_key_value_heads'"),
     ("convert: {num_key_value_heads: 2, method: meen}", "did you mean 'mean'"),
-    ("convert: {num_key_value_heads: two}", "valid integer"),
+    ("convert: {num_key_value_heads: two}", "is no whole number"),
     ("requires: {gpu: 8}", "did you mean 'requires.gpus'"),
     ("launch: {processes: 0}", "launch.processes"),
     ("uptrain: {data: a.txt, tokens: eight}", "tokens: 'eight'"),

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from rehead.checkpoints.stream import ResourceError
 from rehead.errors import UnsupportedError, UsageError
+from rehead.options import flag_of, parse_count
 from rehead.recipes.training.balance import LIMIT, measure, warn_if_unbalanced
 from rehead.recipes.training.isolation import prove_isolation
 from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.models import open_checkpoint, set_attention
 from rehead.recipes.training.optimizer import Optimizer
-from rehead.recipes.training.options import UptrainOptions, flag, make_options, parse_count
+from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.schedule import rate_factor
 from rehead.recipes.training.selection import choose, parameter_groups
 from rehead.recipes.training.tensorfile import read_tensors, write_tensors
@@ -42,7 +43,7 @@ from rehead.recipes.training.weights import Weights
 )
 def test_sizes(text: str | int, number: int) -> None:
     assert parse_count(text) == number
-    assert make_options({"data": "a", "tokens": text}).tokens == number
+    assert UptrainOptions.parse({"data": "a", "tokens": text}).tokens == number
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_sizes(text: str | int, number: int) -> None:
         ({"tokens": 0}, "--tokens 0"),
         ({"seq_length": 1}, "--seq-length 1"),
         ({"learning_rate": -1.0}, "--lr -1.0"),
-        ({"learning_rates": ["k_proj"]}, "is no PATTERN=FACTOR"),
+        ({"learning_rates": ["k_proj"]}, "is not PATTERN=FACTOR"),
         ({"learning_rates": ["k_(=2"]}, "no regular expression"),
         ({"schedule": "linear"}, "--schedule 'linear'"),
         ({"warmup": 2.5}, "neither a share below 1 nor a number of steps"),
@@ -62,8 +63,8 @@ def test_sizes(text: str | int, number: int) -> None:
         ({"data": ()}, "name at least one text"),
         ({"tokens": "1.5"}, "--tokens '1.5': is no whole number; write 8000000, 8M or 32Ki"),
         ({"learning_rate": float("inf")}, "finite"),
-        ({"learning_rates": ["k_proj=-1"]}, "greater than or equal to 0"),
-        ({"learning_rates": ["k_proj=nan"]}, "finite"),
+        ({"learning_rates": ["k_proj=-1"]}, "must be 0 or more"),
+        ({"learning_rates": ["k_proj=nan"]}, "is not PATTERN=FACTOR"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 1 << 70}, "--seed"),
         ({"warmup": 300, "tokens": 32768 * 8}, "is more than the run's 8 steps"),
@@ -71,7 +72,7 @@ def test_sizes(text: str | int, number: int) -> None:
 )
 def test_options_that_cannot_be_meant(values: dict, words: str) -> None:
     with pytest.raises(UsageError) as found:
-        make_options({"data": "a", **values})
+        UptrainOptions.parse({"data": "a", **values})
     assert words in str(found.value)
     assert "\n" not in str(found.value)
 
@@ -85,7 +86,7 @@ def test_flags_recipe_keys_and_signature_are_one() -> None:
     flags = {option for parameter in uptrain_command.params for option in parameter.opts}
     signature = inspect.signature(uptrain).parameters
     for name, entry in UptrainOptions.model_fields.items():
-        assert flag(name) in flags
+        assert flag_of(UptrainOptions, name) in flags
         assert signature[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert entry.description, name
 
@@ -97,7 +98,7 @@ def test_flags_recipe_keys_and_signature_are_one() -> None:
 @settings(max_examples=60, deadline=None)
 def test_schedules_rise_and_fall(steps: int, schedule: str, warmup: float, end: float) -> None:
     warmup = min(warmup, steps)
-    options = make_options({
+    options = UptrainOptions.parse({
         "data": "a", "tokens": steps * 8, "batch_tokens": 8, "seq_length": 8, "schedule": schedule, "warmup": warmup,
         "final_learning_rate": end,
     })  # fmt: skip
@@ -113,7 +114,7 @@ def test_schedules_rise_and_fall(steps: int, schedule: str, warmup: float, end: 
 
 
 def test_cosine_is_the_formula_of_what_is_left_after_the_warm_up() -> None:
-    options = make_options({"data": "a", "tokens": 80, "batch_tokens": 8, "seq_length": 8, "warmup": 2,
+    options = UptrainOptions.parse({"data": "a", "tokens": 80, "batch_tokens": 8, "seq_length": 8, "warmup": 2,
                             "final_learning_rate": 0.1})  # fmt: skip
     factors = [rate_factor(step, options) for step in range(10)]
     after = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
@@ -122,7 +123,7 @@ def test_cosine_is_the_formula_of_what_is_left_after_the_warm_up() -> None:
 
 
 def test_wsd_is_flat_then_linear() -> None:
-    options = make_options({"data": "a", "tokens": 800, "batch_tokens": 8, "seq_length": 8, "schedule": "wsd",
+    options = UptrainOptions.parse({"data": "a", "tokens": 800, "batch_tokens": 8, "seq_length": 8, "schedule": "wsd",
                             "warmup": 10, "decay": 0.2})  # fmt: skip
     factors = [rate_factor(step, options) for step in range(100)]
     assert factors[10:80] == [1.0] * 70
@@ -146,7 +147,7 @@ def test_small_updates_are_not_lost_to_rounding() -> None:
     model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
     nn.init.ones_(model.weight)
     weights = Weights({"weight": model.weight})
-    options = make_options({"data": "a", "learning_rate": 1e-4, "clip": 0.0})
+    options = UptrainOptions.parse({"data": "a", "learning_rate": 1e-4, "clip": 0.0})
     optimizer = Optimizer(weights, options)
     for step in range(100):
         for _ in range(2):  # micro-batches
@@ -163,7 +164,7 @@ def test_small_updates_are_not_lost_to_rounding() -> None:
 
 def test_a_step_that_is_not_finite_moves_nothing() -> None:
     parameter = nn.Parameter(torch.ones(4, 4))
-    optimizer = Optimizer(Weights({"w": parameter}), make_options({"data": "a"}))
+    optimizer = Optimizer(Weights({"w": parameter}), UptrainOptions.parse({"data": "a"}))
     for loss, gradient in ((1.0, float("nan")), (float("inf"), 1.0)):
         parameter.grad = torch.full((4, 4), gradient)
         optimizer.step(1.0, torch.tensor(loss))
@@ -177,7 +178,7 @@ def test_a_step_that_is_not_finite_moves_nothing() -> None:
 def test_a_fused_step_that_is_not_finite_moves_nothing_ever_after() -> None:
     # Where the host does not wait for the norm, the next step is already under way: it must not move anything either.
     parameter = nn.Parameter(torch.ones(4, 4))
-    optimizer = Optimizer(Weights({"w": parameter}), make_options({"data": "a"}), fused=True)
+    optimizer = Optimizer(Weights({"w": parameter}), UptrainOptions.parse({"data": "a"}), fused=True)
     assert not optimizer.waits
     parameter.grad = torch.ones(4, 4)
     optimizer.step(1.0, torch.tensor(1.0))
@@ -193,7 +194,7 @@ def test_a_fused_step_that_is_not_finite_moves_nothing_ever_after() -> None:
 
 def test_gradients_are_clipped_by_their_norm() -> None:
     parameters = {"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(4, 1))}
-    optimizer = Optimizer(Weights(parameters), make_options({"data": "a", "clip": 2.0, "betas": (0.0, 0.0)}))
+    optimizer = Optimizer(Weights(parameters), UptrainOptions.parse({"data": "a", "clip": 2.0, "betas": (0.0, 0.0)}))
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 10.0)
     assert optimizer.step(1.0, torch.zeros(())) == pytest.approx(10 * math.sqrt(7))

@@ -1,0 +1,396 @@
+"""Options stated once: a class of fields that gives keyword arguments, flags, a YAML section and the manifest's JSON.
+
+A field's description is its help, its bounds are its checks, and what a user gets wrong is one line::
+
+    class WindowOptions(Options):
+        size: Count = Field(4096, ge=1, description="Keys that a query sees.")
+        layers: Annotated[str, Flag(metavar="LIST")] = Field("all", description="Which layers, e.g. 0,4-7.")
+
+    WindowOptions.parse({"size": "4k"})                              # keyword arguments or YAML
+    WindowOptions.from_text("size=4k,layers=0,4-7", "window")        # the tail of NAME:key=value,...
+    @flags(WindowOptions)                                            # click
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self, TypeVar, Union
+
+import click
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from rehead.errors import UsageError, suggestion, unknown_name
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_FACTORS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_count(value: Any) -> Any:
+    """``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; what is no text as it is.
+
+    Raises:
+        ValueError: a text that is no whole number.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([a-z]*)", value.strip().replace("_", "").replace(",", "").lower())
+    number = Fraction(match[1]) * _FACTORS[match[2]] if match and match[2] in _FACTORS else None
+    if number is None or number.denominator != 1:
+        raise ValueError("is no whole number; write 8000000, 8M or 32Ki")
+    return int(number)
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)):
+        return value
+    parts = [part.strip().split(",") if isinstance(part, str) else [part] for part in values]
+    return [part.strip() if isinstance(part, str) else part for group in parts for part in group if part != ""]
+
+
+def pairs(form: str, example: str) -> BeforeValidator:
+    """For a dict of numbers: ``["k_proj=2"]`` as ``{"k_proj": 2.0}``.
+
+    Args:
+        form: what a pair is called, e.g. ``"PATTERN=FACTOR"``.
+        example: one, for messages.
+    """
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        table = {}
+        for item in value:
+            name, _, number = str(item).rpartition("=")
+            try:
+                table[name.strip()] = float(number)
+            except ValueError:
+                table[name.strip()] = math.nan
+            if not name.strip() or not math.isfinite(table[name.strip()]):
+                raise ValueError(f"{item!r} is not {form}; write {example}")
+        return table
+
+    return BeforeValidator(read)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""A whole number as people write it: 8M, 32k, 32Ki."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+"""Texts, one or more; each as it stands, commas and all."""
+SPLIT = BeforeValidator(_split)
+"""In ``Annotated[tuple[T, ...], SPLIT]``: several values, also as one text with commas, or a single value."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line shows a field, where the field's own name and type do not say it.
+
+    Attributes:
+        name: of the flag, e.g. ``"--lr"``; the field's name is accepted as well.
+        metavar: what stands for the value in the help.
+        default: what the help says of a default of None.
+    """
+
+    name: str | None = None
+    metavar: str | None = None
+    default: str | None = None
+
+
+class Options(BaseModel):
+    """Base of all options: frozen, no unknown field, no infinity or NaN.
+
+    :meth:`parse` is the door for everything that a user wrote; the constructor raises pydantic's own errors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Any, where: str = "") -> Self:
+        """Options out of keyword arguments, flags or a YAML section.
+
+        Args:
+            values: a mapping; texts are converted.
+            where: the file and section, for messages; without it fields are named as flags.
+
+        Raises:
+            UsageError: an unknown field (the nearest is suggested), a missing one, or an invalid value: one line.
+        """
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{where}: is {type(values).__name__}, not a mapping; give it keys")
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise UsageError(explained(error, cls, where)) from None
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}" if where else str(error)) from None
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Self:
+        """Options out of ``"size=4k,layers=0,4-7"``: a part without ``=`` continues the value before it, or switches on
+        the field that it names; ``none`` is None.
+
+        Raises:
+            UsageError: as :meth:`parse`.
+        """
+        values: dict[str, Any] = {}
+        last = ""
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, equals, value = (word.strip() for word in part.partition("="))
+            if equals:
+                last = name.replace("-", "_")
+                values[last] = value
+            elif name in cls.model_fields and cls.model_fields[name].annotation is bool:
+                values[name] = True
+            elif last:
+                values[last] += f",{name}"
+            else:
+                raise UsageError(f"{where}: {part!r} is no key=value; {suggestion(part, cls.model_fields)}")
+        for name, value in values.items():
+            entry = cls.model_fields.get(name)
+            kinds = _alternatives(entry.annotation) if entry else []
+            if value == "none" and type(None) in kinds:
+                values[name] = None
+            elif isinstance(value, str) and kinds and all(_is_tuple(kind) for kind in kinds if kind is not type(None)):
+                values[name] = _split(value)
+        return cls.parse(values, where)
+
+    def but(self, **changes: Any) -> Self:
+        """The same options with some changed, checked again.
+
+        Raises:
+            UsageError: as :meth:`parse`.
+        """
+        return self.parse({**dict(self), **changes})
+
+    def as_json(self) -> dict[str, Any]:
+        """For manifests and ``--json``."""
+        return self.model_dump(mode="json")
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+def named_options(text: str, options_of: Callable[[str], type[O]], where: str) -> tuple[str, O]:
+    """``"window:size=4k"`` as its name and its options.
+
+    Args:
+        text: ``NAME`` or ``NAME:key=value,key=value``.
+        options_of: the options of a name; raises UsageError for one that is not known.
+        where: the flag, for messages.
+
+    Raises:
+        UsageError: an unknown name or field (the nearest is suggested), or an invalid value.
+    """
+    name, _, settings = text.partition(":")
+    return name, options_of(name).from_text(settings, f"{where} {name}")
+
+
+def flag_of(options: type[Options], name: str) -> str:
+    """The command line's name of a field."""
+    entry = options.model_fields.get(name)
+    spelled = _flag(entry).name if entry else None
+    return spelled or "--" + name.replace("_", "-")
+
+
+def flags(options: type[Options], without: Collection[str] = ()) -> Callable[[F], F]:
+    """A decorator that gives a click command one flag for each field.
+
+    The command receives what was written, unchecked, under the fields' names; :func:`given` drops the rest.
+
+    Args:
+        options: whose fields.
+        without: fields that the command takes in another way.
+    """
+
+    def decorate(command: F) -> F:
+        for name, entry in reversed(options.model_fields.items()):
+            if name not in without:
+                command = _click_option(options, name, entry)(command)
+        return command
+
+    return decorate
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were on the command line, out of what click hands over."""
+    return {name: value for name, value in values.items() if value not in (None, (), False)}
+
+
+def takes(options: type[Options]) -> Callable[[F], F]:
+    """A decorator for a function with ``**options``: its signature and docstring list the fields."""
+
+    def decorate(function: F) -> F:
+        own, types_of = inspect.signature(function), typing.get_type_hints(options)
+        fields = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=types_of[name],
+                default=inspect.Parameter.empty
+                if entry.is_required()
+                else entry.get_default(call_default_factory=True),
+            )
+            for name, entry in options.model_fields.items()
+            if name not in own.parameters
+        ]
+        kept = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        function.__signature__ = own.replace(parameters=[*kept, *fields])  # type: ignore[attr-defined]
+        lines = [f"    {field.name}: {options.model_fields[field.name].description}" for field in fields]
+        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines, ""])
+        return function
+
+    return decorate
+
+
+def explained(error: ValidationError, options: type[BaseModel], where: str = "") -> str:
+    """One line for pydantic's first complaint: what is named, what was written, what to write instead.
+
+    Args:
+        error: as it was caught.
+        options: the class that was asked for.
+        where: the file and section; without it fields are named as flags.
+    """
+    first = error.errors(include_url=False)[0]
+    steps = [str(step) for step in first["loc"]]
+    head = f"{where}: " if where else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = [".".join([*steps[:-1], name]) for name in _model_at(options, steps[:-1]).model_fields]
+        return f"{head}{unknown_name('key' if where else 'option', '.'.join(steps), known)}"
+    if not steps:  # a rule over several fields, which names them itself
+        return head + first["msg"].removeprefix("Value error, ")
+    if where or not issubclass(options, Options):
+        place = ".".join(step for step in steps if not re.match(r"(int|str|float|bool|none|tuple|list|dict)\b", step))
+    else:
+        place = flag_of(options, steps[0])
+    colon = ":" if where else ""  # "recipe.yaml: uptrain: tokens: 'x': ...", but "--tokens 'x': ..."
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{head}{place} is missing; give it"
+    written = repr(first.get("input"))
+    written = written if len(written) <= 60 else written[:57] + "..."
+    return f"{head}{place}{colon} {written}: {_reason(first, options, steps)}"
+
+
+def _reason(first: Any, options: type[BaseModel], steps: list[str]) -> str:
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "literal_error":
+        return f"is not known; {suggestion(str(first['input']), _choices_at(options, steps))}"
+    limit = next((context[key] for key in ("ge", "gt", "le", "lt") if key in context), "")
+    bound = f"{limit:g}" if isinstance(limit, float) else str(limit)
+    plain = {
+        "int_parsing": "is no whole number; write one such as 8",
+        "int_type": "is no whole number; write one such as 8",
+        "int_from_float": "is no whole number; write one such as 8",
+        "float_parsing": "is no number; write one such as 0.5",
+        "float_type": "is no number; write one such as 0.5",
+        "bool_parsing": "is neither true nor false; write one of them",
+        "bool_type": "is neither true nor false; write one of them",
+        "string_type": "is no text; write one",
+        "finite_number": "must be finite",
+        "greater_than_equal": f"must be {bound} or more",
+        "greater_than": f"must be more than {bound}",
+        "less_than_equal": f"must be {bound} or less",
+        "less_than": f"must be less than {bound}",
+    }
+    message = plain.get(kind) or first["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
+    """The model that stands at a place within another."""
+    for step in steps:
+        entry = model.model_fields.get(step)
+        inner = [
+            kind
+            for kind in _alternatives(entry.annotation if entry else None)
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if not inner:
+            break
+        model = inner[0]
+    return model
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types of a union, each without its annotations; a list of one for any other type."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(typing.get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for each in typing.get_args(annotation) for kind in _alternatives(each)]
+    return [annotation]
+
+
+def _is_tuple(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The names that a field of fixed names accepts."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return list(map(str, parts))
+    return [name for part in parts for name in _choices(part)]
+
+
+def _choices_at(model: type[BaseModel], steps: list[str]) -> list[str]:
+    names: list[str] = []
+    for depth, step in enumerate(steps):
+        entry = _model_at(model, steps[:depth]).model_fields.get(step)
+        names = _choices(entry.annotation) if entry else names
+    return names
+
+
+def _flag(entry: FieldInfo) -> Flag:
+    return next((each for each in entry.metadata if isinstance(each, Flag)), Flag())
+
+
+def _click_option(options: type[Options], name: str, entry: FieldInfo) -> Callable[[Any], Any]:
+    spelled = list(dict.fromkeys([flag_of(options, name), "--" + name.replace("_", "-")]))
+    kinds = [kind for kind in _alternatives(entry.annotation) if kind is not type(None)]
+    settings: dict[str, Any] = {"default": None, "required": entry.is_required()}
+    if kinds == [bool]:
+        settings |= {"is_flag": True, "help": entry.description}
+        return click.option(*spelled, name, **settings)
+    settings |= {"metavar": _flag(entry).metavar or _metavar(kinds), "help": f"{entry.description}{_default(entry)}"}
+    arguments = typing.get_args(kinds[0])
+    if all(_is_tuple(kind) for kind in kinds) and Ellipsis not in arguments:
+        settings |= {"nargs": len(arguments), "type": float, "metavar": " ".join("X" * len(arguments))}
+    elif all(_is_tuple(kind) or typing.get_origin(kind) is dict for kind in kinds):
+        settings |= {"multiple": True}
+    return click.option(*spelled, name, **settings)
+
+
+def _metavar(kinds: list[Any]) -> str:
+    if choices := [name for kind in kinds for name in _choices(kind)]:
+        return "|".join(choices)
+    text = str(kinds[0])
+    number = "N" if "int" in text else "X" if "float" in text else "NAME"
+    return f"{number}[,{number}]" if _is_tuple(kinds[0]) and number != "NAME" and "..." in text else number
+
+
+def _default(entry: FieldInfo) -> str:
+    """What the help says of a field's default."""
+    if entry.is_required():
+        return ""
+    value = entry.get_default(call_default_factory=True)
+    said = _flag(entry).default
+    if said is None:
+        listed = ", ".join(map(str, value)) if isinstance(value, (tuple, list, dict)) else value
+        said = "none" if value is None or listed == "" else str(listed)
+    return f"  [default: {said}]"
