@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import sys
 from importlib import import_module
@@ -16,6 +15,7 @@ from importlib import import_module
 import click
 
 from rehead import __version__
+from rehead.console import echo, print_json
 from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError, unknown_name
 
 # command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
@@ -37,8 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 LEAVES: dict[str, str] = {
     "convert": "; nothing was written to OUT",
     "evaluate": "; nothing was written to --out",
-    "run": "; finished stages are kept, the same command goes on after them",
-    "uptrain": "; nothing was written to OUT, the same command goes on from the newest checkpoint if there is one",
+    "run": "; finished stages are kept, the same command continues after them",
+    "uptrain": "; nothing was written to OUT, the same command resumes from the newest checkpoint if there is one",
 }
 
 
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         # Commands name their own files; what is left is standard output, or a place that nobody may look into.
         where = error.filename if error.filename is not None else "standard output"
-        mend = "check the path and its permissions" if error.filename is not None else "check where it goes"
-        _fail(f"{where}: {(error.strerror or str(error)).lower()}; {mend}", EXIT_UNSUPPORTED, "--json" in argv)
+        remedy = "check the path and its permissions" if error.filename is not None else "check where it goes"
+        _fail(f"{where}: {(error.strerror or str(error)).lower()}; {remedy}", EXIT_UNSUPPORTED, "--json" in argv)
     sys.exit(0)
 
 
@@ -111,10 +111,10 @@ def _fail(message: str, code: int, as_json: bool) -> None:
     """Print one error line (and the same fact as JSON on stdout when asked) and exit."""
     line = " ".join(message.split())
     with contextlib.suppress(OSError):
-        click.echo(f"error: {line}", err=True)
+        echo(f"error: {line}", err=True)
     if as_json:
         try:
-            click.echo(json.dumps({"error": line, "exit_code": code}))
+            print_json({"error": line, "exit_code": code})
         except OSError:
             # Nobody reads any more; what is still buffered must not be tried again when Python exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from rehead.console import JSON, OVERWRITE, QUIET, REVISION, echo, print_columns, print_facts, print_json, progress_bar
 from rehead.convert.options import ConvertOptions
 from rehead.options import flags, given
-
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
-QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
-REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
 
 
 @click.command("inspect")
@@ -31,7 +24,7 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
 
     facts = inspect(model, revision)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     rows = [
         ("type", f"{facts['model_type']}, {facts['attention']} attention, {facts['block']} blocks"),
@@ -51,7 +44,7 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
         rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes a token, {saved:.1%} less"))
     rows += [("cannot", reason) for reason in facts["cannot"]]
     rows += [("may become", ", ".join(facts["hosts"]))] if facts["hosts"] else []
-    _table(facts["model"], rows)
+    print_facts(facts["model"], rows)
 
 
 @click.command("plan")
@@ -65,15 +58,15 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 
     facts = plan(model, revision=revision, **given(values)).as_json()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
-    _table(f"{facts['source']} -> {facts['num_key_value_heads']['after']} KV heads", _plan_rows(facts))
+    print_facts(f"{facts['source']} -> {facts['num_key_value_heads']['after']} KV heads", _plan_rows(facts))
     shown: dict[str, list[str]] = {}
     for change in facts["changes"]:
         kind = re.sub(r"\.\d+\.", ".{i}.", change["name"], count=1)
         shown.setdefault(f"{kind}  {change['before']} -> {change['after']}", []).append(str(change["layer"]))
     for line, layers in shown.items():
-        click.echo(f"  {line}" + (f"  in {len(layers)} layers" if layers != ["None"] else ""))
+        echo(f"  {line}" + (f"  in {len(layers)} layers" if layers != ["None"] else ""))
 
 
 @click.command("convert")
@@ -82,8 +75,8 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 @flags(ConvertOptions)
 @click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
 @REVISION
-@click.option("--resume", is_flag=True, help="Go on from what a killed run left.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
+@click.option("--resume", is_flag=True, help="Continue from what a killed run left.")
+@OVERWRITE
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.")
 @QUIET
 @JSON
@@ -99,7 +92,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
         result = convert(model, out, progress=progress, command=line, **given(values))
     facts = result.as_json()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     elif not quiet:
         rows = _plan_rows(facts)
         errors = [entry for entry in facts["layer_errors"].values() if "key_error" in entry]
@@ -108,7 +101,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
             values = sum(entry["value_error"] for entry in errors) / len(errors)
             rows.append(("relative error", f"keys {keys:.3f}, values {values:.3f} (mean over layers)"))
         rows.append(("time", f"{facts['seconds']:.1f} s"))
-        _table(f"wrote {out}", rows)
+        print_facts(f"wrote {out}", rows)
 
 
 @click.command("verify")
@@ -122,7 +115,7 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
 
     found = verify(out, source, revision=revision).as_json()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     rows = [
         ("files", f"{found['files']} match their SHA-256"),
@@ -134,7 +127,7 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
         rows.append(("against source", f"KL {against['mean_kl']:.4g} nats, top-1 agreement "
                                        f"{against['top1_agreement']:.1%}, largest logit difference "
                                        f"{against['max_difference']:.3g}"))  # fmt: skip
-    _table(f"{out} verifies", rows)
+    print_facts(f"{out} verifies", rows)
 
 
 def _strays(facts: dict[str, Any]) -> str:
@@ -167,52 +160,9 @@ def families_command(as_json: bool) -> None:
 
     rows = describe_families()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    widths = [max(len(str(row[key])) for row in rows) for key in ("model_type", "packing", "key_norm", "positions")]
-    for row in rows:
-        cells = [str(row[key]).ljust(w) for key, w in zip(("model_type", "packing", "key_norm", "positions"), widths)]
-        click.echo("  ".join([*cells, row["notes"]]).rstrip())
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
-    """A progress callback that draws on standard error, one bar for each stage; None when quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield None if quiet else progress_lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: float, total: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show
-
-
-def progress_lines(figures: Callable[[], str] = str, every: float = 30.0) -> Callable[[str, float, float], None]:
-    """A progress callback for logs, where nobody watches a bar: a line on standard error every so often.
-
-    Args:
-        figures: what to add to a line; nothing by default.
-        every: seconds between lines, so that short work leaves none.
-    """
-    told = time.monotonic()
-
-    def show(stage: str, done: float, total: float) -> None:
-        nonlocal told
-        if time.monotonic() - told >= every:
-            told = time.monotonic()
-            share = f"{done / total:.0%}" if total else f"{done:,.0f}"
-            click.echo(f"{stage} {share}  {figures()}".rstrip(), err=True)
-
-    return show
+    print_columns([[row[key] for key in ("model_type", "packing", "key_norm", "positions", "notes")] for row in rows])
 
 
 def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -250,14 +200,3 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _unpooled(facts: dict[str, Any]) -> str:
     refits = facts["options"]["refit"] and "block" in facts
     return "none: the number of KV heads stays" + ("; least-squares refit" if refits else "")
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> None:
-    click.echo(title)
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        click.echo(f"  {name.ljust(width)}  {text}")
-
-
-def _print_json(facts: Any) -> None:
-    click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -19,6 +19,7 @@ from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.manifest import made_by
 from rehead.checkpoints.source import torch_dtype
 from rehead.checkpoints.target import Target, finish_commit
+from rehead.console import Progress
 from rehead.convert.card import model_card
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
@@ -31,9 +32,6 @@ from rehead.options import takes
 from rehead.variants.blocks.layer_choice import is_auto
 from rehead.variants.pool.methods.registry import MethodContext
 from rehead.variants.pool.regroup import LayerResult, regroup
-
-Progress = Callable[[str, float, float], None]
-"""Called with (stage, done, total); stages are "calibrating", "writing"."""
 
 
 @dataclass

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.console import Progress
 from rehead.convert.planning import Plan
 from rehead.data.calibration import load_calibration
 from rehead.errors import UsageError, first_line
 from rehead.healing.layer import LayerHealer
 from rehead.healing.layerwise import LayerwiseModel
-
-Progress = Callable[[str, float, float], None]
 
 #: Tokens in one forward pass of a layer.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}

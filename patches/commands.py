@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from importlib import import_module
 from typing import Any
 
 import click
+
+from rehead.console import JSON, QUIET, echo, print_json, progress_bar
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "attention": ("rehead.benchmarks.attention", "GPU kernels beside SDPA flash, SDPA cuDNN and FlexAttention."),
@@ -26,8 +27,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "--workers", type=click.IntRange(1), default=None, help="With --coverage: processes (default: one a core)."
 )
 @click.option("--seconds", type=click.FloatRange(1), default=90.0, show_default=True, help="With --coverage: per type.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@JSON
+@QUIET
 def patches_command(
     coverage: bool, types: tuple[str, ...], workers: int | None, seconds: float, as_json: bool, quiet: bool
 ) -> None:
@@ -52,22 +53,20 @@ def _list(as_json: bool) -> None:
     ]
     if as_json:
         facts = {"patches": patches, "attn_implementation": NAME, "adapters": sorted(ADAPTERS)}
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     for patch in patches:
-        click.echo(f"{patch['name']}: {patch['summary']}")
-        click.echo(f"  options: {', '.join(patch['options']) or 'none'}")
-    click.echo(f"\nmodels on transformers' attention interface: directly, or attn_implementation={NAME!r}")
-    click.echo("models with attention of their own, by adapter:")
+        echo(f"{patch['name']}: {patch['summary']}")
+        echo(f"  options: {', '.join(patch['options']) or 'none'}")
+    echo()
+    echo(f"models on transformers' attention interface: directly, or attn_implementation={NAME!r}")
+    echo("models with attention of their own, by adapter:")
     for name in sorted(ADAPTERS):
-        click.echo(f"  {name}")
-    click.echo("everything else is refused; `rehead patches --coverage` tries every type")
+        echo(f"  {name}")
+    echo("everything else is refused; `rehead patches --coverage` tries every type")
 
 
 def _coverage(types: tuple[str, ...], workers: int, seconds: float, as_json: bool, quiet: bool) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from rehead.errors import UsageError, VerificationError, unknown_name
     from rehead.models.tiny import causal_types
     from rehead.patches import coverage
@@ -77,23 +76,25 @@ def _coverage(types: tuple[str, ...], workers: int, seconds: float, as_json: boo
         if name not in known:
             raise UsageError(unknown_name("causal model type", name, known))
     chosen = list(types) or known
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
-        task = progress.add_task("starting", total=len(chosen))
-        outcomes = coverage.run(
-            chosen,
-            workers=workers,
-            seconds=seconds,
-            progress=lambda outcome: progress.update(task, advance=1, description=outcome.model_type),
-        )
+    with progress_bar(quiet) as progress:
+        done = 0
+
+        def show(outcome: coverage.Outcome) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress.figures = outcome.model_type
+                progress("coverage", done, len(chosen))
+
+        outcomes = coverage.run(chosen, workers=workers, seconds=seconds, progress=show)
     counts = coverage.summary(outcomes)
     if as_json:
-        click.echo(json.dumps({"counts": counts, "types": [o.to_dict() for o in outcomes]}, indent=2))
+        print_json({"counts": counts, "types": [o.to_dict() for o in outcomes]})
     else:
         for outcome in outcomes:
             detail = f"difference {outcome.difference:.1e}, " if outcome.difference is not None else ""
-            click.echo(f"{outcome.model_type:<26} {outcome.status:<10} {detail}{outcome.reason}")
-        click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+            echo(f"{outcome.model_type:<26} {outcome.status:<10} {detail}{outcome.reason}")
+        echo(", ".join(f"{count} {status}" for status, count in counts.items()))
     if counts[coverage.WRONG]:
         wrong = [o.model_type for o in outcomes if o.status == coverage.WRONG]
         raise VerificationError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rehead.convert.commands import JSON, QUIET, progress_bar
+from rehead.console import JSON, QUIET, echo, print_columns, print_json, print_wrapped, progress_bar
 
 if TYPE_CHECKING:
     from rehead.recipes.pipeline.run import Planned, RecipeRun
@@ -70,49 +69,40 @@ def run_command(
         say=None if quiet else _say, progress=bars, watch=watch,
     )  # fmt: skip
     if as_json:
-        click.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
+        print_json(result.as_json())
     elif not quiet:
         show_result(result)
 
 
 def _say(event: str, kind: str, text: str) -> None:
-    click.echo(f"{_EVENTS[event]:>8}  {kind:<9} {text}", err=True)
+    echo(f"{_EVENTS[event]:>8}  {kind:<9} {text}", err=True)
 
 
 def show_result(result: RecipeRun) -> None:
     """The verdict, then where the report lies."""
     if result.report is None:
-        click.echo(f"done: {result.out}")
+        echo(f"done: {result.out}")
         return
     said = result.report.verdict
-    click.echo()
-    _wrapped(said.headline, "")
+    echo()
+    print_wrapped(said.headline)
     width = max((len(name) for name, _ in said.points), default=0)
     for name, text in said.points:
-        _wrapped(text, f"  {name.ljust(width)}  ")
-    click.echo(f"\nreport: {result.report.html}")
-
-
-def _wrapped(text: str, lead: str) -> None:
-    import shutil
-    import textwrap
-
-    width = max(min(shutil.get_terminal_size((100, 24)).columns, 110), 40)
-    click.echo(
-        textwrap.fill(text, width, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False)
-    )
+        print_wrapped(text, f"  {name.ljust(width)}  ")
+    echo()
+    echo(f"report: {result.report.html}")
 
 
 def _show_cells(table: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(table, indent=2, ensure_ascii=False))
+        print_json(table)
         return
     for cell in table["cells"]:
-        click.echo(f"{cell['index']:>4}  {cell['label'] or table['recipe']}")
-        click.echo(f"      {cell['command']}")
+        echo(f"{cell['index']:>4}  {cell['label'] or table['recipe']}")
+        echo(f"      {cell['command']}")
     if table["shared"]:
-        click.echo(f"shared by cells, made once: {', '.join(table['shared'])}")
-    click.echo(f"then: {table['gather']}")
+        echo(f"shared by cells, made once: {', '.join(table['shared'])}")
+    echo(f"then: {table['gather']}")
 
 
 def _show_plan(planned: Planned, cell: int | None, as_json: bool) -> None:
@@ -120,15 +110,15 @@ def _show_plan(planned: Planned, cell: int | None, as_json: bool) -> None:
 
     rows = preview(planned, cell)
     if as_json:
-        click.echo(json.dumps({"out": str(planned.out), "stages": rows}, indent=2, ensure_ascii=False))
+        print_json({"out": str(planned.out), "stages": rows})
         return
-    click.echo(f"{planned.recipe.name} -> {planned.out}")
+    echo(f"{planned.recipe.name} -> {planned.out}")
     for row in rows:
-        click.echo(
+        echo(
             f"  {row['action']:<5} {row['kind']:<9} {row['title']}" + (f"  ({row['reason']})" if row["reason"] else "")
         )
         if row["change"]:
-            click.echo(f"        {row['change']}")
+            echo(f"        {row['change']}")
 
 
 @click.group("recipes")
@@ -144,11 +134,9 @@ def list_command(as_json: bool) -> None:
 
     rows = [{"name": name, "description": load_recipe(name).raw.get("description", "")} for name in library_names()]
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
         return
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        click.echo(f"{row['name'].ljust(width)}  {row['description']}")
+    print_columns([(row["name"], row["description"]) for row in rows])
 
 
 @recipes_command.command("show")
@@ -157,7 +145,7 @@ def show_command(name: str) -> None:
     """Print a recipe."""
     from rehead.recipes.pipeline.load import recipe_text
 
-    click.echo(recipe_text(name)[0].rstrip("\n"))
+    echo(recipe_text(name)[0].rstrip("\n"), newlines=True)
 
 
 @recipes_command.command("copy")
@@ -178,7 +166,7 @@ def copy_command(name: str, file: str, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists already; choose another name or give --overwrite")
     write_file(path, text)
-    click.echo(f"wrote {path}")
+    echo(f"wrote {path}")
 
 
 @recipes_command.command("validate")
@@ -198,7 +186,7 @@ def validate_command(file: str, settings: tuple[str, ...], as_json: bool) -> Non
             "stages": len(stages),
             "out": str(planned.out),
         }
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
         return
     cells = f"{len(planned.cells)} cells, " if planned.sweep else ""
-    click.echo(f"{file} is valid: {cells}{len(stages)} stage{'s' * (len(stages) != 1)}")
+    echo(f"{file} is valid: {cells}{len(stages)} stage{'s' * (len(stages) != 1)}")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rehead import __version__
 from rehead.cli import COMMANDS, LEAVES
-from rehead.convert.commands import progress_bar
+from rehead.console import progress_bar
 from rehead.recipes.training.commands import training_bar
 
 
@@ -270,19 +270,21 @@ def test_interrupted_says_what_is_left(run, monkeypatch) -> None:
 def test_long_work_leaves_lines_in_a_log(capsys, monkeypatch) -> None:
     """Where standard error is no terminal: nothing for short work, a line now and then for long, none when quiet."""
     clock = [0.0]
-    monkeypatch.setattr("rehead.convert.commands.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("rehead.console.time.monotonic", lambda: clock[0])
     with progress_bar(quiet=False) as show:
         for layer in range(1, 101):
             show("layers", layer, 100)
             clock[0] += 1
-    assert capsys.readouterr().err.split("\n") == ["layers 31%", "layers 61%", "layers 91%", ""]
+    assert capsys.readouterr().err.split("\n") == [
+        "layers 31%  69 s left", "layers 61%  39 s left", "layers 91%  9 s left", "",
+    ]  # fmt: skip
     with training_bar(quiet=False) as (show, tell):
         tell({"event": "step", "step": 4, "loss": 0.5, "tokens_per_second": 1234.0})
         show("training", 4, 16)
         clock[0] += 31
         show("training", 5, 16)
         tell({"event": "note", "note": "something rare"})
-    assert capsys.readouterr().err == "training 31%  loss 0.5  1,234 tokens/s\nnote: something rare\n"
+    assert capsys.readouterr().err == "training 31%  loss 0.5  1,234 tokens/s  6 min left\nnote: something rare\n"
     with progress_bar(quiet=True) as none, training_bar(quiet=True) as (also_none, _):
         assert none is None
         assert also_none is None

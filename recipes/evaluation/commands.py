@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
-from rehead.convert.commands import JSON, QUIET, progress_bar
+from rehead.console import JSON, QUIET, print_json, progress_bar
 from rehead.options import flags, given
 from rehead.recipes.evaluation.options import EvaluateOptions
 
@@ -53,7 +52,7 @@ def evaluate_command(
         found = evaluate(model, baseline=baseline, control=control, data=data, progress=progress, **dict(options))
     report = write(found, out) if out is not None else None
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        print_json(found.as_json())
     elif not quiet:
         from rehead.recipes.evaluation.summary import show
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rehead
 from rehead.checkpoints.manifest import versions
+from rehead.console import Progress
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.device import resolve_device
@@ -30,8 +31,6 @@ from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.scoring import vocabulary
 from rehead.recipes.evaluation.speed import speed_rows
-
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rehead.console import rich_console
 from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.report import tables
 from rehead.recipes.report.facts import Entry, summarise
@@ -35,7 +36,7 @@ def show(found: Evaluation, report: str | None = None, console: Console | None =
         console: where to; standard output by default.
     """
     # What goes to a file or a pipe is read later, at any width.
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = console or rich_console(width=None if sys.stdout.isatty() else 160)
     entry = Entry(Path(found.model.name).name or found.model.name, found)
     for line in verdict([summarise(entry)]).lines():
         console.print(escape(line), soft_wrap=True)

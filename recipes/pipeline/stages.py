@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rehead.checkpoints.files import write_file
+from rehead.console import Progress
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes.evaluation.output import FILE as EVALUATION
 from rehead.recipes.pipeline import graph, names
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.pipeline.labels import renamed
 from rehead.recipes.pipeline.record import name_of
-
-Progress = Callable[[str, float, float], None]
-"""Called with (what, done, total)."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 
 import click
 
-from rehead.convert.commands import progress_lines
+from rehead.console import JSON, OVERWRITE, QUIET, ProgressBar, print_facts, print_json, progress_bar
 from rehead.options import flags, given
 from rehead.recipes.training.options import UptrainOptions
 
@@ -26,10 +25,10 @@ _UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+)(
 @click.argument("out")
 @flags(UptrainOptions)
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never",
-              help="auto: go on from an interrupted run's newest checkpoint; never: start anew.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
+              help="auto: resume an interrupted run from its newest checkpoint; never: start anew.")  # fmt: skip
+@OVERWRITE
+@QUIET
+@JSON
 def uptrain_command(
     student: str, out: str, as_json: bool, quiet: bool, resume: str, overwrite: bool, **values: Any
 ) -> None:
@@ -55,55 +54,26 @@ def uptrain_command(
         return
     facts = done.as_json()
     if as_json:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
     elif not quiet:
         _summary(out, facts)
 
 
 @contextmanager
-def training_bar(quiet: bool) -> Iterator[tuple[Any, Any]]:
-    """A progress callback and an event listener that show loss, tokens a second and time left on standard error."""
-    if quiet:
-        yield None, _ignore
-        return
-    if not sys.stderr.isatty():
-        figures = {"training": ""}
-
-        def say(event: dict[str, Any]) -> None:
-            if event["event"] == "step":
-                figures["training"] = _figures(event)
-            elif line := _line(event):
-                click.echo(line, err=True)
-
-        yield progress_lines(lambda: figures["training"]), say
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: float, total: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None, figures="")
-            bars.update(tasks[stage], completed=done, total=total or None)
+def training_bar(quiet: bool) -> Iterator[tuple[ProgressBar | None, Any]]:
+    """A progress callback and an event listener that show loss, tokens per second and time left on standard error."""
+    with progress_bar(quiet) as progress:
+        if progress is None:
+            yield None, _ignore
+            return
 
         def tell(event: dict[str, Any]) -> None:
-            if event["event"] == "step" and "training" in tasks:
-                bars.update(tasks["training"], figures=_figures(event))
-            else:
-                line = _line(event)
-                if line:
-                    bars.console.print(line, markup=False, highlight=False)
+            if event["event"] == "step":
+                progress.figures = _figures(event)
+            elif line := _line(event):
+                progress.line(line)
 
-        yield show, tell
+        yield progress, tell
 
 
 def _ignore(event: dict[str, Any]) -> None:
@@ -122,7 +92,7 @@ def _line(event: dict[str, Any]) -> str | None:
     if kind in ("note", "warning"):
         return f"{kind}: {event['note']}"
     if kind == "resume":
-        return f"going on from the checkpoint of step {event['step']}"
+        return f"resuming from the checkpoint of step {event['step']}"
     return None
 
 
@@ -138,7 +108,4 @@ def _summary(out: str, facts: dict[str, Any]) -> None:
         if name.startswith("evaluation "):
             shown = [f"{key} {figures[key]:.4g}" for key in ("kl", "top1_agreement", "perplexity") if key in figures]
             rows.append((figures["data"].rsplit("/", 1)[-1], ", ".join(shown)))
-    click.echo(f"wrote {out}")
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        click.echo(f"  {name.ljust(width)}  {text}")
+    print_facts(f"wrote {out}", rows)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rehead.checkpoints.stream import ResourceError
+from rehead.console import Progress
 from rehead.data.order import rows_of_step
 from rehead.data.store import IGNORED, Rows, TokenStore
 from rehead.errors import VerificationError
@@ -29,8 +30,6 @@ from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
 from rehead.recipes.training.schedule import rate_factor
 from rehead.recipes.training.weights import Weights
-
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rehead.console import Progress
 from rehead.errors import UsageError
 from rehead.models import probing
 from rehead.patches.patch import LayerRecord, UndoLog
 from rehead.variants.blocks.anatomy import PARALLEL, Block, check_live, find_blocks
 from rehead.variants.blocks.measure import batches
 from rehead.variants.blocks.redirect import redirect
-
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)

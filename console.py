@@ -1,0 +1,179 @@
+"""What commands print: tables, JSON, progress, and the options that all commands share.
+
+Nothing that comes from a file reaches the terminal as it is: every line goes through :func:`printable`, so that a name
+with control characters in it can neither move the cursor nor look like another name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[str, float, float], None]
+"""What functions take as ``progress``: called with (stage, done, total)."""
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
+
+
+def printable(text: object, newlines: bool = False) -> str:
+    r"""A text with its control, format and other invisible characters spelled out: ``\x1b``, ``\u202e``, ``\n``.
+
+    Args:
+        text: anything; its ``str``.
+        newlines: keep line feeds and tabs, for a text of several lines.
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    kept = "\n\t" if newlines else ""
+    return "".join(
+        character
+        if character.isprintable() or character in kept
+        else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in line
+    )
+
+
+def echo(line: object = "", *, err: bool = False, newlines: bool = False) -> None:
+    """Print a line on standard output, or on standard error; see :func:`printable`."""
+    click.echo(printable(line, newlines), err=err)
+
+
+def print_json(facts: Any) -> None:
+    """Print JSON for programs; what a terminal would obey is escaped as JSON escapes it."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():
+        text = "".join(
+            character if character.isprintable() or character == "\n" else json.dumps(character)[1:-1]
+            for character in text
+        )
+    click.echo(text)
+
+
+def print_facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a title and below it rows of name and text."""
+    echo(title)
+    width = max((len(printable(name)) for name, _ in rows), default=0)
+    for name, text in rows:
+        echo(f"  {printable(name).ljust(width)}  {text}")
+
+
+def print_columns(rows: Sequence[Sequence[object]]) -> None:
+    """Print rows of as many cells each, aligned; the last cell is as long as it is."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)][:-1]
+    for row in cells:
+        echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]).rstrip())
+
+
+def print_wrapped(text: str, lead: str = "") -> None:
+    """Print a sentence over as many lines as the terminal needs, indented under ``lead``."""
+    width = max(min(shutil.get_terminal_size((100, 24)).columns, 110), 40)
+    indent = " " * len(lead)
+    text = textwrap.fill(printable(text), width, initial_indent=lead, subsequent_indent=indent, break_on_hyphens=False)
+    echo(text, newlines=True)
+
+
+def rich_console(*, err: bool = False, **settings: Any) -> Console:
+    """A console of rich's, for tables and bars, which prints every text as :func:`printable` leaves it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(printable(text, newlines=True), **how)
+
+    return PlainConsole(stderr=err, highlight=False, **settings)
+
+
+class ProgressBar(Protocol):
+    """Shows how far work is: called with (stage, done, total)."""
+
+    figures: str
+    """Shown beside the stage, for example a loss."""
+
+    def __call__(self, stage: str, done: float, total: float) -> None: ...
+
+    def line(self, text: str) -> None:
+        """Print a line on standard error, above any bar."""
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[ProgressBar | None]:
+    """Progress on standard error: a bar for each stage on a terminal, a line now and then in a log; None when quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield None if quiet else LogLines()
+        return
+    from rich import progress as rich
+
+    columns = (
+        rich.TextColumn("{task.description:<12}", markup=False),
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.TextColumn("{task.fields[figures]}", markup=False),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=rich_console(err=True)) as bars:
+        yield _Bars(bars)
+
+
+class _Bars:
+    def __init__(self, bars: Any) -> None:
+        self.figures = ""
+        self._bars, self._tasks = bars, dict[str, Any]()
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(printable(stage), total=total or None, figures="")
+        figures = printable(self.figures)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, figures=figures)
+
+    def line(self, text: str) -> None:
+        self._bars.console.print(printable(text), markup=False)
+
+
+class LogLines:
+    """Progress where nobody watches a bar: a line on standard error every so often.
+
+    Args:
+        every: seconds between lines, so that short work leaves none.
+    """
+
+    def __init__(self, every: float = 30.0) -> None:
+        self.figures = ""
+        self._every, self._told = every, time.monotonic()
+        self._started: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        since, first = self._started.setdefault(stage, (now, done))
+        if now - self._told < self._every:
+            return
+        self._told = now
+        parts = [f"{stage} {done / total:.0%}" if total else f"{stage} {done:,.0f}", self.figures]
+        if total and done > first:
+            parts.append(f"{_duration((now - since) * (total - done) / (done - first))} left")
+        self.line("  ".join(filter(None, parts)))
+
+    def line(self, text: str) -> None:
+        echo(text, err=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,66 @@
+"""The console: what comes from a file is shown, never obeyed."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rehead.cli import main
+from rehead.console import print_columns, print_facts, print_json, print_wrapped, printable, rich_console
+
+NASTY = "model\x1b[2K\x9b1A\rwrote\u202e\u200b\ud800\x07 ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("größe × 日本 🦙", "größe × 日本 🦙"),
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("a\rb\nc\td", r"a\rb\nc\td"),
+        ("\u202egpj.exe", r"\u202egpj.exe"),
+        ("\x9b2J\x7f", r"\x9b2J\x7f"),
+        (5, "5"),
+    ],
+)
+def test_printable(text: object, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text())
+def test_nothing_printed_moves_the_cursor(text: str) -> None:
+    assert printable(text).isprintable()
+    assert set(printable(text, newlines=True)) - set("\n\t") <= set(printable(text))
+
+
+def test_every_way_to_print_is_safe(capsys: pytest.CaptureFixture) -> None:
+    print_facts(NASTY, [(NASTY, NASTY)])
+    print_columns([[NASTY, NASTY]])
+    print_wrapped(NASTY, "name  ")
+    print_json({NASTY: [NASTY]})
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert json.loads(out[out.index("{") :]) == {NASTY: [NASTY]}
+
+
+def test_tables_and_titles_are_safe() -> None:
+    from rich.table import Table
+
+    console = rich_console(file=io.StringIO(), width=200)
+    table = Table(title=NASTY, caption=NASTY)
+    table.add_column(NASTY)
+    table.add_row(NASTY)
+    console.print(table)
+    console.print(NASTY, markup=False)
+    assert console.file.getvalue().replace("\n", "").isprintable()
+
+
+def test_errors_are_safe(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "no\x1b[2Jwhere", "--json"])
+    out, err = capsys.readouterr()
+    assert r"no\x1b[2Jwhere" in err
+    assert (out + err).replace("\n", "").isprintable()
