@@ -11,6 +11,7 @@ from rehead.errors import UnsupportedError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 32_000_000
 
 #: What to do about checkpoints in other formats, by a file name's ending.
@@ -18,6 +19,13 @@ _OTHER_FORMATS = (
     (".gguf", "GGUF", "convert from the original safetensors repository instead"),
     (".h5", "TensorFlow", "save it from transformers as safetensors first"),
     (".msgpack", "Flax", "save it from transformers as safetensors first"),
+)
+#: Keys of a config that say with which kernels somebody ran the model, and nothing of the model.
+_PREFERENCES = frozenset(
+    f"{prefix}{part}_implementation{suffix}"
+    for part in ("attn", "experts")
+    for prefix in ("", "_")
+    for suffix in ("", "_internal", "_autoset")
 )
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -38,7 +46,16 @@ def parse_config(raw: bytes, file: str) -> dict[str, Any]:
             raise
     if not isinstance(config, dict):
         raise UnsupportedError(f"{file}: no JSON object; give a transformers checkpoint")
-    return config
+    return _without_preferences(config)
+
+
+def _without_preferences(config: dict[str, Any]) -> dict[str, Any]:
+    """A config, and those of its parts, without what one machine preferred to compute it with."""
+    return {
+        key: _without_preferences(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _PREFERENCES
+    }
 
 
 def _lenient_config(raw: bytes) -> Any:
@@ -56,8 +73,13 @@ def pick_layout(names: set[str], id: str) -> str:
     """
     for known in (SINGLE_FILE, INDEX_FILE):
         if known in names:
+            if ADAPTER_FILE in names:
+                raise UnsupportedError(
+                    f"{id}: has {ADAPTER_FILE} beside {known}, and transformers would apply that adapter to what it "
+                    f"loads; where it is merged already, delete {ADAPTER_FILE}, else save the merged model elsewhere"
+                )
             return known
-    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
+    if "adapter_model.safetensors" in names or ADAPTER_FILE in names:
         raise UnsupportedError(
             f"{id}: is an adapter, not a model; merge it into its base model first (merge_and_unload)"
         )

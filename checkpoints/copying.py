@@ -32,7 +32,7 @@ def runs(tensors: Sequence[OutputTensor], source: Source) -> Iterator[OutputTens
     """Computed tensors, and lists of unchanged ones that follow each other in the source as they do in the output."""
     run: list[TensorInfo] = []
     for t in tensors:
-        info = source.tensors[t.origin] if t.origin is not None else None
+        info = source.info(t.origin) if t.origin is not None else None
         if run and (info is None or (info.file, info.start) != (run[-1].file, run[-1].end)):
             yield run
             run = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -53,7 +53,8 @@ class Source:
         id: the folder or Hub id as the user wrote it.
         revision: the commit hash of a Hub source; None for a folder.
         config: the raw ``config.json``.
-        tensors: every tensor by name, in the order of the shards and of the bytes in each.
+        tensors: every tensor by name, in the order of the shards and of the bytes in each, without ``ignored``.
+        ignored: tensors that no class reads (see :meth:`ignore`): they can be copied, and are no part of the model.
         metadata: the safetensors ``__metadata__`` of the first shard.
         shards: the weight files, in order.
     """
@@ -62,6 +63,7 @@ class Source:
     revision: str | None
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    ignored: dict[str, TensorInfo]
     metadata: dict[str, str]
     shards: list[str]
 
@@ -92,6 +94,7 @@ class Source:
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
+        self.ignored = {}
 
     def __enter__(self) -> Source:
         return self
@@ -106,16 +109,26 @@ class Source:
 
     # ---- weights
 
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        """Every tensor in the files by name, those that are ignored last."""
+        return self.tensors | self.ignored
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Take tensors out of the model: from here on its layout is read without them."""
+        for name in names:
+            self.ignored[name] = self.tensors.pop(name)
+
     def info(self, name: str) -> TensorInfo:
-        """The entry of one tensor.
+        """The entry of one tensor, ignored or not.
 
         Raises:
             UnsupportedError: the checkpoint has no tensor of that name.
         """
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise UnsupportedError(f"{self.id}: there is no tensor {shown(name)}; see `rehead inspect`") from None
+        info = self.tensors.get(name) or self.ignored.get(name)
+        if info is None:
+            raise UnsupportedError(f"{self.id}: there is no tensor {shown(name)}; see `rehead inspect`")
+        return info
 
     def weight_fd(self, shard: str) -> int:
         """A file descriptor of a shard, open for reading and kept until :meth:`close`."""
@@ -182,6 +195,10 @@ class Source:
     def small_files(self) -> list[str]:
         """The files that travel unchanged (see :func:`~rehead.checkpoints.smallfiles.travels`), sorted."""
         return [name for name in self.list_files() if travels(name)]
+
+    def code_left_out(self) -> list[str]:
+        """Python files, which never travel: whatever needs one (a tokenizer, say) has to get it from the source."""
+        return [name for name in self.list_files() if name.endswith(".py") and not name.startswith("modeling_rehead_")]
 
     def open_small(self, name: str) -> BinaryIO:
         """Open one of :meth:`small_files`, or the model card, for reading."""
@@ -283,8 +300,8 @@ class LocalSource(Source):
         real = path.resolve()
         if path.is_symlink() or not real.is_relative_to(self.folder.resolve()):
             homes = [self.folder.resolve()]
-            if self.folder.absolute().parent.name == "snapshots":  # a snapshot in the Hub's cache links to its blobs
-                homes.append((self.folder.absolute().parent.parent / "blobs").resolve())
+            if homes[0].parent.name == "snapshots":  # a snapshot in the Hub's cache links to its blobs
+                homes.append((homes[0].parent.parent / "blobs").resolve())
             if not any(real.is_relative_to(home) for home in homes):
                 raise UnsupportedError(f"{name}: is a link out of {self.id}; put the file itself in its place")
         return path

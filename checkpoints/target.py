@@ -202,7 +202,7 @@ class Target:
             VerificationError: ``fetch`` gave another dtype or shape than planned.
             ResourceError: the disk is full or fails.
         """
-        shards = plan_shards(entries, self.source.tensors, parse_size(max_shard_size), self.source.metadata)
+        shards = plan_shards(entries, self.source.stored, parse_size(max_shard_size), self.source.metadata)
         for entry in entries:
             self._check_origin(entry)
         total = sum(s.nbytes for s in shards)

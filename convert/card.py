@@ -105,6 +105,18 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
             f"{_mean(errors, 'value_error'):.3f} on average; largest in layer {layer}. Per layer: `rehead.json`.",
             "",
         ]
+    if drafts := table["drafts"]:
+        lines += [
+            f"Draft layers that transformers does not load keep the original's heads: {', '.join(drafts)}. An engine "
+            "that drafts with them reads them wrongly.",
+            "",
+        ]
+    if code := table["code_left_out"]:
+        lines += [
+            f"Code stays behind: {', '.join(f'`{name}`' for name in code)}. A tokenizer that needs it loads from the "
+            "original.",
+            "",
+        ]
     lines += ["```", command, "```", ""]
     return "\n".join(lines)
 

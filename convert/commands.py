@@ -43,6 +43,7 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
         saved = 1 - size / facts["kv_bytes_per_token"]
         rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes a token, {saved:.1%} less"))
     rows += [("cannot", reason) for reason in facts["cannot"]]
+    rows += [("tensors", strays)] if (strays := _strays(facts)) else []
     rows += [("may become", ", ".join(facts["hosts"]))] if facts["hosts"] else []
     print_facts(facts["model"], rows)
 
@@ -132,11 +133,15 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
 
 def _strays(facts: dict[str, Any]) -> str:
     """Tensors that source and result both lack of their class, or hold beyond it."""
-    kinds = (("missing", "is missing as in the source: each load draws it at random"),
-             ("unexpected", "is ignored by the class as in the source"))  # fmt: skip
+    kinds = (
+        ("missing", "is missing as in the source: each load draws it at random"),
+        ("unexpected", "is ignored by the class, which is as good as without it"),
+        ("drafts", "drafts tokens, which the class does not load: it keeps the source's heads"),
+        ("code_left_out", "is code, which stays behind; a tokenizer that names it loads from the source only"),
+    )
     said = []
     for kind, what in kinds:
-        if names := facts[kind]:
+        if names := facts.get(kind):
             said.append(f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} {what}")
     return "; ".join(said)
 

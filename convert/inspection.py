@@ -9,6 +9,7 @@ from typing import Any
 from rehead.convert.hosts import hosts_of
 from rehead.models.families import FAMILIES
 from rehead.models.families.seq2seq import SEQ2SEQ
+from rehead.models.meta import draft_layers
 from rehead.models.model import open_model
 
 
@@ -43,7 +44,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
     kind = "multi-head" if kv == opened.num_heads else "multi-query" if kv == 1 else "grouped-query"
     if kv == 1 and opened.num_heads == 1:
         kind = "single-head"
-    dtypes = Counter(info.dtype for info in source.tensors.values())
+    dtypes = Counter(info.dtype for info in source.stored.values())
     return {
         "model": source.id,
         "revision": source.revision,
@@ -56,7 +57,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         "head_dim": opened.head_dim,
         "hidden_size": getattr(config, "hidden_size", None),
         "parameters": opened.parameters(),
-        "bytes": sum(info.nbytes for info in source.tensors.values()),
+        "bytes": sum(info.nbytes for info in source.stored.values()),
         "dtypes": dict(dtypes),
         "block": family.block_of(config),
         "positions": _positions(family.pairing, rotary, opened.head_dim),
@@ -67,6 +68,8 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         "kv_bytes_per_token": opened.kv_bytes_per_token(),
         "can_convert_to": choices,
         "cannot": sorted(refusals),
+        "ignored": sorted(source.ignored),
+        "drafts": draft_layers(source),
         "hosts": hosts_of(config.model_type),
     }
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rehead.checkpoints.shards import OutputTensor
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.config import resolve_config
+from rehead.models.config import json_floats, resolve_config
 from rehead.models.families.layouts import merge
-from rehead.models.meta import LoadReport, check_loads
+from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
 from rehead.models.model import Model, hosted
 from rehead.variants.pool.methods.mean import mean
 from rehead.variants.pool.methods.registry import MethodContext
@@ -101,6 +101,11 @@ class Plan:
         rounds = self.model.rounds or (self.widening is not None and self.widening.rounds)
         return rounds and any(tensor.dtype in ("BF16", "F16") for tensor in self.outputs)
 
+    def _unexpected(self) -> list[str]:
+        """Tensors that the class ignores; a host that stands in for it is not given them."""
+        left_out = self.source.source.ignored if self.model.hosted_from else ()
+        return sorted({*(self.strays.unexpected if self.strays else ()), *left_out})
+
     def _block_facts(self) -> dict[str, Any]:
         return {
             "before": self.source.family.block_of(self.source.config),
@@ -148,7 +153,9 @@ class Plan:
             "parameters": {"before": before, "after": after},
             **({"block": self._block_facts()} if model.reblocked else {}),
             "missing": sorted(self.strays.missing) if self.strays else [],
-            "unexpected": sorted(self.strays.unexpected) if self.strays else [],
+            "unexpected": self._unexpected(),
+            "drafts": draft_layers(self.source.source),
+            "code_left_out": self.source.source.code_left_out(),
             "exact": self.exact,
             "rounded": self.rounded,
             **({"reinvest": self.widening.facts} if self.widening else {}),
@@ -156,7 +163,7 @@ class Plan:
                 self.calibrated, getattr(self.model.config, "max_position_embeddings", None)
             ),
             "config_changes": {
-                key: {"before": self.source.source.config.get(key), "after": value}
+                key: {"before": json_floats(self.source.source.config.get(key)), "after": json_floats(value)}
                 for key, value in (dict.fromkeys(self.source.source.config) | self.raw_config).items()
                 if self.source.source.config.get(key) != value
             },
@@ -221,7 +228,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     outputs = _outputs(model, changes, dropped, code, widening)
     strays = check_loads(
         model.config,
-        {name: (info.dtype, info.shape) for name, info in model.source.tensors.items()},
+        shapes_of(model.source.stored),
         config,
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in outputs},
     )
@@ -246,7 +253,7 @@ def _outputs(
     shapes |= {name: shape for name, shape in widening.shapes.items() if name not in dropped} if widening else {}
     turned = getattr(model.source, "computed", ())
     outputs = []
-    for name, info in model.source.tensors.items():
+    for name, info in model.source.stored.items():
         if name in dropped:
             continue
         cast = code is not None and info.dtype in ("F32", "BF16", "F16", "F64")

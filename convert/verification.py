@@ -14,7 +14,7 @@ from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.source import open_source
 from rehead.errors import VerificationError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
-from rehead.models.meta import load_report, quiet_transformers
+from rehead.models.meta import draft_layers, load_report, quiet_transformers
 from rehead.models.modeling import carried_files
 
 _CACHE_TOLERANCE = 2e-3
@@ -39,6 +39,7 @@ class Verification:
         missing: tensors that the class has and neither this checkpoint nor its source (a base model's head): each load
             draws them anew.
         unexpected: tensors that both hold and the class ignores.
+        drafts: layers that the class does not load and no conversion changes: they keep the source's heads.
         source_cache_error: the source's own ``cache_error``, where this one is beyond what rounding explains: the class
             computes something else with a cache (MiniMax does), converted or not.
     """
@@ -49,6 +50,7 @@ class Verification:
     plain: bool = True
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    drafts: tuple[str, ...] = ()
     source_cache_error: float | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class Verification:
             "loads_with": "with plain transformers" if self.plain else "with the modelling file that it carries",
             "missing": list(self.missing),
             "unexpected": list(self.unexpected),
+            "drafts": list(self.drafts),
             "cache_error": self.cache_error,
             "source_cache_error": self.source_cache_error,
             "against_source": self.against_source,
@@ -119,7 +122,9 @@ def verify(
             )
     plain, files = not folder.config.get("auto_map"), len(manifest["files"])
     missing, unexpected = tuple(sorted(report.missing)), tuple(sorted(report.unexpected))
-    return Verification(files, cache_error, against, plain, missing, unexpected, theirs)
+    folder.ignore(report.ignored)
+    drafts = tuple(draft_layers(folder))
+    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs)
 
 
 def _report_of(source: str, revision: str | None) -> Any:
@@ -139,7 +144,9 @@ def _load(path: str, config: Any, revision: str | None = None) -> Any:
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what neither checkpoint holds (the head of a base model) is drawn alike for both
         try:
-            model = causal_lm_class(config).from_pretrained(path, revision=revision or "main", dtype=torch.float32)
+            model = causal_lm_class(config).from_pretrained(
+                path, config=config, revision=revision or "main", dtype=torch.float32
+            )
         except Exception as error:
             raise VerificationError(
                 f"{path}: transformers does not load it ({first_line(error)}); convert it again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
+    if model_type == "mistral" and "layer_types" in raw:
+        model_type = "ministral"  # as AutoConfig has it: Mistral's own class knows one window for all layers
     if not isinstance(model_type, str):
         raise UnsupportedError(f"{name}: config.json names no model_type; save the model with transformers first")
     if model_type not in CONFIG_MAPPING:
@@ -33,7 +36,7 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
             f"{name}: model type {model_type!r} is not in the installed transformers; upgrade transformers"
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(raw)))
+        return CONFIG_MAPPING[model_type].from_dict(_plain_floats({**raw, "model_type": model_type}))
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); mend it") from None
@@ -48,6 +51,15 @@ def _plain_floats(value: Any) -> Any:
     return [_plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
+def json_floats(value: Any) -> Any:
+    """Infinities and NaN as transformers writes them: JSON has none."""
+    if isinstance(value, dict):
+        return {key: json_floats(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
+    return [json_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     """The class that ``AutoModelForCausalLM`` loads for a config, or ``AutoModelForSeq2SeqLM`` for an encoder-decoder.
 
@@ -60,5 +72,7 @@ def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     found = auto._model_mapping.get(type(config), None)
     if found is None:
         raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
-    model_class: Any = found[0] if isinstance(found, (tuple, list)) else found
-    return model_class
+    if not isinstance(found, (tuple, list)):
+        return found  # type: ignore[no-any-return]
+    named = {choice.__name__: choice for choice in found}
+    return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), found[0])

@@ -7,6 +7,7 @@ while loading (mixture-of-experts weights, say) are taken into account without R
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +15,26 @@ from typing import Any
 
 import torch
 
-from rehead.checkpoints.source import torch_dtype
+from rehead.checkpoints.source import Source, TensorInfo, torch_dtype
 from rehead.errors import UnsupportedError, first_line
 from rehead.models.config import causal_lm_class
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What transformers' loader said: names that are missing, unexpected or of another shape."""
+    """What transformers' loader said.
+
+    Attributes:
+        missing: names that the class has and the checkpoint has not.
+        unexpected: names that the class does not have, but for those that it is known to ignore; renamed as it does.
+        mismatched: names of another shape.
+        ignored: every tensor that it did not read, by the checkpoint's name: draft layers and old buffers too.
+    """
 
     missing: frozenset[str]
     unexpected: frozenset[str]
     mismatched: frozenset[str]
+    ignored: frozenset[str] = frozenset()
 
     def beyond(self, other: LoadReport) -> LoadReport:
         """What is here and not in ``other``."""
@@ -47,6 +56,25 @@ class LoadReport:
         return "; ".join(f"{len(names)} {kind} ({sorted(names)[0]})" for kind, names in kinds if names)
 
 
+class _Listed(torch.Tensor):
+    """A tensor without data that notes when the loader reads it: its own words leave out what a class is known to
+    ignore, and have the names that it gives tensors, not the checkpoint's."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    label: str
+    read: set[str]
+
+    @classmethod
+    def of(cls, name: str, dtype: str, shape: tuple[int, ...], read: set[str]) -> _Listed:
+        tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="meta").as_subclass(cls)
+        tensor.label, tensor.read = name, read
+        return tensor
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.add(self.label)
+        return self.as_subclass(torch.Tensor)[index]
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and load reports; errors still raise."""
@@ -63,6 +91,11 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype code, shape) by name, as :func:`load_report` takes them."""
+    return {name: (info.dtype, info.shape) for name, info in tensors.items()}
+
+
 def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> LoadReport:
     """Let transformers load a checkpoint of these tensors on the meta device.
 
@@ -73,9 +106,8 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     Raises:
         UnsupportedError: the class refuses the config or the loader fails outright.
     """
-    shapes = {
-        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta") for name, (dtype, shape) in tensors.items()
-    }
+    read: set[str] = set()
+    shapes = {name: _Listed.of(name, dtype, shape, read) for name, (dtype, shape) in tensors.items()}
     model_class = causal_lm_class(config)
     with quiet_transformers():
         try:
@@ -89,15 +121,24 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
             )
         except Exception as error:
             raise UnsupportedError(
-                f"{model_class.__name__} cannot be built from the planned config ({first_line(error)}); "
-                "choose another number of KV heads or report the model"
+                f"{model_class.__name__} cannot be built from its config ({first_line(error)}); "
+                "check config.json, or choose another number of KV heads"
             ) from None
     info = loaded[1]
     return LoadReport(
         frozenset(info["missing_keys"]),
         frozenset(info["unexpected_keys"]),
         frozenset(entry[0] for entry in info["mismatched_keys"]),
+        frozenset(tensors.keys() - read),
     )
+
+
+def draft_layers(source: Source) -> list[str]:
+    """Layers that the class does not load, by their prefix: heads of their own that draft further tokens, say."""
+    starts = {name: match[0] for name in source.stored if (match := re.match(r".*?\.\d+(?=\.)", name))}
+    loaded = {starts[name] for name in source.tensors if name in starts}
+    whole = {starts[name] for name, info in source.ignored.items() if name in starts and len(info.shape) > 1}
+    return sorted(whole - loaded)
 
 
 def check_loads(

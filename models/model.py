@@ -18,9 +18,10 @@ from rehead.models.config import resolve_config
 from rehead.models.families import resolve_family
 from rehead.models.families.layouts import shared_norm_names, split, tensor_names
 from rehead.models.families.parallel import base_type
-from rehead.models.families.resolve import with_checkpoint_prefix
+from rehead.models.families.resolve import refuse_type, with_checkpoint_prefix
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
+from rehead.models.meta import load_report, shapes_of
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
@@ -110,7 +111,7 @@ class Model:
 
     def parameters(self) -> int:
         """Number of weights in the checkpoint."""
-        return sum(math.prod(info.shape) for info in self.source.tensors.values())
+        return sum(math.prod(info.shape) for info in self.source.stored.values())
 
 
 def open_model(model: str | os.PathLike[str] | Source, revision: str | None = None) -> Model:
@@ -127,6 +128,8 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     source = model if isinstance(model, Source) else open_source(model, revision)
     config = resolve_config(source.config, source.id)
     _refuse_quantised(source)
+    refuse_type(config)
+    source.ignore(load_report(config, shapes_of(source.tensors)).ignored & source.tensors.keys())
     family = resolve_family(config, source.tensors)
     opened = _opened(source, config, family)
     _check_shapes(opened)
@@ -159,6 +162,7 @@ def under(model: Model, recipe: Recipe) -> Model:
     result = _opened(source, config, target)
     if base_type(config.model_type) == base_type(model.config.model_type):
         result.module_layer = model.module_layer
+        source.ignored = dict(model.source.ignored)
     result.hosted_from, result.reblocked, result.folded = model.hosted_from, model.reblocked, model.folded
     result.rounds = model.rounds or recipe.rounds
     return result
@@ -172,7 +176,13 @@ def _opened(source: Source, config: Config, family: Family) -> Model:
             f"{source.id}: has no tensor below {start!r}, where {family.model_type} keeps its layers; "
             "check that config.json belongs to these weights"
         )
-    return Model(source, config, found, found.attention_layers(config), family.layer)
+    layers = found.attention_layers(config)
+    if not layers:
+        raise UnsupportedError(
+            f"{source.id}: none of its layers has softmax attention, by its config, so there are no heads to pool; "
+            "give a model with attention"
+        )
+    return Model(source, config, found, layers, family.layer)
 
 
 def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:

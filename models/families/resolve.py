@@ -33,21 +33,27 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
         UnsupportedError: known and declined, encoder-only, encoder-decoder, multimodal, attention-free, or laid out in
             an unknown way; one line with the reason and the mend.
     """
+    refuse_type(config)
+    model_type = config.model_type
+    family = FAMILIES.get(base_type(model_type))
+    if family is not None:
+        return family if base_type(model_type) == model_type else as_parallel(family)
+    return SEQ2SEQ.get(model_type) or guess_family(config, tensors)
+
+
+def refuse_type(config: Config) -> None:
+    """Refuse what no tensors could make convertible, by the config alone; raises as :func:`resolve_family`."""
     model_type = config.model_type
     if model_type not in REFUSALS and (differing := getattr(config, "per_layer_attributes", None)):
         raise UnsupportedError(
             f"{model_type}: its layers differ in {', '.join(sorted(differing))} (per_layer_config), and Rehead knows "
             "one layout for all of them only; give a model whose layers are alike"
         )
-    family = FAMILIES.get(base_type(model_type))
-    if family is not None:
-        return family if base_type(model_type) == model_type else as_parallel(family)
-    if model_type in SEQ2SEQ:
-        return SEQ2SEQ[model_type]
+    if base_type(model_type) in FAMILIES or model_type in SEQ2SEQ:
+        return
     reason = _known_reason(config) or _structural_reason(config)
     if reason is not None:
         raise UnsupportedError(f"{model_type}: {reason}")
-    return guess_family(config, tensors)
 
 
 def with_checkpoint_prefix(family: Family, tensors: Mapping[str, Any]) -> Family:

@@ -31,9 +31,10 @@ def modeling_file(name: str = PARALLEL) -> Path:
 
 def carried_modules(config: Mapping[str, Any]) -> list[str]:
     """The modules of ours that a ``config.json`` names in its ``auto_map``, sorted."""
-    named = (config.get("auto_map") or {}).values()
+    auto_map = config.get("auto_map")
+    named = auto_map.values() if isinstance(auto_map, Mapping) else ()
     modules = {str(path).split(".")[0] for path in named}
-    return sorted(name for name in modules if name.startswith(PREFIX) and modeling_file(name).is_file())
+    return sorted(modules & {path.stem for path in Path(__file__).parent.glob(f"{PREFIX}*.py")})
 
 
 def carried_files(config: Mapping[str, Any]) -> dict[str, str]:

@@ -98,6 +98,7 @@ def load_model(
         try:
             found: Any = causal_lm_class(config).from_pretrained(
                 place,
+                config=config,
                 revision=source.revision or "main",
                 dtype=wanted,
                 use_safetensors=True,

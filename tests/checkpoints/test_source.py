@@ -280,7 +280,7 @@ def test_small_files_travel_and_weights_code_and_private_things_do_not(tmp_path)
            "chat_templates/tool.jinja", "preprocessor_config.json", "vocab.txt.gz"]  # fmt: skip
     no = ["pytorch_model.bin", "model.gguf", "tf_model.h5", "flax_model.msgpack", "x.onnx", "modeling_evil.py", "x.pkl",
           "pytorch_model.bin.index.json", "optimizer.pt", ".gitattributes", ".git/config", ".cache/x.json",
-          "rehead.json", "adapter_config.json", "original/consolidated.00.pth", "__pycache__/x.pyc"]  # fmt: skip
+          "rehead.json", "original/consolidated.00.pth", "__pycache__/x.pyc"]  # fmt: skip
     for name in yes + no:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)

@@ -56,7 +56,7 @@ def choose(
     with quiet_transformers():
         try:
             live: Any = causal_lm_class(model.config).from_pretrained(
-                where, revision=source.revision or "main", dtype=torch.float32
+                where, config=model.config, revision=source.revision or "main", dtype=torch.float32
             )
         except Exception as error:
             raise UnsupportedError(
