@@ -14,6 +14,7 @@ from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.source import open_source
 from rehead.errors import VerificationError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
+from rehead.models.distance import distances
 from rehead.models.meta import draft_layers, load_report, quiet_transformers
 from rehead.models.modeling import carried_files
 
@@ -21,8 +22,6 @@ _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
 #: Where weights that stand for the same function had to be rounded to 16 bits.
 _ROUNDED_TOLERANCE = 5e-2
-#: Tokens whose logits are widened at a time.
-_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,6 @@ def _compare(
     logits: Tensor, source: str, revision: str | None, tokens: Tensor, cached: bool
 ) -> tuple[dict[str, float], float | None]:
     """How far the source's logits are from these, and its own cache error where that is asked for."""
-    from rehead.models.probing import divergence
-
     opened = open_source(source, revision)
     model = _load(source, resolve_config(opened.config, source), revision)
     theirs = _logits(model, tokens)
@@ -201,12 +198,11 @@ def _compare(
         )
     if not bool(torch.isfinite(theirs).all()):
         raise VerificationError(f"{source}: its logits are not finite, so nothing can be compared with it; check it")
-    pairs = zip(theirs.split(_ROWS), logits.split(_ROWS))
-    kl = torch.cat([divergence(one.double(), other.double()) for one, other in pairs])
+    apart = distances(theirs, logits)
     found = {
-        "positions": float(len(kl)),
-        "mean_kl": float(kl.mean()),
-        "top1_agreement": float((theirs.argmax(-1) == logits.argmax(-1)).float().mean()),
-        "max_difference": float((theirs - logits).abs().max()),
+        "positions": float(len(apart.kl)),
+        "mean_kl": apart.mean_kl,
+        "top1_agreement": apart.top1_agreement,
+        "max_difference": apart.largest,
     }
     return found, _cache_error(model, tokens, theirs) if cached else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rehead.errors import UsageError
+from rehead.models.distance import difference, largest
+from rehead.models.predictions import Predictions, predict, predict_step
 
 if TYPE_CHECKING:
     from rehead.patches.patch import Patch
@@ -125,23 +126,6 @@ def default_length(model: nn.Module) -> int:
     return min([length, *(limit for limit in limits if isinstance(limit, int) and limit > 1)])
 
 
-def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
-    out = model(**inputs, use_cache=False)
-    found = getattr(out, "logits", None)
-    if found is None:
-        found = getattr(out, "last_hidden_state", None)
-    if not isinstance(found, Tensor) or found.ndim < 3:
-        # A head that says one thing of a whole sequence hides what a proof is about: one row a token.
-        hidden = getattr(model(**inputs, use_cache=False, output_hidden_states=True), "hidden_states", None)
-        if not hidden:
-            raise UsageError(f"{type(model).__name__} returns no logits or hidden states of tokens; prove a causal LM")
-        found = hidden[-1]
-    # Virtual tokens (prompt tuning) come before those of the probe.
-    return found[:, -inputs["input_ids"].shape[1] :]
-
-
 def called(model: nn.Module, names: list[str], run: Any) -> tuple[Any, set[str]]:
     """Run, and say which of the named modules took part."""
     seen: set[str] = set()
@@ -189,14 +173,14 @@ def make_probe(model: nn.Module, input_ids: Tensor | None, length: int | None, p
 
 @dataclass
 class Outputs:
-    plain: Tensor
-    changed: Tensor
-    padded: Tensor | None
-    cached: Tensor | None = None
+    plain: Predictions
+    changed: Predictions
+    padded: Predictions | None
+    cached: Predictions | None = None
 
 
-def continued(model: nn.Module, probe: Probe) -> Tensor | None:
-    """Logits ``[rows, vocabulary]`` of a prefill, one token and the rest through a cache; None without a cache."""
+def continued(model: nn.Module, probe: Probe) -> Predictions | None:
+    """Predictions ``[rows]`` of a prefill, one token and the rest through a cache; None without a cache."""
     if getattr(model.config, "is_encoder_decoder", False):
         return None
     tokens = probe.plain["input_ids"]
@@ -206,15 +190,16 @@ def continued(model: nn.Module, probe: Probe) -> Tensor | None:
         if start == stop:
             continue
         step: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        out = model(input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **step)
-        cache, found = getattr(out, "past_key_values", None), getattr(out, "logits", None)
-        if cache is None or not isinstance(found, Tensor) or found.ndim < 3:
+        step |= {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop], "use_cache": True}
+        part, out = predict_step(model, step)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None or getattr(out, "logits", None) is None:
             return None
-        rows.append(found[:, start - stop :][mask[:, start:stop].bool()])
-    return torch.cat(rows)
+        rows.append(part[mask[:, start:stop].bool()])
+    return Predictions.cat(rows)
 
 
-def continued_if_it_can(model: nn.Module, probe: Probe) -> Tensor | None:
+def continued_if_it_can(model: nn.Module, probe: Probe) -> Predictions | None:
     """:func:`continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to."""
     try:
         return continued(model, probe)
@@ -222,12 +207,12 @@ def continued_if_it_can(model: nn.Module, probe: Probe) -> Tensor | None:
         return None
 
 
-def run_probe(model: nn.Module, probe: Probe, plain: Tensor | None = None) -> Outputs:
-    """Logits of every part of the probe; ``plain`` if they are there already."""
+def run_probe(model: nn.Module, probe: Probe, plain: Predictions | None = None) -> Outputs:
+    """Predictions for every part of the probe; ``plain`` if they are there already."""
     return Outputs(
-        logits(model, probe.plain) if plain is None else plain,
-        logits(model, probe.changed),
-        None if probe.padded is None else logits(model, probe.padded),
+        predict(model, probe.plain) if plain is None else plain,
+        predict(model, probe.changed),
+        None if probe.padded is None else predict(model, probe.padded),
     )
 
 
@@ -258,22 +243,12 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = before[key]
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference of two tensors of one shape, in float64; infinite where one is no number."""
-    a, b = a.double(), b.double()
-    # Models with capped vocabularies give -inf on both sides.
-    same = a == b
-    gap = torch.where(same, 0.0, (a - b).abs())
-    # A maximum of Python's would pass over what is not a number.
-    return float(gap.nan_to_num(nan=math.inf).max()) if gap.numel() else 0.0
-
-
-def allowed(logits: Tensor, share: float) -> float:
+def allowed(predictions: Predictions | Tensor, share: float) -> float:
     """The largest difference that counts as none: a share of the largest finite logit, or of 1 if that is larger."""
-    return share * max(1.0, float(logits.abs().nan_to_num(0, 0, 0).max()))
+    return share * max(1.0, largest(predictions))
 
 
-def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: Tensor) -> float:
+def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: Predictions) -> float:
     """How far logits move when what the named modules return is rounded once more, at random.
 
     Two exact computations that add in another order differ by about that: in 16 bits a deep model, or one that routes
@@ -283,7 +258,7 @@ def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: 
         model: as it is to be compared with.
         names: modules of it.
         inputs: of the model.
-        plain: its logits for them.
+        plain: its predictions for them.
 
     Returns:
         The largest difference of two trials; 0 in float32 and float64.
@@ -303,19 +278,7 @@ def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: 
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(again) for name in names]
     try:
-        return max(difference(logits(model, inputs), plain) for _ in range(2))
+        return max(difference(predict(model, inputs), plain) for _ in range(2))
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def divergence(reference: Tensor, variant: Tensor) -> Tensor:
-    """Kullback-Leibler divergence, reference to variant, in nats.
-
-    Logits ``[..., V]`` -> ``[...]``, in float64 if they are and in float32 otherwise.
-    """
-    log_p, log_q = (
-        torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1) for x in (reference, variant)
-    )
-    # Capped vocabularies give -inf on both sides; and rounding must not go below nothing.
-    return torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)

@@ -65,6 +65,7 @@ def _try(model_type: str) -> Outcome:
 
     from rehead.errors import ReheadError, UnsupportedError, VerificationError
     from rehead.models import probing
+    from rehead.models.distance import difference
     from rehead.models.tiny import tiny_model
     from rehead.patches import patch_model
 
@@ -100,7 +101,7 @@ def _try(model_type: str) -> Outcome:
     if not torch.equal(again, reference):
         status, reason = WRONG, "revert does not restore the outputs"
     elif isinstance(plain, torch.Tensor) and isinstance(cached, torch.Tensor):
-        gap = probing.difference(plain, cached)
+        gap = difference(plain, cached)
         if not gap <= probing.allowed(plain, TOLERANCE):
             status, reason = WRONG, f"decoding with a cache differs by {gap:.1e}"
     elif isinstance(plain, torch.Tensor):
@@ -138,6 +139,7 @@ def _by_name(model_type: str, ids: Any, reference: Any) -> str:
     import torch
 
     from rehead.models import probing
+    from rehead.models.distance import difference
     from rehead.models.tiny import tiny_model
 
     try:
@@ -147,7 +149,7 @@ def _by_name(model_type: str, ids: Any, reference: Any) -> str:
     except Exception:
         return "raises"
     limit = probing.allowed(reference, TOLERANCE)
-    if probing.difference(out, reference) <= limit:
+    if difference(out, reference) <= limit:
         return "same"
     # The default implementation may itself drop something; eager attention is the definition.
     try:
@@ -155,7 +157,7 @@ def _by_name(model_type: str, ids: Any, reference: Any) -> str:
             eager = tiny_model(model_type, attn_implementation="eager")(input_ids=ids, use_cache=False).logits
     except Exception:
         return "wrong"
-    return "same" if probing.difference(out, eager) <= limit else "wrong"
+    return "same" if difference(out, eager) <= limit else "wrong"
 
 
 def _worker(pipe: Connection) -> None:

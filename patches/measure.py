@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rehead.errors import UsageError
 from rehead.models import probing
+from rehead.models.distance import difference, distances
+from rehead.models.predictions import predict
 
 
 @dataclass
@@ -58,20 +60,16 @@ def measure(patch: Any, *, input_ids: Tensor | None = None, length: int | None =
             input_ids = probing.checked_tokens(input_ids, model)
         inputs = {"input_ids": input_ids}
         with probing.unpatched(patch):
-            reference = probing.logits(model, inputs).double()
-        variant = probing.logits(model, inputs).double()
+            reference = predict(model, inputs)
+        variant = predict(model, inputs)
         switches = patch.switched_off()
         kept = [(record, name, getattr(record, name)) for record, name, _ in switches]
         try:
             for record, name, exact in switches:
                 setattr(record, name, exact)
-            off = probing.logits(model, inputs).double()
+            off = predict(model, inputs)
         finally:
             for record, name, value in kept:
                 setattr(record, name, value)
-    return Measure(
-        kl=float(probing.divergence(reference, variant).mean()),
-        difference=probing.difference(reference, variant),
-        agreement=float((reference.argmax(-1) == variant.argmax(-1)).double().mean()),
-        residual=probing.difference(reference, off),
-    )
+    apart = distances(reference, variant)
+    return Measure(apart.mean_kl, apart.largest, apart.top1_agreement, residual=difference(reference, off))

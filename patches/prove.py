@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError, VerificationError
 from rehead.models import probing
+from rehead.models.distance import difference
+from rehead.models.predictions import Predictions, predict
 
 if TYPE_CHECKING:
     from rehead.patches.patch import Patch
@@ -61,18 +63,18 @@ class Proof:
         )
 
 
-def allowance(plain: Tensor, tolerance: float | None = None) -> float:
+def allowance(plain: Predictions, tolerance: float | None = None) -> float:
     """What logits may differ by: a share of their largest, ``tolerance`` or by their dtype (:data:`TOLERANCE`)."""
     return probing.allowed(plain, TOLERANCE.get(plain.dtype, 1e-5) if tolerance is None else tolerance)
 
 
-def by_rounding(model: nn.Module, moved: float, plain: Tensor) -> float:
+def by_rounding(model: nn.Module, moved: float, plain: Predictions) -> float:
     """What logits may differ by for no other reason than 16 bits; 0 for a model in float32 or float64.
 
     Args:
         model: what a patched model is held to.
         moved: what :func:`probing.rounding` finds in it.
-        plain: its logits.
+        plain: its predictions.
 
     Raises:
         VerificationError: rounding alone moves them about as far as they go, so that they prove nothing.
@@ -125,7 +127,7 @@ def prove(
         # First as the model is: taking the patch off and putting it back would mend what somebody changed since.
         before = {record.name: record.calls for record in patch._records}
         try:
-            plain = probing.logits(model, probe.plain)
+            plain = predict(model, probe.plain)
         except IndexError as error:
             shape = " x ".join(map(str, probe.plain["input_ids"].shape))
             raise UsageError(
@@ -170,9 +172,7 @@ def prove(
             f"the patched logits differ from the unpatched ones by {gap:.2e}, over the {limit:.2e} allowed; "
             "revert the patch and report the model type"
         )
-    leak, unpatched_leak = (
-        probing.difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs)
-    )
+    leak, unpatched_leak = (difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs))
     if leak > 4 * unpatched_leak:
         raise VerificationError(
             f"later tokens change earlier logits by {leak:.2e} (unpatched {unpatched_leak:.2e}): causality is lost; "

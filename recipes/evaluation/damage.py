@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError
+from rehead.models.distance import distances
 from rehead.models.live import decoder_layers
 from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.scoring import batch_size, next_logits, require_finite, token_divergence
+from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
 from rehead.recipes.evaluation.windows import batches, cut
 
 
@@ -57,12 +58,10 @@ def layer_damage(
     done = 0
     with evaluating(baseline, model):
         for inputs, targets in batches(tokens, windows, batch_size(baseline, window, batch_tokens)):
-            right = targets.flatten()
-            whole = next_logits(baseline, inputs, targets.shape[1]).flatten(0, 1)
+            whole = predict_last(baseline, inputs, targets.shape[1])
             for at, layer in enumerate(changed):
                 with borrowed(theirs, layer, ours[layer]):
-                    logits = next_logits(baseline, inputs, targets.shape[1]).flatten(0, 1)
-                part = token_divergence(whole, logits, right)
+                    part = distances(whole, predict_last(baseline, inputs, targets.shape[1]))
                 kl[at] += require_finite(part.kl, f"{name}, layer {layer}").sum()
                 agree[at] += part.agree.sum()
             done += len(inputs)

@@ -16,18 +16,13 @@ import torch
 from torch import Tensor
 
 from rehead.errors import UsageError
+from rehead.models.distance import Distances, distances
 from rehead.models.modes import evaluating
+from rehead.models.predictions import vocabulary
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
 from rehead.recipes.evaluation.perplexity import WindowLosses, counts_of, dtype_name
-from rehead.recipes.evaluation.scoring import (
-    TokenDivergence,
-    batch_size,
-    next_logits,
-    require_finite,
-    token_divergence,
-    vocabulary,
-)
+from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
 from rehead.recipes.evaluation.windows import batches, cut
 
 #: Edges of the histogram, in nats: everything below the first, then eight to a decade.
@@ -44,7 +39,7 @@ class Comparison:
         losses, baseline_losses: the two perplexities' parts, from the same forward passes.
     """
 
-    tokens: TokenDivergence
+    tokens: Distances
     window: int
     losses: WindowLosses
     baseline_losses: WindowLosses
@@ -52,12 +47,12 @@ class Comparison:
     @property
     def kl(self) -> float:
         """Mean KL(baseline || model), nats a token."""
-        return float(self.tokens.kl.mean())
+        return self.tokens.mean_kl
 
     @property
     def top1_agreement(self) -> float:
         """Share of tokens at which both find the same token most likely."""
-        return float(self.tokens.agree.double().mean())
+        return self.tokens.top1_agreement
 
     @property
     def perplexity(self) -> float:
@@ -105,20 +100,17 @@ def compare(
     for key, model in models.items():
         require_same_vocabulary(baseline, model, names.get(key, key), names.get("baseline", "the baseline"))
     windows = cut("disjoint", len(tokens), window)
-    found: dict[str, list[TokenDivergence]] = {key: [] for key in models}
+    found: dict[str, list[Distances]] = {key: [] for key in models}
     done = 0
     with evaluating(baseline, *models.values()):
         size = min(batch_size(model, window, batch_tokens) for model in (baseline, *models.values()))
         for inputs, targets in batches(tokens, windows, size):
-            right = targets.flatten()
-            theirs = next_logits(baseline, inputs, targets.shape[1]).flatten(0, 1)
+            reference = predict_last(baseline, inputs, targets.shape[1])
             for key, model in models.items():
-                ours = next_logits(model, inputs, targets.shape[1]).flatten(0, 1)
-                part = token_divergence(theirs, ours, right)
-                require_finite(part.baseline_nll, names.get("baseline", "the baseline"))
+                part = distances(reference, predict_last(model, inputs, targets.shape[1]), targets)
+                require_finite(part.reference_nll, names.get("baseline", "the baseline"))
                 require_finite(part.kl + part.nll, names.get(key, key))
                 found[key].append(part)
-                del ours
             done += len(inputs)
             if progress is not None:
                 progress(done, len(windows))
@@ -131,10 +123,9 @@ def compare(
 
     result = {}
     for key, parts in found.items():
-        joined = TokenDivergence(
-            *(torch.cat([getattr(part, field) for part in parts]) for field in TokenDivergence.__dataclass_fields__)
-        )
-        result[key] = Comparison(joined, window, losses(models[key], joined.nll), losses(baseline, joined.baseline_nll))
+        joined = Distances.cat(parts)
+        ends = losses(models[key], joined.nll), losses(baseline, joined.reference_nll)
+        result[key] = Comparison(joined, window, *ends)
     return result
 
 
@@ -160,7 +151,7 @@ def described(found: Comparison, who: schema.Who, data: str, resamples: int = 20
 
     bounds = interval(mean, sums, counts, resamples=resamples, seed=seed)
     median, p99, p999 = np.quantile(kl, [0.5, 0.99, 0.999])
-    change = (torch.exp(-tokens.nll) - torch.exp(-tokens.baseline_nll)).numpy()
+    change = (torch.exp(-tokens.nll) - torch.exp(-tokens.reference_nll)).numpy()
     tails = np.quantile(change, [0.01, 0.05, 0.95, 0.99])
     edges = [*EDGES[:-1], max(EDGES[-1], float(kl.max()))]
     return schema.Divergence(

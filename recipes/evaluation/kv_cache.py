@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rehead.models.modes import evaluating
+from rehead.models.predictions import vocabulary
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.scoring import vocabulary
 
 #: Two short contexts; the difference of what they leave behind is what single tokens cost, without states of fixed size
 #: (convolutions, recurrences) and below every sliding window.

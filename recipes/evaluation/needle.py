@@ -28,7 +28,7 @@ from rehead.errors import UsageError
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
 from rehead.recipes.evaluation import schema
-from rehead.recipes.evaluation.scoring import batch_size, next_logits
+from rehead.recipes.evaluation.scoring import batch_size, predict_last
 
 KEY, VALUE = 4, 2
 
@@ -132,7 +132,7 @@ def count_hits(model: Any, rows: Tensor) -> int:
     hits = 0
     with evaluating(model):
         for part in rows.split(batch_size(model, rows.shape[1])):
-            best = next_logits(model, part[:, :-1], VALUE).argmax(-1).cpu()
+            best = predict_last(model, part[:, :-1], VALUE).argmax().cpu()
             hits += int((best == part[:, -VALUE:]).all(-1).sum())
     return hits
 

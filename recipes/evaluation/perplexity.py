@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from rehead.errors import UsageError
+from rehead.models.distance import token_nll
 from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
-from rehead.recipes.evaluation.scoring import batch_size, next_logits, require_finite, token_nll
+from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
 from rehead.recipes.evaluation.windows import Window, batches, cut
 
 
@@ -88,8 +89,7 @@ def window_losses(
     found: list[Tensor] = []
     with evaluating(model):
         for inputs, targets in batches(tokens, windows, batch_size(model, window, batch_tokens)):
-            logits = next_logits(model, inputs, targets.shape[1])
-            losses = require_finite(token_nll(logits.flatten(0, 1), targets.flatten()), name)
+            losses = require_finite(token_nll(predict_last(model, inputs, targets.shape[1]), targets), name)
             found.append(losses.view(targets.shape).sum(-1))
             if progress is not None:
                 progress(sum(map(len, found)), len(windows))

@@ -17,6 +17,7 @@ from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.device import resolve_device
 from rehead.models.positions import check_positions
+from rehead.models.predictions import vocabulary
 from rehead.options import takes
 from rehead.recipes.evaluation import divergence, gates, perplexity, schema
 from rehead.recipes.evaluation.damage import layer_damage
@@ -29,7 +30,6 @@ from rehead.recipes.evaluation.models import (
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
-from rehead.recipes.evaluation.scoring import vocabulary
 from rehead.recipes.evaluation.speed import speed_rows
 
 

@@ -143,12 +143,21 @@ def test_decoding_is_proved_of_a_model_that_keeps_no_cache_by_default(model):
         assert patch.prove().decoding is not None
 
 
+def shift_logits(model, monkeypatch, by):
+    """Add to a model's logits what ``by`` makes of its inputs."""
+    real = model.forward
+
+    def shifted(**inputs):
+        out = real(**inputs)
+        out.logits = out.logits + by(inputs)
+        return out
+
+    monkeypatch.setattr(model, "forward", shifted)
+
+
 def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
     with patch_model(model, "tiled") as patch:
-        real = probing.logits
-        monkeypatch.setattr(
-            probing, "logits", lambda m, x: real(m, x) + 1e-6 * x["input_ids"][:, -1].sum() * patch.applied
-        )
+        shift_logits(model, monkeypatch, lambda x: 1e-6 * x["input_ids"][:, -1].sum() * patch.applied)
         with pytest.raises(VerificationError, match="causality"):
             patch.prove(tolerance=1.0)
 
@@ -156,9 +165,8 @@ def test_prove_catches_a_leak_that_parity_tolerates(model, monkeypatch):
 def test_prove_catches_what_is_no_number_under_padding_alone(model, monkeypatch):
     """The largest of several differences must not pass over one that is not a number."""
     with patch_model(model, "tiled") as patch:
-        real = probing.logits
-        broken = lambda x: patch.applied and "attention_mask" in x  # noqa: E731
-        monkeypatch.setattr(probing, "logits", lambda m, x: real(m, x) * (float("nan") if broken(x) else 1.0))
+        padded = lambda x: "attention_mask" in x and not x["attention_mask"].all() and not x["use_cache"]  # noqa: E731
+        shift_logits(model, monkeypatch, lambda x: float("nan") if patch.applied and padded(x) else 0.0)
         with pytest.raises(VerificationError, match="differ"):
             patch.prove()
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rehead.attention.discover import find_attention
 from rehead.errors import ReheadError, UnsupportedError, UsageError, first_line
 from rehead.models import probing
+from rehead.models.predictions import predict
 
 SERIAL, PARALLEL = "serial", "parallel"
 FORMS = (SERIAL, PARALLEL)
@@ -163,7 +164,7 @@ def find_blocks(model: nn.Module, input_ids: Tensor | None = None) -> list[Block
         input_ids = probing.probe_tokens(model, PROBE_TOKENS, 2, seed=0)
     try:
         with probing.frozen(model), recorded([*watched, *matrices]) as calls:
-            probing.logits(model, {"input_ids": input_ids})
+            predict(model, {"input_ids": input_ids})
     except ReheadError:
         raise
     except Exception as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError
 from rehead.models import probing
+from rehead.models.predictions import predict
 from rehead.patches import measure
 from rehead.patches.patch import LayerRecord
 from rehead.variants.blocks.anatomy import Block, first_tensor
@@ -104,7 +105,7 @@ def block_errors(
         for (block, record), (_, changed) in zip(pairs, now):
             handles.append(block.layer.register_forward_hook(compare(block, record, changed), with_kwargs=True))
         for part in batches(input_ids):
-            probing.logits(model, {"input_ids": part})
+            predict(model, {"input_ids": part})
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError, UsageError, VerificationError, first_line
 from rehead.models import probing
+from rehead.models.distance import Distances, difference, distances
+from rehead.models.predictions import Predictions, predict
 from rehead.patches import prove as proof
 from rehead.patches.patch import Patch, UndoLog, register_patch
 from rehead.variants.blocks.anatomy import PARALLEL, SERIAL, Block, check_live, find_blocks
@@ -135,7 +137,7 @@ class BlockPatch(Patch):
             raise UsageError(f"layers: {wrong[0]} is not a layer with attention; choose from {known[0]} to {known[-1]}")
         return set(given)
 
-    def _unfused_logits(self, changed: list[tuple[Block, BlockRecord]], names: list[str]) -> tuple[Tensor, float]:
+    def _unfused_logits(self, changed: list[tuple[Block, BlockRecord]], names: list[str]) -> tuple[Predictions, float]:
         """Logits of a small probe in the new form, unfused, and what one more rounding of each named block does."""
         undo = UndoLog()
         try:
@@ -150,11 +152,11 @@ class BlockPatch(Patch):
     def _probe(self) -> dict[str, Any]:
         return {"input_ids": probing.probe_tokens(self.model, 8, 2, seed=1)}
 
-    def _probe_logits(self) -> Tensor:
+    def _probe_logits(self) -> Predictions:
         with probing.frozen(self.model):
-            return probing.logits(self.model, self._probe())
+            return predict(self.model, self._probe())
 
-    def _check_fusion(self, want: Tensor, moved: float) -> None:
+    def _check_fusion(self, want: Predictions, moved: float) -> None:
         """What reads a norm past the matrices that were found, or runs in another order, shows here."""
         try:
             got = self._probe_logits()
@@ -163,7 +165,7 @@ class BlockPatch(Patch):
                 f"{type(self.model).__name__} does not run fused ({first_line(error, 100)}); patch it with fused=False"
             ) from error
         limit = proof.allowance(want)
-        gap = probing.difference(got, want)
+        gap = difference(got, want)
         if not gap <= limit and not gap <= max(limit, proof.by_rounding(self.model, moved, want)):
             raise UnsupportedError(
                 f"{type(self.model).__name__} computes something else when fused (by {gap:.1e}, {limit:.1e} allowed): "
@@ -259,17 +261,12 @@ class BlockPatch(Patch):
                     for record, form in now:
                         record.now = form
         variants = variants or plain
-        divergences = torch.cat([probing.divergence(a, b).flatten() for a, b in zip(references, variants)])
-        same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(references, variants)])
-        residual = (
-            max(probing.difference(a, b) for a, b in zip(plain, variants))
-            if fused
-            else probing.difference(off, references[0])
-        )
+        apart = Distances.cat([distances(a, b) for a, b in zip(references, variants)])
+        residual = max(difference(a, b) for a, b in zip(plain, variants)) if fused else difference(off, references[0])
         measured = BlockMeasure(
-            kl=float(divergences.double().mean()),
-            difference=max(probing.difference(a, b) for a, b in zip(references, variants)),
-            agreement=float(same.double().mean()),
+            kl=apart.mean_kl,
+            difference=apart.largest,
+            agreement=apart.top1_agreement,
             residual=residual,
             layers=share,
             updates=update,
@@ -281,8 +278,8 @@ class BlockPatch(Patch):
         self._measured, self._measured_on = measured, on
         return measured
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        return probing.logits(self.model, {"input_ids": tokens})
+    def _logits(self, tokens: Tensor) -> Predictions:
+        return predict(self.model, {"input_ids": tokens})
 
     def prove(self, **options: Any) -> Any:
         """Fused equals unfused: with the original where no form changed, otherwise with the new form unfused.
@@ -329,7 +326,7 @@ class BlockPatch(Patch):
                 f"the fused logits differ from the unfused ones by {gap:.2e}, over the {limit:.2e} allowed; "
                 "revert the patch and report the model type"
             )
-        leak, other = (probing.difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs))
+        leak, other = (difference(x.plain[:, : probe.cut], x.changed[:, : probe.cut]) for x in (mine, theirs))
         if leak > 4 * other and leak > limit:
             raise VerificationError(f"later tokens change earlier logits by {leak:.2e}; revert the patch")
         against = f"the {self.form} form unfused"

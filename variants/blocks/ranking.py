@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rehead.console import Progress
 from rehead.errors import UsageError
 from rehead.models import probing
+from rehead.models.distance import Distances, distances
+from rehead.models.predictions import Predictions, predict
 from rehead.patches.patch import LayerRecord, UndoLog
 from rehead.variants.blocks.anatomy import PARALLEL, Block, check_live, find_blocks
 from rehead.variants.blocks.measure import batches
@@ -74,7 +75,7 @@ class BlockSwitch:
         self._form, self._blocks = form, blocks
         self._records: dict[int, LayerRecord] = {}
         self._undo = UndoLog()
-        self._reference: list[Tensor] = []
+        self._reference: list[Predictions] = []
 
     @property
     def layers(self) -> list[int]:
@@ -102,20 +103,17 @@ class BlockSwitch:
         self._undo.run()
         self._reference = []
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        return probing.logits(self.model, {"input_ids": tokens})
+    def _logits(self, tokens: Tensor) -> Predictions:
+        return predict(self.model, {"input_ids": tokens})
 
     def kl(self, layers: Iterable[int]) -> float:
         """Nats a token between the original model and the one with ``layers`` switched; infinite where it overflows."""
         chosen = set(layers)
         for index, record in self._records.items():
             record.now = self._form if index in chosen else record.was
-        total, count = torch.zeros((), dtype=torch.float64), 0
         with probing.frozen(self.model):
-            for part, reference in zip(self._parts, self._reference):
-                each = probing.divergence(reference, self._logits(part))
-                total, count = total + each.double().sum().cpu(), count + each.numel()
-        kl = float(total) / count
+            pairs = zip(self._parts, self._reference)
+            kl = Distances.cat([distances(reference, self._logits(part)) for part, reference in pairs]).mean_kl
         # What is no number would compare as neither more nor less than any other.
         return kl if math.isfinite(kl) else math.inf
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.distance import distances, token_nll
 from rehead.recipes.evaluation.divergence import compare, described
-from rehead.recipes.evaluation.scoring import token_divergence, token_nll
 
 
 def test_a_model_is_no_distance_from_itself(load, original, tokens):
@@ -78,9 +78,9 @@ def test_chunks_change_nothing(monkeypatch, dtype):
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(50, 97, generator=generator).to(dtype) * 5 for _ in range(2))
     right = torch.randint(0, 97, (50,), generator=generator)
-    whole = token_divergence(first, second, right)
-    monkeypatch.setattr("rehead.recipes.evaluation.scoring._CHUNK_BYTES", {"cpu": 1, "cuda": 1})
-    single = token_divergence(first, second, right)
+    whole = distances(first, second, right)
+    monkeypatch.setattr("rehead.models.distance._STEP_BYTES", {"cpu": 1, "cuda": 1})
+    single = distances(first, second, right)
     assert torch.equal(whole.kl, single.kl)
     assert torch.equal(whole.nll, single.nll)
     assert torch.equal(token_nll(second, right), whole.nll)
@@ -88,11 +88,11 @@ def test_chunks_change_nothing(monkeypatch, dtype):
 
 def test_entries_that_both_rule_out_weigh_nothing():
     logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, 0.0, 0.0]])
-    found = token_divergence(logits, logits.clone(), torch.tensor([0, 1]))
+    found = distances(logits, logits.clone(), torch.tensor([0, 1]))
     assert found.kl.tolist() == [0, 0]
     other = logits.clone()
     other[0, 1] = -torch.inf
-    assert token_divergence(logits, other, torch.tensor([0, 1])).kl[0] == torch.inf
+    assert distances(logits, other, torch.tensor([0, 1])).kl[0] == torch.inf
 
 
 def test_different_vocabularies_and_broken_models(load, original, copying_model, tokens):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rehead.errors import UsageError
+from rehead.models.predictions import Predictions
 from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 from rehead.variants.blocks.measure import calibration_tokens
@@ -74,7 +75,9 @@ def test_a_layer_that_overflows_is_never_chosen(model, limit, monkeypatch):
 
     def overflowing(self, tokens):
         record = self._records.get(2)
-        return logits(self, tokens) * (torch.nan if record is not None and record.now == "parallel" else 1.0)
+        return Predictions.of(
+            logits(self, tokens).whole() * (torch.nan if record is not None and record.now == "parallel" else 1.0)
+        )
 
     monkeypatch.setattr(BlockSwitch, "_logits", overflowing)
     choice = choose_layers(model, TOKENS, **limit)

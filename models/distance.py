@@ -1,0 +1,146 @@
+"""How far two models' predictions are from each other: the one place where logits are compared.
+
+Softmax and sums are in float64, whatever the models compute in: beside a forward pass they cost little, and divergences
+of 1e-6 nats, which a careful conversion or another attention kernel leaves, are then figures and not rounding. Logits
+are taken a few rows at a time (see :mod:`rehead.models.predictions`), so no vocabulary and no text is too large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rehead.models.predictions import Predictions
+
+#: Bytes of the float64 numbers in one step of a sum: cache-sized on a CPU, large enough to fill a GPU.
+_STEP_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class Distances:
+    """What two models say of the same tokens; each field [N], on the CPU.
+
+    Attributes:
+        kl: float64, KL(reference || other) in nats, the direction in which a student learns from a teacher.
+        agree: bool, whether both find the same token most likely.
+        difference: float64, the largest difference of two logits; infinite where one is not a number.
+        reference_nll, nll: float64, negative log-likelihood of the right token under each in nats; empty where no right
+            tokens were named.
+    """
+
+    kl: Tensor
+    agree: Tensor
+    difference: Tensor
+    reference_nll: Tensor
+    nll: Tensor
+
+    @classmethod
+    def cat(cls, parts: list[Distances]) -> Distances:
+        """Several texts' tokens, one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean divergence, nats per token."""
+        return float(self.kl.mean())
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens at which both find the same token most likely."""
+        return float(self.agree.double().mean())
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of two logits; 0 for no tokens."""
+        return float(self.difference.max()) if len(self.difference) else 0.0
+
+
+def distances(reference: Predictions | Tensor, other: Predictions | Tensor, targets: Tensor | None = None) -> Distances:
+    """Compare two models' next-token distributions; equal logits give a divergence of exactly 0.
+
+    Args:
+        reference: of the original model, N tokens with V logits each, in any dtype and in any leading dimensions.
+        other: of the model that is judged, of the same shape.
+        targets: the N right tokens, int64 in any dimensions.
+    """
+    kl, agree, difference, first, second = [], [], [], [], []
+    right = None if targets is None else targets.flatten()
+    at = 0
+    for mine, theirs in _steps(reference, other):
+        a, b = _wide(mine), _wide(theirs)
+        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+        agree.append(a.argmax(-1) == b.argmax(-1))
+        difference.append(_gap(a, b))
+        if right is not None:
+            index = right[at : at + len(a), None].to(a.device)
+            first.append(-log_p.gather(-1, index)[:, 0])
+            second.append(-log_q.gather(-1, index)[:, 0])
+        p = log_p.exp()
+        terms = log_p.sub_(log_q).mul_(p)
+        # Entries that both rule out (logits of minus infinity) weigh nothing; rounding must not go below nothing.
+        kl.append(torch.where(p == 0, 0.0, terms).sum(-1).clamp_min(0))
+        at += len(a)
+    wide = [_joined(part).double() for part in (kl, difference, first, second)]
+    return Distances(wide[0], _joined(agree).bool(), *wide[1:])
+
+
+def difference(a: Predictions | Tensor, b: Predictions | Tensor) -> float:
+    """The largest difference of two tensors or predictions of one shape; infinite where one is not a number."""
+    gaps = [_gap(_wide(x), _wide(y)).max() for x, y in _steps(a, b) if x.numel()]
+    # A maximum of Python's would pass over what is not a number.
+    return float(torch.stack(gaps).max()) if gaps else 0.0
+
+
+def largest(predictions: Predictions | Tensor) -> float:
+    """The largest finite magnitude of any logit."""
+    tops = [piece.abs().nan_to_num(0, 0, 0).max() for (piece,) in _steps(predictions) if piece.numel()]
+    return float(torch.stack(tops).max()) if tops else 0.0
+
+
+def token_nll(predictions: Predictions | Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihoods of the right tokens in nats, float64 [N] on the CPU.
+
+    Args:
+        predictions: N tokens with V logits each.
+        targets: int64, N in any dimensions.
+    """
+    right, losses, at = targets.flatten(), [], 0
+    for (piece,) in _steps(predictions):
+        index = right[at : at + len(piece), None].to(piece.device)
+        losses.append(-_wide(piece).log_softmax(-1).gather(-1, index)[:, 0])
+        at += len(piece)
+    return _joined(losses).double()
+
+
+def _steps(*sides: Predictions | Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of several sides next to each other, ``[n, V]`` each, on the first one's device."""
+    parts = [Predictions.of(side if isinstance(side, Predictions) else torch.atleast_2d(side)) for side in sides]
+    if len({(part.rows, part.vocabulary) for part in parts}) > 1:
+        raise ValueError(f"predictions of different shapes: {[(part.rows, part.vocabulary) for part in parts]}")
+    # One side's pieces may be larger than another's.
+    rows = min(part.rows_at_once() for part in parts)
+    for start in range(0, parts[0].rows, rows):
+        pieces = [part.piece(start, start + rows) for part in parts]
+        device = pieces[0].device
+        size = _STEP_BYTES.get(device.type, _STEP_BYTES["cuda"])
+        step = max(1, size // (8 * max(1, pieces[0].shape[-1])))
+        yield from zip(*(piece.to(device).split(step) for piece in pieces))
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """The largest difference in each row, [n]."""
+    # Models with capped vocabularies give minus infinity on both sides.
+    return torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=math.inf).amax(-1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts).cpu() if parts else torch.empty(0)

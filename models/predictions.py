@@ -1,0 +1,225 @@
+"""What a model predicts at each token, as logits that are never whole where they would be large.
+
+With a vocabulary of 262,144 the logits of 2,048 tokens are 2 GB in float32, beside a model of 1 GB, and comparing two
+models takes several of them. A model's hidden states before its head are a few hundred times smaller; so those are
+kept, and the head is applied to a few rows at a time, by the model's own class, with whatever it does to logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.errors import UsageError
+
+#: Bytes of logits that may be whole at once, in the model's dtype, by the kind of device.
+PIECE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a causal language model does with its body's hidden states: its own forward pass, the body left out.
+
+    Attributes:
+        model: the whole model.
+        body: its part that makes hidden states.
+        output: the class that the body returns.
+    """
+
+    model: nn.Module
+    body: nn.Module
+    output: type
+
+    @torch.no_grad()
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of hidden states ``[n, H]``."""
+        tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        given = self.output(last_hidden_state=states[None])
+        with _forward_replaced(self.body, lambda *args, **kwargs: given):
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits ``[..., V]``, there already or made a piece at a time.
+
+    Attributes:
+        states: the logits ``[..., V]`` themselves, or hidden states ``[..., H]`` that ``head`` makes logits of.
+        head: of the model, where logits are not there already.
+        vocabulary: V.
+        dtype: of the logits.
+    """
+
+    states: Tensor
+    head: Head | None
+    vocabulary: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, logits: Tensor | Predictions) -> Predictions:
+        """Logits ``[..., V]`` that are whole, under the same face."""
+        return logits if isinstance(logits, Predictions) else cls(logits, None, logits.shape[-1], logits.dtype)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Several of one model's predictions as rows ``[N]``, one after the other."""
+        if len({part.head is None for part in parts}) > 1:
+            parts = [cls.of(part.whole()) for part in parts]
+        return replace(parts[0], states=torch.cat([part.states.flatten(0, -2) for part in parts]))
+
+    def __getitem__(self, rows: Any) -> Predictions:
+        """Some of the rows, by an index or mask of the leading dimensions."""
+        return replace(self, states=self.states[rows])
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are predicted for, over all leading dimensions."""
+        return self.states.numel() // max(1, self.states.shape[-1])
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """The logits ``[n, V]`` of some of the rows; at most :meth:`rows_at_once` of them stay small."""
+        states = self.states.flatten(0, -2)[start:stop]
+        return states if self.head is None else self.head(states)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The logits of all rows in order, :meth:`rows_at_once` of them at a time."""
+        step = self.rows_at_once()
+        return (self.piece(start, start + step) for start in range(0, self.rows, step))
+
+    def rows_at_once(self) -> int:
+        """Rows whose logits take at most :data:`PIECE_BYTES`."""
+        return max(1, _piece_bytes(self.states.device) // (self.vocabulary * self.dtype.itemsize))
+
+    def whole(self) -> Tensor:
+        """The logits ``[..., V]``; only for vocabularies and texts that are known to be small."""
+        logits = torch.cat(list(self.pieces())) if self.rows else self.states.new_empty(0, self.vocabulary)
+        return logits.view(*self.states.shape[:-1], self.vocabulary)
+
+    def argmax(self) -> Tensor:
+        """The most likely token of each row, int64 ``[...]``."""
+        return torch.cat([piece.argmax(-1) for piece in self.pieces()]).view(self.states.shape[:-1])
+
+
+def predict(model: nn.Module, inputs: dict[str, Any], last: int | None = None) -> Predictions:
+    """Run a model over tokens.
+
+    Args:
+        model: a transformers model, on one device, in evaluation mode.
+        inputs: of its forward pass; ``input_ids`` int64 ``[B, S]`` among them. An encoder-decoder reads them twice.
+        last: only the last so many positions of each row; all of them when None.
+
+    Returns:
+        Predictions ``[B, S or last]``. A model without a language head gives its hidden states as if they were logits.
+
+    Raises:
+        UsageError: the model returns neither logits nor hidden states of tokens.
+    """
+    return predict_step(model, {"use_cache": False, **inputs}, last)[0]
+
+
+@torch.no_grad()
+def predict_step(model: nn.Module, inputs: dict[str, Any], last: int | None = None) -> tuple[Predictions, Any]:
+    """As :func:`predict`, with the model's output too (its cache, say; its logits may be those of one token only)."""
+    tokens: Tensor = inputs["input_ids"]
+    last = tokens.shape[1] if last is None else last
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs = {**inputs, "decoder_input_ids": tokens}
+    body = _body_of(model)
+    if body is not None and _is_large(model, tokens.shape[0] * last):
+        with _body_shortened(body) as kept:
+            out = model(**inputs)
+        logits = getattr(out, "logits", None)
+        same_batch = bool(kept) and len(kept[0].last_hidden_state) == len(tokens)
+        if same_batch and isinstance(logits, Tensor) and logits.shape[:-1] == (len(tokens), 1):
+            # Virtual tokens (prompt tuning) come before those of the text.
+            head = Head(model, body, type(kept[0]))
+            return Predictions(kept[0].last_hidden_state[:, -last:], head, logits.shape[-1], logits.dtype), out
+        if kept:
+            out = model(**inputs)
+    elif last < tokens.shape[1] and keeps_logits(model):
+        # The head is spared the positions that only serve as context, by the classes that know how.
+        out = model(**inputs, logits_to_keep=last)
+    else:
+        out = model(**inputs)
+    found = getattr(out, "logits", None)
+    if found is None:
+        found = getattr(out, "last_hidden_state", None)
+    if not isinstance(found, Tensor) or found.ndim < 3:
+        # A head that says one thing of a whole sequence hides what a comparison is about: one row for each token.
+        hidden = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
+        if not hidden:
+            raise UsageError(f"{type(model).__name__} returns no logits or hidden states of tokens; prove a causal LM")
+        found = hidden[-1]
+    return Predictions.of(found[:, -last:]), out
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model can be asked for the logits of its last positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def vocabulary(model: Any) -> int:
+    """Entries of a model's logits; 0 where its config does not say."""
+    return int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 0)
+
+
+def _piece_bytes(device: torch.device) -> int:
+    return PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
+
+
+def _is_large(model: nn.Module, rows: int) -> bool:
+    """Whether logits of so many rows are more than one piece."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or getattr(model, "config", None) is None:
+        return False
+    return rows * vocabulary(model) * parameter.element_size() > _piece_bytes(parameter.device)
+
+
+def _body_of(model: nn.Module) -> Any:
+    """The part of a causal language model that makes hidden states; None where there is none to tell from its head."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    find = getattr(model, "get_decoder", None)
+    for body in (find() if callable(find) else None, *(getattr(model, name, None) for name in ("base_model", "model"))):
+        # Some classes call their head the decoder.
+        if isinstance(body, nn.Module) and body is not model and not isinstance(body, nn.Linear):
+            return body
+    return None
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another forward method for one module inside the block."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+@contextmanager
+def _body_shortened(body: nn.Module) -> Iterator[list[Any]]:
+    """Keep a body's output in a list, and let the head see the last position alone of its hidden states [B, S, H]."""
+    forward, kept = body.forward, []
+
+    def shortened(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        hidden = getattr(out, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            return out
+        kept.append(out)
+        return type(out)(**{**out, "last_hidden_state": hidden[:, -1:]})
+
+    with _forward_replaced(body, shortened):
+        yield kept
