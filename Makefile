@@ -21,8 +21,9 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# The package is the repository root under another name, which mypy finds through a link.
+	@# The package is the repository root under another name, which these two find through a link.
 	mkdir -p .check && ln -sfn .. .check/rehead
+	cd .check && ../$(BIN)/lint-imports ../pyproject.toml --cache-dir cache --no-logo
 	cd .check && ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p rehead
 
 $(READY): pyproject.toml constraints.txt

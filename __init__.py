@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from rehead.lazy import exports
 from rehead.models.modeling import install as _install_models
-
-__version__ = "0.1.0"
+from rehead.version import __version__
 
 _EXPORTS = {
     "patch_model": "rehead.patches",

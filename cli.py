@@ -14,9 +14,9 @@ from importlib import import_module
 
 import click
 
-from rehead import __version__
 from rehead.console import echo, print_json
 from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError, unknown_name
+from rehead.version import __version__
 
 # command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {

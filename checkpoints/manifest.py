@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rehead import __version__
 from rehead.checkpoints.safetensors_io import check_shard_name, loads_strict, shown
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.checkpoints.stream import CHUNK, hash_file
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.version import __version__
 
 __all__ = [
     "MANIFEST_NAME",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rehead import __version__
+from rehead.version import __version__
 
 if TYPE_CHECKING:
     from rehead.convert.planning import Plan

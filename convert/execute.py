@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead import __version__
 from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.manifest import made_by
 from rehead.checkpoints.source import torch_dtype
@@ -32,6 +31,7 @@ from rehead.options import takes
 from rehead.variants.blocks.layer_choice import is_auto
 from rehead.variants.pool.methods.registry import MethodContext
 from rehead.variants.pool.regroup import LayerResult, regroup
+from rehead.version import __version__
 
 
 @dataclass

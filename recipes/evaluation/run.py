@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rehead
 from rehead.checkpoints.manifest import versions
 from rehead.console import Progress
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
@@ -31,6 +30,7 @@ from rehead.recipes.evaluation.models import (
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.speed import speed_rows
+from rehead.version import __version__
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _conditions(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=perplexity.dtype_name(model.model),
         attention=attention,
-        versions={**versions(), "rehead": rehead.__version__},
+        versions={**versions(), "rehead": __version__},
         seed=chosen.seed,
         data=[schema.Text(name=text.name, tokens=len(text.tokens), bytes=text.bytes) for text in texts],
         threads=torch.get_num_threads(),

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehead import __version__
 from rehead.checkpoints import source
 from rehead.checkpoints.files import write_file
 from rehead.checkpoints.smallfiles import CARD_NAME, MANIFEST_NAME
 from rehead.checkpoints.stream import hash_file
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.training.log import LOG_NAME
+from rehead.version import __version__
 
 FOLDER = "stages"
 FORMAT = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from rehead import __version__
 from rehead.recipes.report.plots import DASHES, Key
 from rehead.recipes.report.tables import Table
+from rehead.version import __version__
 
 _TABLE = """<div class="scroll" tabindex="0" role="region" aria-label="{{ item.title }}"><table class="{{ kind }}">
 {% if item.head | join %}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from rehead import __version__
 from rehead.recipes.report.tables import Table
 from rehead.recipes.report.verdict import Verdict
+from rehead.version import __version__
 
 
 def markdown(

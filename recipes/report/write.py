@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehead import __version__
 from rehead.checkpoints.files import write_file
 from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.report import tables
 from rehead.recipes.report.facts import Entry, Summary, Training, as_entries, read_training, summarise
 from rehead.recipes.report.verdict import Verdict, verdict
+from rehead.version import __version__
 
 FORMAT = 1
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from rehead import __version__
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.errors import UsageError
 from rehead.options import flag_of
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions
+from rehead.version import __version__
 
 
 def run_identity(options: UptrainOptions, student: Opened, teacher: Opened | None, data: str) -> dict[str, Any]:

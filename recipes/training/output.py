@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead import __version__
 from rehead.checkpoints.manifest import made_by
 from rehead.checkpoints.shards import OutputTensor, parse_size, plan_shards
 from rehead.checkpoints.source import Source, torch_dtype
@@ -20,6 +19,7 @@ from rehead.models.modeling import carried_files
 from rehead.recipes.training.log import LOG_NAME
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.tensorfile import whole
+from rehead.version import __version__
 
 Changed = Mapping[str, Callable[[], Tensor]]
 """By name in the model, what gives a changed tensor whole, on the CPU; every process calls it."""
