@@ -10,7 +10,8 @@ TRITON ?= 3.6.0
 .PHONY: demo test test-all check clean
 
 demo: $(READY)
-	$(BIN)/python -m rehead.recipes.demo $(if $(MODEL),--model $(MODEL))
+	@# Everything comes from this installation; nothing looks elsewhere.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m rehead run $(if $(MODEL),demo-$(MODEL),demo)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests

@@ -21,7 +21,7 @@ def open_tokenizer(place: Source | str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from rehead.models.meta import quiet_transformers
+    from rehead.console import quiet_transformers
 
     folder = _folder(place) if isinstance(place, Source) else Path(place)
     with quiet_transformers():

@@ -19,7 +19,7 @@ _EXPORTS = {
     "inspect": "rehead.convert.inspection",
     "verify": "rehead.convert.verification",
     "open_model": "rehead.models.model",
-    "open_source": "rehead.checkpoints.source",
+    "open_source": "rehead.checkpoints.opening",
     "verify_files": "rehead.checkpoints.manifest",
     "register": "rehead.variants.pool.methods.registry",
 }

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from rehead.checkpoints.manifest import verify_files
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
+from rehead.console import quiet_transformers
 from rehead.errors import VerificationError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
 from rehead.models.distance import distances
-from rehead.models.meta import draft_layers, load_report, quiet_transformers
+from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_files
 
 _CACHE_TOLERANCE = 2e-3

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rehead.checkpoints.source import split_revision
+from rehead.checkpoints.opening import split_revision
 from rehead.data.builtin import text_path
 from rehead.errors import UsageError, first_line, unknown_name
 

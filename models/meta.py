@@ -6,16 +6,15 @@ while loading (mixture-of-experts weights, say) are taken into account without R
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rehead.checkpoints.source import Source, TensorInfo, torch_dtype
+from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError, first_line
 from rehead.models.config import causal_lm_class
 
@@ -73,22 +72,6 @@ class _Listed(torch.Tensor):
     def __getitem__(self, index: Any) -> Any:
         self.read.add(self.label)
         return self.as_subclass(torch.Tensor)[index]
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports; errors still raise."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rehead.checkpoints.finite import first_nonfinite
-from rehead.checkpoints.source import Source, open_source, torch_dtype
+from rehead.checkpoints.opening import open_source
+from rehead.checkpoints.source import Source, torch_dtype
 from rehead.convert.hosts import HostedSource, Recipe, find_host
 from rehead.errors import UnsupportedError
 from rehead.models.config import resolve_config

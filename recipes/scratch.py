@@ -88,7 +88,7 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel | None = None
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rehead.models.meta import quiet_transformers
+    from rehead.console import quiet_transformers
 
     shape = shape or NewModel()
     if out.exists():

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError
 from rehead.models.config import causal_lm_class
-from rehead.models.meta import quiet_transformers
 
 Change = Callable[[Tensor], Tensor]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.console import quiet_transformers
 from rehead.models.config import causal_lm_class
-from rehead.models.meta import quiet_transformers
 from rehead.models.tiny import LAYERS, LISTS, SIZES, randomize
 
 #: An epsilon large enough that a norm which gets it wrong shows.

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from rehead.checkpoints.source import Source, open_source, split_revision, torch_dtype
+from rehead.checkpoints.opening import open_source, split_revision
+from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.probing import config_value
@@ -80,8 +81,8 @@ def load_model(
         UnsupportedError: a checkpoint that plain transformers does not load (pickles, remote code, missing tensors),
             or one that does not fit into memory.
     """
+    from rehead.console import quiet_transformers
     from rehead.models.config import causal_lm_class, resolve_config
-    from rehead.models.meta import quiet_transformers
 
     source = open_named(name)
     place = source.id

@@ -47,7 +47,7 @@ def write_smollm2(out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rehead.models.meta import quiet_transformers
+    from rehead.console import quiet_transformers
 
     folder = Path(next(iter(found.submodule_search_locations)))
     gguf = next(folder.glob("*.gguf")).name

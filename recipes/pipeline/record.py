@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehead.checkpoints import source
 from rehead.checkpoints.files import write_file
+from rehead.checkpoints.opening import open_source, split_revision
 from rehead.checkpoints.smallfiles import CARD_NAME, MANIFEST_NAME
 from rehead.checkpoints.stream import hash_file
 from rehead.recipes.pipeline.graph import Place, Stage
@@ -56,7 +56,7 @@ def outside(stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for role, place in stage.models.items():
         if place.model is not None:
-            with source.open_source(*name_of(place)) as opened:
+            with open_source(*name_of(place)) as opened:
                 found[role] = opened.fingerprint()
     for option, texts in stage.data.items():
         if texts and texts != ["random"]:
@@ -67,7 +67,7 @@ def outside(stage: Stage) -> dict[str, Any]:
 def name_of(place: Place) -> tuple[str, str | None]:
     """A model's name and revision, which may stand in the name as ``id@revision``."""
     assert place.model is not None
-    return source.split_revision(place.model) if place.revision is None else (place.model, place.revision)
+    return split_revision(place.model) if place.revision is None else (place.model, place.revision)
 
 
 def state(stage: Stage, out: Path, contents: Mapping[str, str], around: Mapping[str, Any]) -> State:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rehead.checkpoints.opening import open_source, split_revision
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
-from rehead.checkpoints.source import Source, open_source, split_revision
+from rehead.checkpoints.source import Source
+from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
-from rehead.models.meta import quiet_transformers
 from rehead.recipes.training.options import UptrainOptions
 
 

@@ -51,7 +51,7 @@ def client(hub, tmp_path):
 
 CATCH = """
 from rehead.errors import ReheadError
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 def caught(call):
     try:
         call()
@@ -108,7 +108,7 @@ def test_planning_a_70b_model_moves_only_headers(hub, client, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 8}))
     hub.add_folder("big/llama-70b", folder)
     out = client(
-        "from rehead.checkpoints.source import open_source\ns = open_source('big/llama-70b')\n"
+        "from rehead.checkpoints.opening import open_source\ns = open_source('big/llama-70b')\n"
         "out = {'tensors': len(s.tensors), 'bytes': sum(t.nbytes for t in s.tensors.values()), "
         "'torch': 'torch' in sys.modules}"
     )
@@ -237,7 +237,7 @@ def test_a_server_without_ranges_does_not_get_its_file_read(hub, client, tmp_pat
     model = checkpoints.write_llama(tmp_path / "m", hidden=1024, inner=4096)
     hub.add_folder("me/tiny", model)
     hub.ignore_ranges = True
-    got = client("from rehead.checkpoints.source import open_source\nout['n'] = len(open_source('me/tiny').tensors)")
+    got = client("from rehead.checkpoints.opening import open_source\nout['n'] = len(open_source('me/tiny').tensors)")
     assert got["n"] == 21
     assert hub.sent < (model / "model.safetensors").stat().st_size / 2
 

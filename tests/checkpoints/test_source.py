@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 from rehead.checkpoints.finite import first_nonfinite
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.safetensors_io import DTYPE_BITS, header_bytes, read_header
 from rehead.checkpoints.smallfiles import travels
-from rehead.checkpoints.source import DTYPE_NAMES, LocalSource, open_source, torch_dtype
+from rehead.checkpoints.source import DTYPE_NAMES, LocalSource, torch_dtype
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 
 
@@ -88,7 +89,7 @@ def test_opening_imports_no_torch(tmp_path):
     folder = checkpoints.write_llama(tmp_path / "m", shards=2)
     code = f"""
 import sys
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 source = open_source({str(folder)!r})
 assert source.tensors and source.small_files()
 assert "torch" not in sys.modules and "huggingface_hub" not in sys.modules
@@ -355,7 +356,7 @@ def test_finite_extremes_and_integers_are_finite():
 
 
 def test_a_revision_is_told_from_a_folder_with_an_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rehead.checkpoints.source import split_revision
+    from rehead.checkpoints.opening import split_revision
     from rehead.recipes.evaluation.models import open_named
     from rehead.recipes.pipeline.graph import Place
     from rehead.recipes.pipeline.record import name_of

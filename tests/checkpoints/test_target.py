@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rehead.checkpoints.manifest import verify_files
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.safetensors_io import header_bytes
-from rehead.checkpoints.source import LocalSource, open_source
+from rehead.checkpoints.source import LocalSource
 from rehead.checkpoints.target import OutputTensor, Target
 from rehead.errors import UnsupportedError, UsageError, VerificationError
 

@@ -14,7 +14,7 @@ import torch
 import writing
 
 from rehead.checkpoints import staging
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.staging import Staging
 from rehead.checkpoints.target import ResourceError, Target
 
@@ -36,7 +36,7 @@ def test_a_file_size_limit_ends_in_one_line(tmp_path, model, where):
 import json, resource, sys
 sys.path.insert(0, {str(HERE)!r})
 from checkpoints import pooled_plan
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.target import Target
 from rehead.errors import ReheadError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({30_000 if where == "weights" else 25_000}, resource.RLIM_INFINITY))
@@ -154,7 +154,7 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path):
     (folder / "config.json").write_text("{}")
     code = f"""
 import torch
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.target import OutputTensor, Target
 def peak():  # the kernel's high-water mark of this very program; ru_maxrss would start from the parent's
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024

@@ -13,7 +13,7 @@ import writing
 
 from rehead.checkpoints import staging
 from rehead.checkpoints.manifest import verify_files
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.target import Target
 from rehead.errors import UsageError, VerificationError
 
@@ -112,7 +112,7 @@ def test_two_runs_at_once_do_not_meet(tmp_path, model):
     code = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.target import Target
 from rehead.errors import UsageError
 source = open_source({str(model)!r})

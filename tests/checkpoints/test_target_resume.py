@@ -11,7 +11,7 @@ import pytest
 import writing
 
 from rehead.checkpoints.manifest import completed, read_manifest, verify_files
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.staging import only_unpublished, staging_path
 from rehead.checkpoints.target import Target, finish_commit
 from rehead.errors import UsageError

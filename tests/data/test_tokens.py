@@ -141,7 +141,7 @@ def test_a_cache_is_filled_once_and_never_written_over(tmp_path: Path, tokenizer
 
 def test_a_tokenizer_of_remote_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would ask at the terminal, and a yes would run the checkpoint's own file."""
-    from rehead.checkpoints.source import open_source
+    from rehead.checkpoints.opening import open_source
     from rehead.data.calibration import _tokenizer
     from rehead.recipes.evaluation.models import tokenizer_of
 

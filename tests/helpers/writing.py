@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import checkpoints
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.target import Target
 
 

@@ -35,8 +35,8 @@ def choose(
         UsageError: the calibration text cannot be used, or no layer fits the budget.
         UnsupportedError: the class switches all layers together, or the model cannot be loaded.
     """
+    from rehead.console import quiet_transformers
     from rehead.data.calibration import load_calibration
-    from rehead.models.meta import quiet_transformers
     from rehead.variants.blocks.ranking import choose_layers
 
     assert options.block is not None

@@ -1,0 +1,45 @@
+"""Opening a checkpoint by the name that a user gives: a folder, a Hub id, or ``id@revision``."""
+
+from __future__ import annotations
+
+import os
+
+from rehead.checkpoints.hub import HubSource
+from rehead.checkpoints.source import LocalSource, Source
+from rehead.errors import UsageError
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``owner/name@revision`` as (id, revision), for a model or a dataset on the Hub; a revision may hold slashes.
+
+    A path, and an id that names no revision, stay as they are: (name, None).
+    """
+    place, _, revision = name.partition("@")
+    if not place or not revision or name.startswith((".", "/", "~")) or os.path.exists(name):
+        return name, None
+    return place, revision
+
+
+def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
+    """Open a checkpoint: a local folder if there is one of that name, a Hub repository otherwise. No weight is read.
+
+    Args:
+        model: a folder, or a Hub id such as ``"meta-llama/Llama-2-7b-hf"``.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: no such folder, repository or revision, or a revision given for a folder.
+        UnsupportedError: the checkpoint is in another format or broken, or the Hub refuses or cannot be reached.
+    """
+    text = os.fspath(model)
+    if os.path.isdir(text):
+        if revision is not None:
+            raise UsageError(f"{text}: is a local folder, which has no revisions; leave --revision out")
+        return LocalSource(text)
+    if os.path.exists(text):
+        raise UsageError(f"{text}: is a file; give the checkpoint's folder or a Hub id")
+    parts = text.split("/")
+    looks_local = text.startswith((".", "/", "~")) or "\\" in text or len(parts) > 2 or not all(parts)
+    if looks_local:
+        raise UsageError(f"{text}: no such folder; give a checkpoint's folder or a Hub id (owner/name)")
+    return HubSource(text, revision)
