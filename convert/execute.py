@@ -228,9 +228,9 @@ def _execute(
         provider: LayerProvider = DirectLayers(plan, result.layers, target)
         details: dict[str, Any] = {}
         if plan.calibrated:
-            from rehead.healing.run import calibrate
+            from rehead.convert.calibrated import calibrate
 
-            provider, details = calibrate(plan, target.work_dir, device, result.layers, progress)
+            provider, details = calibrate(plan, target.work_dir, resolve_device(device), result.layers, progress)
         _write(plan, target, provider, progress)
         target.copy_small_files(skip=("config.json",))
         target.write_text("config.json", json.dumps(plan.raw_config, indent=2, ensure_ascii=False) + "\n")

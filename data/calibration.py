@@ -42,6 +42,11 @@ class CalibrationText:
         """Tokens in all."""
         return sum(part.numel() for part in self.tokens)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in a sequence, the longest first."""
+        return [part.shape[1] for part in self.tokens]
+
 
 def load_calibration(
     texts: Sequence[str], source: Source, vocab_size: int, tokens: int, lengths: Sequence[int], seed: int = 0
@@ -89,7 +94,10 @@ def load_calibration(
             f"{' and '.join(map(str, counts))} where at least {least} are needed; give more text or a smaller "
             "--calibration-length"
         )
-    return CalibrationText([torch.tensor(part) for part in parts if part], names)
+    text = CalibrationText([torch.tensor(part) for part in parts if part], names)
+    if max(int(part.max()) for part in text.tokens) >= vocab_size:
+        raise UsageError(f"{source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
+    return text
 
 
 def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:

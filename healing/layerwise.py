@@ -2,13 +2,13 @@
 
 The model is built without weights. Its own forward pass is run once up to the first layer, with stand-ins for the
 layers that note what each is called with (masks, rotary angles, windows); from then on, layers are loaded, run over all
-of the text and let go one by one. So any class works whose layers depend on nothing but the hidden states and the
-positions, and one that does not is refused.
+of the text and let go one by one. So any class works whose layers depend on nothing but the hidden states, the
+positions and what earlier layers hand on to later ones (shared keys and values); one that does not is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError
 from rehead.models.config import causal_lm_class
 from rehead.models.model import Model
-from rehead.models.watch import PROBE, register_probe
+from rehead.models.watch import PROBE, Reached, register_probe
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,18 @@ class Call:
 
         return Call(cut(self.args), {key: cut(value) for key, value in self.kwargs.items()})
 
+    def handing_on(self, carried: dict[str, Any]) -> Call:
+        """The call with a batch's own of what layers hand on: mappings that the model gives its first layer empty.
+
+        Args:
+            carried: by the argument's name; what the layer hands on is found there afterwards.
+        """
+        kwargs = dict(self.kwargs)
+        for name, value in kwargs.items():
+            if isinstance(value, MutableMapping) and not value:
+                kwargs[name] = carried.setdefault(name, type(value)())
+        return Call(self.args, kwargs)
+
 
 class _StandIn(nn.Module):
     """Takes a layer's place, notes its call, and passes hidden states through."""
@@ -60,10 +72,6 @@ class _StandIn(nn.Module):
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         return self._note(hidden, Call(tuple(args[1:]), kwargs))
-
-
-class _Reached(Exception):
-    """The last layer has been called; the rest of the model is not needed."""
 
 
 class _WantsTuple(Exception):
@@ -91,6 +99,7 @@ class LayerwiseModel:
         self.layers: nn.ModuleList = self.module.get_submodule(path)  # type: ignore[assignment]
         #: By attention implementation and length of the sequences.
         self.calls: dict[tuple[str, int], list[Call]] = {}
+        self._loaded: set[int] = set()
         self._implementation = self.module.config._attn_implementation or "eager"
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_meta:
@@ -160,7 +169,7 @@ class LayerwiseModel:
             if not first:
                 first.append(hidden)
             if len(calls) == len(originals):
-                raise _Reached
+                raise Reached
             return (hidden, None) if as_tuple else hidden
 
         try:
@@ -168,7 +177,7 @@ class LayerwiseModel:
                 self.layers[i] = _StandIn(layer, note)
             with torch.no_grad():
                 self.module.base_model(input_ids=tokens, use_cache=False)
-        except _Reached:
+        except Reached:  # the last layer has been called; the rest of the model is not needed
             pass
         finally:
             for i, layer in enumerate(originals):
@@ -229,14 +238,14 @@ class LayerwiseModel:
     # ---- layers
 
     def load_layer(self, layer: int, new: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Load one layer's weights in float32.
+        """Load one layer's weights in float32; of a layer that is loaded, only ``new``.
 
         Args:
             new: tensors that replace the checkpoint's, by the checkpoint's names.
         """
-        prefix = self.model.family.layer.format(i=layer)
-        new = new or {}
-        names = [name for name in self.model.source.tensors if name.startswith(prefix)]
+        prefix, new = self.model.family.layer.format(i=layer), new or {}
+        there = [] if layer in self._loaded else [name for name in self.model.source.tensors if name.startswith(prefix)]
+        names = there or list(new)
         tensors = {
             self.model.module_name(name): (new[name] if name in new else self.model.read(name, layer)).to(self.device)
             for name in names
@@ -248,10 +257,12 @@ class LayerwiseModel:
             raise UnsupportedError(
                 f"{self.model.source.id}: layer {layer} has no tensor for {left[0]}; the checkpoint is incomplete"
             )
+        self._loaded.add(layer)
         return module
 
     def unload_layer(self, layer: int) -> None:
         """Let a layer's weights go."""
+        self._loaded.discard(layer)
         for module in self.layers[layer].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -285,11 +296,18 @@ class LayerwiseModel:
             convert_and_load_state_dict_in_model(model=self.module, state_dict=tensors, load_config=load)
         self.module.requires_grad_(False)
 
-    def run_layer(self, layer: int, hidden: Tensor, implementation: str | None = None) -> Tensor:
-        """A loaded layer's output on a batch of hidden states [b, S, n]."""
+    def run_layer(
+        self, layer: int, hidden: Tensor, implementation: str | None = None, carried: dict[str, Any] | None = None
+    ) -> Tensor:
+        """A loaded layer's output on a batch of hidden states [b, S, n].
+
+        Args:
+            carried: what the layers before handed on for these sequences; filled with what this one does.
+        """
         implementation = implementation or self.default
         self._use(implementation)
         call = self.calls[implementation, hidden.shape[1]][layer].rows(len(hidden))
+        call = call.handing_on({} if carried is None else carried)
         result = self.layers[layer](hidden, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 

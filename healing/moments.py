@@ -1,47 +1,265 @@
-"""What one layer's attention sees on the calibration text: gathered once, shared by every method and by the refit."""
+"""What one layer's attention sees on the calibration text, as means that closed forms ask for by name.
+
+Each moment is one small class that adds up batches, registered under its name. A layer's are gathered together, once,
+for groups of neighbouring query heads as fine as anything that is made of them needs; coarser groups are means of them.
+x~ = [x, 1] is the attention's input with a one that carries the biases, of width w = n + 1.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rehead.healing.rotation import Rotation
 from rehead.models.linalg import eigen, roots
+from rehead.models.watch import Seen
+from rehead.registry import Registry
+
+#: First tokens of a text that gather attention whatever they say, left out of :class:`MeanRotation`.
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch of sequences shows of a layer.
+
+    Attributes:
+        x: x~ [b, S, w].
+        seen: attention of some of the queries; None where only ``x`` is counted.
+        output: the original's output projection [m, H, D].
+        rotation: how the layer rotates, or None if unknown.
+    """
+
+    x: Tensor
+    seen: Seen | None
+    output: Tensor
+    rotation: Rotation | None
+
+
+class Moment:
+    """Adds up one moment over batches. Subclasses set ``total`` and ``weight``; the mean is their quotient.
+
+    Attributes:
+        per: what there is one of: the "layer", a "group" of query heads, or a query "head".
+        attends: needs attention, which is looked at for some of the queries only.
+    """
+
+    per: Literal["layer", "group", "head"] = "layer"
+    attends: bool = True
+
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        self.total: Tensor | None = None
+        self.weight: Tensor | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch."""
+        raise NotImplementedError
+
+    def sums(self, *shape: int, like: Tensor) -> Tensor:
+        """What has been added up so far, to add to in place."""
+        if self.total is None:
+            self.total = like.new_zeros(shape)
+        return self.total
+
+    def count(self, weight: Tensor | float) -> None:
+        """Add to the weight: a number, or one for each group or head [...]."""
+        weight = torch.as_tensor(weight, dtype=torch.float64)
+        self.weight = weight if self.weight is None else self.weight + weight
+
+
+MOMENTS: Registry[type[Moment]] = Registry("moment", {})
+"""Every moment by name."""
+
+
+def moment(name: str):
+    """Register a subclass of :class:`Moment`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(kind: type[Moment]) -> type[Moment]:
+        MOMENTS.add(name, kind)
+        return kind
+
+    return add
+
+
+@moment("inputs")
+class Inputs(Moment):
+    """E[x~ x~^T] over tokens, [w, w]: what queries see."""
+
+    attends = False
+
+    def add(self, batch: Batch) -> None:
+        flat = batch.x.flatten(0, -2)
+        width = flat.shape[1]
+        self.sums(width, width, like=flat).add_(flat.T @ flat)
+        self.count(len(flat))
+
+
+@moment("key_inputs")
+class KeyInputs(Moment):
+    """The same with each token weighted by the attention that a group's queries pay to it, [G, w, w]: an error in a key
+    that nobody reads costs nothing."""
+
+    per = "group"
+
+    def add(self, batch: Batch) -> None:
+        assert batch.seen is not None
+        _add_weighted(self, batch.x, batch.seen.probabilities)
+        self.count(_rows_of_a_group(batch.seen.probabilities, self.groups))
+
+
+@moment("mixed_inputs")
+class MixedInputs(Moment):
+    """E[z z^T] with z = sum_j p_j x~_j, the inputs as attention mixes them, [G, w, w]: values are only seen mixed."""
+
+    per = "group"
+
+    def add(self, batch: Batch) -> None:
+        assert batch.seen is not None
+        p, width = batch.seen.probabilities, batch.x.shape[-1]
+        total = self.sums(self.groups, width, width, like=batch.x)
+        for head, attention in enumerate(p.unbind(1)):
+            mixed = (attention @ batch.x).flatten(0, -2)
+            total[head * self.groups // p.shape[1]] += mixed.T @ mixed
+        self.count(_rows_of_a_group(p, self.groups))
+
+
+@moment("squared_inputs")
+class SquaredInputs(Moment):
+    """E[x~ x~^T] with each token weighted by the sum of the squared attention that a group's queries pay to it,
+    [G, w, w]: an independent error of a key or value reaches the output by the square of the attention."""
+
+    per = "group"
+
+    def add(self, batch: Batch) -> None:
+        assert batch.seen is not None
+        self.count(_add_weighted(self, batch.x, batch.seen.probabilities.square()).double().cpu())
+
+
+@moment("query_energy")
+class QueryEnergy(Moment):
+    """E|q_hf|^2 of each head's rotary pairs as attention takes the queries, [H, P]: how much an error in a key's pair
+    counts."""
+
+    per = "head"
+
+    def add(self, batch: Batch) -> None:
+        assert batch.seen is not None
+        assert batch.rotation is not None
+        queries = batch.seen.queries.float()
+        energy = queries[..., batch.rotation.pairs].square().sum(-1)  # [b, H, R, P]
+        self.sums(*energy.shape[1::2], like=energy).add_(energy.sum((0, 2)))
+        self.count(queries.shape[0] * queries.shape[2])
+
+
+@moment("value_spread")
+class ValueSpread(Moment):
+    """sum a^2 |W_o (v_j - o_i)|^2 / sum a^2 over queries i and keys j, [H]: an error ds of a score moves the output by
+    a ds W_o (v_j - o_i), so this turns errors of scores into errors of the output."""
+
+    per = "head"
+
+    def add(self, batch: Batch) -> None:
+        assert batch.seen is not None
+        p, values = batch.seen.probabilities, batch.seen.values.float()
+        kv = values.shape[1]
+        squared, grouped = p.square(), p.unflatten(1, (kv, -1))
+        mixed = (grouped @ values[:, :, None]).flatten(1, 2)  # [b, H, R, D]
+        metric = torch.einsum("mhd,mhe->hde", batch.output, batch.output)
+        readers = values.repeat_interleave(p.shape[1] // kv, 1)
+        of_keys = torch.einsum("bhsd,hde,bhse->bhs", readers, metric, readers)
+        of_mixed = torch.einsum("bhrd,hde,bhre->bhr", mixed, metric, mixed)
+        cross = (mixed @ metric) @ readers.transpose(-1, -2)
+        gap = (of_keys[:, :, None] - 2 * cross + of_mixed[..., None]).clamp_min(0)
+        self.sums(p.shape[1], like=gap).add_((squared * gap).sum((0, 2, 3)))
+        self.count(squared.sum((0, 2, 3)).cpu())
+
+
+@moment("mean_rotation")
+class MeanRotation(Moment):
+    """sum a^2 exp(i theta_f (i - j)) / sum a^2 over queries i and keys j behind the first :data:`SINKS`, complex
+    [H, P]: how a pair is turned on average where attention goes."""
+
+    per = "head"
+
+    def add(self, batch: Batch) -> None:
+        assert batch.seen is not None
+        assert batch.rotation is not None
+        squared = batch.seen.probabilities.square()[..., SINKS:]
+        turns = batch.rotation.factors / batch.rotation.factors.abs().clamp_min(1e-12)
+        keys = torch.view_as_real(turns[SINKS : batch.x.shape[1]].conj()).flatten(1)  # [S, 2P]
+        reached = torch.view_as_complex((squared @ keys).unflatten(-1, (-1, 2)))  # [b, H, R, P]
+        total = (reached * turns[batch.seen.rows]).sum((0, 2))
+        self.sums(*total.shape, like=total).add_(total)
+        self.count(squared.sum((0, 2, 3)).cpu())
+
+
+def _add_weighted(moment: Moment, x: Tensor, attention: Tensor) -> Tensor:
+    """Add x x^T of every token, weighted by what a group's rows of [b, H, R, S] give it; returns the weights [G]."""
+    flat, groups, weights = x.flatten(0, -2), attention.chunk(moment.groups, 1), []
+    total = moment.sums(moment.groups, x.shape[-1], x.shape[-1], like=x)
+    for group, rows in enumerate(groups):
+        weight = rows.sum((1, 2)).reshape(-1, 1)
+        total[group] += flat.T @ (flat * weight)
+        weights.append(weight.sum())
+    return torch.stack(weights)
+
+
+def _rows_of_a_group(attention: Tensor, groups: int) -> int:
+    """Rows of attention [b, H, R, S] that belong to one of some groups of heads."""
+    return attention.shape[0] * attention.shape[2] * (attention.shape[1] // groups)
 
 
 @dataclass
-class LayerStatistics:
-    """Second moments of a layer's attention inputs x~ = [x, 1] (the one carries the biases), width w = n + 1.
+class Moments:
+    """The means of one layer.
 
     Attributes:
-        inputs: mean of x~ x~^T over tokens, [w, w]: what queries see.
-        key_inputs: the same with each token weighted by the attention that the query heads of a new group pay to it,
-            [kv, w, w]: an error in a key that nobody reads costs nothing.
-        mixed_inputs: mean of z z^T with z = sum_j p_j x~_j, the inputs as attention mixes them, [kv, w, w]: values are
-            only ever seen mixed.
+        means: by name, as each :class:`Moment` says.
+        weights: of groups and heads within coarser groups, float64 [G, ...] or [H, ...]; equal where left out.
+        groups: groups of neighbouring query heads that means "per group" are of.
         angles: rotation of each rotary pair between neighbouring tokens in radians, [P]; None if unknown.
-        length: tokens in a calibration sequence.
+        length: tokens in the longest calibration sequence.
         tokens: tokens counted.
     """
 
-    inputs: Tensor
-    key_inputs: Tensor
-    mixed_inputs: Tensor
+    means: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    groups: int = 1
     angles: Tensor | None = None
     length: int = 1
     tokens: int = 0
+    _eigen: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
-    @cached_property
+    def __getitem__(self, name: str) -> Tensor:
+        return self.means[name]
+
+    @property
+    def inputs(self) -> Tensor:
+        """:class:`Inputs`, [w, w]."""
+        return self.means["inputs"]
+
+    @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of ``inputs``, float64: the pooling, its error and the refit all want them."""
-        return eigen(self.inputs)
+        """Eigenvalues and eigenvectors of ``inputs``, float64: found once, for every grouping and every use."""
+        if not self._eigen:
+            self._eigen.append(eigen(self.inputs))
+        return self._eigen[0]
 
-    @cached_property
+    @property
     def input_roots(self) -> tuple[Tensor, Tensor]:
         """Square root of ``inputs`` and its inverse, float64 [w, w]; see :func:`~rehead.models.linalg.sqrt_pair`."""
-        return roots(*self.input_eigen)
+        if len(self._eigen) < 2:
+            self._eigen[1:] = [roots(*self.input_eigen)]
+        return self._eigen[1]
 
     def slow_pairs(self, turn: float) -> Tensor:
         """Pairs that turn by less than ``turn`` radians over a calibration sequence: bool [P]."""
@@ -49,61 +267,85 @@ class LayerStatistics:
             return torch.zeros(0, dtype=torch.bool)
         return self.angles.abs() * self.length < turn
 
-
-@dataclass
-class StatisticsGatherer:
-    """Adds up :class:`LayerStatistics` batch by batch.
-
-    Args:
-        width: n + 1.
-        kv: KV heads after the conversion.
-        device: where the sums live.
-    """
-
-    width: int
-    kv: int
-    device: torch.device
-    tokens: int = 0
-    _inputs: Tensor = field(init=False)
-    _keys: Tensor = field(init=False)
-    _mixed: Tensor = field(init=False)
-    _mixed_count: int = 0
-
-    def __post_init__(self) -> None:
-        shape = (self.width, self.width)
-        self._inputs = torch.zeros(shape, device=self.device)
-        self._keys = torch.zeros((self.kv, *shape), device=self.device)
-        self._mixed = torch.zeros((self.kv, *shape), device=self.device)
-
-    def add_inputs(self, x: Tensor) -> None:
-        """Count a batch of inputs [b, S, w]."""
-        flat = x.reshape(-1, x.shape[-1])
-        self._inputs += flat.T @ flat
-        self.tokens += len(flat)
-
-    def add_attention(self, x: Tensor, probabilities: Tensor) -> None:
-        """Count what a batch's attention does with its inputs.
+    def merged(self, groups: Sequence[Sequence[int]]) -> Moments:
+        """The moments of coarser groups.
 
         Args:
-            x: [b, S, w].
-            probabilities: of all or some of the queries, [b, H, R, S].
+            groups: a partition of this one's groups into sets of one size; query heads follow in that order.
         """
-        heads = probabilities.shape[1]
-        flat = x.reshape(-1, x.shape[-1])
-        for group in range(self.kv):
-            mine = probabilities[:, group * heads // self.kv : (group + 1) * heads // self.kv]
-            weight = mine.sum((1, 2)).reshape(-1, 1)
-            self._keys[group] += flat.T @ (flat * weight)
-            for head in mine.unbind(1):
-                mixed = (head @ x).reshape(-1, x.shape[-1])
-                self._mixed[group] += mixed.T @ mixed
-        self._mixed_count += probabilities.shape[0] * probabilities.shape[2] * (heads // self.kv)
+        flat = [member for group in groups for member in group]
+        if len(groups) == self.groups and flat == list(range(self.groups)):
+            return self
+        means, weights = dict(self.means), dict(self.weights)
+        for name in means:
+            per = MOMENTS.get(name).per
+            if per == "group":
+                means[name], weights[name] = self._merged(name, groups)
+            elif per == "head":
+                parts = [part.unflatten(0, (self.groups, -1)) for part in (means[name], self._weight(name))]
+                means[name], weights[name] = (part[flat].flatten(0, 1) for part in parts)
+        return replace(self, means=means, weights=weights, groups=len(groups))
 
-    def finish(self, angles: Tensor | None, length: int) -> LayerStatistics:
-        """The means. Without :meth:`add_attention`, plain input statistics stand in for the weighted ones."""
-        inputs = self._inputs / max(self.tokens, 1)
-        if self._mixed_count:
-            keys, mixed = self._keys / self._mixed_count, self._mixed / self._mixed_count
-        else:
-            keys = mixed = inputs.expand_as(self._keys)
-        return LayerStatistics(inputs, keys, mixed, angles, length, self.tokens)
+    def _weight(self, name: str) -> Tensor:
+        mean = self.means[name]
+        weight = self.weights.get(name)
+        return torch.ones(len(mean), dtype=torch.float64) if weight is None else weight
+
+    def _merged(self, name: str, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        mean, weight = self.means[name], self._weight(name)
+        share = weight.tolist()
+        merged = [sum(mean[i] * share[i] for i in group) / sum(share[i] for i in group) for group in groups]
+        return torch.stack(merged), torch.stack([weight[list(group)].sum() for group in groups])
+
+
+class Gatherer:
+    """Adds up the moments of one layer.
+
+    Args:
+        names: the moments that are wanted; ``inputs`` are always among them.
+        groups: of neighbouring query heads.
+        output: the layer's output projection [m, H, D].
+        rotation: how it rotates, or None if unknown.
+
+    Raises:
+        UsageError: there is no moment of that name.
+    """
+
+    def __init__(self, names: Sequence[str], groups: int, output: Tensor, rotation: Rotation | None) -> None:
+        self.sums = {name: MOMENTS.get(name)(groups) for name in dict.fromkeys(("inputs", *names))}
+        self.groups, self.output, self.rotation = groups, output, rotation
+        self.tokens = self.length = 0
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention has to be looked at."""
+        return any(part.attends for part in self.sums.values())
+
+    def add_inputs(self, x: Tensor) -> None:
+        """Count a batch of inputs x~ [b, S, w]."""
+        self.tokens += x.shape[0] * x.shape[1]
+        self.length = max(self.length, x.shape[1])
+        self._add(Batch(x, None, self.output, self.rotation), attends=False)
+
+    def add_attention(self, x: Tensor, seen: Seen) -> None:
+        """Count what a batch's attention does with its inputs."""
+        self._add(Batch(x, seen, self.output, self.rotation), attends=True)
+
+    def _add(self, batch: Batch, attends: bool) -> None:
+        for part in self.sums.values():
+            if part.attends == attends:
+                part.add(batch)
+
+    def finish(self) -> Moments:
+        """The means. Where attention was never seen, plain inputs stand in for those weighted by it."""
+        means, weights = {}, {}
+        for name, part in self.sums.items():
+            if part.total is not None and part.weight is not None:
+                weight = part.weight.reshape(*part.weight.shape, *[1] * (part.total.ndim - part.weight.ndim))
+                means[name] = part.total / weight.to(part.total.device, part.total.real.dtype)
+                if part.weight.ndim:
+                    weights[name] = part.weight
+            elif part.per == "group":
+                means[name] = means["inputs"].expand(self.groups, -1, -1)
+        angles = None if self.rotation is None else self.rotation.angles
+        return Moments(means, weights, self.groups, angles, self.length, self.tokens)

@@ -1,7 +1,7 @@
-"""The calibrated conversion: original and converted model side by side, one layer of each at a time.
+"""Healing a whole model: original and changed model side by side, one layer of each at a time.
 
-Both are run over the same text. Before a layer is converted, the converted prefix has already run, so a layer is fitted
-to the inputs that it will really get; what it ought to give is what the original gives on its own inputs.
+Both are run over the same text. Before a layer is changed, the changed prefix has already run, so a layer is fitted to
+the inputs that it will really get; what it ought to give is what the original gives on its own inputs.
 """
 
 from __future__ import annotations
@@ -17,95 +17,93 @@ import torch
 from torch import Tensor
 
 from rehead.console import Progress
-from rehead.convert.planning import Plan
-from rehead.data.calibration import load_calibration
-from rehead.errors import UsageError, first_line
-from rehead.healing.layer import LayerHealer
+from rehead.data.calibration import CalibrationText
+from rehead.errors import first_line
+from rehead.healing.job import Job
+from rehead.healing.layer import Healer
 from rehead.healing.layerwise import LayerwiseModel
+from rehead.healing.runner import Runner, TextState
 
 #: Tokens in one forward pass of a layer.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
-def calibrate(
-    plan: Plan, work_dir: Path, device: str, report: dict[int, dict[str, Any]], progress: Progress | None
+def heal(
+    job: Job,
+    text: CalibrationText,
+    work_dir: Path,
+    device: torch.device,
+    report: dict[int, dict[str, Any]],
+    progress: Progress | None = None,
 ) -> tuple[Callable[[int], dict[str, Tensor]], dict[str, Any]]:
-    """Convert every layer over calibration text and keep the results in ``work_dir``.
+    """Change every layer of a job over calibration text and keep the results in ``work_dir``.
 
     Args:
-        plan: what to do.
-        work_dir: one file for each finished layer; a run that resumes goes on from them.
+        job: what to do.
+        text: what to run the models over.
+        work_dir: one file for each finished layer, which a run that resumes does not compute again.
         device: where layers run.
-        report: filled with each layer's groups and errors.
-        progress: called with ("calibrating", layers done, layers).
+        report: filled with each layer's facts.
 
     Returns:
         (layer -> its new tensors, facts for the manifest).
 
     Raises:
-        UsageError: the calibration text or the device cannot be used.
         UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
     """
-    from rehead.models.device import resolve_device
-
-    where, options, model = resolve_device(device), plan.options, plan.model
-    text = load_calibration(
-        options.calibration,
-        model.source,
-        int(model.config.vocab_size),
-        options.calibration_tokens,
-        options.lengths_within(getattr(model.config, "max_position_embeddings", None)),
-        options.seed,
-    )
-    batch_tokens = _BATCH_TOKENS.get(where.type, 4096)
-    if max(int(part.max()) for part in text.tokens) >= int(model.config.vocab_size):
-        raise UsageError(f"{model.source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
+    batch_tokens = _BATCH_TOKENS.get(device.type, 4096)
     with torch.no_grad():
-        original = LayerwiseModel(plan.original, plan.original.config, where)
-        converted = LayerwiseModel(model, plan.layer_config, where)
-        hidden = _placed(original.embed(text.tokens, batch_tokens), where)
-        converted.calls = original.calls
-        healer = LayerHealer(plan, original, converted, batch_tokens)
-        ours = [part.clone() for part in hidden]
-        total = model.config.num_hidden_layers
+        original = Runner(LayerwiseModel(job.original, job.original.config, device), batch_tokens)
+        changed = Runner(LayerwiseModel(job.changed, job.config, device), batch_tokens)
+        hidden = _placed(original.model.embed(text.tokens, batch_tokens), device)
+        changed.model.calls = original.model.calls
+        healer, before = Healer(job, original, changed), TextState(hidden)
+        prefix = before.clone()
+        total = job.changed.config.num_hidden_layers
         for layer in range(total):
             if progress is not None:
                 progress("calibrating", layer, total)
-            done = _load(work_dir, layer)
-            original.load_layer(layer)
-            if layer not in model.layers:
-                ours, hidden = healer.run(original, layer, ours), healer.run(original, layer, hidden)
-                original.unload_layer(layer)
-                continue
-            if done is None:
-                tensors, facts, hidden = healer.convert(layer, hidden, ours)
-                _save(work_dir, layer, tensors, facts)
+            original.model.load_layer(layer)
+            if layer in job.layers:
+                tensors = _heal_layer(healer, layer, before, prefix, work_dir, report)
+                original.model.unload_layer(layer)
+                changed.model.load_layer(layer, tensors)
+                changed.run(layer, prefix)
+                changed.model.unload_layer(layer)
             else:
-                tensors, facts = done
-                hidden = healer.run(original, layer, hidden)
-            report[layer] = facts
-            original.unload_layer(layer)
-            converted.load_layer(layer, tensors)
-            ours = healer.run(converted, layer, ours)
-            converted.unload_layer(layer)
+                original.run(layer, prefix)
+                original.run(layer, before)
+                original.model.unload_layer(layer)
         if progress is not None:
             progress("calibrating", total, total)
-    lengths = [part.shape[1] for part in text.tokens]
-    gap, size = (sum(float(part.square().sum()) for part in parts) for parts in (_between(ours, hidden), hidden))
     details = {
         "text": text.names,
         "tokens": text.count,
-        "length": lengths[0] if len(lengths) == 1 else lengths,
-        "device": str(where),
-        "drift": round((gap / max(size, 1e-24)) ** 0.5, 6),
+        "length": text.lengths[0] if len(text.lengths) == 1 else text.lengths,
+        "device": str(device),
+        "drift": round(_distance(prefix, before), 6),
     }
 
     def provide(layer: int) -> dict[str, Tensor]:
-        found = _load(work_dir, layer)
-        assert found is not None, f"layer {layer} was calibrated but its file is gone"
-        return found[0]
+        done = _load(work_dir, layer)
+        assert done is not None, f"layer {layer} was calibrated but its file is gone"
+        return done[0]
 
     return provide, details
+
+
+def _heal_layer(
+    healer: Healer, layer: int, before: TextState, prefix: TextState, work_dir: Path, report: dict[int, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """The layer's new tensors, computed or from an earlier run; ``before`` is brought through the original's."""
+    done = _load(work_dir, layer)
+    if done is None:
+        done = healer.heal(layer, before, prefix)
+        _save(work_dir, layer, *done)
+    else:
+        healer.original.run(layer, before)
+    tensors, report[layer] = done
+    return tensors
 
 
 def _placed(hidden: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -115,8 +113,14 @@ def _placed(hidden: list[Tensor], device: torch.device) -> list[Tensor]:
     return hidden
 
 
-def _between(ours: list[Tensor], theirs: list[Tensor]) -> Iterator[Tensor]:
-    return (a - b for a, b in zip(ours, theirs))
+def _distance(state: TextState, other: TextState) -> float:
+    """Distance of hidden states from others, relative to the others' size."""
+
+    def size(parts: Iterator[Tensor]) -> float:
+        return sum(float(part.square().sum()) for part in parts)
+
+    gap = size(a - b for a, b in zip(state.hidden, other.hidden))
+    return (gap / max(size(iter(other.hidden)), 1e-24)) ** 0.5
 
 
 def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

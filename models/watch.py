@@ -1,13 +1,14 @@
-"""An attention function that shows what it computes: queries, keys and probabilities as the model itself has them.
+"""Run a model until a point, and look at what it computes there.
 
-It goes through transformers' attention interface under a name of its own, so norms, rotary positions, windows, sinks
-and soft caps are whatever the model's own code makes of them.
+:func:`until` and :func:`until_after` stop a forward pass at a module. :func:`observing` shows attention: queries, keys
+and probabilities as the model itself has them. It goes through transformers' attention interface under a name of its
+own, so norms, rotary positions, windows, sinks and soft caps are whatever the model's own code makes of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Never
@@ -18,30 +19,74 @@ from torch import Tensor, nn
 PROBE = "rehead_probe"
 
 
+class Reached(Exception):
+    """A forward pass has come to the point where it was to stop."""
+
+
+@contextmanager
+def hooked(handle: Any) -> Iterator[None]:
+    """A hook that is there inside the block alone."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def until(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Run a model inside the block up to a module and no further.
+
+    Args:
+        look: called with the module's positional and keyword arguments; the module itself is not run.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        look(args, kwargs)
+        raise Reached
+
+    with hooked(module.register_forward_pre_hook(stop, with_kwargs=True)), suppress(Reached):
+        yield
+
+
+@contextmanager
+def until_after(module: nn.Module, look: Callable[[Any], None]) -> Iterator[None]:
+    """The same up to the module's end; ``look`` is called with its output."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        look(output)
+        raise Reached
+
+    with hooked(module.register_forward_hook(stop)), suppress(Reached):
+        yield
+
+
 @dataclass(frozen=True)
 class Seen:
     """What one attention call computed, for the R queries that are looked at.
 
     Attributes:
+        queries: of those rows, as attention takes them, normed and rotated [b, H, R, D].
+        keys, values: [b, K, S, D].
         scores: scaled dot products before soft cap and mask, [b, H, R, S].
         probabilities: [b, H, R, S].
         visible: which keys a query may see, broadcastable to the scores.
         scaling: the factor on the dot products.
+        rows: positions of the queries, int64 [R].
     """
 
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
     scores: Tensor
     probabilities: Tensor
     visible: Tensor
     scaling: float
-
-
-class Observed(Exception):
-    """The probed attention has been seen; the rest of the layer is not needed."""
+    rows: Tensor
 
 
 Observer = Callable[[Seen], None]
 
-#: Whom to show what, and the positions of the queries that they want to see, int64 [R]; each thread has its own.
+#: Observers with the positions of the queries that they are shown, int64 [R]; each thread has its own.
 _observers: ContextVar[tuple[tuple[Observer, Tensor], ...]] = ContextVar("rehead_observers", default=())
 
 
@@ -66,16 +111,17 @@ def probe_attention(
         attention_mask: additive or boolean, [b or 1, 1 or H, S, S]; None for causal.
 
     Raises:
-        Observed: always, when all have seen it; whoever runs the layer stops there.
+        Reached: always, when all have seen it.
     """
     for observer, rows in _observers.get():
-        observer(_seen(query, key, rows, attention_mask, scaling, softcap, s_aux))
-    raise Observed
+        observer(_seen(query, key, value, rows, attention_mask, scaling, softcap, s_aux))
+    raise Reached
 
 
 def _seen(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     rows: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None,
@@ -83,25 +129,26 @@ def _seen(
     s_aux: Tensor | None,
 ) -> Seen:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asked = query[:, :, rows].unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the queries of a KV head in one product
+    chosen = query[:, :, rows]
+    asked = chosen.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the queries of a KV head in one product
     shown = (asked @ key.transpose(-1, -2)).reshape(*query.shape[:2], len(rows), -1).float() * scale
     scores = shown if softcap is None else softcap * torch.tanh(shown / softcap)
     if attention_mask is None:
-        seen = (torch.arange(key.shape[2], device=key.device) <= rows[:, None])[None, None]
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        visible = (torch.arange(key.shape[2], device=key.device) <= rows[:, None])[None, None]
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     elif attention_mask.dtype == torch.bool:
-        seen = attention_mask[:, :, rows]
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        visible = attention_mask[:, :, rows]
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     else:
         mask = attention_mask[:, :, rows]
-        seen = mask > torch.finfo(mask.dtype).min / 2
+        visible = mask > torch.finfo(mask.dtype).min / 2
         scores = scores + mask
     if s_aux is not None:
         sink = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)
         probabilities = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     else:
         probabilities = scores.softmax(-1)
-    return Seen(shown, probabilities, seen, scale)
+    return Seen(chosen, key, value, shown, probabilities, visible, scale, rows)
 
 
 def register_probe() -> None:
@@ -122,7 +169,7 @@ def observing(observer: Observer, rows: Tensor) -> Iterator[None]:
     token = _observers.set((*_observers.get(), (observer, rows)))
     try:
         yield
-    except Observed:
+    except Reached:
         pass
     finally:
         _observers.reset(token)

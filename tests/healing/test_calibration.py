@@ -18,13 +18,13 @@ from rehead.convert import convert, open_model
 from rehead.convert.prove_layout import prove_layout
 from rehead.data.calibration import load_calibration
 from rehead.errors import UnsupportedError, UsageError
-from rehead.healing import layer as healing
-from rehead.healing import moments as statistics_module
+from rehead.healing import moments as moments_module
 from rehead.healing import run as calibration_run
-from rehead.healing.layer import LayerHealer
+from rehead.healing import sight
 from rehead.healing.layerwise import LayerwiseModel
-from rehead.healing.moments import LayerStatistics
-from rehead.healing.refit import LogitModel, LogitTargets, Rotation, logit_error, refit_logits
+from rehead.healing.logits import LogitModel, LogitTargets, logit_error, refit_logits
+from rehead.healing.moments import Moments
+from rehead.healing.rotation import Rotation
 from rehead.models.heads import Heads, rotary_pairs
 from rehead.models.linalg import eigen
 
@@ -186,8 +186,7 @@ def test_refit_finds_queries_and_keys_that_give_the_logits(kv: int, bias: bool) 
     if bias:
         start.q_bias, start.k_bias = torch.zeros(heads, size), torch.zeros(kv, size)
     assert logit_error(model, targets, true) < 1e-5
-    statistics = LayerStatistics(inputs, inputs[None], inputs[None])
-    healed = refit_logits(start, model, targets, statistics)
+    healed = refit_logits(start, model, targets, Moments({"inputs": inputs}))
     assert logit_error(model, targets, healed) < 0.2 * logit_error(model, targets, start)
     torch.testing.assert_close(healed.q[..., 0], start.q[..., 0])
     torch.testing.assert_close(healed.k[..., 0], start.k[..., 0])
@@ -261,15 +260,16 @@ def test_a_layout_that_gives_no_number_is_not_proved(llama: Path, monkeypatch, l
 def test_inputs_are_decomposed_once_for_a_layer(monkeypatch) -> None:
     """The pooling, the error figure and the refit share one eigendecomposition of the inputs' moment."""
     calls: list[int] = []
-    monkeypatch.setattr(statistics_module, "eigen", lambda matrix: (calls.append(1), eigen(matrix))[1])
+    monkeypatch.setattr(moments_module, "eigen", lambda matrix: (calls.append(1), eigen(matrix))[1])
     x = torch.randn(64, 9)
-    statistics = LayerStatistics(x.T @ x / 64, (x.T @ x / 64)[None], (x.T @ x / 64)[None])
-    root, inverse = statistics.input_roots
+    moments = Moments({"inputs": x.T @ x / 64, "key_inputs": torch.stack([x.T @ x] * 2)}, groups=2)
+    root, inverse = moments.input_roots
     torch.testing.assert_close(root @ inverse, torch.eye(9, dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close((root @ root).float(), statistics.inputs, atol=1e-4, rtol=1e-4)
-    values, vectors = statistics.input_eigen
-    torch.testing.assert_close(((vectors * values) @ vectors.T).float(), statistics.inputs, atol=1e-4, rtol=1e-4)
-    assert statistics.input_roots[0] is root
+    torch.testing.assert_close((root @ root).float(), moments.inputs, atol=1e-4, rtol=1e-4)
+    values, vectors = moments.input_eigen
+    torch.testing.assert_close(((vectors * values) @ vectors.T).float(), moments.inputs, atol=1e-4, rtol=1e-4)
+    assert moments.input_roots[0] is root
+    assert moments.merged([[0, 1]]).input_roots[0] is root
     assert calls == [1]
 
 
@@ -289,17 +289,15 @@ def test_mixed_lengths_are_healed_for_both(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tokens", "device"), [(8192, "cpu"), (131072, "cpu"), (131072, "cuda"), (1 << 20, "cuda")])
 def test_logits_are_matched_far_back_as_often_as_near(tokens: int, device: str) -> None:
     """Of two lengths with equal tokens, each gets the same number of queries, within the budget."""
-    healer = object.__new__(LayerHealer)
-    healer.device = torch.device(device)
     counts = {}
     for length in (512, 2048):
         part = torch.empty(tokens // 2 // length, length, 4, device="meta")
-        sequences, queries = healer._logit_share(part, 9, 2)
+        sequences, queries = sight.logit_share(part, 9, 2, device)
         assert sequences <= len(part)
         assert queries <= length // 8
         counts[length] = sequences * queries
     assert counts[512] == counts[2048]
-    budget = healing._LOGIT_QUERIES[device]
+    budget = sight.LOGIT_QUERIES[device]
     assert sum(counts.values()) <= budget
     assert tokens < 32768 or sum(counts.values()) == budget
-    assert healer._logit_share(torch.empty(4, 1 << 16, 4, device="meta"), 512, 1)[1] * 8 * 512 << 16 <= 1 << 32
+    assert sight.logit_share(torch.empty(4, 1 << 16, 4, device="meta"), 512, 1, device)[1] * 8 * 512 << 16 <= 1 << 32

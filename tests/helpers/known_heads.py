@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from rehead.healing.moments import LayerStatistics, StatisticsGatherer
+from rehead.healing.moments import Gatherer, Moments
 from rehead.models.heads import Heads, rotary_pairs
+from rehead.models.watch import Seen
+from rehead.variants.pool.regroup import POOL_MOMENTS
 
 QUERIES, SIZE, WIDTH, OUT, LENGTH = 8, 8, 24, 20, 40
 
@@ -59,12 +61,19 @@ def angles(heads: Heads) -> torch.Tensor:
     return 10000 ** (-torch.arange(count).double() / max(count, 1))
 
 
-def gathered(heads: Heads, x: torch.Tensor, kv: int) -> LayerStatistics:
-    gatherer = StatisticsGatherer(WIDTH + 1, kv, torch.device("cpu"))
+def gathered(heads: Heads, x: torch.Tensor, groups: int) -> Moments:
+    """What plain attention over inputs x [S, n] shows, for groups of neighbouring query heads."""
+    gatherer = Gatherer(POOL_MOMENTS, groups, heads.o.float(), None)
     batch = torch.cat([x, torch.ones(len(x), 1)], -1).float()[None]
     gatherer.add_inputs(batch)
-    gatherer.add_attention(batch, attend(heads, x)[1].float()[None])
-    return gatherer.finish(angles(heads), len(x))
+    gatherer.add_attention(batch, shown(attend(heads, x)[1].float()[None]))
+    return replace(gatherer.finish(), angles=angles(heads))
+
+
+def shown(probabilities: torch.Tensor) -> Seen:
+    """Attention of which nothing is known but its probabilities [b, H, R, S], for the first R queries."""
+    none = torch.empty(0)
+    return Seen(none, none, none, none, probabilities, none, 1.0, torch.arange(probabilities.shape[2]))
 
 
 def in_own_bases(heads: Heads, kv: int, rigid: bool, seed: int = 1) -> Heads:

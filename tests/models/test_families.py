@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import IDS, loaded, logits
 
 from rehead.convert import convert
-from rehead.healing.moments import LayerStatistics
+from rehead.healing.moments import Moments
 from rehead.models.families import FAMILIES
 from rehead.models.families.layouts import merge, split
 from rehead.models.model import hosted, open_model
@@ -137,8 +137,10 @@ def pooled(family, model, converted, method: str, grouping: str = "contiguous"):
     for layer in family.attention_layers(config):
         heads = split(family, config, layer, source)
         same = torch.eye(heads.q.shape[-1] + 1)
-        statistics = LayerStatistics(same, same.expand(kv, -1, -1), same.expand(kv, -1, -1))
-        result = regroup(heads, kv, method, grouping, MethodContext(layer, 0, statistics, 0.5))
+        each = same.expand(heads.num_kv_heads, -1, -1)
+        means = {"inputs": same, "key_inputs": each, "mixed_inputs": each}
+        moments = Moments(means, groups=heads.num_kv_heads)
+        result = regroup(heads, kv, method, grouping, MethodContext(layer, 0, moments, 0.5))
         state |= merge(target, layer, result.heads, state)
     converted.load_state_dict(state)
     return converted

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.healing.moments import LayerStatistics
+from rehead.healing.moments import Moments
 from rehead.models.heads import Heads, augmented
 from rehead.models.linalg import sqrt_pair
 from rehead.variants.pool.methods.mean import kv_fields
@@ -36,29 +36,29 @@ def permute(heads: Heads, groups: list[list[int]]) -> Heads:
     return replace(heads.permute_queries(queries), **moved)
 
 
-def similar_groups(heads: Heads, kv: int, method: str, statistics: LayerStatistics | None) -> list[list[int]]:
+def similar_groups(heads: Heads, kv: int, method: str, moments: Moments | None) -> list[list[int]]:
     """Partition the KV heads into ``kv`` groups of equal size so that pooling by ``method`` loses little.
 
     The loss of a group is taken as the sum over its pairs of what pooling those two heads alone would lose, keys and
-    values each relative to their own size, in the metric of the inputs where statistics are given. Groups are found by
+    values each relative to their own size, in the metric of the inputs where moments are given. Groups are found by
     agglomeration from the cheapest pairs and improved by swaps until none helps; the result is deterministic.
 
     Returns:
         Sorted groups of old KV head indices, ordered by their first head.
     """
-    cost = pair_costs(heads, method, statistics).tolist()
+    cost = pair_costs(heads, method, moments).tolist()
     size = heads.num_kv_heads // kv
     groups = _agglomerate(cost, heads.num_kv_heads, size)
     _swap(cost, groups)
     return sorted(sorted(group) for group in groups)
 
 
-def pair_costs(heads: Heads, method: str, statistics: LayerStatistics | None) -> Tensor:
+def pair_costs(heads: Heads, method: str, moments: Moments | None) -> Tensor:
     """What pooling any two KV heads alone would lose: [K, K], symmetric, float64, keys plus values."""
     k, v = augmented(heads, "k"), augmented(heads, "v")
-    if statistics is not None:
-        k = k @ statistics.input_roots[0]
-        v = v @ sqrt_pair(statistics.mixed_inputs.mean(0))[0]
+    if moments is not None:
+        k = k @ moments.input_roots[0]
+        v = v @ sqrt_pair(moments["mixed_inputs"].mean(0))[0]
     return _key_costs(k, heads, method) + _value_costs(v, method)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rehead.healing.moments import LayerStatistics
+from rehead.healing.moments import Moments
 from rehead.models.heads import Heads, augmented
 from rehead.variants.pool.grouping import contiguous_groups, permute, similar_groups
 from rehead.variants.pool.methods.registry import MethodContext, get_method
 from rehead.variants.pool.methods.svd import SLOW_TURN
+
+POOL_MOMENTS = ("inputs", "key_inputs", "mixed_inputs")
+"""What a calibrated method and the choice of similar heads read."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,26 @@ def regroup(
         kv: a divisor of ``heads.num_kv_heads``; the same number returns the heads untouched.
         method: a registered method.
         grouping: ``"contiguous"`` or ``"similar"``.
-        context: seed, layer and statistics.
+        context: seed, layer and moments, of the heads as they are: for as many groups as ``heads`` has KV heads, or
+            for any multiple of ``kv`` where groups are contiguous.
     """
     context = context or MethodContext()
     groups = contiguous_groups(heads.num_kv_heads, kv)
     if kv == heads.num_kv_heads:
         return LayerResult(heads, groups, 0.0, 0.0)
-    if not get_method(method).any_dtype or grouping == "similar" or context.statistics is not None:
+    moments = context.moments
+    if not get_method(method).any_dtype or grouping == "similar" or moments is not None:
         heads = heads.to(torch.float32)
     if grouping == "similar":
-        groups = similar_groups(heads, kv, method, context.statistics)
+        groups = similar_groups(heads, kv, method, moments)
         heads = permute(heads, groups)
-    pooled = get_method(method).pool(heads, kv, context)
-    if pooled.q is heads.q and context.statistics is None:
+    if moments is not None:
+        moments = moments.merged(groups if grouping == "similar" else contiguous_groups(moments.groups, kv))
+    pooled = get_method(method).pool(heads, kv, replace(context, moments=moments))
+    if pooled.q is heads.q and moments is None:
         errors = weight_error(heads.k, pooled.k), weight_error(heads.v, pooled.v)
     else:
-        errors = reconstruction_error(heads, pooled, context.statistics)
+        errors = reconstruction_error(heads, pooled, moments)
     return LayerResult(pooled, groups, *errors)
 
 
@@ -77,25 +84,25 @@ def weight_error(old: Tensor, new: Tensor) -> float:
     return _ratio(lost, size)
 
 
-def reconstruction_error(old: Heads, new: Heads, statistics: LayerStatistics | None = None) -> tuple[float, float]:
+def reconstruction_error(old: Heads, new: Heads, moments: Moments | None = None) -> tuple[float, float]:
     """How far a layer's bilinear forms have moved, whatever basis the heads are in.
 
     Keys: sum over query heads of |q^T k - q'^T k'|^2, for each rotary pair by itself since they average out against
     each other, but for those too slow to; values: sum of |W_o W_v - W_o' W_v'|^2. In the metric of the inputs where
-    statistics are given.
+    moments are given.
     Norms between projection and dot product are left out.
 
     Returns:
         (key error, value error), each relative to the old forms' size.
     """
-    root = None if statistics is None else statistics.input_roots[0]
+    root = None if moments is None else moments.input_roots[0]
     q, k, v = (_per_query(old, name, root) for name in "qkv")
     q2, k2, v2 = (_per_query(new, name, root) for name in "qkv")
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     rest = old.free_dims().to(q.device)
     if old.pairs is not None and len(old.pairs):
         pairs = old.pairs
-        slow = torch.zeros(len(pairs), dtype=torch.bool) if statistics is None else statistics.slow_pairs(SLOW_TURN)
+        slow = torch.zeros(len(pairs), dtype=torch.bool) if moments is None else moments.slow_pairs(SLOW_TURN)
         if len(slow) == len(pairs) and slow.sum() > 1:
             rest, pairs = torch.cat([rest, pairs[slow].flatten().to(q.device)]), pairs[~slow]
         real, imag = pairs.to(q.device).unbind(1)

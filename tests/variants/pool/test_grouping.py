@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -77,9 +76,9 @@ def test_similar_grouping_finds_the_heads_that_belong_together(method) -> None:
     heads = in_own_bases(base, 2, rigid=True) if method != "mean" else regrouped_equal(base)
     mixed = permute(heads, [[0], [2], [1], [3]])
     x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    context = MethodContext(statistics=gathered(mixed, x, 2))
-    assert similar_groups(mixed, 2, method, context.statistics) == [[0, 2], [1, 3]]
-    result = regroup(mixed, 2, method, "similar", replace(context, statistics=gathered(heads, x, 2)))
+    context = MethodContext(moments=gathered(mixed, x, 4))
+    assert similar_groups(mixed, 2, method, context.moments) == [[0, 2], [1, 3]]
+    result = regroup(mixed, 2, method, "similar", context)
     assert torch.allclose(attend(result.heads, x)[0], attend(mixed, x)[0], atol=1e-3)
 
 

@@ -39,11 +39,11 @@ def test_errors_of_forms_are_those_of_the_definition(pairing, dims, seen) -> Non
     heads = make_heads(4, pairing, dims)
     x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     x = x @ torch.diag(torch.logspace(0, -1, WIDTH, dtype=torch.float64))
-    statistics = gathered(heads, x, 2) if seen else None
-    if statistics is not None:
-        statistics.angles = torch.ones(len(heads.pairs))  # none so slow that they are taken together
-    result = regroup(heads, 2, "procrustes", context=MethodContext(statistics=statistics))
-    root = torch.eye(WIDTH + 1, dtype=torch.float64) if statistics is None else statistics.input_roots[0]
+    moments = gathered(heads, x, 2) if seen else None
+    if moments is not None:
+        moments.angles = torch.ones(len(heads.pairs))  # none so slow that they are taken together
+    result = regroup(heads, 2, "procrustes", context=MethodContext(moments=moments))
+    root = torch.eye(WIDTH + 1, dtype=torch.float64) if moments is None else moments.input_roots[0]
     lost, size = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for head in range(QUERIES):
         forms = []

@@ -20,7 +20,7 @@ from known_heads import (
 )
 
 from rehead.errors import UsageError
-from rehead.healing.moments import LayerStatistics, StatisticsGatherer
+from rehead.healing.moments import Moments
 from rehead.models.heads import Heads, rotary_pairs
 from rehead.models.linalg import balance, ridge, sqrt_pair
 from rehead.variants.pool.methods.registry import METHOD_MODULES, MethodContext, get_method, register
@@ -36,7 +36,7 @@ def test_heads_in_their_own_bases_are_recovered(method, rigid, pairing, dims, bi
     x = torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     wanted, _ = attend(heads, x)
     assert torch.allclose(wanted, attend(base, x)[0], rtol=1e-6, atol=1e-6)
-    context = MethodContext(statistics=gathered(heads, x, 2))
+    context = MethodContext(moments=gathered(heads, x, 2))
     result = regroup(heads, 2, method, context=context)
     far = attend(get_method("mean").pool(heads, 2, context), x)[0]
     error = lambda y: float((y - wanted).norm() / wanted.norm())  # noqa: E731
@@ -56,7 +56,7 @@ def test_heads_under_a_norm_are_recovered_whatever_their_scale(method, dims) -> 
     x = torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     wanted = attend(base, x)[0]
     assert torch.allclose(wanted, attend(heads, x)[0], rtol=1e-6, atol=1e-6)
-    pooled = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2))).heads
+    pooled = regroup(heads, 2, method, context=MethodContext(moments=gathered(heads, x, 2))).heads
     assert float((attend(pooled, x)[0] - wanted).norm() / wanted.norm()) < 1e-4
 
 
@@ -65,7 +65,7 @@ def test_heads_under_a_norm_are_recovered_whatever_their_scale(method, dims) -> 
 def test_groups_do_not_see_one_another(method, bias) -> None:
     heads, others = make_heads(4, "half", 4, bias), make_heads(4, "half", 4, bias, seed=1)
     x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    context = MethodContext(statistics=gathered(heads, x, 2))
+    context = MethodContext(moments=gathered(heads, x, 2))
     mixed = {
         name: torch.cat([t[: len(t) // 2], others.tensors()[name][len(t) // 2 :]])
         for name, t in heads.tensors().items()
@@ -83,7 +83,7 @@ def test_equal_heads_are_kept(method) -> None:
     base = make_heads(2)
     heads = replace(base, k=base.k.repeat_interleave(2, 0), v=base.v.repeat_interleave(2, 0))
     x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    result = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2)))
+    result = regroup(heads, 2, method, context=MethodContext(moments=gathered(heads, x, 2)))
     assert torch.allclose(attend(result.heads, x)[0], attend(heads, x)[0], atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_values_that_are_fixed_are_averaged_where_they_stand(method) -> None:
     """Where something acts on the channels of V before the output reads them, neither may turn; all come in float32."""
     heads = replace(make_heads(4, bias=True).to(torch.float32), fixed_values=True)
     x = torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    pooled = regroup(heads, 2, method, context=MethodContext(statistics=gathered(heads, x, 2))).heads
+    pooled = regroup(heads, 2, method, context=MethodContext(moments=gathered(heads, x, 2))).heads
     assert torch.equal(pooled.o, heads.o)
     if method not in ("random", "first"):
         torch.testing.assert_close(pooled.v, heads.v.unflatten(0, (2, 2)).mean(1))
@@ -111,7 +111,7 @@ def test_values_that_are_fixed_are_averaged_where_they_stand(method) -> None:
 def test_svd_beats_every_method_on_what_the_layer_sees() -> None:
     heads = make_heads(8, seed=4)
     x = torch.randn(400, WIDTH, dtype=torch.float64) @ torch.diag(torch.logspace(0, -2, WIDTH, dtype=torch.float64))
-    context = MethodContext(statistics=gathered(heads, x, 2))
+    context = MethodContext(moments=gathered(heads, x, 2))
     wanted = attend(heads, x)[0]
     loss = {
         m: float((attend(regroup(heads, 2, m, context=context).heads, x)[0] - wanted).norm()) for m in METHOD_MODULES
@@ -123,7 +123,7 @@ def test_svd_beats_every_method_on_what_the_layer_sees() -> None:
 def test_svd_gauge_is_balanced() -> None:
     heads = make_heads(8, seed=2)
     x = torch.randn(400, WIDTH, dtype=torch.float64) @ torch.diag(torch.logspace(0, -3, WIDTH, dtype=torch.float64))
-    pooled = regroup(heads, 1, "svd", context=MethodContext(statistics=gathered(heads, x, 1))).heads
+    pooled = regroup(heads, 1, "svd", context=MethodContext(moments=gathered(heads, x, 1))).heads
     for name in "qkv":
         old, new = getattr(heads, name).norm(dim=(1, 2)).mean(), getattr(pooled, name).norm(dim=(1, 2)).mean()
         assert 0.1 < float(new / old) < 10, name
@@ -145,12 +145,8 @@ def test_svd_shares_heads_that_are_larger_than_their_inputs(pairing: str) -> Non
     base, width = regrouped_equal(make_heads(2, pairing, SIZE if pairing == "half" else 0)), 4
     heads = replace(base, **{name: getattr(base, name)[..., :width] for name in "qkv"}, o=base.o[:3])
     x = torch.randn(LENGTH, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    gatherer = StatisticsGatherer(width + 1, 2, torch.device("cpu"))
-    batch = torch.cat([x, torch.ones(len(x), 1)], -1).float()[None]
-    gatherer.add_inputs(batch)
-    gatherer.add_attention(batch, attend(heads, x)[1].float()[None])
-    statistics = gatherer.finish(1e-3 * angles(heads), LENGTH)
-    pooled = regroup(heads, 2, "svd", context=MethodContext(statistics=statistics)).heads
+    moments = replace(gathered(heads, x, 2), angles=1e-3 * angles(heads))
+    pooled = regroup(heads, 2, "svd", context=MethodContext(moments=moments)).heads
     assert pooled.k.shape == pooled.v.shape == (2, SIZE, width)
     assert torch.allclose(attend(pooled, x)[0], attend(heads, x)[0], atol=1e-4)
 
@@ -162,8 +158,12 @@ def test_a_layer_of_zeros_stays_one() -> None:
     )
     x = torch.randn(64, WIDTH + 1, generator=torch.Generator().manual_seed(0))
     moment = x.T @ x / 64
-    statistics = LayerStatistics(moment, moment[None], moment[None], torch.full((4,), 1e-4), 64)
-    pooled = get_method("svd").pool(heads, 1, MethodContext(statistics=statistics))
+    moments = Moments(
+        {"inputs": moment, "key_inputs": moment[None], "mixed_inputs": moment[None]},
+        angles=torch.full((4,), 1e-4),
+        length=64,
+    )
+    pooled = get_method("svd").pool(heads, 1, MethodContext(moments=moments))
     assert max(float(tensor.abs().max()) for tensor in (pooled.q, pooled.k, pooled.v, pooled.o)) < 1e-20
 
 

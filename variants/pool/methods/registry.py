@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rehead.registry import Registry
 
 if TYPE_CHECKING:
-    from rehead.healing.moments import LayerStatistics
+    from rehead.healing.moments import Moments
     from rehead.models.heads import Heads
 
 
@@ -20,13 +20,13 @@ class MethodContext:
     Attributes:
         layer: index of the layer.
         seed: of the whole conversion.
-        statistics: what the layer sees on the calibration text; None for methods that need no data.
+        moments: what the layer sees on the calibration text; None for methods that need no data.
         initializer_range: the config's standard deviation for new weights.
     """
 
     layer: int = 0
     seed: int = 0
-    statistics: LayerStatistics | None = None
+    moments: Moments | None = None
     initializer_range: float = 0.02
 
 
@@ -44,7 +44,7 @@ class Method:
         any_dtype: ``pool`` takes weights as the checkpoint has them and gives float32, so that no float32 copy of a
             whole layer is ever made.
         summary: one line for the help.
-        needs_calibration: whether ``context.statistics`` must be there.
+        needs_calibration: whether ``context.moments`` must be there.
     """
 
     name: str

@@ -39,28 +39,28 @@ def svd(heads: Heads, kv: int, context: MethodContext) -> Heads:
     """Replace every group's key and value heads by the best shared ones; queries and output take up the difference.
 
     Raises:
-        ValueError: the context has no statistics.
+        ValueError: the context has no moments.
     """
-    statistics = context.statistics
-    if statistics is None:
-        raise ValueError("the svd method needs calibration statistics")
+    moments = context.moments
+    if moments is None:
+        raise ValueError("the svd method needs calibration moments")
     freedom = key_freedom(heads)
     q, k, v = (augmented(heads, name) for name in "qkv")
     o = heads.o.double()
     new_q, new_k = q.clone(), torch.zeros(kv, *k.shape[1:], dtype=k.dtype, device=k.device)
     new_v, new_o = torch.zeros_like(new_k), torch.zeros_like(o)
-    query_root, _ = statistics.input_roots
-    slow = statistics.slow_pairs(SLOW_TURN)
+    query_root, _ = moments.input_roots
+    slow = moments.slow_pairs(SLOW_TURN)
     for group in range(kv):
         of_kv = slice(group * len(k) // kv, (group + 1) * len(k) // kv)
         of_q = slice(group * len(q) // kv, (group + 1) * len(q) // kv)
-        key_root = sqrt_pair(statistics.key_inputs[group])
+        key_root = sqrt_pair(moments["key_inputs"][group])
         part = _KeyGroup(q[of_q], k[of_kv], query_root, *key_root, heads, freedom)
         new_q[of_q], new_k[group] = part.solve(slow)
         if heads.fixed_values:
             new_v[group], new_o[:, of_q] = v[of_kv].mean(0), o[:, of_q]
         else:
-            root = sqrt_pair(statistics.mixed_inputs[group])
+            root = sqrt_pair(moments["mixed_inputs"][group])
             new_v[group], new_o[:, of_q] = _values(o[:, of_q], v[of_kv], *root)
     result = replace(heads, o=new_o.to(heads.o))
     for name, weight in (("q", new_q), ("k", new_k), ("v", new_v)):

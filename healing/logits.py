@@ -1,35 +1,28 @@
-"""Closed-form healing of one layer: linear least squares against what the original layer computes.
+"""Refit of queries and keys to the attention logits of the original layer, in closed form.
 
-Two problems, each linear in what it solves for:
-
-- *Logits.* Given the shared keys, the attention logits are linear in the query projections, and given the queries, in
-  the key projections. Both are solved by conjugate gradients on the true logits (with the true rotary angles), weighted
-  by the original's attention probabilities, less each row's mean, which the softmax does not see. What is matched are
-  the logits of the original layer on the original's activations, from inputs that the converted prefix really produces.
-- *Output.* Given the attention, its output is linear in the output projection: ridge regression of the original
-  attention output, plus what the prefix has drifted by where the block adds the output straight to the residual stream,
-  so that each layer also takes back some of the errors before it.
+Given the shared keys, the attention logits are linear in the query projections, and given the queries, in the key
+projections. Both are solved by conjugate gradients on the true logits (with the true rotary angles), weighted by the
+original's attention probabilities, less each row's mean, which the softmax does not see. What is matched are the logits
+of the original layer on the original's activations, from inputs that the changed prefix really produces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rehead.healing.moments import LayerStatistics
+from rehead.healing.moments import Moments
+from rehead.healing.rotation import Rotation
 from rehead.models.heads import Heads, augmented
-from rehead.models.linalg import ridge
 
 #: Conjugate-gradient steps of one solve, and the order of the solves.
 STEPS = 15
 SCHEDULE = ("q", "k", "q")
 #: Pull towards the start, relative to the problem's own curvature: directions that the text does not show stay put.
 DAMPING = 1e-2
-OUTPUT_RIDGE = 1e-4
 
 
 @dataclass
@@ -47,30 +40,6 @@ class LogitTargets:
     rows: Tensor
     probabilities: Tensor
     scores: Tensor
-
-
-@dataclass
-class Rotation:
-    """How the model turns a head's rotary pairs at each position: complex [S, P] up to the longest sequence."""
-
-    factors: Tensor
-    pairs: Tensor
-
-    def order(self, size: int) -> Tensor:
-        """The dimensions of a head as real parts, imaginary parts, and the rest: int64 [size]."""
-        rest = torch.ones(size, dtype=torch.bool)
-        rest[self.pairs.flatten().cpu()] = False
-        return torch.cat([self.pairs.T.flatten().cpu(), rest.nonzero().flatten()]).to(self.factors.device)
-
-    def turn(self, states: Tensor, rows: Tensor | None = None, inverse: bool = False) -> Tensor:
-        """Turn states [..., S, D] in that order, or [..., R, D] at some positions; the transpose with ``inverse``."""
-        count = len(self.pairs)
-        if not count:
-            return states
-        factors = self.factors[: states.shape[-2]] if rows is None else self.factors[rows]
-        cos, sin = factors.real, -factors.imag if inverse else factors.imag
-        real, imag, rest = states[..., :count], states[..., count : 2 * count], states[..., 2 * count :]
-        return torch.cat([real * cos - imag * sin, real * sin + imag * cos, rest], -1)
 
 
 class LogitModel:
@@ -119,18 +88,16 @@ def _adjoint(states: Tensor, x: Tensor) -> Tensor:
     return (flat.T @ x.flatten(0, 1)).unflatten(0, (states.shape[1], -1))
 
 
-def refit_logits(
-    heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], statistics: LayerStatistics
-) -> Heads:
+def refit_logits(heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], moments: Moments) -> Heads:
     """Refit query and key projections to the original's logits.
 
     Args:
         heads: the pooled layer, without a query or key norm (logits would not be linear in the projections).
         targets: batches of the calibration text.
-        statistics: of the layer; the second moment of its inputs preconditions and damps.
+        moments: of the layer; the second moment of its inputs preconditions and damps.
     """
-    values, vectors = statistics.input_eigen
-    values = values / statistics.inputs.double().diagonal().mean()
+    values, vectors = moments.input_eigen
+    values = values / moments.inputs.double().diagonal().mean()
     metric = (vectors * values.clamp_min(0)) @ vectors.T
     smooth = (vectors / (values.clamp_min(0) + 1e-3)) @ vectors.T
     metric, smooth = metric.float(), smooth.float()
@@ -238,59 +205,3 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
         power, last = (residual * step).sum(), power
         search = step + power / last * search
     return change
-
-
-@dataclass
-class OutputTarget:
-    """What the converted layer's attention ought to give.
-
-    Attributes:
-        clean: the original's attention output [N, S, m], for each length of sequence.
-        drift: what the prefix has drifted by, in the output's scale, likewise; None where a norm stands between the
-            output and the residual stream.
-    """
-
-    clean: list[Tensor]
-    drift: list[Tensor] | None
-
-    def at(self, index: int, rows: Any, share: float, device: torch.device) -> Tensor:
-        """The targets of some sequences of one length, taking back ``share`` of the drift."""
-        wanted = self.clean[index][rows]
-        return (wanted if self.drift is None else wanted + share * self.drift[index][rows]).to(device)
-
-
-class OutputRefit:
-    """Gathers the normal equations of the output projection batch by batch and solves them.
-
-    Args:
-        heads: the layer whose output projection is the prior.
-    """
-
-    def __init__(self, heads: Heads) -> None:
-        self.bias = heads.o_bias is not None
-        prior = heads.o.flatten(1)
-        self.prior = torch.cat([prior, heads.o_bias[:, None]], 1) if heads.o_bias is not None else prior
-        width = self.prior.shape[1]
-        self.gram = torch.zeros(width, width, device=prior.device)
-        self.cross = torch.zeros_like(self.prior, dtype=torch.float32)
-
-    def add(self, mixed: Tensor, target: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            mixed: what goes into the output projection [b, S, H * D].
-            target: what should come out [b, S, m].
-        """
-        z, y = mixed.flatten(0, 1), target.flatten(0, 1)
-        if self.bias:
-            z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        self.gram += z.T @ z
-        self.cross += y.T @ z
-
-    def solve(self, heads: Heads) -> Heads:
-        """``heads`` with the refitted output projection."""
-        weight = ridge(self.gram, self.cross, self.prior, OUTPUT_RIDGE).to(heads.o)
-        bias = None
-        if self.bias:
-            weight, bias = weight[:, :-1], weight[:, -1]
-        return replace(heads, o=weight.unflatten(1, (heads.num_heads, -1)).contiguous(), o_bias=bias)

@@ -1,0 +1,173 @@
+"""A whole calibration text on its way through a model's layers, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.healing.layerwise import LayerwiseModel
+from rehead.models.watch import PROBE, Seen, observing, until
+
+Rows = slice | Tensor
+"""Some sequences of one length: a slice, or their indices int64 [b]."""
+
+
+@dataclass
+class TextState:
+    """What stands between two layers, for the whole text.
+
+    Attributes:
+        hidden: hidden states [N, S, n], one tensor for each length of sequence.
+        carried: for each length, what layers hand on besides, by the name of the argument that carries it: mappings of
+            tensors [N, ...] (the keys and values that later layers share).
+    """
+
+    hidden: list[Tensor]
+    carried: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.carried = self.carried or [{} for _ in self.hidden]
+
+    def clone(self) -> TextState:
+        """A copy that shares no memory."""
+        return TextState(
+            [part.clone() for part in self.hidden], [_map(part, lambda t: t.clone()) for part in self.carried]
+        )
+
+    def at(self, index: int, rows: Rows, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """(hidden states [b, S, n], what is carried) of some sequences, on a device."""
+        return self.hidden[index][rows].to(device), _map(self.carried[index], lambda t: t[rows].to(device))
+
+    def put(self, index: int, rows: slice, hidden: Tensor, carried: dict[str, Any]) -> None:
+        """Store what a layer has made of some sequences, where this state is kept."""
+        whole = self.hidden[index]
+        whole[rows] = hidden.to(whole.device)
+        _store(self.carried[index], carried, rows, len(whole), whole.device)
+
+
+class Runner:
+    """One model over the text, one layer at a time.
+
+    Args:
+        model: run layer by layer.
+        batch_tokens: tokens in one forward pass.
+    """
+
+    def __init__(self, model: LayerwiseModel, batch_tokens: int) -> None:
+        self.model, self.batch_tokens = model, batch_tokens
+        self.family, self.config, self.device = model.model.family, model.model.config, model.device
+
+    def batches(self, part: Tensor) -> Iterator[slice]:
+        """Slices of the sequences of one length [N, S, ...], a forward pass each."""
+        step = self.batch_rows(part)
+        return (slice(at, at + step) for at in range(0, len(part), step))
+
+    def batch_rows(self, part: Tensor) -> int:
+        """Sequences in one forward pass over ``part`` [N, S, ...]."""
+        return batch_rows(part, self.batch_tokens)
+
+    def every_batch(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, slice]]:
+        """(index of a length, slice of its sequences) over all of the text."""
+        return ((index, rows) for index, part in enumerate(parts) for rows in self.batches(part))
+
+    def run(self, layer: int, state: TextState, watch: Callable[[int, slice, Tensor], None] | None = None) -> None:
+        """Bring all of the text through a loaded layer; ``state`` is overwritten.
+
+        Args:
+            watch: called after each batch with (index of its length, its sequences, the layer's output [b, S, n]).
+        """
+        for index, rows in self.every_batch(state.hidden):
+            hidden, carried = state.at(index, rows, self.device)
+            output = self.model.run_layer(layer, hidden, carried=carried)
+            if watch is not None:
+                watch(index, rows, output)
+            state.put(index, rows, output, carried)
+
+    def call(self, layer: int, state: TextState, index: int, rows: Rows, implementation: str | None = None) -> Tensor:
+        """A loaded layer's output [b, S, n] on some sequences; ``state`` stays."""
+        hidden, carried = state.at(index, rows, self.device)
+        return self.model.run_layer(layer, hidden, implementation, carried)
+
+    def modules(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """(attention, the projection that reads its input, the output projection)."""
+        attention = self.model.layers[layer].get_submodule(self.family.attention.rstrip("."))
+        return tuple([attention, *map(attention.get_submodule, (self.family.names.query, self.family.names.output))])  # type: ignore[return-value]
+
+    def attention_inputs(self, layer: int, state: TextState) -> list[Tensor]:
+        """What the attention reads, normed: [N, S, n] as ``state.hidden``."""
+        inputs = [torch.empty_like(part) for part in state.hidden]
+        for index, rows in self.every_batch(state.hidden):
+            inputs[index][rows] = self.attention_input(layer, state, index, rows).to(inputs[index].device)
+        return inputs
+
+    def attention_input(self, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:
+        """The same for some sequences [b, S, n], on the device that the layer runs on."""
+        _, reader, _ = self.modules(layer)
+        read: list[Tensor] = []
+        with until(reader, lambda args, kwargs: read.append(args[0])):
+            self.call(layer, state, index, rows)
+        return read[0]
+
+    def look(
+        self, layer: int, state: TextState, index: int, rows: Rows, at: Tensor, observer: Callable[[Seen], None]
+    ) -> None:
+        """Show what attention computes on some sequences for the queries at positions ``at`` (int64 [R])."""
+        _, _, output = self.modules(layer)
+        with observing(observer, at), until(output, lambda args, kwargs: None):
+            self.call(layer, state, index, rows, PROBE)
+
+    def seen(self, layer: int, state: TextState, index: int, rows: Rows, at: Tensor) -> Seen | None:
+        """The same, as a value; None where it cannot be observed."""
+        seen: list[Seen] = []
+        self.look(layer, state, index, rows, at, seen.append)
+        return seen[0] if seen else None
+
+
+def batch_rows(part: Tensor, batch_tokens: int) -> int:
+    """Sequences in one forward pass over ``part`` [N, S, ...]: at least one, all of about the same number."""
+    most = max(1, batch_tokens // part.shape[1])
+    return -(-len(part) // -(-len(part) // most))
+
+
+def with_one(x: Tensor) -> Tensor:
+    """x~ = [x, 1]: the one carries biases."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tree of mappings and sequences with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, MutableMapping):
+        copy = type(value)()
+        copy.update((key, _map(item, change)) for key, item in value.items())
+        return copy
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, change) for item in value)
+    return value
+
+
+def _store(
+    whole: MutableMapping[Any, Any], part: MutableMapping[Any, Any], rows: slice, count: int, device: Any
+) -> None:
+    """Write a mapping of some sequences' tensors into that of all, which are made at the first batch."""
+
+    def put(old: Any, new: Any) -> Any:
+        if isinstance(new, Tensor):
+            old = torch.empty(count, *new.shape[1:], dtype=new.dtype, device=device) if old is None else old
+            old[rows] = new.to(device)
+            return old
+        if isinstance(new, MutableMapping):
+            old = type(new)() if old is None else old
+            _store(old, new, rows, count, device)
+            return old
+        if isinstance(new, (tuple, list)):
+            return type(new)(put(None if old is None else old[i], item) for i, item in enumerate(new))
+        return new
+
+    for key, value in part.items():
+        whole[key] = put(whole.get(key), value)

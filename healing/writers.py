@@ -1,0 +1,187 @@
+"""Closed-form refit of the matrices that write to the residual stream, by ridge regression on what goes into them.
+
+Given the attention, its output is linear in the output projection; in a parallel block the output projection and the
+FFN's read inputs that do not depend on either, so both together are one least-squares problem. What is matched is what
+the original writes, plus what the changed prefix has drifted by where the block adds straight to the residual stream,
+so that each layer also takes back some of the errors before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.healing.runner import Rows, Runner, TextState
+from rehead.models.linalg import ridge
+from rehead.models.watch import hooked, until
+
+#: Pull towards the matrices as they are, relative to the mean diagonal of the normal equations.
+RIDGE = 1e-4
+
+
+class LeastSquares:
+    """Normal equations of some matrices whose outputs are added up.
+
+    Args:
+        weights: [m, w] each.
+        bias: their biases' sum [m], or None where none has one.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
+        self.widths = [weight.shape[1] for weight in weights]
+        self.bias = bias is not None
+        columns = [*weights, bias[:, None]] if bias is not None else [*weights]
+        self.prior = torch.cat([column.float() for column in columns], 1)
+        width = self.prior.shape[1]
+        self.gram = torch.zeros(width, width, device=self.prior.device)
+        self.cross = torch.zeros_like(self.prior)
+        self.size = torch.zeros((), dtype=torch.float64, device=self.prior.device)
+
+    def add(self, inputs: Sequence[Tensor], target: Tensor) -> None:
+        """Count a batch: the matrices' inputs [b, S, w] each, and what they should add up to [b, S, m]."""
+        z, y = torch.cat([part.flatten(0, 1) for part in inputs], 1), target.flatten(0, 1)
+        if self.bias:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        self.gram += z.T @ z
+        self.cross += y.T @ z
+        self.size += y.square().sum()
+
+    def error(self, weight: Tensor) -> float:
+        """Relative error of the sum under weights [m, all the inputs]."""
+        size = float(self.size)
+        lost = size - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
+        return max(float(lost) / max(size, 1e-30), 0.0) ** 0.5
+
+    def solve(self) -> tuple[list[Tensor], Tensor | None, list[float]]:
+        """(the weights, their biases' sum, relative error before and after)."""
+        best = ridge(self.gram, self.cross, self.prior, RIDGE).to(self.prior)
+        parts = list(best[:, : sum(self.widths)].split(self.widths, 1))
+        return parts, best[:, -1] if self.bias else None, [self.error(self.prior), self.error(best)]
+
+
+@dataclass
+class OutputTarget:
+    """What the changed layer's attention ought to give.
+
+    Attributes:
+        clean: the original's attention output [N, S, m], for each length of sequence.
+        drift: what the prefix has drifted by, in the output's scale, likewise; None where a norm stands between the
+            output and the residual stream.
+    """
+
+    clean: list[Tensor]
+    drift: list[Tensor] | None
+
+    def at(self, index: int, rows: Rows, share: float, device: torch.device) -> Tensor:
+        """The targets of some sequences of one length, taking back ``share`` of the drift."""
+        wanted = self.clean[index][rows]
+        return (wanted if self.drift is None else wanted + share * self.drift[index][rows]).to(device)
+
+
+def run_original(runner: Runner, layer: int, original: TextState, changed: TextState) -> OutputTarget:
+    """Bring the text through the original's layer and say what the changed layer's attention ought to give.
+
+    Args:
+        original: the original's text before the layer; overwritten with that after it.
+        changed: the changed prefix's before the layer.
+    """
+    _, _, output = runner.modules(layer)
+    drift = None
+    if not runner.family.post_norm_of(runner.config):
+        scale = runner.family.residual_scale(runner.config, layer)
+        drift = [(wanted - got) / scale for wanted, got in zip(original.hidden, changed.hidden)]
+    clean: list[list[Tensor]] = [[] for _ in original.hidden]
+    kept: list[Tensor] = []
+
+    def keep(index: int, rows: slice, after: Tensor) -> None:
+        clean[index].append(kept.pop().reshape(*after.shape[:2], -1).to(original.hidden[index].device))
+
+    with hooked(output.register_forward_hook(lambda module, args, result: kept.append(result))):
+        runner.run(layer, original, keep)
+    return OutputTarget([torch.cat(parts) for parts in clean], drift)
+
+
+def refit_output(runner: Runner, layer: int, state: TextState, target: OutputTarget) -> dict[str, Tensor]:
+    """Refit a loaded layer's attention output projection.
+
+    Args:
+        state: the changed prefix's text before the layer.
+        target: from :func:`run_original`.
+
+    Returns:
+        The new matrix, and its bias if there is one, by the checkpoint's names.
+    """
+    _, _, output = runner.modules(layer)
+    problem = _problem(runner, [output])
+    for index, rows in runner.every_batch(state.hidden):
+        wanted = target.at(index, rows, 1.0, runner.device)
+
+        def count(args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Tensor = wanted) -> None:
+            problem.add([args[0].reshape(*wanted.shape[:-1], -1)], wanted)
+
+        with until(output, count):
+            runner.call(layer, state, index, rows)
+    weights, bias, _ = problem.solve()
+    return _named(runner, layer, [output], weights, bias)
+
+
+def refit_writers(
+    runner: Runner, layer: int, stems: Sequence[str], state: TextState, after: TextState
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Refit, together, what a loaded layer's block writes.
+
+    Args:
+        stems: the matrices below the layer's prefix; their inputs must not depend on one another's outputs.
+        state: the changed prefix's text before the layer.
+        after: the original's after it.
+
+    Returns:
+        (new matrices and biases by the checkpoint's names, relative error of what they give before and after).
+    """
+    modules = [runner.model.layers[layer].get_submodule(stem) for stem in stems]
+    problem = _problem(runner, modules)
+    scale = runner.family.residual_scale(runner.config, layer)
+    for index, rows in runner.every_batch(state.hidden):
+        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def keep(
+            module: nn.Module, args: tuple[Tensor, ...], result: Tensor, seen: dict[nn.Module, Any] = seen
+        ) -> None:
+            seen[module] = (args[0], result.clone())  # Falcon adds to it in place
+
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(hooked(module.register_forward_hook(keep)))
+            out = runner.call(layer, state, index, rows)
+        flat = [(x.reshape(*out.shape[:2], -1), y.reshape(out.shape)) for x, y in (seen[m] for m in modules)]
+        target = (after.hidden[index][rows].to(runner.device) - out) / scale + sum(y for _, y in flat)
+        problem.add([x for x, _ in flat], target)
+    weights, bias, errors = problem.solve()
+    return _named(runner, layer, modules, weights, bias), errors
+
+
+def _problem(runner: Runner, modules: Sequence[Any]) -> LeastSquares:
+    biases = [module.bias for module in modules if module.bias is not None]
+    weights = [module.weight.T if runner.family.transposed else module.weight for module in modules]
+    return LeastSquares(weights, torch.stack(biases).sum(0) if biases else None)
+
+
+def _named(
+    runner: Runner, layer: int, modules: Sequence[Any], weights: Sequence[Tensor], bias: Tensor | None
+) -> dict[str, Tensor]:
+    """Matrices by the checkpoint's names; of biases that are added up, the last one takes the change."""
+    names = {module: name for name, module in runner.model.layers[layer].named_modules()}
+    prefix, tensors = runner.family.layer.format(i=layer), {}
+    for module, weight in zip(modules, weights):
+        turned = weight.T if runner.family.transposed else weight
+        tensors[f"{prefix}{names[module]}.weight"] = turned.contiguous()
+    biased = [module for module in modules if module.bias is not None]
+    if biased and bias is not None:
+        rest = sum(module.bias for module in biased[:-1])
+        tensors[f"{prefix}{names[biased[-1]]}.bias"] = (bias - rest).clone()
+    return tensors
