@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
-from rehead.convert.execute import cast
 from rehead.convert.planning import Plan
 from rehead.data.calibration import CalibrationText, load_calibration
 from rehead.healing.job import Changed, Job, LayerJob, query_order
@@ -20,6 +19,7 @@ from rehead.healing.run import heal
 from rehead.models.families.layouts import merge
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
+from rehead.models.rewritten import cast
 from rehead.variants.pool.methods.registry import MethodContext, get_method
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.manifest import made_by
 from rehead.checkpoints.source import torch_dtype
 from rehead.checkpoints.target import Target, finish_commit
@@ -22,11 +21,12 @@ from rehead.console import Progress
 from rehead.convert.card import model_card
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan, moves_queries
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UsageError
 from rehead.models.device import resolve_device
 from rehead.models.families.layouts import merge
 from rehead.models.model import open_model
 from rehead.models.modeling import carried_files
+from rehead.models.rewritten import cast
 from rehead.options import takes
 from rehead.variants.blocks.layer_choice import is_auto
 from rehead.variants.pool.methods.registry import MethodContext
@@ -108,24 +108,6 @@ def layer_tensors(plan: Plan, layer: int, result: LayerResult, keep_float: bool 
     return {name: cast(name, tensor, dtypes[name]) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A computed weight in the dtype that is written.
-
-    Raises:
-        UnsupportedError: a number is beyond the dtype.
-    """
-    result = tensor.to(dtype)
-    if first_nonfinite(result) is not None:
-        if first_nonfinite(tensor) is not None:
-            raise UnsupportedError(f"{name}: came out not finite; use --method mean, and report this model")
-        limit = f"{str(dtype).removeprefix('torch.')}'s {torch.finfo(dtype).max:.3g}"
-        raise UnsupportedError(
-            f"{name}: holds {float(tensor.abs().max()):.3g}, beyond {limit}; choose --dtype bfloat16 or float32"
-        )
-    return result
-
-
-@takes(ConvertOptions)
 def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.source import Source, TensorInfo, torch_dtype
+from rehead.errors import UnsupportedError
 from rehead.models.rewrite import Recipe
-
-if TYPE_CHECKING:
-    import torch
 
 
 class HostedSource(Source):
@@ -72,3 +73,23 @@ class HostedSource(Source):
     def close(self) -> None:
         super().close()
         self.inner.close()
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A computed weight in the dtype that is written.
+
+    Raises:
+        UnsupportedError: a number is beyond the dtype.
+    """
+    result = tensor.to(dtype)
+    if first_nonfinite(result) is not None:
+        if first_nonfinite(tensor) is not None:
+            raise UnsupportedError(f"{name}: came out not finite; use --method mean, and report this model")
+        limit = f"{str(dtype).removeprefix('torch.')}'s {torch.finfo(dtype).max:.3g}"
+        raise UnsupportedError(
+            f"{name}: holds {float(tensor.abs().max()):.3g}, beyond {limit}; choose --dtype bfloat16 or float32"
+        )
+    return result
+
+
+@takes(ConvertOptions)
