@@ -108,6 +108,7 @@ def layer_tensors(plan: Plan, layer: int, result: LayerResult, keep_float: bool 
     return {name: cast(name, tensor, dtypes[name]) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
+@takes(ConvertOptions)
 def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

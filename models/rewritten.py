@@ -90,6 +90,3 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: holds {float(tensor.abs().max()):.3g}, beyond {limit}; choose --dtype bfloat16 or float32"
         )
     return result
-
-
-@takes(ConvertOptions)
