@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rehead.checkpoints.files import remove
 from rehead.checkpoints.smallfiles import CONFIG_NAME, MANIFEST_NAME
 from rehead.checkpoints.stream import sync_dir, write_error
 from rehead.errors import UnsupportedError, UsageError
@@ -211,7 +212,7 @@ class Staging:
         """Put a replaced OUT back if a run was killed between the two renames of an overwrite; drop it otherwise."""
         if os.path.lexists(self.retired):
             if os.path.lexists(self.out):
-                _remove(self.retired)
+                remove(self.retired)
             else:
                 os.rename(self.retired, self.out)
 
@@ -264,7 +265,7 @@ class Staging:
 
     def _empty(self) -> None:
         for entry in self.path.iterdir():
-            _remove(entry)
+            remove(entry)
 
     # ---- the journal
 
@@ -332,7 +333,7 @@ class Staging:
         self._unlock()
         if os.path.lexists(self.retired):
             with contextlib.suppress(OSError):
-                _remove(self.retired)
+                remove(self.retired)
 
     def _replace(self) -> None:
         """Put the staging folder in the place of OUT and OUT aside, in one step where the system can."""
@@ -349,7 +350,7 @@ class Staging:
     def discard(self) -> None:
         """Remove the staging folder, and the parents of OUT that this run made."""
         with contextlib.suppress(OSError, UnsupportedError):
-            _remove(self.path)
+            remove(self.path)
         self._unlock()
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):
@@ -376,11 +377,3 @@ def _alive(pid: int) -> bool:
     except OSError as err:
         return err.errno == errno.EPERM
     return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()

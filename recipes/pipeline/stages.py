@@ -17,7 +17,7 @@ from rehead.checkpoints.files import write_file
 from rehead.console import Progress
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes.evaluation.output import FILE as EVALUATION
-from rehead.recipes.pipeline import graph, names
+from rehead.recipes.pipeline import graph, named_models
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.pipeline.labels import renamed
 from rehead.recipes.pipeline.record import name_of
@@ -62,7 +62,7 @@ def run_stage(stage: Stage, site: Site) -> None:
 
 def _fetch(stage: Stage, site: Site) -> None:
     if not (site.out / stage.name / "model.safetensors").is_file():
-        names.write_smollm2(site.out / stage.name)
+        named_models.write_smollm2(site.out / stage.name)
 
 
 def _new(stage: Stage, site: Site) -> None:

@@ -8,12 +8,10 @@ depends on the seed and the step alone, so no state of a random generator is kep
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rehead.checkpoints.files import write_file
-from rehead.checkpoints.stream import ResourceError, hash_file, sync_dir, write_error
+from rehead.checkpoints.files import remove as remove_all
+from rehead.checkpoints.files import whole, write_file
+from rehead.checkpoints.stream import ResourceError, hash_file, write_error
 from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.training.tensorfile import read_tensors, write_tensors
 
@@ -119,24 +118,24 @@ class WorkFolder:
     def prune(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints, and what killed runs left unfinished."""
         for step in self.steps()[keep:]:
-            _remove(self.folder(step))
-        for part in self.path.glob("step-*.part"):
-            _remove(part)
+            remove_all(self.folder(step))
+        for part in self.path.glob("*step-*.part"):
+            remove_all(part)
 
     def drop(self, step: int) -> None:
         """Remove the checkpoint of a step."""
-        _remove(self.folder(step))
+        remove_all(self.folder(step))
 
     def clear(self) -> None:
         """Forget an earlier run."""
         for entry in self.path.iterdir():
             if entry.name != "tokens":
-                _remove(entry)
+                remove_all(entry)
 
     def close(self, *, remove: bool = False) -> None:
         """Unlock the folder, and remove it with all checkpoints once OUT is there."""
         if remove:
-            _remove(self.path)
+            remove_all(self.path)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -168,28 +167,20 @@ def save(
         write_tensors(None, weights)
         write_tensors(None, optimizer)
         return 0
-    final = work.folder(step)
-    part = final.with_name(final.name + ".part")
     try:
-        _remove(part)
-        part.mkdir()
-        files = {WEIGHTS: write_tensors(part / WEIGHTS, weights), OPTIMIZER: write_tensors(part / OPTIMIZER, optimizer)}
-        table = {
-            "step": step,
-            **state,
-            "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in files.items()},
-        }
-        write_file(part / STATE, json.dumps({**table, "checksum": _checksum(table)}, indent=1) + "\n")
-        sync_dir(part)
-        if final.exists():
-            _remove(final)
-        os.rename(part, final)
-        sync_dir(work.path)
-    except OSError as error:
-        _remove(part)
-        raise write_error(error, f"checkpoint of step {step}") from None
+        with whole(work.folder(step)) as part:
+            part.mkdir()
+            files = {
+                WEIGHTS: write_tensors(part / WEIGHTS, weights),
+                OPTIMIZER: write_tensors(part / OPTIMIZER, optimizer),
+            }
+            table = {
+                "step": step,
+                **state,
+                "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in files.items()},
+            }
+            write_file(part / STATE, json.dumps({**table, "checksum": _checksum(table)}, indent=1) + "\n")
     except ResourceError as error:
-        _remove(part)
         kept = f"; the one of step {work.steps()[0]} is whole" if work.steps() else ""
         raise ResourceError(f"checkpoint of step {step}: {error}{kept}") from None
     return sum(size for size, _ in files.values())
@@ -234,11 +225,3 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 def _checksum(table: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

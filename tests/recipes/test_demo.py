@@ -13,7 +13,7 @@ import pytest
 
 from rehead.data.builtin import TEXTS, text_path
 from rehead.recipes.pipeline.load import library_names
-from rehead.recipes.pipeline.names import embedded_model
+from rehead.recipes.pipeline.named_models import embedded_model
 from rehead.recipes.pipeline.run import plan_recipe
 
 ROOT = Path(__file__).parent.parent.parent

