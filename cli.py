@@ -14,13 +14,16 @@ from importlib import import_module
 
 import click
 
-from rehead.console import echo, print_json
-from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError, unknown_name
+from rehead.console import LazyGroup, echo, print_json
+from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError
 from rehead.version import __version__
 
 # command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("rehead.convert.commands", "Show a model's attention layout, KV bytes a token, and what can be done."),
+    "inspect": (
+        "rehead.convert.commands",
+        "Show a model's attention layout, KV bytes per token, what can be done.",
+    ),
     "plan": ("rehead.convert.commands", "Show exactly what a conversion would change; reads no weights."),
     "convert": ("rehead.convert.commands", "Convert a checkpoint to fewer KV heads."),
     "verify": ("rehead.convert.commands", "Check a converted checkpoint: files, loading, logits."),
@@ -42,30 +45,14 @@ LEAVES: dict[str, str] = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, not when they are listed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        return getattr(import_module(COMMANDS[name][0]), name.replace("-", "_") + "_command")
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(unknown_name("command", args[0], COMMANDS))
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+def _load(module: str, name: str) -> click.Command:
+    return getattr(import_module(module), name.replace("-", "_") + "_command")
 
 
-@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, table=COMMANDS, load=_load, kind="command", invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 @click.version_option(__version__, prog_name="rehead")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

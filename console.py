@@ -12,11 +12,13 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+
+from rehead.errors import unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +30,40 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as 
 QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
 REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, not when they are listed.
+
+    Args:
+        table: name -> (module, one line of help).
+        load: (module, name) -> the command.
+        kind: what a command is called in messages.
+    """
+
+    def __init__(
+        self, *args: Any, table: Mapping[str, tuple[str, str]], load: Callable[[str, str], click.Command], kind: str,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*args, **settings)
+        self._table, self._load, self._kind = table, load, kind
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._table)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return self._load(self._table[name][0], name) if name in self._table else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self._table and not args[0].startswith("-"):
+            ctx.fail(unknown_name(self._kind, args[0], self._table))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section(f"{self._kind.capitalize()}s"):
+            formatter.write_dl([(name, text) for name, (_, text) in self._table.items()])
 
 
 def printable(text: object, newlines: bool = False) -> str:

@@ -19,7 +19,7 @@ from rehead.options import flags, given
 @REVISION
 @JSON
 def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
-    """Show MODEL's attention layout, KV bytes a token, and what can be done."""
+    """Show MODEL's attention layout, KV bytes per token, and what can be done."""
     from rehead.convert import inspect
 
     facts = inspect(model, revision)
@@ -37,11 +37,11 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
         ("positions", facts["positions"]),
         ("key norm", facts["key_norm"]),
         ("parameters", f"{facts['parameters']:,} ({facts['bytes'] / 1e9:.2f} GB; {', '.join(facts['dtypes'])})"),
-        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"),
+        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes per token"),
     ]  # fmt: skip
     for count, size in facts["can_convert_to"].items():
         saved = 1 - size / facts["kv_bytes_per_token"]
-        rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes a token, {saved:.1%} less"))
+        rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes per token, {saved:.1%} less"))
     rows += [("cannot", reason) for reason in facts["cannot"]]
     rows += [("tensors", strays)] if (strays := _strays(facts)) else []
     rows += [("may become", ", ".join(facts["hosts"]))] if facts["hosts"] else []
@@ -182,7 +182,7 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(facts)),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),
-        ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes a token"),
+        ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes per token"),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
     ]
     if strays := _strays(facts):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rehead.console import JSON, QUIET, echo, print_json, progress_bar
+from rehead.console import JSON, QUIET, LazyGroup, echo, print_json, progress_bar
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "attention": ("rehead.benchmarks.attention", "GPU kernels beside SDPA flash, SDPA cuDNN and FlexAttention."),
@@ -102,31 +102,20 @@ def _coverage(types: tuple[str, ...], workers: int, seconds: float, as_json: boo
         )
 
 
-class _Benchmarks(click.Group):
-    """Benchmarks are imported when they are called; their own parsers read the rest of the line."""
+def _load(module: str, name: str) -> click.Command:
+    """A command that hands the rest of the line to the benchmark's own parser."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(BENCHMARKS)
+    def call(args: tuple[str, ...]) -> None:
+        _benchmark(name, module).main(list(args))
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in BENCHMARKS:
-            from rehead.errors import unknown_name
-
-            ctx.fail(unknown_name("benchmark", name, BENCHMARKS))
-        module, text = BENCHMARKS[name]
-
-        def call(args: tuple[str, ...]) -> None:
-            _benchmark(name, module).main(list(args))
-
-        return click.Command(
-            name,
-            callback=call,
-            params=[click.Argument(["args"], nargs=-1, type=click.UNPROCESSED)],
-            help=f"{text} Its own flags: rehead bench {name} --help",
-            short_help=text,
-            add_help_option=False,
-            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-        )
+    return click.Command(
+        name,
+        callback=call,
+        params=[click.Argument(["args"], nargs=-1, type=click.UNPROCESSED)],
+        help=f"{BENCHMARKS[name][1]} Its own flags: rehead bench {name} --help",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
 
 
 def _benchmark(name: str, module: str) -> Any:
@@ -142,7 +131,7 @@ def _benchmark(name: str, module: str) -> Any:
         raise UnsupportedError(f"benchmark {name!r} is not part of this installation; choose another") from error
 
 
-@click.group("bench", cls=_Benchmarks, invoke_without_command=True)
+@click.group("bench", cls=LazyGroup, table=BENCHMARKS, load=_load, kind="benchmark", invoke_without_command=True)
 @click.pass_context
 def bench_command(ctx: click.Context) -> None:
     """Measure Rehead beside its peers on this machine."""

@@ -44,7 +44,7 @@ def run_command(
 ) -> None:
     """Run RECIPE (a file, or one of `rehead recipes ls`): convert, uptrain, evaluate, report.
 
-    A stage whose output is there and verifies is skipped, so running again goes on where the last run stopped.
+    A stage whose output is there and verifies is skipped, so running again resumes where the last run stopped.
     """
     from rehead.recipes.pipeline.run import cells_table, plan_recipe, run_recipe
 

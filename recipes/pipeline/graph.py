@@ -93,7 +93,7 @@ def plan_cell(cell: Cell, where: str) -> CellPlan:
         where: the recipe's origin, for messages.
 
     Raises:
-        UsageError: a key, value or combination that cannot be meant.
+        UsageError: an invalid key, value or combination.
     """
     recipe: Recipe = Recipe.parse(cell.raw, where)
     build = _Builder(recipe, where)

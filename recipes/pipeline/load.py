@@ -92,7 +92,7 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Loaded:
             folder, those in the recipe from the recipe's own (a shipped recipe's from the working folder).
 
     Raises:
-        UsageError: no such recipe, no YAML mapping, a key twice, or a setting that cannot be meant.
+        UsageError: no such recipe, no YAML mapping, a key twice, or an invalid setting.
     """
     text, origin, base = recipe_text(recipe)
     raw = parse_yaml(text, origin)
@@ -120,9 +120,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise UsageError(f"{origin}: is no YAML{where} ({problem}); mend it") from None
+        raise UsageError(f"{origin}: is no YAML{where} ({problem}); fix it") from None
     except RecursionError:
-        raise UsageError(f"{origin}: is nested too deeply for a recipe; mend it") from None
+        raise UsageError(f"{origin}: is nested too deeply for a recipe; fix it") from None
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:

@@ -54,7 +54,7 @@ def write_smollm2(out: Path) -> None:
     with quiet_transformers(), whole(out) as part:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-        # transformers goes on calling the dequantised model quantised, and would refuse to cast and save it.
+        # transformers still calls the dequantised model quantised and would refuse to cast and save it.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False

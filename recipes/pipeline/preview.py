@@ -49,7 +49,7 @@ def preview(planned: Planned, cell: int | None = None) -> list[dict[str, Any]]:
 
 
 def conversion(stage: Stage) -> str:
-    """``"8 -> 2 KV heads, 5,120 -> 1,280 bytes of KV cache a token"``; empty for a model that a stage will make.
+    """``"8 -> 2 KV heads, 5,120 -> 1,280 bytes of KV cache per token"``; empty for a model that a stage will make.
 
     Raises:
         ReheadError: as :func:`rehead.convert.planning`.
@@ -66,4 +66,4 @@ def conversion(stage: Stage) -> str:
     facts = plan(name, revision=revision, calibration=stage.data["calibration"], **options).as_json()
     heads, cache = facts["num_key_value_heads"], facts["kv_bytes_per_token"]
     before, after = f"{cache['before']:,}", f"{cache['after']:,}"
-    return f"{heads['before']} -> {heads['after']} KV heads, {before} -> {after} bytes of KV cache a token"
+    return f"{heads['before']} -> {heads['after']} KV heads, {before} -> {after} bytes of KV cache per token"

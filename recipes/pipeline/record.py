@@ -48,7 +48,7 @@ def outside(stage: Stage) -> dict[str, Any]:
     """What tells the models and texts that a stage reads from outside the recipe from others of the same names.
 
     Raises:
-        UsageError: a model or text cannot be meant.
+        UsageError: an invalid model or text.
         UnsupportedError: a model on the Hub cannot be reached.
     """
     from rehead.data.sources import identity
@@ -152,7 +152,7 @@ def write_record(
 def drop(stage: Stage, out: Path) -> None:
     """Remove a recorded output that no longer holds, so that the stage starts afresh.
 
-    Only what was recorded is removed: a folder without a record is an interrupted run's, which goes on from it, or
+    Only what was recorded is removed: a folder without a record is an interrupted run's, which resumes from it, or
     somebody else's.
     """
     path = record_path(out, stage.name)

@@ -107,7 +107,7 @@ def plan_recipe(recipe: str, settings: Sequence[str] = (), out: str | os.PathLik
         out: the folder to write to; the recipe's own when None.
 
     Raises:
-        UsageError: something in it cannot be meant; the line names the key.
+        UsageError: something in it is invalid; the line names the key.
     """
     loaded = load_recipe(recipe, settings)
     base: Recipe = Recipe.parse({**loaded.raw}, loaded.origin)
@@ -130,7 +130,7 @@ def run_recipe(
     """Run a recipe: convert -> uptrain -> evaluate -> report.
 
     A stage is skipped where its record says that it was asked for the same, made from the same, and its files still
-    have their SHA-256. A killed run goes on where it was: conversion and uptraining from what they had finished.
+    have their SHA-256. A killed run resumes where it was: conversion and uptraining from what they had finished.
 
     Args:
         recipe: a file, or the name of a shipped recipe.
@@ -144,7 +144,7 @@ def run_recipe(
         watch: the same for uptrainings, whose value is (progress, event listener).
 
     Raises:
-        UsageError: the recipe cannot be meant.
+        UsageError: an invalid recipe.
         UnsupportedError: the machine lacks what it wants, or a stage's input is unsupported.
         QualityError: a gate was not met; the report is written.
         ReheadError: as the stages.

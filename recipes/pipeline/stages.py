@@ -93,7 +93,7 @@ def _convert(stage: Stage, site: Site) -> None:
     except UsageError:
         if not staging_path(folder).exists():
             raise
-        go(resume=False)  # what lay there was left by another version; there is nothing to go on from
+        go(resume=False)  # what lay there was left by another version; there is nothing to resume from
 
 
 def _train(stage: Stage, site: Site) -> None:
@@ -120,7 +120,7 @@ def _train(stage: Stage, site: Site) -> None:
                 raise
             go({**arguments, "overwrite": True}, launch, site)
     except UsageError as error:
-        # The command's mend is a flag that a recipe does not have.
+        # The command's remedy is a flag that a recipe does not have.
         raise UsageError(str(error).replace("--resume never", f"removing {work_path(out)}")) from None
 
 
@@ -155,7 +155,7 @@ def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> 
         if done.returncode:
             raise UnsupportedError(
                 f"accelerate launch of {launch['processes']} processes: ended with code {done.returncode} ({last}); "
-                "run the recipe again to go on from the last checkpoint"
+                "run the recipe again to resume from the last checkpoint"
             )
 
 
