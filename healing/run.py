@@ -7,7 +7,6 @@ the inputs that it will really get; what it ought to give is what the original g
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.checkpoints.files import whole
 from rehead.console import Progress
 from rehead.data.calibration import CalibrationText
 from rehead.errors import first_line
@@ -128,19 +128,12 @@ def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from rehead.checkpoints.stream import write_error
-
-    path, part = folder / f"layer-{layer:05d}.safetensors", folder / "part"
-    try:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, {"facts": json.dumps(facts)})
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise write_error(error, path.name) from None
-    except SafetensorError as error:  # wraps what the system says
-        code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else 0
-        raise write_error(OSError(code, first_line(error)), path.name) from None
+    with whole(folder / f"layer-{layer:05d}.safetensors") as part:
+        try:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, {"facts": json.dumps(facts)})
+        except SafetensorError as error:  # wraps what the system says
+            code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else 0
+            raise OSError(code, first_line(error)) from None
 
 
 def _load(folder: Path, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
