@@ -195,7 +195,7 @@ class MeanRotation(Moment):
         assert batch.rotation is not None
         squared = batch.seen.probabilities.square()[..., SINKS:]
         turns = batch.rotation.factors / batch.rotation.factors.abs().clamp_min(1e-12)
-        keys = torch.view_as_real(turns[SINKS : batch.x.shape[1]].conj()).flatten(1)  # [S, 2P]
+        keys = torch.view_as_real(turns[SINKS : batch.x.shape[1]].conj_physical()).flatten(1)  # [S, 2P]
         reached = torch.view_as_complex((squared @ keys).unflatten(-1, (-1, 2)))  # [b, H, R, P]
         total = (reached * turns[batch.seen.rows]).sum((0, 2))
         self.sums(*total.shape, like=total).add_(total)

@@ -1,0 +1,213 @@
+"""Latent attention as transformers' own classes store it: ``deepseek_v3`` with dense layers only, and ``youtu``.
+
+Both take any number of latent, rotary, other and value dimensions. Their RMS norm on the latent is a constant here (see
+:func:`~rehead.variants.latent.gauge.into_lane`), which holds for its hard-wired eps of 1e-6. Engines read that eps from
+``rms_norm_eps``, so a model with another one is scaled to it: all that is written to the residual stream times c, and
+``mean (c h)^2 + c^2 eps`` has the same effect on c h as ``mean h^2 + eps`` on h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.errors import UnsupportedError, unknown_name
+from rehead.models.heads import rotary_pairs
+from rehead.variants.latent.gauge import NORM_EPS, into_lane, lane_weight, out_of_lane
+from rehead.variants.latent.heads import LatentHeads
+from rehead.variants.latent.pairs import rope_fields
+
+#: Host model types, the one that more engines serve first, and their classes.
+HOSTS = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
+
+# Config keys that mean the same in a pre-norm decoder with RMSNorm and a gated FFN, and in the hosts.
+_SHARED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "use_cache", "tie_word_embeddings", "attention_dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version"),
+)
+# No layer of a converted model is a mixture of experts, but the class wants to know how one would look.
+_NO_EXPERTS = {
+    "n_routed_experts": 1,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 0,
+}
+
+
+@dataclass(frozen=True)
+class StreamScale:
+    """Factors that give a model the eps of the latent's norm.
+
+    Attributes:
+        writers: of the embedding, every output projection and every FFN's output (with their biases).
+        final_norm: of the last norm's weight: undoes the embedding's factor where the head is tied to it.
+    """
+
+    writers: float
+    final_norm: float
+
+
+def stream_scale(rms_norm_eps: float, tied: bool, eps: float = NORM_EPS) -> StreamScale:
+    """Factors for a model whose norms add ``rms_norm_eps``.
+
+    Raises:
+        UnsupportedError: the model's norms add nothing.
+    """
+    if not rms_norm_eps > 0:
+        raise UnsupportedError(f"rms_norm_eps {rms_norm_eps}: the host's norms need one above 0")
+    factor = (eps / rms_norm_eps) ** 0.5
+    return StreamScale(factor, 1 / factor if tied else 1.0)
+
+
+def latent_config(
+    source: Mapping[str, Any],
+    host: str,
+    latent: LatentHeads,
+    interleaved: bool = True,
+    rope: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Raw ``config.json`` of the converted model.
+
+    Args:
+        source: the source's config with every default filled in.
+        host: a key of :data:`HOSTS`.
+        latent: any converted layer; all have the same sizes.
+        interleaved: rotary dimensions in turns of real and imaginary, which is the only order that vLLM knows.
+        rope: the source's ``rope_parameters``, for frequencies that are no geometric series.
+
+    Raises:
+        UnsupportedError: there is no such host, or it has no place for something of the source.
+    """
+    if host not in HOSTS:
+        raise UnsupportedError(unknown_name("host", host, HOSTS))
+    _refuse(source, host, latent)
+    biased = any(bias is not None for bias in (latent.down_bias, latent.rope_bias, latent.o_bias))
+    config: dict[str, Any] = {key: source[key] for key in _SHARED if source.get(key) is not None or key.endswith("_id")}
+    config |= {
+        "architectures": [HOSTS[host]],
+        "model_type": host,
+        "num_key_value_heads": latent.num_heads,
+        "rms_norm_eps": NORM_EPS,
+        "kv_lora_rank": latent.rank,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": latent.rope_dim,
+        "qk_nope_head_dim": latent.nope_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_interleave": interleaved,
+        "attention_bias": biased,
+        "rope_parameters": (fields := rope_fields(latent.frequencies, rope)),
+        "rope_theta": fields["rope_theta"],
+    }
+    if host == "deepseek_v3":
+        experts = {"first_k_dense_replace": source["num_hidden_layers"]}
+        config |= _NO_EXPERTS | experts | {"moe_intermediate_size": source["intermediate_size"]}
+    return config
+
+
+def layer_tensors(
+    latent: LatentHeads, prefix: str, dtype: torch.dtype, interleaved: bool = True, writers: float = 1.0
+) -> dict[str, Tensor]:
+    """One layer's attention tensors as the hosts store them.
+
+    Args:
+        latent: float64 or float32.
+        prefix: name of the attention module with a dot at its end.
+        dtype: to store them in.
+        interleaved: as in :func:`latent_config`.
+        writers: :attr:`StreamScale.writers`.
+
+    Raises:
+        UnsupportedError: queries have a bias, for which the hosts have no place.
+    """
+    if any(bias is not None and bool(bias.any()) for bias in (latent.q_nope_bias, latent.q_rope_bias)):
+        raise UnsupportedError(
+            "latent: queries have a bias, and the host's have none; "
+            "fold it into the weights first (rehead.variants.latent.bias), which is approximate"
+        )
+    order = _rope_order(latent.rope_dim, interleaved, latent.rope.device)
+    # The class divides by the root of its own head size.
+    gain = latent.scaling * (latent.nope_dim + latent.rope_dim) ** 0.5
+    down, norm = into_lane(latent.down, lane_weight(dtype))
+    queries = torch.cat([latent.q_nope, latent.q_rope[:, order]], 1) * gain
+    tensors = {
+        "q_proj.weight": queries.flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": torch.cat([down, latent.rope[order]]),
+        "kv_a_layernorm.weight": norm,
+        "kv_b_proj.weight": torch.cat([latent.key_up, latent.value_up], 1).flatten(0, 1),
+        "o_proj.weight": latent.o.flatten(1) * writers,
+    }
+    biases = (latent.down_bias, latent.rope_bias, latent.o_bias)
+    if any(bias is not None for bias in biases):
+        down_bias, rope_bias, o_bias = (
+            like.new_zeros(len(like)) if bias is None else bias
+            for bias, like in zip(biases, (latent.down, latent.rope, latent.o))
+        )
+        small = into_lane(down_bias, lane_weight(dtype))[0]
+        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([small, rope_bias[order]])
+        tensors["o_proj.bias"] = o_bias * writers
+    return {prefix + name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def latent_heads(
+    tensors: Mapping[str, Tensor], prefix: str, config: Mapping[str, Any], frequencies: Tensor, writers: float = 1.0
+) -> LatentHeads:
+    """The inverse of :func:`layer_tensors`: a stored layer at its natural scale, the norm taken as a constant.
+
+    Args:
+        config: as :func:`latent_config` makes it.
+        frequencies: radians per token, [P].
+    """
+    read = {name.removeprefix(prefix): t.double() for name, t in tensors.items() if name.startswith(prefix)}
+    rank, turning, still = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
+    heads, values = config["num_attention_heads"], config["v_head_dim"]
+    back = _rope_order(turning, config["rope_interleave"], frequencies.device).argsort()
+    queries = read["q_proj.weight"].unflatten(0, (heads, -1))
+    rows, norm = read["kv_a_proj_with_mqa.weight"], read["kv_a_layernorm.weight"]
+    up = read["kv_b_proj.weight"].unflatten(0, (heads, -1))
+    bias, o_bias = read.get("kv_a_proj_with_mqa.bias"), read.get("o_proj.bias")
+    return LatentHeads(
+        down=out_of_lane(rows[:rank], norm),
+        rope=rows[rank:][back],
+        q_nope=queries[:, :still],
+        q_rope=queries[:, still:][:, back],
+        key_up=up[:, :still],
+        value_up=up[:, still:],
+        o=(read["o_proj.weight"] / writers).unflatten(1, (heads, values)),
+        frequencies=frequencies,
+        scaling=(still + turning) ** -0.5,
+        down_bias=None if bias is None else out_of_lane(bias[:rank], norm),
+        rope_bias=None if bias is None else bias[rank:][back],
+        o_bias=None if o_bias is None else o_bias / writers,
+    )
+
+
+def _rope_order(size: int, interleaved: bool, device: torch.device) -> Tensor:
+    """Old index of each stored rotary row: real parts first, or in turns."""
+    order = torch.arange(size, device=device)
+    return order if not interleaved else rotary_pairs("half", size).flatten().to(device)
+
+
+def _refuse(source: Mapping[str, Any], host: str, latent: LatentHeads) -> None:
+    reason = None
+    if source.get("mlp_bias"):
+        reason = "its FFN has biases"
+    elif source.get("sliding_window") and source.get("use_sliding_window", True):
+        reason = "its attention has windows"
+    elif latent.rope_dim % 2 or not latent.rope_dim:
+        reason = "its shared key does not rotate"
+    if reason:
+        raise UnsupportedError(
+            f"{source.get('model_type', 'the model')}: {reason}, for which {host} has no place; keep it a live patch"
+        )
