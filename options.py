@@ -8,7 +8,7 @@ A field's description is its help, its bounds are its checks, and what a user ge
 
     WindowOptions.parse({"size": "4k"})                              # keyword arguments or YAML
     WindowOptions.from_text("size=4k,layers=0,4-7", "window")        # the tail of NAME:key=value,...
-    @flags(WindowOptions)                                            # click
+    @flags(WindowOptions)                                            # click, see flags.py
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, TypeVar, Union
 
-import click
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -163,10 +162,10 @@ class Options(BaseModel):
                 raise UsageError(f"{where}: {part!r} is no key=value; {suggestion(part, cls.model_fields)}")
         for name, value in values.items():
             entry = cls.model_fields.get(name)
-            kinds = _alternatives(entry.annotation) if entry else []
+            kinds = alternatives(entry.annotation) if entry else []
             if value == "none" and type(None) in kinds:
                 values[name] = None
-            elif isinstance(value, str) and kinds and all(_is_tuple(kind) for kind in kinds if kind is not type(None)):
+            elif isinstance(value, str) and kinds and all(is_tuple(kind) for kind in kinds if kind is not type(None)):
                 values[name] = _split(value)
         return cls.parse(values, where)
 
@@ -204,32 +203,8 @@ def named_options(text: str, options_of: Callable[[str], type[O]], where: str) -
 def flag_of(options: type[Options], name: str) -> str:
     """The command line's name of a field."""
     entry = options.model_fields.get(name)
-    spelled = _flag(entry).name if entry else None
+    spelled = flag_note(entry).name if entry else None
     return spelled or "--" + name.replace("_", "-")
-
-
-def flags(options: type[Options], without: Collection[str] = ()) -> Callable[[F], F]:
-    """A decorator that gives a click command one flag for each field.
-
-    The command receives what was written, unchecked, under the fields' names; :func:`given` drops the rest.
-
-    Args:
-        options: whose fields.
-        without: fields that the command takes in another way.
-    """
-
-    def decorate(command: F) -> F:
-        for name, entry in reversed(options.model_fields.items()):
-            if name not in without:
-                command = _click_option(options, name, entry)(command)
-        return command
-
-    return decorate
-
-
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were on the command line, out of what click hands over."""
-    return {name: value for name, value in values.items() if value not in (None, (), False)}
 
 
 def takes(options: type[Options]) -> Callable[[F], F]:
@@ -317,7 +292,7 @@ def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
         entry = model.model_fields.get(step)
         inner = [
             kind
-            for kind in _alternatives(entry.annotation if entry else None)
+            for kind in alternatives(entry.annotation if entry else None)
             if isinstance(kind, type) and issubclass(kind, BaseModel)
         ]
         if not inner:
@@ -326,71 +301,35 @@ def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
     return model
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
     """The types of a union, each without its annotations; a list of one for any other type."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        return _alternatives(typing.get_args(annotation)[0])
+        return alternatives(typing.get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [kind for each in typing.get_args(annotation) for kind in _alternatives(each)]
+        return [kind for each in typing.get_args(annotation) for kind in alternatives(each)]
     return [annotation]
 
 
-def _is_tuple(kind: Any) -> bool:
+def is_tuple(kind: Any) -> bool:
     return typing.get_origin(kind) is tuple
 
 
-def _choices(annotation: Any) -> list[str]:
+def choices(annotation: Any) -> list[str]:
     """The names that a field of fixed names accepts."""
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return list(map(str, parts))
-    return [name for part in parts for name in _choices(part)]
+    return [name for part in parts for name in choices(part)]
 
 
 def _choices_at(model: type[BaseModel], steps: list[str]) -> list[str]:
     names: list[str] = []
     for depth, step in enumerate(steps):
         entry = _model_at(model, steps[:depth]).model_fields.get(step)
-        names = _choices(entry.annotation) if entry else names
+        names = choices(entry.annotation) if entry else names
     return names
 
 
-def _flag(entry: FieldInfo) -> Flag:
+def flag_note(entry: FieldInfo) -> Flag:
     return next((each for each in entry.metadata if isinstance(each, Flag)), Flag())
-
-
-def _click_option(options: type[Options], name: str, entry: FieldInfo) -> Callable[[Any], Any]:
-    spelled = list(dict.fromkeys([flag_of(options, name), "--" + name.replace("_", "-")]))
-    kinds = [kind for kind in _alternatives(entry.annotation) if kind is not type(None)]
-    settings: dict[str, Any] = {"default": None, "required": entry.is_required()}
-    if kinds == [bool]:
-        settings |= {"is_flag": True, "help": entry.description}
-        return click.option(*spelled, name, **settings)
-    settings |= {"metavar": _flag(entry).metavar or _metavar(kinds), "help": f"{entry.description}{_default(entry)}"}
-    arguments = typing.get_args(kinds[0])
-    if all(_is_tuple(kind) for kind in kinds) and Ellipsis not in arguments:
-        settings |= {"nargs": len(arguments), "type": float, "metavar": " ".join("X" * len(arguments))}
-    elif all(_is_tuple(kind) or typing.get_origin(kind) is dict for kind in kinds):
-        settings |= {"multiple": True}
-    return click.option(*spelled, name, **settings)
-
-
-def _metavar(kinds: list[Any]) -> str:
-    if choices := [name for kind in kinds for name in _choices(kind)]:
-        return "|".join(choices)
-    text = str(kinds[0])
-    number = "N" if "int" in text else "X" if "float" in text else "NAME"
-    return f"{number}[,{number}]" if _is_tuple(kinds[0]) and number != "NAME" and "..." in text else number
-
-
-def _default(entry: FieldInfo) -> str:
-    """What the help says of a field's default."""
-    if entry.is_required():
-        return ""
-    value = entry.get_default(call_default_factory=True)
-    said = _flag(entry).default
-    if said is None:
-        listed = ", ".join(map(str, value)) if isinstance(value, (tuple, list, dict)) else value
-        said = "none" if value is None or listed == "" else str(listed)
-    return f"  [default: {said}]"

@@ -11,7 +11,7 @@ import click
 
 from rehead.console import JSON, OVERWRITE, QUIET, REVISION, echo, print_columns, print_facts, print_json, progress_bar
 from rehead.convert.options import ConvertOptions
-from rehead.options import flags, given
+from rehead.flags import flags, given
 
 
 @click.command("inspect")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from rehead.errors import UsageError
-from rehead.options import SPLIT, Count, Flag, Names, Options, flags, given, named_options, pairs, parse_count, takes
+from rehead.flags import flags, given
+from rehead.options import SPLIT, Count, Flag, Names, Options, named_options, pairs, parse_count, takes
 
 
 class Window(Options):

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from rehead.console import JSON, QUIET, print_json, progress_bar
-from rehead.options import flags, given
+from rehead.flags import flags, given
 from rehead.recipes.evaluation.options import EvaluateOptions
 
 

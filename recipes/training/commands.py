@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from rehead.console import JSON, OVERWRITE, QUIET, ProgressBar, print_facts, print_json, progress_bar
-from rehead.options import flags, given
+from rehead.flags import flags, given
 from rehead.recipes.training.options import UptrainOptions
 
 # How a run was started or watched is no part of what it made.
