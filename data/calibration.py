@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rehead.checkpoints.source import Source
 from rehead.checkpoints.tokenizer import open_tokenizer
+from rehead.data.beginning import text_start
 from rehead.errors import UsageError, first_line
 
 BUILT_IN = "calibration.txt.gz"
@@ -143,7 +144,7 @@ def _sequences(text: str, tokenizer: Any, slots: Sequence[int], seed: int) -> li
 def _all_sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list[int]]:
     """The same for a text that has to be tokenised whole; the first slots use up one that is too short for all."""
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-    start = _start(tokenizer, text, ids)
+    start = text_start(tokenizer).tolist()
     spare = max(len(ids) - sum(length - len(start) for length in slots), 0)
     rows, at, shift = [], 0, spare / max(len(slots), 1)
     for i, length in enumerate(slots):
@@ -153,15 +154,6 @@ def _all_sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list
             rows.append([*start, *body])
             at += len(body)
     return rows
-
-
-def _start(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
-    """The special tokens that a tokenizer puts before a text with these tokens."""
-    marked = list(tokenizer(text[:1000]).input_ids)
-    for count in range(len(marked)):
-        if marked[count : count + 4] == ids[:4]:
-            return marked[:count]
-    return []
 
 
 def _tokenizer(source: Source) -> Any:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rehead.checkpoints.stream import sync_dir, write_error
+from rehead.data.beginning import IGNORED, NO_START, begun
 from rehead.data.sources import documents_of, parse_source
 from rehead.data.tokens import require_known, token_pieces
 from rehead.errors import UsageError
 
-IGNORED = -100
 _TOKENS, _STARTS, _FACTS = "tokens.raw", "documents.raw", "tokens.json"
 
 
@@ -62,9 +62,12 @@ class TokenStore:
 
     Args:
         folder: what :func:`write_store` wrote.
+        start: int64 ``[p]``, how the tokenizer begins a text (:func:`rehead.data.beginning.text_start`): every row
+            begins so, inside a document too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: Tensor = NO_START) -> None:
+        self._start = start
         self.facts = StoreFacts(**json.loads((folder / _FACTS).read_text()))
         self._tokens = np.memmap(folder / _TOKENS, dtype=self.facts.dtype, mode="r")
         self._starts = np.fromfile(folder / _STARTS, dtype="<i8")
@@ -84,17 +87,19 @@ class TokenStore:
         windows = np.stack([self._tokens[row * length : (row + 1) * length + 1] for row in rows]).astype(np.int64)
         labels = windows[:, 1:].copy()
         positions = np.broadcast_to(np.arange(length), (len(rows), length)).copy()
-        if isolated:
-            for i, row in enumerate(rows):
-                first = int(row) * length
-                low, high = np.searchsorted(self._starts, [first, first + length + 1])
-                begins = self._starts[low:high] - first  # in 0 .. length; `length` is the label of the last token
+        for i, row in enumerate(rows):
+            first = int(row) * length
+            low, high = np.searchsorted(self._starts, [first, first + length + 1])
+            begins = self._starts[low:high] - first  # in 0 .. length; `length` is the label of the last token
+            if isolated or len(self._start):
                 labels[i, begins[begins > 0] - 1] = IGNORED
+            if isolated:
                 inside = begins[begins < length]
                 offsets = np.zeros(length, dtype=np.int64)
                 offsets[inside] = inside
                 positions[i] -= np.maximum.accumulate(offsets)
-        return Rows(*(torch.from_numpy(part) for part in (windows[:, :-1].copy(), positions, labels)))
+        inputs, *rest = (torch.from_numpy(part) for part in (windows[:, :-1].copy(), positions, labels))
+        return Rows(begun(inputs, self._start), *rest)
 
 
 def write_store(

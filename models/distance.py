@@ -43,6 +43,11 @@ class Distances:
         """Several texts' tokens, one after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def __getitem__(self, kept: Tensor) -> Distances:
+        """Some of the tokens, by a bool mask [N] or an index."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Distances(*(part[kept] if len(part) else part for part in parts))
+
     @property
     def mean_kl(self) -> float:
         """Mean divergence, nats per token."""

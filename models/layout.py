@@ -20,7 +20,7 @@ class LayerLayout:
         num_key_value_heads: heads that keys and values are stored for; 1 for a latent, which all heads share.
         key_dim: numbers stored as the key of one token and KV head.
         value_dim: numbers stored as its value; 0 where values are read out of what is stored as keys.
-        window: most tokens that are kept besides ``sinks``, or None for all of them.
+        window: how many tokens back one sees, itself included, or None for all of them. Those before it are kept.
         sinks: first tokens of a text that a window never lets go.
         fixed: numbers kept whatever the length (the state of a recurrent layer).
         stores: False where the layer reads what another one stores.
@@ -45,7 +45,7 @@ class LayerLayout:
 
     def tokens_kept(self, context: int) -> int:
         """Tokens in the cache once ``context`` of them have been read."""
-        return context if self.window is None else min(context, self.window + self.sinks)
+        return context if self.window is None else min(context, self.window - 1 + self.sinks)
 
     def cache_bytes(self, context: int) -> int:
         """Bytes in the cache of one sequence once ``context`` tokens have been read."""

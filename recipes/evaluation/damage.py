@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.data.beginning import IGNORED, NO_START
 from rehead.errors import UnsupportedError
 from rehead.models.distance import distances
 from rehead.models.live import decoder_layers
@@ -28,6 +29,7 @@ def layer_damage(
     tokens: Tensor,
     window: int = 512,
     *,
+    start: Tensor = NO_START,
     batch_tokens: int | None = None,
     name: str = "the model",
     progress: Callable[[float, float], None] | None = None,
@@ -39,6 +41,7 @@ def layer_damage(
             derived from it.
         tokens: int64 [T], a sample of text; one pass over it for each layer.
         window: tokens in a window; the windows are disjoint.
+        start: int64 [p], how the tokenizer begins a text (:func:`rehead.data.beginning.text_start`).
         batch_tokens: tokens in a forward pass; by the device when None.
         name: of the model, for messages.
         progress: called with (passes done, passes).
@@ -54,14 +57,15 @@ def layer_damage(
     windows = cut("disjoint", len(tokens), window)
     kl = torch.zeros(len(changed), dtype=torch.float64)
     agree = torch.zeros(len(changed), dtype=torch.float64)
-    counted = sum(part.counted for part in windows)
-    done = 0
+    counted = done = 0
     with evaluating(baseline, model):
-        for inputs, targets in batches(tokens, windows, batch_size(baseline, window, batch_tokens)):
+        for inputs, targets in batches(tokens, windows, batch_size(baseline, window, batch_tokens), start):
             whole = predict_last(baseline, inputs, targets.shape[1])
+            kept = (targets != IGNORED).flatten()
+            counted += int(kept.sum())
             for at, layer in enumerate(changed):
                 with borrowed(theirs, layer, ours[layer]):
-                    part = distances(whole, predict_last(baseline, inputs, targets.shape[1]))
+                    part = distances(whole, predict_last(baseline, inputs, targets.shape[1]))[kept]
                 kl[at] += require_finite(part.kl, f"{name}, layer {layer}").sum()
                 agree[at] += part.agree.sum()
             done += len(inputs)

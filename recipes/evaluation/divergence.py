@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rehead.data.beginning import IGNORED, NO_START
 from rehead.errors import UsageError
 from rehead.models.distance import Distances, distances
 from rehead.models.modes import evaluating
 from rehead.models.predictions import vocabulary
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
-from rehead.recipes.evaluation.perplexity import WindowLosses, counts_of, dtype_name
+from rehead.recipes.evaluation.perplexity import WindowLosses, begins_with, dtype_name
 from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
 from rehead.recipes.evaluation.windows import batches, cut
 
@@ -34,8 +35,8 @@ class Comparison:
     """One model beside the baseline over disjoint windows.
 
     Attributes:
-        tokens: what each token gave, in the order of the text.
-        window: tokens in a window, of which all but the first are counted.
+        tokens: what each counted token gave, in the order of the text.
+        window: tokens in a window, of which all but the first are counted, and what begins a text is not.
         losses, baseline_losses: the two perplexities' parts, from the same forward passes.
     """
 
@@ -71,6 +72,7 @@ def compare(
     tokens: Tensor,
     window: int = 512,
     *,
+    start: Tensor = NO_START,
     batch_tokens: int | None = None,
     names: Mapping[str, str] | None = None,
     progress: Callable[[float, float], None] | None = None,
@@ -85,6 +87,7 @@ def compare(
         models: others with the same vocabulary, by any name.
         tokens: int64 [T], a text; what does not fill a window is left out.
         window: tokens in a window.
+        start: int64 [p], how the tokenizer begins a text (:func:`rehead.data.beginning.text_start`).
         batch_tokens: tokens in a forward pass; by the device when None.
         names: what to call the models in messages, by the same keys.
         progress: called with (windows done, windows).
@@ -101,25 +104,29 @@ def compare(
         require_same_vocabulary(baseline, model, names.get(key, key), names.get("baseline", "the baseline"))
     windows = cut("disjoint", len(tokens), window)
     found: dict[str, list[Distances]] = {key: [] for key in models}
+    counts: list[Tensor] = []
     done = 0
     with evaluating(baseline, *models.values()):
         size = min(batch_size(model, window, batch_tokens) for model in (baseline, *models.values()))
-        for inputs, targets in batches(tokens, windows, size):
+        for inputs, targets in batches(tokens, windows, size, start):
             reference = predict_last(baseline, inputs, targets.shape[1])
+            kept = targets != IGNORED
+            counts.append(kept.sum(-1).double())
             for key, model in models.items():
-                part = distances(reference, predict_last(model, inputs, targets.shape[1]), targets)
+                part = distances(reference, predict_last(model, inputs, targets.shape[1]), targets.clamp_min(0))
+                part = part[kept.flatten()]
                 require_finite(part.reference_nll, names.get("baseline", "the baseline"))
                 require_finite(part.kl + part.nll, names.get(key, key))
                 found[key].append(part)
             done += len(inputs)
             if progress is not None:
                 progress(done, len(windows))
-    counts = counts_of(windows)
+    per_window = torch.cat(counts).numpy()
 
     def losses(model: Any, nll: Tensor) -> WindowLosses:
-        return WindowLosses(
-            nll.view(len(windows), -1).sum(-1).numpy(), counts, "disjoint", window, window, dtype_name(model)
-        )
+        sums = window_sums(nll, per_window)
+        bos = begins_with(start, "disjoint")
+        return WindowLosses(sums, per_window, "disjoint", window, window, dtype_name(model), bos)
 
     result = {}
     for key, parts in found.items():
@@ -139,12 +146,22 @@ def require_same_vocabulary(baseline: Any, model: Any, name: str, baseline_name:
         )
 
 
+def window_sums(values: Tensor, counts: Array) -> Array:
+    """Sums over each window's tokens, float64 [W].
+
+    Args:
+        values: float64 [N], of all windows' tokens one after the other.
+        counts: float64 [W], tokens of each window.
+    """
+    return np.array([part.sum() for part in values.split(counts.astype(int).tolist())])
+
+
 def described(found: Comparison, who: schema.Who, data: str, resamples: int = 2000, seed: int = 0) -> schema.Divergence:
     """A comparison as the document has it; percentiles are exact, of the stored numbers of single tokens."""
     tokens = found.tokens
     kl = tokens.kl.numpy()
-    sums = tokens.kl.view(-1, found.window - 1).sum(-1).numpy()
-    counts = np.full(len(sums), float(found.window - 1))
+    counts = found.losses.counts
+    sums = window_sums(tokens.kl, counts)
 
     def mean(total: Array, count: Array) -> Array:
         return total / count
@@ -175,5 +192,6 @@ def described(found: Comparison, who: schema.Who, data: str, resamples: int = 20
             p95=float(tails[2]),
             p99=float(tails[3]),
         ),
+        bos=found.losses.bos,
         histogram=schema.Histogram(edges=edges, counts=np.histogram(kl, bins=edges)[0].tolist()),
     )

@@ -1,39 +1,59 @@
-"""KV-cache bytes a token: as the config promises, and as a forward pass leaves them."""
+"""How large a KV cache is: as the config promises, and as transformers' own cache objects hold it, at long contexts.
+
+A window shows only at a context longer than it, and a context of 32,768 tokens takes minutes to read on a CPU. So a
+model reads a few tokens, which shows what each layer hands to its cache; then fresh caches of the same classes are
+filled with as many tokens of that shape as the context has, on torch's ``meta`` device, where tensors have sizes and no
+content. What a cache lets go (a sliding window's old tokens) is let go by its own code.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rehead.models import layout
+from rehead.models.cache_layouts import config_layouts
 from rehead.models.modes import evaluating
+from rehead.models.positions import position_limit
 from rehead.models.predictions import vocabulary
 from rehead.recipes.evaluation import schema
 
-#: Two short contexts; the difference of what they leave behind is what single tokens cost, without states of fixed size
-#: (convolutions, recurrences) and below every sliding window.
+#: Contexts at which a cache is measured, as far as a model has positions.
+CONTEXTS = (1024, 8192, 32768)
+#: Two short contexts that are really read; what the second leaves behind in addition is what single tokens cost.
 _SHORT, _LONG = 3, 7
 
 
 @dataclass(frozen=True)
 class MeasuredCache:
-    """A model's cache as it is.
+    """A model's cache as it is, of one sequence.
 
     Attributes:
-        bytes_per_token: that each further token takes, over all layers.
+        bytes_per_token: that each further token takes over all layers, before any window is full.
         heads: KV heads of each layer that keeps keys.
         head_dim: width of a key head in the first of them.
+        layers: what a few tokens left in each layer's cache, and the objects that hold it.
+        rest: bytes that stay the same however long the context is (states of recurrent layers), and that no layer holds.
     """
 
     bytes_per_token: float
     heads: list[int]
     head_dim: int | None
+    layers: list[Any]
+    rest: int
+
+    def bytes_at(self, context: int) -> float:
+        """Bytes once ``context`` tokens have been read."""
+        return self.rest + sum(_filled(layer, context) for layer in self.layers)
 
 
 def measure_cache(model: Any) -> MeasuredCache | None:
-    """Run a few tokens through a model with its default dynamic cache and look at the tensors.
+    """Run a few tokens through a model with the cache that it makes itself, and look at the tensors.
 
     Args:
         model: a transformers causal language model.
@@ -49,62 +69,85 @@ def measure_cache(model: Any) -> MeasuredCache | None:
     if caches[0] is None:
         return None
     short, long = (sum(tensor.nbytes for tensor in _tensors(cache)) for cache in caches)
-    keys = [
-        layer.keys for layer in getattr(caches[1], "layers", []) if isinstance(getattr(layer, "keys", None), Tensor)
-    ]
-    keys = [tensor for tensor in keys if tensor.ndim == 4]
+    layers = [layer for layer in getattr(caches[1], "layers", []) if _keeps_keys(layer)]
+    held = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    slope = (long - short) / (_LONG - _SHORT)
+    if not layers:
+        # A cache of a class of its own: all that is known is how it grows.
+        layers, held = [_Growing(long, slope)], long
+    keys = [layer.keys for layer in layers if _keeps_keys(layer)]
     return MeasuredCache(
-        (long - short) / (_LONG - _SHORT),
-        [int(tensor.shape[1]) for tensor in keys],
-        int(keys[0].shape[-1]) if keys else None,
+        slope, [int(tensor.shape[1]) for tensor in keys], int(keys[0].shape[-1]) if keys else None, layers, long - held
     )
 
 
-def computed_bytes_per_token(config: Any, itemsize: int) -> float | None:
-    """What the config says: keys and values of every attention layer, from the real ``head_dim``.
+@dataclass(frozen=True)
+class _Growing:
+    """A cache that grows evenly, from what it held after :data:`_LONG` tokens."""
 
-    Args:
-        config: a transformers config.
-        itemsize: bytes of a cached number.
-
-    Returns:
-        None where the config does not say enough (latent attention, layers of unknown kinds or that differ).
-    """
-    from rehead.models.families import FAMILIES
-
-    config = config.get_text_config(decoder=True)
-    if getattr(config, "per_layer_attributes", None):
-        return None
-    family = FAMILIES.get(config.model_type)
-    if family is not None:
-        layers = len(family.attention_layers(config))
-        return float(2 * layers * family.num_kv_heads(config) * family.head_dim(config) * itemsize)
-    if getattr(config, "kv_lora_rank", None) or getattr(config, "layer_types", None):
-        return None
-    heads = getattr(config, "num_attention_heads", None)
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "hidden_size", None)
-    if not isinstance(heads, int) or not isinstance(kv, int) or not isinstance(width, int):
-        return None
-    head_dim = getattr(config, "head_dim", None) or width // heads
-    return float(2 * config.num_hidden_layers * kv * head_dim * itemsize)
+    held: int
+    slope: float
 
 
-def cache_row(who: schema.Who, model: Any, dtype: torch.dtype) -> schema.KVCache:
-    """Both figures side by side.
+def _keeps_keys(layer: Any) -> bool:
+    return all(isinstance(part := getattr(layer, name, None), Tensor) and part.ndim == 4 for name in ("keys", "values"))
+
+
+def _filled(layer: Any, context: int) -> float:
+    """Bytes that a layer's cache holds of ``context`` tokens."""
+    if isinstance(layer, _Growing):
+        return layer.held + layer.slope * (context - _LONG)
+    fresh = copy.copy(layer)
+    fresh.keys = fresh.values = None
+    fresh.is_initialized = False
+    if hasattr(fresh, "cumulative_length"):
+        fresh.cumulative_length = 0
+    # A prompt, then one more token, as in decoding.
+    for tokens in (context - 1, 1):
+        if tokens:
+            fresh.update(*(_like(part, tokens) for part in (layer.keys, layer.values)))
+    return fresh.keys.nbytes + fresh.values.nbytes
+
+
+def _like(stored: Tensor, tokens: int) -> Tensor:
+    batch, heads, _, width = stored.shape
+    return torch.empty(batch, heads, tokens, width, dtype=stored.dtype, device="meta")
+
+
+def contexts_of(model: Any) -> list[int]:
+    """Contexts to measure at: :data:`CONTEXTS` as far as the model has positions, at least the longest that it has."""
+    limit = position_limit(model)
+    if limit is None:
+        return list(CONTEXTS)
+    return [context for context in CONTEXTS if context <= limit] or [limit]
+
+
+def cache_row(who: schema.Who, model: Any, dtype: torch.dtype, contexts: Sequence[int] | None = None) -> schema.KVCache:
+    """Both figures side by side, at several contexts.
 
     Args:
         who: the model's part in the comparison.
         model: a transformers causal language model.
         dtype: that a served cache would have, whatever the model is evaluated in: what is counted are its numbers.
+        contexts: tokens; :func:`contexts_of` the model when None.
     """
     measured = measure_cache(model)
     scale = dtype.itemsize / next(model.parameters()).element_size()
+    layers = config_layouts(model.config, dtype.itemsize)
+    sizes = [
+        schema.CacheSize(
+            context=context,
+            computed_bytes=layout.cache_bytes(layers, context) if layers is not None else None,
+            measured_bytes=scale * measured.bytes_at(context) if measured else None,
+        )
+        for context in (contexts_of(model) if contexts is None else contexts)
+    ]
     return schema.KVCache(
         who=who,
-        computed_bytes_per_token=computed_bytes_per_token(model.config, dtype.itemsize),
+        computed_bytes_per_token=layout.bytes_per_token(layers) if layers is not None else None,
         measured_bytes_per_token=scale * measured.bytes_per_token if measured else None,
         dtype=str(dtype).removeprefix("torch."),
+        sizes=sizes,
     )
 
 
@@ -118,7 +161,7 @@ def cache_note(row: schema.KVCache, model_type: str) -> str | None:
         return None
     return (
         f"transformers' {model_type} caches {measured / computed:.3g} times the {row.who}'s KV heads, since it repeats "
-        f"them first; an engine that caches them as they are holds {computed:,.0f} bytes a token, not {measured:,.0f}"
+        f"them first; an engine that caches them as they are holds {computed:,.0f} bytes per token, not {measured:,.0f}"
     )
 
 
@@ -141,13 +184,13 @@ def stated_heads(config: Any, cached: list[int]) -> list[int]:
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
-    """Every tensor that an object holds, however deep, once."""
+    """Every tensor that an object holds, however deep, once; not the counters of a cache, which have no dimension."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return []
     seen.add(id(value))
     if isinstance(value, Tensor):
-        return [value]
+        return [value] if value.ndim else []
     if isinstance(value, dict):
         return [tensor for item in value.values() for tensor in _tensors(item, seen)]
     if isinstance(value, (list, tuple)):

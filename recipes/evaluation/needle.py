@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rehead.data.beginning import text_start
 from rehead.errors import UsageError
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
@@ -111,7 +112,7 @@ def prompt(tokens: Tensor, words: Tensor, tokenizer: Any, length: int, depth: fl
         seed: of what is drawn.
     """
     draw = np.random.default_rng(list(seed))
-    first, line = _beginning(tokenizer), _line_end(tokenizer)
+    first, line = text_start(tokenizer), _line_end(tokenizer)
     room = length - 2 * KEY - VALUE - len(first) - 3 * len(line)
     start = int(draw.integers(0, len(tokens) - room + 1))
     passage = tokens[start : start + room]
@@ -169,10 +170,3 @@ def _line_end(tokenizer: Any) -> Tensor:
     """The tokens of a line's end, int64 [0 or more]."""
     ids = tokenizer("\n", add_special_tokens=False).input_ids if tokenizer is not None else []
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def _beginning(tokenizer: Any) -> Tensor:
-    """The special tokens that the tokenizer begins every text with, int64 [0 or more]."""
-    ids = tokenizer("").input_ids if tokenizer is not None else []
-    bos = [token for token in ids if tokenizer is not None and token == tokenizer.bos_token_id][:1]
-    return torch.tensor(bos, dtype=torch.int64)

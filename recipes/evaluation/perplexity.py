@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rehead.data.beginning import IGNORED, NO_START, uncounted
 from rehead.errors import UsageError
 from rehead.models.distance import token_nll
 from rehead.models.modes import evaluating
 from rehead.recipes.evaluation import schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
 from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
-from rehead.recipes.evaluation.windows import Window, batches, cut
+from rehead.recipes.evaluation.windows import batches, cut
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class WindowLosses:
         counts: float64 [W], tokens counted in each.
         convention, window, stride: how the text was cut.
         dtype: of the weights.
+        bos: which windows begin as the tokenizer begins a text.
     """
 
     losses: Array
@@ -37,6 +39,7 @@ class WindowLosses:
     window: int
     stride: int
     dtype: str
+    bos: schema.Bos = "none"
 
     @property
     def mean(self) -> float:
@@ -57,6 +60,7 @@ def window_losses(
     stride: int | None = None,
     *,
     prefix: int | None = None,
+    start: Tensor = NO_START,
     batch_tokens: int | None = None,
     name: str = "the model",
     progress: Callable[[float, float], None] | None = None,
@@ -70,6 +74,7 @@ def window_losses(
         window: tokens that the model sees at once.
         stride: for ``strided``; half a window when None.
         prefix: for ``rolling``: the token that comes first (see :func:`prefix_token`).
+        start: int64 [p], how the tokenizer begins a text (:func:`rehead.data.beginning.text_start`).
         batch_tokens: tokens in a forward pass; by the device when None.
         name: of the model, for messages.
         progress: called with (windows done, windows).
@@ -84,24 +89,32 @@ def window_losses(
             raise UsageError(
                 "the rolling convention begins with the tokenizer's BOS or EOS, and it has neither; use strided"
             )
-        tokens = torch.cat([torch.tensor([prefix], dtype=tokens.dtype), tokens])
+        if not (len(start) and torch.equal(tokens[: len(start)], start)):
+            tokens = torch.cat([torch.tensor([prefix], dtype=tokens.dtype), tokens])
     windows = cut(convention, len(tokens), window, stride)
+    begins = start if convention != "rolling" else NO_START
     found: list[Tensor] = []
+    counts: list[Tensor] = []
     with evaluating(model):
-        for inputs, targets in batches(tokens, windows, batch_size(model, window, batch_tokens)):
-            losses = require_finite(token_nll(predict_last(model, inputs, targets.shape[1]), targets), name)
-            found.append(losses.view(targets.shape).sum(-1))
+        for inputs, targets in batches(tokens, windows, batch_size(model, window, batch_tokens), begins):
+            targets = uncounted(targets, start)
+            losses = token_nll(predict_last(model, inputs, targets.shape[1]), targets.clamp_min(0)).view(targets.shape)
+            kept = targets != IGNORED
+            require_finite(losses[kept], name)
+            found.append(torch.where(kept, losses, 0.0).sum(-1))
+            counts.append(kept.sum(-1).double())
             if progress is not None:
                 progress(sum(map(len, found)), len(windows))
     steps = {"disjoint": window, "strided": stride, "rolling": window}
     return WindowLosses(
-        torch.cat(found).numpy(), counts_of(windows), convention, window, steps[convention], dtype_name(model)
-    )
+        torch.cat(found).numpy(), torch.cat(counts).numpy(), convention, window, steps[convention], dtype_name(model),
+        begins_with(start, convention),
+    )  # fmt: skip
 
 
-def counts_of(windows: list[Window]) -> Array:
-    """Tokens counted in each window, float64 [W]."""
-    return np.array([window.counted for window in windows], dtype=np.float64)
+def begins_with(start: Tensor, convention: str) -> schema.Bos:
+    """Which windows begin with BOS under a convention."""
+    return "none" if not len(start) else "the text" if convention == "rolling" else "each window"
 
 
 def perplexity(model: Any, tokens: Tensor, window: int = 512, **options: Any) -> WindowLosses:
@@ -154,6 +167,7 @@ def described(
         stride=found.stride,
         windows=len(found.counts),
         dtype=found.dtype,
+        bos=found.bos,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rehead.checkpoints.manifest import versions
 from rehead.console import Progress
+from rehead.data.beginning import text_start
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.device import resolve_device
@@ -40,11 +41,13 @@ class TokenisedText:
     Attributes:
         name: as the user wrote it.
         tokens: int64 [T].
+        start: int64 [p], how the tokenizer begins a text.
         bytes: UTF-8 bytes that they stand for.
     """
 
     name: str
     tokens: Tensor
+    start: Tensor
     bytes: int
 
 
@@ -161,7 +164,7 @@ def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[Toke
                 "give more text or a smaller --window"
             )
         text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found.append(TokenisedText(source, tokens, len(text.encode("utf-8"))))
+        found.append(TokenisedText(source, tokens, text_start(tokenizer), len(text.encode("utf-8"))))
     return found
 
 
@@ -250,6 +253,7 @@ class _Run:
             {who: item.model for who, item in others.items()},
             text.tokens,
             self.chosen.window,
+            start=text.start,
             batch_tokens=self.chosen.batch_tokens,
             names={item.who: item.name for item in self.loaded},
             progress=self._stage("divergence"),
@@ -271,6 +275,7 @@ class _Run:
             convention,
             self.chosen.window,
             self.chosen.stride,
+            start=text.start,
             prefix=perplexity.prefix_token(item.tokenizer),
             batch_tokens=self.chosen.batch_tokens,
             name=item.name,
@@ -287,6 +292,7 @@ class _Run:
                 models["model"].model,
                 sample,
                 self.chosen.window,
+                start=self.texts[0].start,
                 batch_tokens=self.chosen.batch_tokens,
                 name=models["model"].name,
                 progress=self._stage("damage"),

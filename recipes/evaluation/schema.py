@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Who = Literal["model", "baseline", "control"]
 Convention = Literal["disjoint", "strided", "rolling"]
+Bos = Literal["each window", "the text", "none"]
 
 
 class Section(BaseModel):
@@ -105,6 +106,8 @@ class Perplexity(Section):
         window: tokens that the model sees at once; stride: from one window to the next.
         windows: how many.
         dtype: of the weights.
+        bos: which windows begin with the token that the tokenizer puts before every text: ``each window``, ``the text``
+            (the first window alone), or ``none``, where it puts none.
     """
 
     who: Who
@@ -120,6 +123,7 @@ class Perplexity(Section):
     stride: int
     windows: int
     dtype: str
+    bos: Bos = "none"
 
 
 class DeltaP(Section):
@@ -150,6 +154,7 @@ class Divergence(Section):
         top1_agreement: share of tokens at which both find the same token most likely.
         delta_p: change of the right token's probability.
         histogram: of the single tokens' divergences, edges a fixed factor apart after the first.
+        bos: as for :class:`Perplexity`.
     """
 
     who: Who
@@ -166,6 +171,7 @@ class Divergence(Section):
     top1_agreement: float
     delta_p: DeltaP
     histogram: Histogram
+    bos: Bos = "none"
 
 
 class LayerDamage(Section):
@@ -205,17 +211,35 @@ class TaskScore(Section):
     samples: int | None = None
 
 
-class KVCache(Section):
-    """KV-cache bytes that each further token takes: from the config, and as a forward pass really leaves them.
+class CacheSize(Section):
+    """Bytes of one sequence's KV cache once ``context`` tokens have been read; see :class:`KVCache`."""
 
-    Both in ``dtype``, the checkpoint's, whatever the model was evaluated in. ``computed_bytes_per_token`` is None where
-    the config does not say enough.
+    context: int
+    computed_bytes: float | None
+    measured_bytes: float | None
+
+
+class KVCache(Section):
+    """The KV cache of one sequence: from the config, and as transformers' own cache objects hold it.
+
+    All in ``dtype``, the checkpoint's, whatever the model was evaluated in. Computed figures are None where the config
+    does not say enough. ``_per_token`` is what one more token takes before any window is full; ``sizes`` is the whole
+    cache at several contexts, where windows show.
     """
 
     who: Who
     computed_bytes_per_token: float | None
     measured_bytes_per_token: float | None
     dtype: str
+    sizes: list[CacheSize] = []
+
+    def bytes_at(self, context: int) -> float | None:
+        """Bytes at a context: measured, else computed; older documents have none but those per token."""
+        for size in self.sizes:
+            if size.context == context:
+                return size.computed_bytes if size.measured_bytes is None else size.measured_bytes
+        per_token = self.measured_bytes_per_token or self.computed_bytes_per_token
+        return None if per_token is None or self.sizes else per_token * context
 
 
 class Speed(Section):

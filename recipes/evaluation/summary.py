@@ -73,7 +73,8 @@ def _quality(found: Evaluation) -> Table:
     conventions = list(dict.fromkeys(row.convention for row in found.perplexity))
     head = ["text", "of"]
     for name in conventions:
-        head += [name, "×"] if found.baseline else [name]
+        shown = tables.named(next(row for row in found.perplexity if row.convention == name))
+        head += [shown, "×"] if found.baseline else [shown]
     head += ["KL", "KL 99%", "top-1"] if found.divergence else []
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in found.perplexity:

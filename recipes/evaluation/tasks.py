@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rehead.data.beginning import text_start
 from rehead.errors import UnsupportedError, UsageError, first_line, unknown_name
 from rehead.recipes.evaluation import schema
 
@@ -94,7 +95,10 @@ def task_scores(
         raise UsageError(f"{loaded.name}: has no tokenizer, and --tasks needs one; put its files beside the weights")
     rows: list[schema.TaskScore] = []
     with quiet_harness():
-        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+        begins = bool(len(text_start(loaded.tokenizer)))
+        model = HFLM(
+            pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, add_bos_token=begins or None
+        )
         for done, task in enumerate(tasks):
             if progress is not None:
                 progress(done, len(tasks))

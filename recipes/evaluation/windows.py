@@ -11,6 +11,10 @@ A perplexity depends on how much context each token is predicted from, so a figu
 - ``rolling``: lm-evaluation-harness's ``loglikelihood_rolling``: a prefix token (the tokenizer's BOS, else its EOS)
   comes first, windows of W inputs follow one another, every token of the text is counted once, and the last window
   reaches back over counted tokens until it is full.
+
+Where the tokenizer begins every text with BOS, every window of the first two begins with it: in the place of its first
+token, so that as many are counted (see :mod:`rehead.data.beginning`). ``rolling`` begins the text with it, once, as the
+harness does. A token that begins a document inside a window is read, and never counted.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from rehead.data.beginning import NO_START, begun, uncounted
 from rehead.errors import UsageError, unknown_name
 
 CONVENTIONS = ("disjoint", "strided", "rolling")
@@ -96,19 +101,23 @@ def cut(convention: str, total: int, window: int, stride: int | None = None) -> 
     return rolling(total, window) if convention == "rolling" else strided(total, window, stride or max(window // 2, 1))
 
 
-def batches(tokens: Tensor, windows: Sequence[Window], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    tokens: Tensor, windows: Sequence[Window], size: int, start: Tensor = NO_START
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows of equal shape side by side, in order; nothing is ever padded.
 
     Args:
         tokens: int64 [T].
         windows: of the text.
         size: windows in a batch, at most.
+        start: int64 [p], how the tokenizer begins a text; the first tokens of every window give way to it.
 
     Yields:
-        (inputs int64 [b, n], targets int64 [b, c]): the last c predictions from the inputs are of the targets.
+        (inputs int64 [b, n], targets int64 [b, c]): the last c predictions from the inputs are of the targets, where
+        these are not IGNORED.
     """
     for (length, counted), run in groupby(windows, key=lambda window: (window.end - window.start, window.counted)):
         same = list(run)
         for at in range(0, len(same), size):
-            rows = torch.stack([tokens[window.start : window.end] for window in same[at : at + size]])
-            yield rows[:, : length - 1], rows[:, length - counted :]
+            rows = begun(torch.stack([tokens[window.start : window.end] for window in same[at : at + size]]), start)
+            yield rows[:, : length - 1], uncounted(rows[:, length - counted :], start)

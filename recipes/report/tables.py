@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation.schema import Evaluation, Perplexity
 from rehead.recipes.report.facts import Entry, Summary, Training, how
 from rehead.recipes.report.wording import bytes_of, count, figure, heads, percent, short, times
 
@@ -81,13 +81,18 @@ def _perplexity(found: Evaluation) -> Table:
     head = ["of", "text", "convention", "value", "95% interval", "× original", "bits a byte", "tokens", "window",
             "stride", "dtype"]  # fmt: skip
     rows = [
-        [p.who, p.data, p.convention, figure(p.value, 4), _range(p.low, p.high),
+        [p.who, p.data, named(p), figure(p.value, 4), _range(p.low, p.high),
          times(p.ratio.value if p.ratio else None), figure(p.bits_per_byte, 4), count(p.tokens), count(p.window),
          count(p.stride), p.dtype]
         for p in found.perplexity
     ]  # fmt: skip
     return Table("perplexity", "Perplexity", head, rows,
                  "Intervals by resampling windows; the ratio's windows are resampled in pairs.")  # fmt: skip
+
+
+def named(row: Perplexity) -> str:
+    """A convention, and which windows begin with BOS where some do: figures of the two kinds are not comparable."""
+    return row.convention if row.bos == "none" else f"{row.convention}, bos: {row.bos}"
 
 
 def _divergence(found: Evaluation) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.data.store import IGNORED
+from rehead.data.beginning import IGNORED, NO_START, uncounted
 from rehead.models.modes import evaluating
 from rehead.recipes.training.processes import Processes
 
@@ -21,10 +21,12 @@ class HeldOut:
     Attributes:
         name: as the user wrote it.
         windows: int64 [n, window], disjoint; in each, all but the first token are predicted.
+        start: int64 [p], how the tokenizer begins a text; these tokens are never predicted.
     """
 
     name: str
     windows: Tensor
+    start: Tensor = NO_START
 
 
 def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
             spare = not len(mine)
             mine = text.windows[:1] if spare else mine
             labels = torch.full_like(mine, IGNORED)
-            labels[:, :-1] = mine[:, 1:]
+            labels[:, :-1] = uncounted(mine[:, 1:], text.start)
             index = (labels.flatten() != IGNORED).nonzero().squeeze(-1)
             found = module(mine.to(run.device), labels=labels.to(run.device), counted_index=index.to(run.device))
             counted += 0 if spare else len(index)

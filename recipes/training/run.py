@@ -21,7 +21,6 @@ from rehead.options import takes
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
 from rehead.recipes.training.facts import end_facts, start_facts
-from rehead.recipes.training.heldout import HeldOut
 from rehead.recipes.training.identity import require_same, run_identity
 from rehead.recipes.training.isolation import prove_isolation
 from rehead.recipes.training.joint import fit_windows
@@ -190,7 +189,7 @@ class _Run:
         if teacher is not None:
             same_tokens(tokenizer, tokenizer_of(teacher, "--teacher", tokenizer), (student.name, teacher.name))
         store = open_tokens(checkpoints.work_path(self.out) / "tokens", student, tokenizer, options, run, progress)
-        held_out = [HeldOut(name, held_out_windows(name, student, tokenizer, options)) for name in options.eval_data]
+        held_out = [held_out_windows(name, student, tokenizer, options) for name in options.eval_data]
         found, broken = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
         dtype = _dtype(options.dtype, run.device)
         model, mentor, attention = self._load(student, teacher, dtype)

@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from rehead.data.beginning import begun, text_start
 from rehead.data.sources import identity
 from rehead.data.store import TokenStore, write_store
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UsageError
+from rehead.recipes.training.heldout import HeldOut
 from rehead.recipes.training.loop import Progress
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions
@@ -67,7 +67,7 @@ def open_tokens(
             cache=None if options.token_cache is None else Path(options.token_cache),
         )
     run.wait()
-    store = TokenStore(folder)
+    store = TokenStore(folder, text_start(tokenizer))
     if store.rows(options.seq_length) < 1:
         raise UsageError(
             f"--data {', '.join(options.data)}: too short, {store.facts.tokens} tokens where a row has "
@@ -76,8 +76,8 @@ def open_tokens(
     return store
 
 
-def held_out_windows(name: str, student: Opened, tokenizer: Any, options: UptrainOptions) -> Tensor:
-    """Disjoint windows of a held-out text, int64 ``[n, seq_length]``.
+def held_out_windows(name: str, student: Opened, tokenizer: Any, options: UptrainOptions) -> HeldOut:
+    """Disjoint windows of a held-out text, each begun as the tokenizer begins a text.
 
     Raises:
         UsageError: the text is missing, empty, not text, or shorter than a window; a token is outside the vocabulary.
@@ -90,7 +90,8 @@ def held_out_windows(name: str, student: Opened, tokenizer: Any, options: Uptrai
         raise UsageError(
             f"--eval-data {name}: too short, {len(tokens)} tokens where a window has {options.seq_length}; give {more}"
         )
-    return windows
+    start = text_start(tokenizer)
+    return HeldOut(name, begun(windows, start), start)
 
 
 def _vocab_size(student: Opened) -> int:

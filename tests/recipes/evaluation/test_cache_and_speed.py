@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
+from rehead.models.cache_layouts import config_layouts, layer_window
+from rehead.models.layout import bytes_per_token, cache_bytes
 from rehead.models.tiny import tiny_model
-from rehead.recipes.evaluation import speed
+from rehead.recipes.evaluation import schema, speed
 from rehead.recipes.evaluation.kv_cache import (
+    _tensors,
     cache_note,
     cache_row,
-    computed_bytes_per_token,
     measure_cache,
     stated_heads,
 )
@@ -25,9 +27,42 @@ DENSE = ["llama", "gpt2", "falcon", "gpt_bigcode", "qwen3", "gemma2", "phi3", "o
 def test_the_config_promises_what_is_kept(kind):
     model = tiny_model(kind)
     found = measure_cache(model)
-    computed = computed_bytes_per_token(model.config, 4)
+    computed = bytes_per_token(config_layouts(model.config, 4))
     assert found.bytes_per_token == computed > 0
-    assert computed_bytes_per_token(model.config, 2) == computed / 2
+    assert bytes_per_token(config_layouts(model.config, 2)) == computed / 2
+
+
+@pytest.mark.parametrize("kind", [*DENSE, "gemma3_text", "jamba", "deepseek_v2", "mamba2", "llama4_text"])
+def test_a_filled_cache_is_as_large_as_one_that_was_read(kind):
+    """Windows of 16 tokens are full at 40; states of recurrent layers stay as they are."""
+    model = tiny_model(kind)
+    found = measure_cache(model)
+    tokens = torch.randint(8, 120, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+    assert (found is None) == (cache is None)
+    if cache is not None:
+        assert found.bytes_at(40) == sum(tensor.nbytes for tensor in _tensors(cache))
+
+
+def test_a_window_is_measured_as_what_it_is_at_long_contexts():
+    """Gemma 3's pattern: the layout, a cache of transformers' own, and arithmetic by hand say the same."""
+    pattern = ["sliding_attention"] * 5 + ["full_attention"]
+    model = tiny_model("gemma3_text", num_hidden_layers=6, layer_types=pattern, sliding_window=512,
+                       max_position_embeddings=32768)  # fmt: skip
+    assert [layer_window(model.config, i) for i in range(6)] == [512] * 5 + [None]
+    row = cache_row("model", model, torch.bfloat16)
+    each = bytes_per_token(config_layouts(model.config)) / 6
+    assert [size.context for size in row.sizes] == [1024, 8192, 32768]
+    for size in row.sizes:
+        assert size.computed_bytes == size.measured_bytes == each * (size.context + 5 * 511)
+        assert row.bytes_at(size.context) == cache_bytes(config_layouts(model.config), size.context)
+    assert row.measured_bytes_per_token == row.computed_bytes_per_token == 6 * each
+
+
+def test_an_older_document_has_bytes_at_any_context():
+    row = schema.KVCache(who="model", computed_bytes_per_token=None, measured_bytes_per_token=96.0, dtype="bfloat16")
+    assert row.bytes_at(1000) == 96_000
 
 
 def test_states_of_fixed_size_are_no_bytes_a_token():
@@ -105,7 +140,7 @@ def test_heads_that_are_repeated_before_they_are_cached_are_told_of():
     assert stated_heads(model.config, measure_cache(model).heads) == [2, 2]
     note = cache_note(row, "falcon")
     assert "caches 4 times the model's KV heads" in note
-    assert "holds 128 bytes a token, not 512" in note
+    assert "holds 128 bytes per token, not 512" in note
     plain = tiny_model("llama")
     assert cache_note(cache_row("model", plain, torch.bfloat16), "llama") is None
     assert stated_heads(plain.config, [2, 2]) == [2, 2]

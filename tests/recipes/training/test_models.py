@@ -77,20 +77,20 @@ def test_adapters_are_merged(tiny, tmp_path: Path) -> None:
         else:
             assert not change.any(), name
     # Merged, it computes what the last evaluation saw.
-    from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
+    from rehead.recipes.training.heldout import evaluate_held_out
     from rehead.recipes.training.losses import StudentWithLoss
     from rehead.recipes.training.options import UptrainOptions
     from rehead.recipes.training.processes import join_processes
     from rehead.recipes.training.texts import held_out_windows
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", tiny.teacher))
-    windows = held_out_windows(
+    text = held_out_windows(
         tiny.held,
         open_checkpoint(str(tmp_path / "out")),
         load_tokenizer(tmp_path / "out"),
         UptrainOptions.parse(options),
     )
-    found = evaluate_held_out(StudentWithLoss(student, teacher), HeldOut("", windows), join_processes("cpu"), 8)
+    found = evaluate_held_out(StudentWithLoss(student, teacher), text, join_processes("cpu"), 8)
     assert found["kl"] == pytest.approx(figures[-1]["kl"], rel=1e-4)
 
 
