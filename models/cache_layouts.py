@@ -22,6 +22,7 @@ def config_layouts(config: Any, itemsize: int = 2) -> list[LayerLayout] | None:
     if getattr(config, "per_layer_attributes", None) or getattr(config, "num_kv_shared_layers", None):
         return None
     family = FAMILIES.get(config.model_type)
+    query: Any
     if family is not None:
         indices = family.attention_layers(config)
         query, kv, width = family.num_heads(config), family.num_kv_heads(config), family.head_dim(config)

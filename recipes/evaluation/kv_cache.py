@@ -38,7 +38,7 @@ class MeasuredCache:
         heads: KV heads of each layer that keeps keys.
         head_dim: width of a key head in the first of them.
         layers: what a few tokens left in each layer's cache, and the objects that hold it.
-        rest: bytes that stay the same however long the context is (states of recurrent layers), and that no layer holds.
+        rest: bytes that stay the same however long the context is (states of recurrent layers).
     """
 
     bytes_per_token: float
