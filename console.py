@@ -164,7 +164,8 @@ def progress_bar(quiet: bool) -> Iterator[ProgressBar | None]:
         rich.TextColumn("{task.fields[figures]}", markup=False),
         rich.TimeRemainingColumn(),
     )
-    with rich.Progress(*columns, console=rich_console(err=True)) as bars:
+    # The time left is from the pace of ten minutes: a layer of a large model may take one.
+    with rich.Progress(*columns, console=rich_console(err=True), speed_estimate_period=600) as bars:
         yield _Bars(bars)
 
 
@@ -175,7 +176,8 @@ class _Bars:
 
     def __call__(self, stage: str, done: float, total: float) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(printable(stage), total=total or None, figures="")
+            # What an earlier run had done is where the bar starts, and no part of this run's pace.
+            self._tasks[stage] = self._bars.add_task(printable(stage), total=total or None, completed=done, figures="")
         figures = printable(self.figures)
         self._bars.update(self._tasks[stage], completed=done, total=total or None, figures=figures)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rehead.cli import main
-from rehead.console import print_columns, print_facts, print_json, print_wrapped, printable, rich_console
+from rehead.console import print_columns, print_facts, print_json, print_wrapped, printable, progress_bar, rich_console
 
 NASTY = "model\x1b[2K\x9b1A\rwrote\u202e\u200b\ud800\x07 ok"
 
@@ -64,3 +64,19 @@ def test_errors_are_safe(capsys: pytest.CaptureFixture) -> None:
     out, err = capsys.readouterr()
     assert r"no\x1b[2Jwhere" in err
     assert (out + err).replace("\n", "").isprintable()
+
+
+def test_bars_start_where_a_resumed_run_does_and_show_what_a_file_says_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", screen)
+    with progress_bar(quiet=False) as show:
+        show.figures = "[red]loss\x1b[2J"
+        show("layers", 90, 100)
+        show("layers", 91, 100)
+        show.line("[bold]a\x1b[2Jb")
+    shown = screen.getvalue()
+    assert "[red]loss\\x1b[2J" in shown
+    assert "[bold]a\\x1b[2Jb" in shown
+    assert "\x1b[2J" not in shown
+    assert "91%" in shown
