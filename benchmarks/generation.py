@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rehead.console import echo
 from rehead.errors import UsageError, VerificationError
 from rehead.patches import patch_model
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for result in results:
         print(f"{result.cache} cache: {result.same} of {len(PROMPTS)} texts the same, {result.agreement:.1%} of tokens")
     for text in results[0].patched:
-        print(f"  {' '.join(text.split())[:160]}")
+        echo(f"  {' '.join(text.split())[:160]}")
     if args.dtype == "float32" and any(result.same < len(PROMPTS) for result in results):
         raise VerificationError("the patched model writes another text in float32; report the checkpoint's model type")
 
