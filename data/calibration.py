@@ -16,6 +16,7 @@ from torch import Tensor
 from rehead.checkpoints.source import Source
 from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.data.beginning import text_start
+from rehead.data.sources import read_documents
 from rehead.errors import UsageError, first_line
 
 BUILT_IN = "calibration.txt.gz"
@@ -81,15 +82,10 @@ def load_calibration(
     for name, content in zip(names, contents):
         if not content.strip():
             raise UsageError(f"--calibration {name}: is empty; give a file with text")
-    tokenizer = _tokenizer(source)
-    found = []
-    for i, content in enumerate(contents):
-        share = {length: (count + len(contents) - 1 - i) // len(contents) for length, count in counts.items()}
-        found.append(_sequences(content, tokenizer, _slots(share), seed))
-    turns = [row for rows in zip_longest(*found) for row in rows if row is not None]
-    parts = [[row for row in turns if len(row) == length] for length in counts]
+    rows = _excerpts(contents, _tokenizer(source), counts, seed)
+    parts = [[row for row in rows if len(row) == length] for length in counts]
     least = min(MIN_TOKENS, sum(length * count for length, count in counts.items()))
-    if (held := sum(map(len, turns))) < least:
+    if (held := sum(map(len, rows))) < least:
         raise UsageError(
             f"--calibration {', '.join(names)}: too short, {held} tokens in whole sequences of "
             f"{' and '.join(map(str, counts))} where at least {least} are needed; give more text or a smaller "
@@ -99,6 +95,33 @@ def load_calibration(
     if max(int(part.max()) for part in text.tokens) >= vocab_size:
         raise UsageError(f"{source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
     return text
+
+
+def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512, seed: int = 0) -> Tensor:
+    """Token ids ``[tokens // length, length]`` of the text that ships with Rehead, for a live model.
+
+    Args:
+        tokenizer: the model's own.
+        tokens: how many in all; at least one sequence.
+        length: of a sequence.
+        seed: of the places that the sequences are taken from.
+
+    Raises:
+        UsageError: the text gives no sequence of that length.
+    """
+    rows = _excerpts([built_in_text()], tokenizer, _counts(tokens, [length]), seed)
+    if not rows:
+        raise UsageError(f"the built-in text gives no sequence of {length} tokens; ask for shorter ones")
+    return torch.tensor(rows)
+
+
+def _excerpts(contents: Sequence[str], tokenizer: Any, counts: dict[int, int], seed: int) -> list[list[int]]:
+    """Sequences of tokens, ``counts`` of each length, shared equally by some texts that take turns."""
+    drawn = []
+    for i, content in enumerate(contents):
+        share = {length: (count + len(contents) - 1 - i) // len(contents) for length, count in counts.items()}
+        drawn.append(_sequences(content, tokenizer, _slots(share), seed))
+    return [row for rows in zip_longest(*drawn) for row in rows if row is not None]
 
 
 def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
@@ -175,9 +198,6 @@ def _read(name: str) -> str:
     """The whole of a text as one string."""
     if name == "built in":
         return built_in_text()
-    # Imported here: recipes build on conversions, and most conversions read no text.
-    from rehead.data.sources import read_documents
-
     return _join(read_documents([name], streaming=True, option="--calibration"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rehead.convert.options import ConvertOptions
-from rehead.data.calibration import load_calibration
+from rehead.data.calibration import calibration_tokens, load_calibration
 from rehead.errors import UsageError
 
 
@@ -42,6 +42,14 @@ def test_texts_share_the_tokens_and_take_turns(letters, tmp_path: Path) -> None:
     built_in = load_calibration([], None, 64, 8 * 512, [512])
     assert built_in.tokens[0].shape == (8, 512)
     assert built_in.names == ["built in"]
+
+
+def test_live_models_and_conversions_see_the_same_excerpts(letters) -> None:
+    whole = load_calibration([], None, 64, 4 * 256, [256], seed=3).tokens[0]
+    assert torch.equal(calibration_tokens(Letters(), 4 * 256, 256, seed=3), whole)
+    assert not torch.equal(calibration_tokens(Letters(), 4 * 256, 256, seed=4), whole)
+    with pytest.raises(UsageError, match="ask for shorter ones"):
+        calibration_tokens(Letters(), 1 << 24, 1 << 24)
 
 
 @pytest.mark.parametrize(
