@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rehead.errors import UnsupportedError
 from rehead.healing.rotation import Rotation
 from rehead.models.linalg import eigen, roots
 from rehead.models.watch import Seen
@@ -46,10 +47,12 @@ class Moment:
     Attributes:
         per: what there is one of: the "layer", a "group" of query heads, or a query "head".
         attends: needs attention, which is looked at for some of the queries only.
+        rotates: needs to know how the layer rotates.
     """
 
     per: Literal["layer", "group", "head"] = "layer"
     attends: bool = True
+    rotates: bool = False
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
@@ -150,6 +153,7 @@ class QueryEnergy(Moment):
     counts."""
 
     per = "head"
+    rotates = True
 
     def add(self, batch: Batch) -> None:
         assert batch.seen is not None
@@ -189,6 +193,7 @@ class MeanRotation(Moment):
     [H, P]: how a pair is turned on average where attention goes."""
 
     per = "head"
+    rotates = True
 
     def add(self, batch: Batch) -> None:
         assert batch.seen is not None
@@ -309,10 +314,17 @@ class Gatherer:
 
     Raises:
         UsageError: there is no moment of that name.
+        UnsupportedError: one needs the rotation, which the model does not show.
     """
 
     def __init__(self, names: Sequence[str], groups: int, output: Tensor, rotation: Rotation | None) -> None:
         self.sums = {name: MOMENTS.get(name)(groups) for name in dict.fromkeys(("inputs", *names))}
+        blind = [name for name, part in self.sums.items() if part.rotates and rotation is None]
+        if blind:
+            raise UnsupportedError(
+                f"{blind[0]}: cannot be gathered, as the model does not show how it rotates queries and keys; "
+                "use a method that does not need it"
+            )
         self.groups, self.output, self.rotation = groups, output, rotation
         self.tokens = self.length = 0
 
