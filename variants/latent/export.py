@@ -4,10 +4,15 @@ Both take any number of latent, rotary, other and value dimensions. Their RMS no
 :func:`~rehead.variants.latent.gauge.into_lane`), which holds for its hard-wired eps of 1e-6. Engines read that eps from
 ``rms_norm_eps``, so a model with another one is scaled to it: all that is written to the residual stream times c, and
 ``mean (c h)^2 + c^2 eps`` has the same effect on c h as ``mean h^2 + eps`` on h.
+
+The classes give queries no bias. Where a source has one, it goes through their low-rank query path, whose first matrix
+has: identity with a one below, whose norm is a constant in the same way. That is exact, costs n^2 parameters a layer,
+and transformers alone reads it: serving engines know no bias here (see :mod:`rehead.variants.latent.bias`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +98,6 @@ def latent_config(
     if host not in HOSTS:
         raise UnsupportedError(unknown_name("host", host, HOSTS))
     _refuse(source, host, latent)
-    biased = any(bias is not None for bias in (latent.down_bias, latent.rope_bias, latent.o_bias))
     config: dict[str, Any] = {key: source[key] for key in _SHARED if source.get(key) is not None or key.endswith("_id")}
     config |= {
         "architectures": [HOSTS[host]],
@@ -101,12 +105,12 @@ def latent_config(
         "num_key_value_heads": latent.num_heads,
         "rms_norm_eps": NORM_EPS,
         "kv_lora_rank": latent.rank,
-        "q_lora_rank": None,
+        "q_lora_rank": latent.down.shape[1] + 1 if _query_bias(latent) is not None else None,
         "qk_rope_head_dim": latent.rope_dim,
         "qk_nope_head_dim": latent.nope_dim,
         "v_head_dim": latent.value_dim,
         "rope_interleave": interleaved,
-        "attention_bias": biased,
+        "attention_bias": is_biased(latent),
         "rope_parameters": (fields := rope_fields(latent.frequencies, rope)),
         "rope_theta": fields["rope_theta"],
     }
@@ -127,32 +131,23 @@ def layer_tensors(
         dtype: to store them in.
         interleaved: as in :func:`latent_config`.
         writers: :attr:`StreamScale.writers`.
-
-    Raises:
-        UnsupportedError: queries have a bias, for which the hosts have no place.
     """
-    if any(bias is not None and bool(bias.any()) for bias in (latent.q_nope_bias, latent.q_rope_bias)):
-        raise UnsupportedError(
-            "latent: queries have a bias, and the host's have none; "
-            "fold it into the weights first (rehead.variants.latent.bias), which is approximate"
-        )
     order = _rope_order(latent.rope_dim, interleaved, latent.rope.device)
-    # The class divides by the root of its own head size.
-    gain = latent.scaling * (latent.nope_dim + latent.rope_dim) ** 0.5
     down, norm = into_lane(latent.down, lane_weight(dtype))
-    queries = torch.cat([latent.q_nope, latent.q_rope[:, order]], 1) * gain
-    tensors = {
-        "q_proj.weight": queries.flatten(0, 1),
+    tensors = _queries(latent, order, dtype) | {
         "kv_a_proj_with_mqa.weight": torch.cat([down, latent.rope[order]]),
         "kv_a_layernorm.weight": norm,
         "kv_b_proj.weight": torch.cat([latent.key_up, latent.value_up], 1).flatten(0, 1),
         "o_proj.weight": latent.o.flatten(1) * writers,
     }
-    biases = (latent.down_bias, latent.rope_bias, latent.o_bias)
-    if any(bias is not None for bias in biases):
+    if is_biased(latent):
         down_bias, rope_bias, o_bias = (
             like.new_zeros(len(like)) if bias is None else bias
-            for bias, like in zip(biases, (latent.down, latent.rope, latent.o))
+            for bias, like in (
+                (latent.down_bias, latent.down),
+                (latent.rope_bias, latent.rope),
+                (latent.o_bias, latent.o),
+            )
         )
         small = into_lane(down_bias, lane_weight(dtype))[0]
         tensors["kv_a_proj_with_mqa.bias"] = torch.cat([small, rope_bias[order]])
@@ -173,7 +168,10 @@ def latent_heads(
     rank, turning, still = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
     heads, values = config["num_attention_heads"], config["v_head_dim"]
     back = _rope_order(turning, config["rope_interleave"], frequencies.device).argsort()
-    queries = read["q_proj.weight"].unflatten(0, (heads, -1))
+    queries, query_bias = _stored_queries(read)
+    queries = queries.unflatten(0, (heads, -1))
+    if query_bias is not None:
+        query_bias = query_bias.unflatten(0, (heads, -1))
     rows, norm = read["kv_a_proj_with_mqa.weight"], read["kv_a_layernorm.weight"]
     up = read["kv_b_proj.weight"].unflatten(0, (heads, -1))
     bias, o_bias = read.get("kv_a_proj_with_mqa.bias"), read.get("o_proj.bias")
@@ -187,10 +185,57 @@ def latent_heads(
         o=(read["o_proj.weight"] / writers).unflatten(1, (heads, values)),
         frequencies=frequencies,
         scaling=(still + turning) ** -0.5,
+        q_nope_bias=None if query_bias is None else query_bias[:, :still],
+        q_rope_bias=None if query_bias is None else query_bias[:, still:][:, back],
         down_bias=None if bias is None else out_of_lane(bias[:rank], norm),
         rope_bias=None if bias is None else bias[rank:][back],
         o_bias=None if o_bias is None else o_bias / writers,
     )
+
+
+def is_biased(latent: LatentHeads) -> bool:
+    """Whether its checkpoint has biases on attention projections, which serving engines do not read."""
+    rest = (latent.down_bias, latent.rope_bias, latent.o_bias)
+    return any(bias is not None for bias in rest) or _query_bias(latent) is not None
+
+
+def _query_bias(latent: LatentHeads) -> tuple[Tensor, Tensor] | None:
+    still, turning = latent.q_nope_bias, latent.q_rope_bias
+    if still is None or turning is None or not bool(still.any() or turning.any()):
+        return None
+    return still, turning
+
+
+def _queries(latent: LatentHeads, order: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The query path: one matrix, or two where there is a bias."""
+    # The class divides by the root of its own head size.
+    gain = latent.scaling * (latent.nope_dim + latent.rope_dim) ** 0.5
+    weight = (torch.cat([latent.q_nope, latent.q_rope[:, order]], 1) * gain).flatten(0, 1)
+    bias = _query_bias(latent)
+    if bias is None:
+        return {"q_proj.weight": weight}
+    column = (torch.cat([bias[0], bias[1][:, order]], 1) * gain).flatten()
+    width, lane = weight.shape[1], lane_weight(dtype)
+    small = 2.0 ** math.floor(math.log2(NORM_EPS**0.5 / lane))  # a power of two: inputs pass without rounding
+    through = torch.zeros(width + 1, width, dtype=weight.dtype, device=weight.device)
+    through.fill_diagonal_(small)
+    one = through.new_zeros(width + 1)
+    one[-1] = small
+    return {
+        "q_a_proj.weight": through,
+        "q_a_proj.bias": one,
+        "q_a_layernorm.weight": torch.full_like(one, lane),
+        "q_b_proj.weight": torch.cat([weight, column[:, None]], 1) * (NORM_EPS**0.5 / (small * lane)),
+    }
+
+
+def _stored_queries(read: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of the query path as :func:`_queries` stores it."""
+    if "q_proj.weight" in read:
+        return read["q_proj.weight"], None
+    gain = read["q_a_proj.bias"][-1] * read["q_a_layernorm.weight"][-1] / NORM_EPS**0.5
+    wide = read["q_b_proj.weight"] * gain
+    return wide[:, :-1], wide[:, -1]
 
 
 def _rope_order(size: int, interleaved: bool, device: torch.device) -> Tensor:

@@ -40,7 +40,8 @@ class Solution:
     Attributes:
         latent: the layer, float64, in a gauge that trains.
         spectrum: error that each direction of the latent takes away, descending, float64: what is lost at rank R is
-            ``spectrum[R:].sum()``, in squared output per token.
+            ``spectrum[R:].sum()``. In squared output per token and unit of squared attention: comparable between ranks
+            and choices of pairs in one layer, not an error of the output.
         rotary_loss: error of what does not turn any more though it should, which no rank takes away.
     """
 
@@ -49,7 +50,7 @@ class Solution:
     rotary_loss: float
 
     def loss(self, rank: int) -> float:
-        """Predicted squared error of the output per token at a rank."""
+        """What is lost at a rank, in the units of ``spectrum``."""
         return float(self.spectrum[rank:].sum()) + self.rotary_loss
 
 
@@ -115,7 +116,8 @@ def solve(
         o_bias=o_bias,
     )
     latent = balanced(latent, root, unroot)
-    return Solution(_with_biases(latent) if biased else latent, values.flip(0).clamp_min(0), shared_loss)
+    latent = _with_biases(latent, heads) if biased else latent
+    return Solution(latent, values.flip(0).clamp_min(0), shared_loss)
 
 
 def cut_rank(solution: Solution, rank: int) -> LatentHeads:
@@ -199,12 +201,16 @@ def _output_bias(heads: Heads) -> Tensor | None:
     return through if bias is None else bias + through
 
 
-def _with_biases(latent: LatentHeads) -> LatentHeads:
+def _with_biases(latent: LatentHeads, heads: Heads) -> LatentHeads:
     """Weights of width n and biases, of weights whose last column reads the one."""
     fields: dict[str, Tensor] = {}
-    for name in ("down", "rope", "q_nope", "q_rope"):
+    having = {"down": True, "rope": heads.k_bias is not None}
+    having |= dict.fromkeys(("q_nope", "q_rope"), heads.q_bias is not None)
+    for name, bias in having.items():
         wide = getattr(latent, name)
-        fields[name], fields[name + "_bias"] = wide[..., :-1].contiguous(), wide[..., -1].contiguous()
+        fields[name] = wide[..., :-1].contiguous()
+        if bias:  # without one the column is nothing but rounding
+            fields[name + "_bias"] = wide[..., -1].contiguous()
     return latent.with_weights(fields)
 
 

@@ -153,20 +153,26 @@ def test_bfloat16_loses_what_bfloat16_loses() -> None:
         assert gap(model(tokens).logits) < 4 * plain
 
 
-def test_biases_of_keys_and_values_have_a_place_and_those_of_queries_do_not() -> None:
+@pytest.mark.parametrize("names", ["qkv", "kv", "v"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_biases_are_exact_in_the_stock_class(host, names) -> None:
+    """As Qwen2 has them: those of queries cost a second matrix."""
     heads = square_heads(bias=True)
-    with pytest.raises(UnsupportedError, match="queries have a bias"):
-        layer_tensors(converted(heads, 4, 16), "", torch.float32)
-    heads = replace(heads, q_bias=None)
+    heads = replace(heads, **{f"{name}_bias": None for name in "qkv" if name not in names})
     latents = [converted(heads, 4, 16)] * LAYERS
-    for latent in latents:
-        latent.q_nope_bias = latent.q_rope_bias = None
     weights = source_weights(False)
-    model, _, config = stock("youtu", latents, weights, False, True)
+    model, full, config = stock(host, latents, weights, False, True)
     assert config["attention_bias"]
+    assert (config["q_lora_rank"] is not None) == ("q" in names)
     tokens = torch.randint(3, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(8))
+    wanted = by_hand(latents, weights, tokens)
     with torch.no_grad():
-        assert torch.allclose(model(tokens).logits.double(), by_hand(latents, weights, tokens), atol=1e-4)
+        assert float((model(tokens).logits.double() - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    back = latent_heads(
+        full, "model.layers.0.self_attn.", config, latents[0].frequencies, stream_scale(EPS, False).writers
+    )
+    x = torch.randn(1, 20, WIDTH, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    assert torch.allclose(back.attend(x), latents[0].attend(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_bias_becomes_weights_where_the_inputs_hold_a_constant_and_says_its_error_where_not() -> None:
