@@ -13,6 +13,7 @@ from rehead.recipes.pipeline import named_models, sections
 from rehead.recipes.pipeline.schema import Recipe
 from rehead.recipes.pipeline.sweep import Cell
 from rehead.recipes.report.wording import short
+from rehead.recipes.training.options import ENVIRONMENT
 
 FETCH, NEW, CONVERT, UPTRAIN, CONTROL, EVALUATE = "fetch", "new", "convert", "uptrain", "control", "evaluate"
 TRAININGS = (UPTRAIN, CONTROL)
@@ -55,7 +56,7 @@ class Stage:
         identity = {
             "format": FORMAT,
             "kind": self.kind,
-            "options": {k: v for k, v in self.options.items() if k not in sections.ENVIRONMENT},
+            "options": {k: v for k, v in self.options.items() if k not in ENVIRONMENT},
             "models": {role: [place.stage, place.model, place.revision] for role, place in self.models.items()},
             "data": self.data,
         }

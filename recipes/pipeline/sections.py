@@ -6,24 +6,21 @@ from typing import Any
 
 from pydantic import Field, create_model
 
+from rehead.convert.options import ConvertOptions
 from rehead.errors import UsageError
 from rehead.options import parse_count
-
-#: Options that say how a stage is run or watched, not what it makes: they are no part of its identity.
-ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "token_cache", "tracker"})
+from rehead.recipes.evaluation.options import EvaluateOptions
+from rehead.recipes.scratch import NewModel
+from rehead.recipes.training.options import UptrainOptions
 
 
 def convert_options(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The ``convert`` section as keyword arguments of :func:`rehead.convert.convert`; raises as ``Options.parse``."""
-    from rehead.convert.options import ConvertOptions
-
     return ConvertOptions.parse(values, where).model_dump(mode="json")
 
 
 def uptrain_options(values: dict[str, Any], where: str, device: str) -> dict[str, Any]:
     """The ``uptrain`` section as keyword arguments of :func:`rehead.recipes.uptrain`; raises as ``Options.parse``."""
-    from rehead.recipes.training.options import UptrainOptions
-
     return UptrainOptions.parse({"device": device, **values}, where).as_json()
 
 
@@ -58,8 +55,6 @@ def evaluate_options(values: dict[str, Any], where: str, device: str) -> tuple[l
     Raises:
         UsageError: as ``Options.parse``, or there is no text.
     """
-    from rehead.recipes.evaluation.options import EvaluateOptions
-
     section: Any = create_model("EvaluateSection", __base__=EvaluateOptions, data=(list[str] | str, Field(...)),
                                 before=(bool, True))  # fmt: skip
     options = section.parse({"device": device, **values}, where).as_json()
@@ -76,8 +71,6 @@ def new_options(values: dict[str, Any], where: str) -> tuple[list[str], dict[str
     Raises:
         UsageError: as ``Options.parse``, or there is no text.
     """
-    from rehead.recipes.scratch import NewModel
-
     values = dict(values)
     data = values.pop("data", [])
     data = [data] if isinstance(data, str) else list(data or [])

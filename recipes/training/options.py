@@ -137,24 +137,13 @@ class UptrainOptions(Options):
 
     def identity(self) -> dict[str, Any]:
         """The options that decide what comes out, as JSON; a resumed run must agree in them."""
-        return {name: value for name, value in self.model_dump(mode="json").items() if name not in _ENVIRONMENT}
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in _FREE}
 
 
-#: Options that change how a run is done or watched but not what it computes; ``device`` may change the last digits.
-_ENVIRONMENT = frozenset(
-    {
-        "device",
-        "checkpoint_every",
-        "keep",
-        "eval_data",
-        "eval_every",
-        "eval_tokens",
-        "token_cache",
-        "tracker",
-        "data",
-        "teacher",
-    }
-)
+#: Options that say how a run is done or watched, not what it makes; ``device`` may change the last digits.
+ENVIRONMENT = frozenset({"device", "checkpoint_every", "keep", "token_cache", "tracker"})
+#: Options that a resumed run may change; data and teacher are compared by what they hold.
+_FREE = ENVIRONMENT | {"eval_data", "eval_every", "eval_tokens", "data", "teacher"}
 
 
 def _regex(pattern: str, where: str) -> None:
