@@ -114,17 +114,17 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
     """Check a converted folder OUT: files against the manifest, loading, logits."""
     from rehead.convert import verify
 
-    found = verify(out, source, revision=revision).as_json()
+    report = verify(out, source, revision=revision).as_json()
     if as_json:
-        print_json(found)
+        print_json(report)
         return
     rows = [
-        ("files", f"{found['files']} match their SHA-256"),
-        ("loads", f"{found['loads_with']}, {_strays(found) or 'no missing or unexpected tensor'}"),
-        ("KV cache", _cache_line(found)),
+        ("files", f"{report['files']} match their SHA-256"),
+        ("loads", f"{report['loads_with']}, {_strays(report) or 'no missing or unexpected tensor'}"),
+        ("KV cache", _cache_line(report)),
     ]
-    if found["against_source"]:
-        against = found["against_source"]
+    if report["against_source"]:
+        against = report["against_source"]
         rows.append(("against source", f"KL {against['mean_kl']:.4g} nats, top-1 agreement "
                                        f"{against['top1_agreement']:.1%}, largest logit difference "
                                        f"{against['max_difference']:.3g}"))  # fmt: skip
@@ -146,15 +146,15 @@ def _strays(facts: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
-def _cache_line(found: dict[str, Any]) -> str:
-    if found["cache_error"] is None:
+def _cache_line(report: dict[str, Any]) -> str:
+    if report["cache_error"] is None:
         return "none that the class hands back, so nothing was compared"
-    if found["source_cache_error"] is not None:
+    if report["source_cache_error"] is not None:
         return (
-            f"logits with and without differ by {found['cache_error']:.1e}, the source's by "
-            f"{found['source_cache_error']:.1e}: the class itself computes something else with a cache"
+            f"logits with and without differ by {report['cache_error']:.1e}, the source's by "
+            f"{report['source_cache_error']:.1e}: the class itself computes something else with a cache"
         )
-    return f"logits with and without agree to {found['cache_error']:.1e}"
+    return f"logits with and without agree to {report['cache_error']:.1e}"
 
 
 @click.command("families")

@@ -49,12 +49,12 @@ def evaluate_command(
     from rehead.recipes.evaluation.run import evaluate
 
     with progress_bar(quiet) as progress:
-        found = evaluate(model, baseline=baseline, control=control, data=data, progress=progress, **dict(options))
-    report = write(found, out) if out is not None else None
+        evaluation = evaluate(model, baseline=baseline, control=control, data=data, progress=progress, **dict(options))
+    report = write(evaluation, out) if out is not None else None
     if as_json:
-        print_json(found.as_json())
+        print_json(evaluation.as_json())
     elif not quiet:
         from rehead.recipes.evaluation.summary import show
 
-        show(found, report)
-    enforce(found, report or "")
+        show(evaluation, report)
+    enforce(evaluation, report or "")

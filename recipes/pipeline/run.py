@@ -155,29 +155,29 @@ def run_recipe(
     planned = plan_recipe(recipe, settings, out)
     if cell is not None and gather:
         raise UsageError("--cell and --gather: run a cell or gather all; give one of them")
-    chosen = planned.cells if cell is None else [planned.cell(cell)]
+    plans = planned.cells if cell is None else [planned.cell(cell)]
     result = RecipeRun(planned.out)
     if not gather:
         require(planned.recipe.requires.gpus, planned.recipe.name)
         write_cells(planned, settings)
         runner = _Runner(planned, settings, quiet, say or (lambda *_: None), progress, watch, result)
-        for plan in chosen:
+        for plan in plans:
             try:
                 runner.cell(plan)
             except ReheadError as error:
-                if len(chosen) == 1 or error.exit_code >= EXIT_INTERRUPTED:
+                if len(plans) == 1 or error.exit_code >= EXIT_INTERRUPTED:
                     raise
                 runner.say("fail", "cell", f"{plan.cell.label}: {error}")
                 result.failures.append((plan.cell.label, error))
-    if any(plan.evaluations for plan in chosen):
+    if any(plan.evaluations for plan in plans):
         folder = planned.out if cell is None else planned.out / f"cell-{cell}"
-        if not result.failures or any(_evaluated(plan, planned.out) for plan in chosen):
-            result.report = write_gathered(chosen, planned.out, folder)
+        if not result.failures or any(_evaluated(plan, planned.out) for plan in plans):
+            result.report = write_gathered(plans, planned.out, folder)
     if result.failures:
         label, first = result.failures[0]
-        message = f"{len(result.failures)} of {len(chosen)} cells failed, the first ({label}): {first}"
+        message = f"{len(result.failures)} of {len(plans)} cells failed, the first ({label}): {first}"
         raise error_of(message, first.exit_code)
-    failed = failed_gates(chosen, planned.out)
+    failed = failed_gates(plans, planned.out)
     if failed and result.report is not None:
         raise QualityError(f"{'; '.join(failed)}; the report is {result.report.html}")
     return result
@@ -253,11 +253,11 @@ class _Runner:
         inputs = {role: self.contents[place.stage] for role, place in stage.models.items() if place.stage is not None}
         around = outside(stage)
         with self.locked(stage):
-            found = state(stage, self.out, inputs, around)
-            if found.done:
+            finished = state(stage, self.out, inputs, around)
+            if finished.done:
                 self.say("skip", stage.kind, stage.title)
                 self.result.stages.append(Outcome(stage.name, stage.kind, stage.title, "skipped", "", 0.0))
-                return found.content
+                return finished.content
             self.say("run", stage.kind, stage.title)
             drop(stage, self.out)
             started = time.monotonic()
@@ -267,7 +267,9 @@ class _Runner:
             content = write_record(stage, self.out, inputs, around, seconds)
         free_memory()
         self.say("done", stage.kind, f"{stage.title}  {seconds:.1f} s")
-        self.result.stages.append(Outcome(stage.name, stage.kind, stage.title, "done", found.reason, round(seconds, 2)))
+        self.result.stages.append(
+            Outcome(stage.name, stage.kind, stage.title, "done", finished.reason, round(seconds, 2))
+        )
         return content
 
     @contextmanager
