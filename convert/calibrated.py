@@ -52,22 +52,22 @@ def calibration_text(plan: Plan) -> CalibrationText:
 def job_of(plan: Plan) -> Job:
     """What a plan asks of healing."""
     model, options = plan.model, plan.options
-    dtypes = {tensor.name: torch_dtype(tensor.dtype) for tensor in plan.outputs}
+    infos = plan.pooled.source.tensors
     pools = plan.kv != model.num_kv_heads
     return Job(
         original=plan.original,
         changed=model,
         config=plan.layer_config,
-        layers={layer: _layer_job(plan, layer) for layer in model.layers if pools or layer in model.reblocked},
+        layers={layer: _layer_job(plan, layer) for layer in model.layers if pools or layer in plan.reblocked},
         tensors=lambda layer, heads: merge(model.family, layer, heads, model.source.tensors),
-        store=lambda name, tensor: cast(name, tensor, dtypes[name]),
+        store=lambda name, tensor: cast(name, tensor, torch_dtype(infos[name].dtype)),
         seed=options.seed,
     )
 
 
 def _layer_job(plan: Plan, layer: int) -> LayerJob:
     model, options = plan.model, plan.options
-    pools, reblocked = plan.kv != model.num_kv_heads, layer in model.reblocked
+    pools, reblocked = plan.kv != model.num_kv_heads, layer in plan.reblocked
     names = model.family.names
     writers: tuple[str, ...] = ()
     if options.refit and reblocked:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,16 +14,17 @@ from torch import Tensor
 from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.source import Source, torch_dtype
-from rehead.convert.hosts import HostedSource, Recipe, find_host
 from rehead.errors import UnsupportedError
 from rehead.models.config import resolve_config
 from rehead.models.families import resolve_family
 from rehead.models.families.layouts import shared_norm_names, split, tensor_names
-from rehead.models.families.parallel import base_type
 from rehead.models.families.resolve import refuse_type, with_checkpoint_prefix
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
 from rehead.models.meta import load_report, shapes_of
+
+if TYPE_CHECKING:
+    from rehead.models.rewrite import Rewrite
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
@@ -37,10 +39,7 @@ class Model:
         family: the layout of its attention; its ``layer`` prefix is the checkpoint's own.
         layers: indices of the layers that have attention.
         module_layer: the layers' prefix in the class, where the checkpoint's may lack the first part.
-        hosted_from: the checkpoint's own model type, where another stands in for it.
-        reblocked: layers whose block has another form than in the checkpoint.
-        folded: attention's tensors are not the checkpoint's own, as norms were folded into them or heads rearranged.
-        rounds: its weights stand for the checkpoint's up to rounding.
+        rewrites: what was done to the checkpoint to make it, in order; see :func:`rehead.models.rewritten.rewritten`.
     """
 
     source: Source
@@ -48,10 +47,7 @@ class Model:
     family: Family
     layers: list[int]
     module_layer: str = "model.layers.{i}."
-    hosted_from: str | None = None
-    reblocked: list[int] = field(default_factory=list)
-    folded: bool = False
-    rounds: bool = False
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -132,44 +128,13 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     refuse_type(config)
     source.ignore(load_report(config, shapes_of(source.tensors)).ignored & source.tensors.keys())
     family = resolve_family(config, source.tensors)
-    opened = _opened(source, config, family)
+    opened = model_of(source, config, family)
     _check_shapes(opened)
     return opened
 
 
-def hosted(model: Model, host: str = "auto") -> Model:
-    """The model under the type that stands in for its own, with a KV head for each query head.
-
-    Args:
-        host: a model type, or ``"auto"`` for the first that computes the same function.
-
-    Raises:
-        UsageError: no such host.
-        UnsupportedError: it would not compute the same function; says why.
-    """
-    result = under(model, find_host(host, model.config, model.source.config, model.source.tensors))
-    result.hosted_from = model.config.model_type
-    result.folded = True
-    return result
-
-
-def under(model: Model, recipe: Recipe) -> Model:
-    """A model as a recipe says: another config, and tensors made of the model's."""
-    source = HostedSource(model.source, recipe)
-    config = resolve_config(recipe.config, source.id)
-    target = recipe.target
-    if config.model_type != target.model_type:
-        target = resolve_family(config, source.tensors)
-    result = _opened(source, config, target)
-    if base_type(config.model_type) == base_type(model.config.model_type):
-        result.module_layer = model.module_layer
-        source.ignored = dict(model.source.ignored)
-    result.hosted_from, result.reblocked, result.folded = model.hosted_from, model.reblocked, model.folded
-    result.rounds = model.rounds or recipe.rounds
-    return result
-
-
-def _opened(source: Source, config: Config, family: Family) -> Model:
+def model_of(source: Source, config: Config, family: Family) -> Model:
+    """A model of a source whose family is known; raises UnsupportedError where its tensors are not there."""
     found = with_checkpoint_prefix(family, source.tensors)
     start = found.layer.split("{i}")[0]
     if not any(name.startswith(start) for name in source.tensors):

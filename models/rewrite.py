@@ -1,10 +1,15 @@
-"""What a re-hosted checkpoint is made of, as data; and the builder that every host fills in."""
+"""A change of a checkpoint as data: the new config, and what each tensor of the result is made of.
+
+Every step of a conversion is one :class:`Rewrite`: fewer KV heads, another class, another form of block, a wider model,
+another dtype, a variant of attention. :mod:`rehead.models.rewritten` shows a checkpoint as a Rewrite leaves it, so that
+the next one starts from there. :class:`Builder` fills one in where most tensors only change their names.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,61 +40,122 @@ _CARRIED = (
 _SHARED = ("vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
+Step = Callable[[int, Read], tuple[dict[str, Tensor], dict[str, Any]]]
+"""(layer, read) -> the layer's tensors by their new names, in any dtype, and facts about it for the manifest."""
+
+
 @dataclass(frozen=True)
 class Derived:
     """One tensor of the result.
 
     Attributes:
         sources: the source tensors it is made of; it is stored in the place of the first.
-        shape: its shape; its dtype is that of the first source.
+        shape: its shape.
         compute: makes it of them; None for the bytes of the only one, or for one that the layer step writes.
         layer: the layer whose step writes it, else None.
+        dtype: safetensors dtype code in which it is stored; None for that of the first source.
     """
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     compute: Callable[..., Tensor] | None = None
     layer: int | None = None
+    dtype: str | None = None
 
     @property
-    def copied(self) -> bool:
-        """Whether its bytes are those of a source tensor."""
-        return self.compute is None and self.layer is None
+    def changed(self) -> bool:
+        """Whether its numbers or its shape are new, beyond the dtype in which they are stored."""
+        return self.compute is not None or self.layer is not None
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A model under another model type.
+class Rewrite:
+    """One step of a conversion. Nothing is read until a tensor of the result is asked for.
 
     Attributes:
-        config: raw ``config.json`` of the result, with a KV head for each query head.
-        target: the host's family.
-        tensors: every tensor of the result, by its new name.
-        dropped: source tensors that the result has no use for (buffers that older versions saved).
-        step: (layer, read) -> the attention tensors of a layer, by their new names.
-        rounds: weights are scaled or summed, so in a 16-bit dtype the result is the source up to rounding.
+        name: of the step; its ``facts`` stand under it in plans and manifests.
+        config: raw ``config.json`` of the result.
+        target: the result's family, or that of the class it derives from.
+        tensors: every tensor of the result by its new name, in the order of the source.
+        step: computes what stands under a ``layer``; None where nothing does, or where only a calibrated run can.
+        exact: the result computes the same function as what it is made of.
+        rounds: weights are scaled, summed or stored in fewer bits, so an exact result is the source up to rounding.
+        layers: layers that compute something else afterwards.
+        facts: for the plan and the manifest; JSON types.
+        dtype: safetensors dtype code that every floating-point tensor of the result has; None where they keep theirs.
     """
 
+    name: str
     config: dict[str, Any]
     target: Family
     tensors: dict[str, Derived]
-    dropped: tuple[str, ...]
-    step: Callable[[int, Read], dict[str, Tensor]]
-    rounds: bool
+    step: Step | None = None
+    exact: bool = True
+    rounds: bool = False
+    layers: tuple[int, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+
+    @property
+    def by_layer(self) -> dict[str, int]:
+        """The layer that computes each tensor that its step writes."""
+        return {name: derived.layer for name, derived in self.tensors.items() if derived.layer is not None}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its layers can only be computed over calibration text."""
+        return self.step is None and bool(self.by_layer)
+
+    @property
+    def renames(self) -> bool:
+        """Whether a tensor of the result stands under another name than what it is made of."""
+        return any(name != derived.sources[0] for name, derived in self.tensors.items())
+
+    def stored_as(self, code: str, tensors: Mapping[str, TensorInfo]) -> Rewrite:
+        """The same with its floating-point tensors in another dtype; what is computed is rounded once.
+
+        Args:
+            code: safetensors dtype code.
+            tensors: headers of what it is made of.
+        """
+        cast, narrows = {}, False
+        for name, derived in self.tensors.items():
+            old = derived.dtype or tensors[derived.sources[0]].dtype
+            floats = old in FLOATS and old != code
+            cast[name] = replace(derived, dtype=code) if floats else derived
+            narrows |= floats and code != "F32"
+        return replace(self, tensors=cast, rounds=self.rounds or narrows, dtype=code)
+
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+"""Dtypes that a conversion may cast."""
+
+
+def unchanged(name: str, config: Mapping[str, Any], target: Family, tensors: Mapping[str, TensorInfo]) -> Rewrite:
+    """A Rewrite under which every tensor is copied, to start from."""
+    return Rewrite(name, dict(config), target, {key: Derived((key,), info.shape) for key, info in tensors.items()})
 
 
 class Builder:
-    """Fills in a recipe for one pair of classes.
+    """Fills in a Rewrite for one pair of classes.
 
     Args:
         source, target: families of the checkpoint and of its host.
         config: the checkpoint's resolved config; raw: the same as it stands in ``config.json``.
         tensors: headers of the checkpoint's tensors by name.
+        name: of the Rewrite.
     """
 
     def __init__(
-        self, source: Family, target: Family, config: Config, raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+        self,
+        source: Family,
+        target: Family,
+        config: Config,
+        raw: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        name: str = "host",
     ) -> None:
+        self.name = name
         self.source = with_checkpoint_prefix(source, tensors)
         self.target, self.config, self.raw, self.infos = target, config, raw, tensors
         self.tensors: dict[str, Derived] = {}
@@ -150,7 +216,7 @@ class Builder:
             rows = -1 if transposed else 0
             self.make(f"{new}.bias", (f"{old}.weight",), lambda weight: weight.new_zeros(weight.shape[rows]))
 
-    def attention(self, change: Callable[[Heads, int, Read], Heads], reads: Callable[[int], Iterable[str]]) -> Any:
+    def attention(self, change: Callable[[Heads, int, Read], Heads], reads: Callable[[int], Iterable[str]]) -> Step:
         """The attention of every layer, read by one family, changed as heads, and written by the other.
 
         Args:
@@ -158,19 +224,19 @@ class Builder:
             reads: layer -> tensors that ``change`` reads besides.
 
         Returns:
-            The recipe's layer step.
+            The Rewrite's layer step.
         """
 
-        def step(layer: int, read: Read) -> dict[str, Tensor]:
+        def step(layer: int, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
             names = tensor_names(self.source, self.config, layer, self.infos)
             heads = split(self.source, self.config, layer, {name: read(name) for name in names})
-            return merge(self.target, layer, change(heads, layer, read), {})
+            return merge(self.target, layer, change(heads, layer, read), {}), {}
 
         for layer in self.source.attention_layers(self.config):
             names = tensor_names(self.source, self.config, layer, self.infos)
             if not names:
                 raise self.refuse(f"layer {layer} has no attention tensors below {self.source.prefix(layer)}")
-            for new, tensor in step(layer, self.on_meta).items():
+            for new, tensor in step(layer, self.on_meta)[0].items():
                 sources = (*names, *reads(layer))
                 if self._takes(new, sources):
                     self.tensors[new] = Derived(sources, tuple(tensor.shape), None, layer)
@@ -181,8 +247,8 @@ class Builder:
         info = self.infos[name]
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
 
-    def finish(self, config: dict[str, Any], step: Callable[..., Any], buffers: str) -> Recipe:
-        """The recipe, once every tensor has its place.
+    def finish(self, config: dict[str, Any], step: Step, buffers: str) -> Rewrite:
+        """The Rewrite, once every tensor has its place.
 
         Args:
             buffers: regular expression of tensors, below the layer or the root, that nothing needs.
@@ -191,14 +257,12 @@ class Builder:
             UnsupportedError: a tensor has no place in the host.
         """
         ignored = re.compile(buffers)
-        dropped = []
-        for name in self.infos.keys() - self._used:
-            if not ignored.search(name):
+        for left in self.infos.keys() - self._used:
+            if not ignored.search(left):
                 raise self.refuse(
-                    f"{name} has no place in {self.target.model_type}, its host; give a plain {self.source.model_type}"
+                    f"{left} has no place in {self.target.model_type}, its host; give a plain {self.source.model_type}"
                 )
-            dropped.append(name)
-        return Recipe(config, self.target, self.tensors, tuple(sorted(dropped)), step, self.rounds)
+        return Rewrite(self.name, config, self.target, self.tensors, step, rounds=self.rounds)
 
     def _takes(self, new: str, olds: tuple[str, ...]) -> bool:
         missing = [old for old in olds if old not in self.infos]

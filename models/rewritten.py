@@ -1,10 +1,12 @@
-"""A source seen under another model type: the same weights, renamed, moved and folded as they are read."""
+"""A checkpoint seen as a Rewrite leaves it: the same weights, renamed, moved and computed as they are read."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,48 +14,85 @@ from torch import Tensor
 from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.source import Source, TensorInfo, torch_dtype
 from rehead.errors import UnsupportedError
-from rehead.models.rewrite import Recipe
+from rehead.models.config import resolve_config
+from rehead.models.families import resolve_family
+from rehead.models.families.parallel import base_type
+from rehead.models.model import Model, check_finite, model_of
+from rehead.models.modeling import without_remote_code
+from rehead.models.rewrite import FLOATS, Derived, Rewrite
+
+#: A checkpoint may split a layer over two shards or order its tensors by name; two layers cover both, and any other
+#: order costs a second computation, never memory.
+_KEPT_LAYERS = 2
 
 
-class HostedSource(Source):
-    """A checkpoint as the class that stands in for its own sees it, with a KV head for each query head.
+class RewrittenSource(Source):
+    """A source that gives the tensors of a Rewrite's result.
 
     Args:
-        inner: the checkpoint itself.
-        recipe: how it is re-hosted.
+        inner: what it is made of.
+        rewrite: how.
+        note: called with (layer, facts) once a layer has been computed.
 
     Attributes:
         computed: tensors whose bytes are not the file's.
     """
 
-    def __init__(self, inner: Source, recipe: Recipe) -> None:
+    def __init__(
+        self, inner: Source, rewrite: Rewrite, note: Callable[[int, dict[str, Any]], None] | None = None
+    ) -> None:
         super().__init__()
-        self.inner, self.recipe = inner, recipe
-        self.id, self.revision, self.config = inner.id, inner.revision, recipe.config
+        self.inner, self.rewrite, self._note = inner, rewrite, note
+        self.id, self.revision, self.config = inner.id, inner.revision, rewrite.config
         self.metadata, self.shards = inner.metadata, inner.shards
         self.folder = getattr(inner, "folder", None)
         self.tensors: dict[str, TensorInfo] = {}
-        for name, derived in recipe.tensors.items():
-            self.tensors[name] = replace(inner.tensors[derived.sources[0]], name=name, shape=derived.shape)
-        self.computed = {name for name, derived in recipe.tensors.items() if not derived.copied}
-        if isinstance(inner, HostedSource):
-            self.computed |= {name for name, derived in recipe.tensors.items() if derived.sources[0] in inner.computed}
-        self._layer: tuple[int, dict[str, torch.Tensor]] | None = None
+        self.computed: set[str] = set()
+        before: set[str] = inner.computed if isinstance(inner, RewrittenSource) else set()
+        for name, derived in rewrite.tensors.items():
+            first = inner.tensors[derived.sources[0]]
+            self.tensors[name] = replace(first, name=name, shape=derived.shape, dtype=derived.dtype or first.dtype)
+            if derived.changed or self.tensors[name].dtype != first.dtype or derived.sources[0] in before:
+                self.computed.add(name)
+        same = base_type(str(rewrite.config.get("model_type"))) == base_type(str(inner.config.get("model_type")))
+        if same or not rewrite.renames:  # what a class ignores goes wherever that class goes
+            for name, info in inner.ignored.items():
+                cast = rewrite.dtype if info.dtype in FLOATS else None
+                self.ignored[name] = replace(info, dtype=cast or info.dtype)
+                if self.ignored[name].dtype != info.dtype or name in before:
+                    self.computed.add(name)
+        self._layers: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
+        """One tensor; raises as :meth:`Source.read`, and UnsupportedError where a number is not finite."""
         info = self.info(name)
-        if name in self.ignored:
-            return self.inner.read(name)
-        derived = self.recipe.tensors[name]
+        derived = Derived((name,), info.shape) if name in self.ignored else self.rewrite.tensors[name]
         if derived.layer is not None:
-            if self._layer is None or self._layer[0] != derived.layer:
-                self._layer = (derived.layer, self.recipe.step(derived.layer, self.inner.read))
-            made = self._layer[1][name]
-        elif derived.compute is None:
-            return self.inner.read(derived.sources[0])
-        else:
-            made = derived.compute(*(self.inner.read(source) for source in derived.sources))
-        return made.to(torch_dtype(info.dtype)).contiguous()
+            return self._layer(derived.layer)[name]
+        inputs = [self._input(source) for source in derived.sources]
+        made = inputs[0] if derived.compute is None else derived.compute(*inputs)
+        return cast(name, made, torch_dtype(info.dtype)) if name in self.computed else made
+
+    def _input(self, name: str, layer: int | None = None) -> Tensor:
+        tensor = self.inner.read(name)
+        if not isinstance(self.inner, RewrittenSource):  # which has looked at what it read itself
+            check_finite(name, tensor, layer)
+        return tensor
+
+    def _layer(self, layer: int) -> dict[str, Tensor]:
+        if layer not in self._layers:
+            step = self.rewrite.step
+            assert step is not None, f"the layers of {self.rewrite.name} can only be computed over calibration text"
+            tensors, facts = step(layer, lambda name: self._input(name, layer))
+            if self._note is not None:
+                self._note(layer, facts)
+            wanted = [name for name, at in self.rewrite.by_layer.items() if at == layer]
+            self._layers[layer] = {
+                name: cast(name, tensors[name], torch_dtype(self.tensors[name].dtype)) for name in wanted
+            }
+            while len(self._layers) > _KEPT_LAYERS:
+                self._layers.popitem(last=False)
+        return self._layers[layer]
 
     def weight_path(self, shard: str) -> Path:
         return self.inner.weight_path(shard)
@@ -75,13 +114,34 @@ class HostedSource(Source):
         self.inner.close()
 
 
+def rewritten(model: Model, rewrite: Rewrite) -> Model:
+    """A model as a Rewrite leaves it: another config, and tensors made of the model's. No weight is read.
+
+    Raises:
+        UnsupportedError: the new config is not one that its class takes.
+    """
+    rewrite = replace(rewrite, config=without_remote_code(rewrite.config))
+    source = RewrittenSource(model.source, rewrite)
+    config = resolve_config(rewrite.config, source.id)
+    target = rewrite.target
+    if config.model_type != target.model_type:
+        target = resolve_family(config, source.tensors)
+    result = model_of(source, config, target)
+    same = base_type(config.model_type) == base_type(model.config.model_type)
+    return replace(
+        result,
+        module_layer=model.module_layer if same else result.module_layer,
+        rewrites=(*model.rewrites, rewrite),
+    )
+
+
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A computed weight in the dtype that is written.
 
     Raises:
         UnsupportedError: a number is beyond the dtype.
     """
-    result = tensor.to(dtype)
+    result = tensor.to(dtype).contiguous()
     if first_nonfinite(result) is not None:
         if first_nonfinite(tensor) is not None:
             raise UnsupportedError(f"{name}: came out not finite; use --method mean, and report this model")

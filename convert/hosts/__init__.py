@@ -1,13 +1,10 @@
 """Re-hosting: the same function under another model type, where a model's own class cannot hold fewer KV heads.
 
-A host is a file with one function that turns a checkpoint's config and headers into a :class:`Recipe`: the new config,
-and for each tensor of the result what it is made of. No weight is read until the result is; :class:`HostedSource` shows
-the checkpoint as its host's class sees it, with a KV head for each query head, and everything downstream (plan,
-calibration, pooling) works on it as on any other source.
+A host is a file with one function that turns a checkpoint's config and headers into a
+:class:`~rehead.models.rewrite.Rewrite`: the new config, and for each tensor of the result what it is made of. The
+result has a KV head for each query head, and everything downstream works on it as on any other model.
 """
 
-from rehead.convert.hosts.registry import find_host, hosts_of
-from rehead.models.rewrite import Derived, Recipe
-from rehead.models.rewritten import HostedSource
+from rehead.convert.hosts.registry import HOSTS, host, hosts_of
 
-__all__ = ["Derived", "HostedSource", "Recipe", "find_host", "hosts_of"]
+__all__ = ["HOSTS", "host", "hosts_of"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rehead.convert.hosts.attention import with_biases, with_queries_scaled
 from rehead.models.heads import Heads
-from rehead.models.rewrite import Builder, Read, Recipe
+from rehead.models.rewrite import Builder, Read, Rewrite
 
 _OFFSET = 2  # rows before the first position in OPT's and BioGPT's tables
 
@@ -78,7 +78,7 @@ _SWITCHES = {
 }
 
 
-def host(build: Builder) -> Recipe:
+def host(build: Builder) -> Rewrite:
     """A GPT-2, GPT-Neo, OPT, BioGPT or XGLM as GPT-BigCode.
 
     Raises:

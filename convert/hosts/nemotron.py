@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rehead.convert.hosts.rope import rope_fields
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
-from rehead.models.rewrite import Builder, Recipe
+from rehead.models.rewrite import Builder, Rewrite
 
 
-def host(build: Builder) -> Recipe:
+def host(build: Builder) -> Rewrite:
     """A GPT-NeoX with serial blocks as Nemotron.
 
     Raises:

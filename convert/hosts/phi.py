@@ -11,10 +11,10 @@ from torch import Tensor
 from rehead.convert.hosts.attention import as_halves, fold_bias, fold_matrix, with_biases, with_norm_folded
 from rehead.convert.hosts.rope import rope_fields
 from rehead.models.heads import Heads
-from rehead.models.rewrite import Builder, Read, Recipe
+from rehead.models.rewrite import Builder, Read, Rewrite
 
 
-def host(build: Builder) -> Recipe:
+def host(build: Builder) -> Rewrite:
     """A GPT-NeoX with parallel blocks, a GPT-J or a CodeGen as Phi.
 
     Raises:
@@ -45,7 +45,7 @@ def _head(build: Builder, old: str) -> None:
         build.make("lm_head.bias", (table,), lambda weight: weight.new_zeros(weight.shape[0]))
 
 
-def _gpt_neox(build: Builder) -> Recipe:
+def _gpt_neox(build: Builder) -> Rewrite:
     config, layers, root = build.config, build.source.layer, build.root
     if not config.use_parallel_residual:
         raise build.refuse("its blocks are serial and Phi's are parallel; use --host auto")
@@ -82,7 +82,7 @@ def _gpt_neox(build: Builder) -> Recipe:
     return build.finish(result, step, r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
-def _gptj(build: Builder) -> Recipe:
+def _gptj(build: Builder) -> Rewrite:
     config, layers, root = build.config, build.source.layer, build.root
     size = build.source.head_dim(config)
     if not config.rotary_dim:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
-from typing import Any
 
-from rehead.checkpoints.safetensors_io import TensorInfo
 from rehead.errors import UnsupportedError, UsageError, unknown_name
-from rehead.models.families.spec import Config
 from rehead.models.families.table import FAMILIES
-from rehead.models.rewrite import Builder, Recipe
+from rehead.models.model import Model
+from rehead.models.rewrite import Builder, Rewrite
 
-#: (model type, host) -> the module below this package whose function ``host`` builds the recipe. Hosts of one type in
+#: (model type, host) -> the module below this package whose function ``host`` builds the Rewrite. Hosts of one type in
 #: the order in which ``auto`` tries them.
 _PAIRS: dict[tuple[str, str], str] = {
     ("gpt_neox", "phi"): "phi",
@@ -36,19 +35,17 @@ def hosts_of(model_type: str) -> list[str]:
     return [host for source, host in _PAIRS if source == model_type]
 
 
-def find_host(name: str, config: Config, raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Recipe:
-    """Plan the re-hosting of a checkpoint; no weight is read.
+def host(model: Model, name: str = "auto") -> Rewrite:
+    """A model under the class that stands in for its own, with a KV head for each query head; no weight is read.
 
     Args:
         name: a host, or ``"auto"`` for the first that computes the same function.
-        config: the checkpoint's resolved config; raw: its ``config.json``.
-        tensors: headers of its tensors by name.
 
     Raises:
         UsageError: no such host.
         UnsupportedError: that host cannot stand in for this model, or not without changing the function.
     """
-    model_type = config.model_type
+    model_type, source = model.config.model_type, model.source
     candidates = hosts_of(model_type)
     if name != "auto" and name not in HOSTS:
         raise UsageError(unknown_name("host", name, ["auto", *HOSTS]))
@@ -69,15 +66,19 @@ def find_host(name: str, config: Config, raw: Mapping[str, Any], tensors: Mappin
             )
         candidates = [name]
     refusals = []
-    for host in candidates:
-        build: Callable[[Builder], Recipe] = import_module(f"rehead.convert.hosts.{_PAIRS[model_type, host]}").host
+    for candidate in candidates:
+        module = import_module(f"rehead.convert.hosts.{_PAIRS[model_type, candidate]}")
+        build: Callable[[Builder], Rewrite] = module.host
         try:
-            return build(Builder(FAMILIES[model_type], FAMILIES[host], config, raw, tensors))
+            rewrite = build(
+                Builder(FAMILIES[model_type], FAMILIES[candidate], model.config, source.config, source.tensors)
+            )
+            return replace(rewrite, facts={"before": model_type, "after": candidate})
         except UnsupportedError as refusal:
-            refusals.append((host, str(refusal).removeprefix(f"{model_type}: ")))
+            refusals.append((candidate, str(refusal).removeprefix(f"{model_type}: ")))
     if len(refusals) == 1:
         raise UnsupportedError(f"{model_type}: {refusals[0][1]}")
-    raise UnsupportedError(f"{model_type}: " + "; ".join(f"as {host}: {reason}" for host, reason in refusals))
+    raise UnsupportedError(f"{model_type}: " + "; ".join(f"as {candidate}: {reason}" for candidate, reason in refusals))
 
 
 def hosted_types() -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rehead.convert.hosts.rope import rope_fields
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
-from rehead.models.rewrite import Builder, Recipe
+from rehead.models.rewrite import Builder, Rewrite
 
 
-def host(build: Builder) -> Recipe:
+def host(build: Builder) -> Rewrite:
     """A GPT-NeoX with serial blocks and full RoPE as StarCoder 2.
 
     Raises:

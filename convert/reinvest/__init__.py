@@ -6,6 +6,6 @@ with zero output weights, new hidden channels are written by nobody, and what re
 it can train.
 """
 
-from rehead.convert.reinvest.widening import Widening, widen
+from rehead.convert.reinvest.widening import widen
 
-__all__ = ["Widening", "widen"]
+__all__ = ["widen"]

@@ -14,7 +14,8 @@ from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError
 from rehead.models.config import causal_lm_class
 
-Change = Callable[[Tensor], Tensor]
+Resize = Callable[[Tensor], Tensor]
+"""What becomes of one tensor when its model is widened."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Variant:
+class NormKind:
     """How a class's norms work, found by trying.
 
     Attributes:
@@ -71,7 +72,7 @@ def resized(before: Mapping[str, Slot], after: Mapping[str, Slot]) -> dict[str, 
     return axes
 
 
-def ffn_changes(before: Mapping[str, Slot], after: Mapping[str, Slot], width: int, seed: int) -> dict[str, Change]:
+def ffn_changes(before: Mapping[str, Slot], after: Mapping[str, Slot], width: int, seed: int) -> dict[str, Resize]:
     """New FFN channels: drawn at random on the way in, zero on the way out.
 
     Args:
@@ -80,7 +81,7 @@ def ffn_changes(before: Mapping[str, Slot], after: Mapping[str, Slot], width: in
     Raises:
         UnsupportedError: something other than the FFN's matrices and their biases grows.
     """
-    changes: dict[str, Change] = {}
+    changes: dict[str, Resize] = {}
     for name, axes in resized(before, after).items():
         slot, new = before[name], after[name].shape
         if not _is_linear(slot.owner):
@@ -107,11 +108,11 @@ def hidden_changes(
     before: Mapping[str, Slot],
     after: Mapping[str, Slot],
     sizes: tuple[int, int],
-    variant: Variant,
+    norms: NormKind,
     seed: int,
     tied: bool,
     queries: frozenset[str],
-) -> dict[str, Change]:
+) -> dict[str, Resize]:
     """New hidden channels: zero in whatever writes the residual stream, random in whatever reads it.
 
     A norm over m channels of which n are not zero divides by sqrt(n / m) of what it divided by, so its weight takes
@@ -124,15 +125,13 @@ def hidden_changes(
     """
     old, new = sizes
     shrink = (old / new) ** 0.5
-    changes: dict[str, Change] = {}
+    changes: dict[str, Resize] = {}
     for name, axes in resized(before, after).items():
         slot = before[name]
         if any((slot.shape[axis], after[name].shape[axis]) != (old, new) for axis in axes):
             raise UnsupportedError(f"{name} grows with hidden_size but is not of that size; use --reinvest ffn")
         if isinstance(slot.owner, nn.Embedding) or (tied and name.startswith("lm_head.")):
-            changes[name] = _chain(
-                _scaled(variant.embedding), _grown(name, len(slot.shape) - 1, old, new, "zero", seed)
-            )
+            changes[name] = _chain(_scaled(norms.embedding), _grown(name, len(slot.shape) - 1, old, new, "zero", seed))
         elif _is_linear(slot.owner):
             reads = _input_axis(slot.owner)
             steps = [
@@ -141,14 +140,14 @@ def hidden_changes(
             ]
             changes[name] = _chain(*steps)
         elif slot.leaf == "weight" and len(slot.shape) == 1:
-            factor = shrink / variant.embedding if tied and _is_final(name, before) else shrink
-            changes[name] = _norm(factor, variant.offset, new)
+            factor = shrink / norms.embedding if tied and _is_final(name, before) else shrink
+            changes[name] = _norm(factor, norms.offset, new)
         else:
             kind = type(slot.owner).__name__
             raise UnsupportedError(
                 f"{name} ({kind}) runs along the hidden channels and cannot take new ones exactly; leave --reinvest out"
             )
-    if variant.queries_scaled:
+    if norms.queries_scaled:
         for name in queries:
             changes[name] = _chain(_scaled(shrink), changes[name]) if name in changes else _scaled(shrink)
     return changes
@@ -167,7 +166,7 @@ def _input_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.Linear) else 0
 
 
-def _grown(name: str, axis: int, old: int, new: int, fill: str, seed: int) -> Change:
+def _grown(name: str, axis: int, old: int, new: int, fill: str, seed: int) -> Resize:
     """Add channels along an axis that holds ``old`` of them, or several times as many (a gate beside its FFN's input).
 
     Args:
@@ -191,7 +190,7 @@ def _grown(name: str, axis: int, old: int, new: int, fill: str, seed: int) -> Ch
     return change
 
 
-def _norm(factor: float, offset: float, size: int) -> Change:
+def _norm(factor: float, offset: float, size: int) -> Resize:
     """Scale a norm's weight; new channels get the mean, as they are zero until something trains them."""
 
     def change(tensor: Tensor) -> Tensor:
@@ -202,11 +201,11 @@ def _norm(factor: float, offset: float, size: int) -> Change:
     return change
 
 
-def _scaled(factor: float) -> Change:
+def _scaled(factor: float) -> Resize:
     return (lambda tensor: tensor) if factor == 1.0 else (lambda tensor: (tensor.float() * factor).to(tensor.dtype))
 
 
-def _chain(*changes: Change) -> Change:
+def _chain(*changes: Resize) -> Resize:
     def change(tensor: Tensor) -> Tensor:
         for step in changes:
             tensor = step(tensor)

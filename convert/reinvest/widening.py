@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from rehead.convert.reinvest import proof
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
-from rehead.convert.reinvest.changes import Change, Slot, Variant, ffn_changes, hidden_changes, resized, slots
+from rehead.convert.reinvest.changes import NormKind, Resize, Slot, ffn_changes, hidden_changes, resized, slots
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.models.config import resolve_config
 from rehead.models.families.spec import Config
 from rehead.models.model import Model
+from rehead.models.rewrite import Derived, Rewrite, unchanged
 
 #: Where configs keep the FFN's width and the norms' epsilon; the first that a config has counts.
 _FFN_KEYS = ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
@@ -31,51 +29,30 @@ _EPSILON_KEYS = (
 _DEFAULT_MULTIPLE = 128
 
 
-@dataclass(frozen=True)
-class Widening:
-    """A wider model.
-
-    Attributes:
-        raw_config: its ``config.json``; config: the same, resolved.
-        changes: what becomes of each tensor that changes, by the checkpoint's name: a pure function of the tensor.
-        shapes: its shape afterwards.
-        facts: the arithmetic, for the plan.
-        rounds: weights are scaled, so in a 16-bit dtype the function is kept up to rounding.
-    """
-
-    raw_config: dict[str, Any]
-    config: Config
-    changes: dict[str, Callable[[Tensor], Tensor]]
-    shapes: dict[str, tuple[int, ...]]
-    facts: dict[str, Any]
-    rounds: bool
-
-
-def widen(
-    model: Model, raw: dict[str, Any], config: Config, kv: int, what: str, multiple: int | None, seed: int
-) -> Widening:
-    """Plan the widening of a model whose KV heads are shared; no weight is read.
+def widen(model: Model, before: int, what: str, multiple: int | None = None, seed: int = 0) -> Rewrite:
+    """A model whose KV heads are shared, widened by what that freed; no weight is read.
 
     Args:
-        model: the model before.
-        raw, config: the config of the model with fewer KV heads.
-        kv: KV heads after.
+        model: the model with fewer KV heads.
+        before: KV heads that it had.
         what: ``"ffn"`` or ``"hidden"``.
         multiple: what the new width must be a multiple of; 128 when None.
         seed: of the weights that are drawn.
+
+    Returns:
+        A Rewrite that keeps the function; its facts give the arithmetic.
 
     Raises:
         UsageError: no KV heads were given up.
         UnsupportedError: the class cannot be widened without changing the function; says why.
     """
     name = f"{model.source.id}: --reinvest {what}"
-    if kv == model.num_kv_heads:
+    if before == model.num_kv_heads:
         raise UsageError(
-            f"--reinvest {what}: nothing is freed while the model keeps its {kv} KV heads; give --kv-heads"
+            f"--reinvest {what}: nothing is freed while the model keeps its {before} KV heads; give --kv-heads"
         )
-    widen_one = _ffn if what == "ffn" else _hidden
     try:
-        return widen_one(model, raw, config, kv, multiple, seed)
+        return (_ffn if what == "ffn" else _hidden)(model, before, multiple, seed)
     except ReheadError as error:
         raise type(error)(f"{name}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -97,14 +74,15 @@ def _ffn_width(config: Config) -> int:
     return 4 * int(config.hidden_size) if width is None else int(width)
 
 
-def _sizes(model: Model, config: Config, kv: int, ffn_matrices: int) -> BlockSizes:
-    """The sizes of a model with ``kv`` KV heads; what is neither attention nor FFN is counted in the class itself."""
+def _sizes(model: Model, ffn_matrices: int) -> BlockSizes:
+    """The sizes of a model; what is neither attention nor FFN is counted in the class itself."""
+    config = model.config
     hidden, blocks = int(config.hidden_size), int(config.num_hidden_layers)
     width = _ffn_width(config)
     sizes = BlockSizes(hidden, model.num_heads, model.head_dim, width, ffn_matrices, blocks, len(model.layers))
     shapes = [slot.shape for name, slot in slots(config).items() if _layer_of(name) is not None]
     every = sum(math.prod(shape) for shape in shapes if len(shape) > 1 and hidden in shape)
-    return replace(sizes, other=(every - sizes.weights(kv)) // hidden)
+    return replace(sizes, other=(every - sizes.weights(model.num_kv_heads)) // hidden)
 
 
 def _layer_of(name: str) -> int | None:
@@ -169,9 +147,9 @@ def _raw_key(raw: dict[str, Any], config: Config, key: str) -> str:
     return alias if alias is not None and key not in raw else key
 
 
-def _ffn(model: Model, raw: dict[str, Any], config: Config, kv: int, multiple: int | None, seed: int) -> Widening:
+def _ffn(model: Model, before: int, multiple: int | None, seed: int) -> Rewrite:
+    raw, config = model.source.config, model.config
     key = _ffn_key(config)
-    before = model.num_kv_heads
     multiple = multiple or _DEFAULT_MULTIPLE
     small = proof.shrunk(config)
     narrow = 4 * small.hidden_size if getattr(small, key) is None else getattr(small, key)
@@ -186,19 +164,18 @@ def _ffn(model: Model, raw: dict[str, Any], config: Config, kv: int, multiple: i
         return changed, resolve_config(changed, model.source.id)
 
     _, trial = at(_ffn_width(config) + multiple)
-    sizes = _sizes(model, config, kv, _ffn_matrices(config, trial, multiple))
-    width = ffn_width(sizes, before, kv, multiple)
+    sizes = _sizes(model, _ffn_matrices(config, trial, multiple))
+    width = ffn_width(sizes, before, model.num_kv_heads, multiple)
     new_raw, new = at(width)
     wider = slots(new)
-    changes, shapes = _by_checkpoint_name(model, ffn_changes(slots(config), wider, sizes.ffn, seed), wider)
-    facts = _facts(sizes, "ffn", before, kv, key, sizes.ffn, width, multiple)
-    return Widening(new_raw, new, changes, shapes, facts, rounds=False)
+    facts = _facts(sizes, "ffn", before, model.num_kv_heads, key, sizes.ffn, width, multiple)
+    return _rewrite(model, new_raw, ffn_changes(slots(config), wider, sizes.ffn, seed), wider, facts)
 
 
-def _hidden(model: Model, raw: dict[str, Any], config: Config, kv: int, multiple: int | None, seed: int) -> Widening:
-    before = model.num_kv_heads
+def _hidden(model: Model, before: int, multiple: int | None, seed: int) -> Rewrite:
+    raw, config, kv = model.source.config, model.config, model.num_kv_heads
     gated = any(part in slot for slot in slots(config) for part in ("gate_proj", "gate_up_proj"))
-    sizes = _sizes(model, config, kv, 3 if gated else 2)
+    sizes = _sizes(model, 3 if gated else 2)
     # A class may have the key of another kind of norm and not use it.
     epsilon = next((key for key in _EPSILON_KEYS if getattr(config, key, None) is not None), None)
     small = proof.shrunk(config, **({epsilon: proof.EPSILON} if epsilon else {}))
@@ -218,15 +195,14 @@ def _hidden(model: Model, raw: dict[str, Any], config: Config, kv: int, multiple
     tiny_dim = model.family.head_dim(small)
     _, wide = _wider(small_raw, small, small.hidden_size + 40, epsilon, tiny_dim, model.source.id)
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    variant = _variant(model, small, wide, tied, seed)
-    if variant.embedding != 1.0:  # the small model has shown that the class scales by the root of the hidden size
-        variant = Variant(variant.offset, variant.queries_scaled, (sizes.hidden / width) ** 0.5)
+    norms = _norm_kind(model, small, wide, tied, seed)
+    if norms.embedding != 1.0:  # the small model has shown that the class scales by the root of the hidden size
+        norms = replace(norms, embedding=(sizes.hidden / width) ** 0.5)
     narrow, wider = slots(config), slots(new)
     queries = _query_names(model, config, narrow)
-    found = hidden_changes(narrow, wider, (sizes.hidden, width), variant, seed, tied, queries)
-    changes, shapes = _by_checkpoint_name(model, found, wider)
+    changes = hidden_changes(narrow, wider, (sizes.hidden, width), norms, seed, tied, queries)
     facts = _facts(sizes, "hidden", before, kv, "hidden_size", sizes.hidden, width, multiple)
-    return Widening(new_raw, new, changes, shapes, facts, rounds=True)
+    return replace(_rewrite(model, new_raw, changes, wider, facts), rounds=True)
 
 
 def _multiple_for_heads(config: Config, sizes: BlockSizes, multiple: int | None) -> int:
@@ -268,7 +244,7 @@ def _wider(
         ) from None
 
 
-def _variant(model: Model, small: Config, wide: Config, tied: bool, seed: int) -> Variant:
+def _norm_kind(model: Model, small: Config, wide: Config, tied: bool, seed: int) -> NormKind:
     """How the class's norms and embeddings work: the first way under which the small model computes the same."""
     source = proof.tiny(small)
     first, logits = proof.states(source)
@@ -278,16 +254,16 @@ def _variant(model: Model, small: Config, wide: Config, tied: bool, seed: int) -
     best = float("inf")
     for offset in (0.0, 1.0):
         for scaled in (False, True):
-            variant = Variant(offset, scaled)
-            changes = hidden_changes(old, new, sizes, variant, seed, tied, queries)
-            ours, _ = proof.states(proof.widened(source, wide, changes))
-            ratio = float(ours[..., : sizes[0]].norm() / first.norm())
+            kind = NormKind(offset, scaled)
+            changes = hidden_changes(old, new, sizes, kind, seed, tied, queries)
+            inputs, _ = proof.states(proof.widened(source, wide, changes))
+            ratio = float(inputs[..., : sizes[0]].norm() / first.norm())
             if abs(ratio - (sizes[1] / sizes[0]) ** 0.5) < 1e-4:
-                variant = Variant(offset, scaled, (sizes[0] / sizes[1]) ** 0.5)
-                changes = hidden_changes(old, new, sizes, variant, seed, tied, queries)
+                kind = NormKind(offset, scaled, (sizes[0] / sizes[1]) ** 0.5)
+                changes = hidden_changes(old, new, sizes, kind, seed, tied, queries)
             gap = proof.distance(proof.states(proof.widened(source, wide, changes))[1], logits)
             if gap < proof.TOLERANCE:
-                return variant
+                return kind
             best = min(best, gap)
     _require(best)
     raise AssertionError("unreachable")
@@ -335,23 +311,24 @@ def _query_names(model: Model, config: Config, found: dict[str, Slot]) -> frozen
     return frozenset(names & found.keys())
 
 
-def _by_checkpoint_name(
-    model: Model, changes: dict[str, Change], wider: dict[str, Slot]
-) -> tuple[dict[str, Change], dict[str, tuple[int, ...]]]:
-    """The changes and the new shapes by the checkpoint's own names.
+def _rewrite(
+    model: Model, raw: dict[str, Any], changes: dict[str, Resize], wider: dict[str, Slot], facts: dict[str, Any]
+) -> Rewrite:
+    """The changes, which go by the class's names, under the checkpoint's own.
 
     Raises:
         UnsupportedError: the checkpoint keeps a tensor that changes in another form than the class does.
     """
-    ours = {model.module_name(name): name for name in model.source.tensors}
-    missing = [name for name in changes if name not in ours and name != "lm_head.weight"]  # which may be tied
+    by_class = {model.module_name(name): name for name in model.source.tensors}
+    missing = [name for name in changes if name not in by_class and name != "lm_head.weight"]  # which may be tied
     if missing:
         raise UnsupportedError(
             f"the checkpoint keeps {missing[0]} in another form than its class does (merged experts, say), which "
             "cannot be widened yet; leave --reinvest out"
         )
-    present = {name: ours[name] for name in changes if name in ours}
-    return (
-        {checkpoint: changes[name] for name, checkpoint in present.items()},
-        {checkpoint: wider[name].shape for name, checkpoint in present.items()},
-    )
+    result = unchanged("reinvest", raw, model.family, model.source.tensors)
+    for name, change in changes.items():
+        if name in by_class:
+            stored = by_class[name]
+            result.tensors[stored] = Derived((stored,), wider[name].shape, change)
+    return replace(result, facts=facts)

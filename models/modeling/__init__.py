@@ -37,6 +37,15 @@ def carried_modules(config: Mapping[str, Any]) -> list[str]:
     return sorted(modules & {path.stem for path in Path(__file__).parent.glob(f"{PREFIX}*.py")})
 
 
+def without_remote_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` without an ``auto_map`` of somebody's code.
+
+    Transformers' own class loads what is converted; remote code neither knows of the change nor comes along.
+    """
+    foreign = config.get("auto_map") and not carried_modules(config)
+    return {key: value for key, value in config.items() if not (foreign and key == "auto_map")}
+
+
 def carried_files(config: Mapping[str, Any]) -> dict[str, str]:
     """The text of the modelling files of ours that a ``config.json`` names, by their names beside it."""
     return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in carried_modules(config)}

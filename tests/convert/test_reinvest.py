@@ -119,10 +119,10 @@ def test_a_hybrid_gets_back_what_its_attention_layers_freed(name: str, tmp_path:
         pytest.skip("not in the installed transformers")
     source = tiny.save_tiny(name, tmp_path)
     pooled, made = (plan(source, num_key_value_heads=1, **o) for o in ({}, {"reinvest": "ffn", "multiple_of": 1}))
-    freed = made.widening.facts["freed_per_layer"]
+    freed = made.as_json()["reinvest"]["freed_per_layer"]
     given = made.as_json()["parameters"]["after"] - pooled.as_json()["parameters"]["after"]
     assert freed <= given < freed + 2 * 3 * 64, "no more than a channel in each layer"
-    assert "in 1 attention layers; / (3 FFN matrices x 64 x 2 layers)" in made.widening.facts["arithmetic"]
+    assert "in 1 attention layers; / (3 FFN matrices x 64 x 2 layers)" in made.as_json()["reinvest"]["arithmetic"]
 
 
 def test_a_class_that_wants_whole_heads_gets_them(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_wider_computes_the_same_and_trains(what: str, name: str, tmp_path: Path
     done = convert(
         tmp_path / "source", tmp_path / "out", num_key_value_heads=kv, reinvest=what, multiple_of=8, host=None
     )
-    facts = done.plan.widening.facts
+    facts = done.plan.as_json()["reinvest"]
     assert facts["after"] > facts["before"]
     assert facts["after"] % 8 == 0
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -160,7 +160,8 @@ def test_wider_computes_the_same_and_trains(what: str, name: str, tmp_path: Path
     before = logits(source)
     assert float((logits(model) - before).abs().max() / before.abs().max()) < 1e-5
     model(IDS, use_cache=False).logits.square().mean().backward()
-    grown = [name for name in done.plan.widening.shapes if not name.endswith("bias")]
+    widened = done.plan.rewrites[-1].tensors
+    grown = [name for name in widened if widened[name].changed and not name.endswith("bias")]
     gradients = dict(model.named_parameters())
     sizes = (facts["before"], facts["after"])
     moved = 0

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from tiny import IDS, loaded, logits
 
 from rehead.convert import convert
+from rehead.convert.hosts import host
 from rehead.healing.moments import Moments
 from rehead.models.families import FAMILIES
 from rehead.models.families.layouts import merge, split
-from rehead.models.model import hosted, open_model
+from rehead.models.model import open_model
+from rehead.models.rewritten import rewritten
 from rehead.variants.pool.methods.registry import MethodContext
 from rehead.variants.pool.regroup import regroup
 
@@ -152,6 +154,7 @@ def as_hosted(family, model):
         return family, model.config, model.state_dict()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        view = hosted(open_model(folder))
+        opened = open_model(folder)
+        view = rewritten(opened, host(opened))
         with view.source:
             return view.family, view.config, {name: view.source.read(name) for name in view.source.tensors}

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.config import resolve_config
+from rehead.models.families import resolve_family
 from rehead.models.families.parallel import base_type
 from rehead.models.families.table import FAMILIES
-from rehead.models.model import Model, under
-from rehead.models.rewrite import Derived, Recipe
+from rehead.models.model import Model
+from rehead.models.modeling import without_remote_code
+from rehead.models.rewrite import Rewrite, unchanged
 from rehead.variants.blocks.layer_choice import parse_layers
 from rehead.variants.blocks.switches import SWITCHES
 
 PARALLEL, SERIAL = FORMS = ("parallel", "serial")
 
 
-def reblock(model: Model, form: str, layers: str | Sequence[int] | None = None, plain: bool = False) -> Model:
-    """A model under a config, and where the class wants it with weights, of the other block form. No weight is read.
+def reblock(model: Model, form: str, layers: str | Sequence[int] | None = None, plain: bool = False) -> Rewrite:
+    """A model with blocks of the other form, by its config and, where the class wants it, its weights.
 
     Args:
         form: ``"parallel"`` or ``"serial"``.
         layers: which layers change; see :func:`~rehead.variants.blocks.layer_choice.parse_layers`.
         plain: refuse what transformers' own classes cannot express.
-
-    Returns:
-        The model in the new form; ``reblocked`` names the layers that changed.
 
     Raises:
         UsageError: a layer that does not exist, or nothing would change.
@@ -73,7 +74,7 @@ def _carried(model: Model, form: str, chosen: list[int], plain: bool) -> Model:
             "not plain; leave --plain out and the checkpoint carries its modelling file"
         )
     raw = parallel_config(copy.deepcopy(model.source.config), sorted(after))
-    return _as(model, Recipe(raw, model.family, _copies(model), (), _no_step, False), changed)
+    return _changing(model, unchanged("block", raw, model.family, model.source.tensors), changed)
 
 
 def _switched(model: Model, form: str, chosen: list[int]) -> Model:
@@ -83,19 +84,16 @@ def _switched(model: Model, form: str, chosen: list[int]) -> Model:
         raise UsageError(f"--block {form}: {kind}'s blocks are {form} already; leave --block out")
     if len(chosen) != int(model.config.num_hidden_layers):
         raise UnsupportedError(f"{kind}: its class switches all layers together; leave --layers out")
-    return _as(model, SWITCHES[kind](model, form), set(chosen))
+    return _changing(model, SWITCHES[kind](model, form), set(chosen))
 
 
-def _as(model: Model, recipe: Recipe, changed: set[int]) -> Model:
-    result = under(model, recipe)
-    result.reblocked = sorted(changed)
-    result.folded = model.folded or any(derived.layer is not None for derived in recipe.tensors.values())
-    return result
-
-
-def _copies(model: Model) -> dict[str, Derived]:
-    return {name: Derived((name,), info.shape) for name, info in model.source.tensors.items()}
-
-
-def _no_step(layer: int, read: Any) -> dict[str, Any]:
-    raise AssertionError("every tensor is copied")
+def _changing(model: Model, rewrite: Rewrite, layers: set[int]) -> Rewrite:
+    config = resolve_config(rewrite.config, model.source.id)
+    family = resolve_family(config, model.source.tensors)
+    facts = {
+        "before": model.family.block_of(model.config),
+        "after": family.block_of(config),
+        "layers": sorted(layers),
+        "plain": "auto_map" not in without_remote_code(rewrite.config),
+    }
+    return replace(rewrite, exact=False, layers=tuple(sorted(layers)), facts=facts)

@@ -15,7 +15,7 @@ from rehead.models.families.resolve import with_checkpoint_prefix
 from rehead.models.families.table import FAMILIES
 from rehead.models.heads import Heads
 from rehead.models.model import Model
-from rehead.models.rewrite import Builder, Derived, Read, Recipe
+from rehead.models.rewrite import Builder, Derived, Read, Rewrite
 
 #: A shared norm is one that divides: what its weight all but deletes cannot be brought back for the other reader.
 _VANISHING = 1e-4
@@ -25,22 +25,18 @@ def _raw(model: Model, **changes: Any) -> dict[str, Any]:
     return {**copy.deepcopy(model.source.config), **changes}
 
 
-def _renamed(model: Model, raw: dict[str, Any], names: Callable[[str], list[str]]) -> Recipe:
+def _renamed(model: Model, raw: dict[str, Any], names: Callable[[str], list[str]]) -> Rewrite:
     """Every tensor as bytes, under each of the new names that ``names`` gives it."""
     tensors = {new: Derived((old,), info.shape) for old, info in model.source.tensors.items() for new in names(old)}
-    return Recipe(raw, model.family, tensors, (), _no_step, rounds=False)
+    return Rewrite("block", raw, model.family, tensors)
 
 
-def _no_step(layer: int, read: Read) -> dict[str, Tensor]:
-    raise AssertionError("every tensor is copied")
-
-
-def gpt_neox(model: Model, form: str) -> Recipe:
+def gpt_neox(model: Model, form: str) -> Rewrite:
     """Two norms in either form: only the switch moves."""
     return _renamed(model, _raw(model, use_parallel_residual=form == "parallel"), lambda name: [name])
 
 
-def falcon(model: Model, form: str) -> Recipe:
+def falcon(model: Model, form: str) -> Rewrite:
     """A parallel block with two norms is the new decoder's; with one it is the old one's.
 
     Raises:
@@ -69,7 +65,7 @@ def falcon(model: Model, form: str) -> Recipe:
     return _renamed(model, raw, names)
 
 
-def stablelm(model: Model, form: str) -> Recipe:
+def stablelm(model: Model, form: str) -> Rewrite:
     """One norm in the parallel form, two in the serial one.
 
     The FFN has no bias that could take up a norm's, so the shared norm is the FFN's, and what the attention's had of
@@ -86,7 +82,7 @@ def stablelm(model: Model, form: str) -> Recipe:
 
     family = FAMILIES["stablelm"]
     target = with_checkpoint_prefix(family, model.source.tensors)
-    build = Builder(family, target, model.config, model.source.config, model.source.tensors)
+    build = Builder(family, target, model.config, model.source.config, model.source.tensors, "block")
     first, second = "input_layernorm", "post_attention_layernorm"
 
     def norms(layer: int) -> list[str]:
@@ -122,4 +118,4 @@ def _refuse_vanishing(weight: Tensor, layer: int) -> None:
         )
 
 
-SWITCHES: dict[str, Callable[[Model, str], Recipe]] = {"gpt_neox": gpt_neox, "stablelm": stablelm, "falcon": falcon}
+SWITCHES: dict[str, Callable[[Model, str], Rewrite]] = {"gpt_neox": gpt_neox, "stablelm": stablelm, "falcon": falcon}

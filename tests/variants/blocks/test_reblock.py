@@ -158,11 +158,11 @@ def test_auto_takes_what_the_budget_allows(tmp_path: Path) -> None:
     source = tiny.save_tiny("llama", tmp_path / "source")
     done = convert(source, tmp_path / "all", block="parallel", layers="auto", kl_budget=10.0, **CALIBRATION)
     chosen = json.loads((tmp_path / "all" / "rehead.json").read_text())["calibration"]["chosen_layers"]
-    assert done.plan.model.reblocked == [0, 1]
+    assert done.plan.reblocked == (0, 1)
     (first, one), (_, both) = chosen["path"]
     assert 0 < one < both <= 10
     few = convert(source, tmp_path / "few", block="parallel", layers="auto", kl_budget=(one + both) / 2, **CALIBRATION)
-    assert few.plan.model.reblocked == [first]
+    assert few.plan.reblocked == (first,)
     with pytest.raises(UsageError, match="loses least"):
         convert(source, tmp_path / "no", block="parallel", layers="auto", kl_budget=one / 2, **CALIBRATION)
     assert not (tmp_path / "no").exists()
@@ -176,8 +176,8 @@ def test_auto_takes_as_many_layers_as_asked(tmp_path: Path) -> None:
         done = convert(source, out, block="parallel", layers=layers, **CALIBRATION)
         facts = json.loads((out / "rehead.json").read_text())["calibration"]["chosen_layers"]
         assert facts["asked"] == layers
-        assert done.plan.model.reblocked == [facts["path"][0][0]]
-        best[layers] = done.plan.model.reblocked
+        assert done.plan.reblocked == (facts["path"][0][0],)
+        best[layers] = done.plan.reblocked
         assert facts["alone"][str(best[layers][0])] == min(facts["alone"].values())
     assert best["auto:1"] == best["auto:50%"]
     with pytest.raises(UsageError, match="choose from 1 to 2"):
@@ -196,7 +196,7 @@ def test_auto_leaves_out_a_layer_that_overflows(tmp_path: Path, monkeypatch: pyt
     kl = BlockSwitch.kl
     monkeypatch.setattr(BlockSwitch, "kl", lambda self, layers: float("inf") if 1 in layers else kl(self, layers))
     done = convert(source, tmp_path / "out", block="parallel", layers="auto", kl_budget=100.0, **CALIBRATION)
-    assert done.plan.model.reblocked == [0]
+    assert done.plan.reblocked == (0,)
     text = (tmp_path / "out" / "rehead.json").read_text()
     facts = json.loads(text, parse_constant=pytest.fail)["calibration"]["chosen_layers"]
     assert facts["alone"]["1"] is None
