@@ -59,7 +59,7 @@ def parallel_now(config: Any) -> set[int]:
     return set(range(int(config.num_hidden_layers)) if given is None else given)
 
 
-def _carried(model: Model, form: str, chosen: list[int], plain: bool) -> Model:
+def _carried(model: Model, form: str, chosen: list[int], plain: bool) -> Rewrite:
     """The same tensors; the config says which layers are parallel."""
     from rehead.models.modeling import parallel_config
 
@@ -77,7 +77,7 @@ def _carried(model: Model, form: str, chosen: list[int], plain: bool) -> Model:
     return _changing(model, unchanged("block", raw, model.family, model.source.tensors), changed)
 
 
-def _switched(model: Model, form: str, chosen: list[int]) -> Model:
+def _switched(model: Model, form: str, chosen: list[int]) -> Rewrite:
     """By the class's own switch, which all layers share."""
     kind, state = model.config.model_type, model.family.block_of(model.config)
     if state == form:
