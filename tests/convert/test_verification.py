@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rehead.checkpoints.source import LocalSource
 from rehead.cli import cli
 from rehead.convert import convert, plan, verification, verify
-from rehead.convert.execute import cast
 from rehead.errors import UnsupportedError, VerificationError
-from rehead.models.model import Model
+from rehead.models.rewritten import cast
 
 
 @pytest.fixture
@@ -182,8 +182,8 @@ def test_a_weight_that_came_out_not_finite_is_told_from_one_too_large() -> None:
 
 @pytest.mark.parametrize(("method", "read"), [("mean", "kv"), ("first", "kv"), ("procrustes", "qkvo")])
 def test_what_a_method_leaves_alone_is_not_read(llama: Path, tmp_path: Path, monkeypatch, method, read) -> None:
-    seen, real = set(), Model.read
-    monkeypatch.setattr(Model, "read", lambda model, name, *args: (seen.add(name), real(model, name, *args))[1])
+    seen, real = set(), LocalSource.read
+    monkeypatch.setattr(LocalSource, "read", lambda source, name: (seen.add(name), real(source, name))[1])
     convert(llama, tmp_path / "out", num_key_value_heads=1, method=method)
     assert {name.split(".")[-2][0] for name in seen if "_proj" in name and "mlp" not in name} == set(read)
     assert not any("mlp" in name for name in seen)
