@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from rehead.checkpoints.opening import split_revision
 from rehead.data.builtin import text_path
@@ -27,6 +27,8 @@ from rehead.errors import UsageError, first_line, unknown_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+#: Of one document; more of it than of any book, and little enough to hold.
+MAX_CHARACTERS = 1 << 29
 _OPTIONS = ("lines", "chars", "config", "split", "column")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 
@@ -219,14 +221,28 @@ def _text(path: Path, source: DataSource, option: str) -> Iterator[str]:
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig") as file:  # a mark of byte order at the beginning is no text
         if source.lines and source.chars == (None, None):
-            for line in file:
+            while line := file.readline(MAX_CHARACTERS + 1):
                 yield _checked(line.rstrip("\n"), source, option)
             return
-        text = _checked(file.read(), source, option)[slice(*source.chars)]
+        start, stop = source.chars
+        whole = stop is None or stop < 0 or (start or 0) < 0
+        text = _read(file, MAX_CHARACTERS + 1 if whole else min(stop or 0, MAX_CHARACTERS + 1))
+        text = _checked(text, source, option)[start:stop]
     yield from text.split("\n") if source.lines else [text]
 
 
+def _read(file: TextIO, limit: int) -> str:
+    """At most ``limit`` characters; a packed file may hold a thousand times its size."""
+    pieces = []
+    while limit > 0 and (piece := file.read(min(limit, 1 << 22))):
+        pieces.append(piece)
+        limit -= len(piece)
+    return "".join(pieces)
+
+
 def _checked(text: str, source: DataSource, option: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        _refuse(source, option, f"holds a document of more than {MAX_CHARACTERS:,} characters; cut it into several")
     if "\0" in text:
         _refuse(source, option, "is not text (it holds NUL characters); give UTF-8 text")
     return text

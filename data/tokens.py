@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from rehead.errors import UsageError, first_line
 PIECE = 1 << 18
 #: Characters handed to the tokenizer at once, which spreads the texts of one call over the cores.
 _BATCH = 1 << 22
+#: Characters on both sides of a cut that say how it is tokenised.
+_CONTEXT = 256
+_TRIES = 64
 #: Where a cut leaves the tokens alone: between two lines, or else before a space and a word.
 _CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
@@ -61,22 +64,24 @@ def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[np.
     """The token ids of documents, piece by piece: ``(ids, whether the piece begins a document)``.
 
     A document begins with the tokenizer's own special tokens and ends with EOS, where the tokenizer has one. Documents
-    longer than :data:`PIECE` characters are cut behind a line's end, where byte-pair tokenizers cut too.
+    longer than :data:`PIECE` characters are cut at a token's end; a piece from inside a document is tokenised with what
+    stands before it, since many tokenizers begin every text with a space.
 
     Args:
         documents: texts.
         tokenizer: a transformers tokenizer.
     """
     eos = tokenizer.eos_token_id
-    for batch in _batches(_cut(documents)):
+    for batch in _batches(_cut(documents, tokenizer)):
         ids: list[list[int]] = [[] for _ in batch]
-        for special in (True, False):  # a piece from inside a document must not begin like a document
-            chosen = [i for i, (_, begins, _) in enumerate(batch) if begins == special]
-            if chosen:
-                found = tokenizer([batch[i][0] for i in chosen], add_special_tokens=special).input_ids
-                for i, row in zip(chosen, found):
-                    ids[i] = row
-        for (_, begins, ends), row in zip(batch, ids):
+        opening = [i for i, piece in enumerate(batch) if piece.begins]
+        if opening:
+            for i, row in zip(opening, tokenizer([batch[i].text for i in opening]).input_ids):
+                ids[i] = row
+        inside = [i for i, piece in enumerate(batch) if not piece.begins]  # these must not begin like a document
+        for i, row in zip(inside, _continued([batch[i] for i in inside], tokenizer)):
+            ids[i] = row
+        for (_, begins, ends, _), row in zip(batch, ids):
             has_end = eos is not None and bool(row) and row[-1] == eos
             if ends and eos is not None and not has_end:
                 row = [*row, eos]
@@ -85,25 +90,67 @@ def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[np.
             yield np.asarray(row, dtype=np.int64), begins
 
 
-def _cut(documents: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
-    """(text, begins a document, ends one)."""
+class _Piece(NamedTuple):
+    """A part of a document, with ``before`` characters of what stands in front of it."""
+
+    text: str
+    begins: bool
+    ends: bool
+    before: int = 0
+
+
+def _continued(pieces: Sequence[_Piece], tokenizer: Any) -> list[list[int]]:
+    """The tokens of pieces from inside documents, those of what stands before a piece left out."""
+    if not pieces:
+        return []
+    placed = any(piece.before for piece in pieces)
+    found = tokenizer([p.text for p in pieces], add_special_tokens=False, return_offsets_mapping=placed)
+    if not placed:
+        return list(found.input_ids)
+    return [
+        [token for token, (_, end) in zip(row, places) if end > piece.before]
+        for piece, row, places in zip(pieces, found.input_ids, found.offset_mapping)
+    ]
+
+
+def _cut(documents: Iterable[str], tokenizer: Any) -> Iterator[_Piece]:
+    context = _CONTEXT if getattr(tokenizer, "is_fast", False) else 0  # slow ones do not say where a token stands
     for document in documents:
         at = 0
         while len(document) - at > PIECE:
-            end = next(filter(None, (cut.search(document, at + PIECE, at + 2 * PIECE) for cut in _CUTS)), None)
+            end = _place(document, at, tokenizer, context)
             if end is None:
                 break
-            yield document[at : end.end()], at == 0, False
-            at = end.end()
-        yield document[at:], at == 0, True
+            yield _Piece(document[max(at - context, 0) : end], at == 0, False, min(at, context))
+            at = end
+        yield _Piece(document[max(at - context, 0) :], at == 0, True, min(at, context))
 
 
-def _batches(pieces: Iterable[tuple[str, bool, bool]]) -> Iterator[list[tuple[str, bool, bool]]]:
-    batch: list[tuple[str, bool, bool]] = []
+def _place(document: str, at: int, tokenizer: Any, context: int) -> int | None:
+    """Where the piece that begins at ``at`` ends: the first place of the best kind at which a cut changes no token, or
+    None, for a piece that goes on to the document's end."""
+    matches = itertools.chain.from_iterable(cut.finditer(document, at + PIECE, at + 2 * PIECE) for cut in _CUTS)
+    places = (match.end() for match in itertools.islice(matches, _TRIES))
+    return next((place for place in places if not context or _seamless(document, place, tokenizer, context)), None)
+
+
+def _seamless(document: str, at: int, tokenizer: Any, context: int) -> bool:
+    """Whether the text before ``at`` has the same tokens alone as in running text."""
+    start = max(at - context, 0)
+    left = tokenizer(document[start:at], add_special_tokens=False).input_ids
+    both = tokenizer(document[start : at + context], add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end + start for _, end in both.offset_mapping]
+    return both.input_ids[: len(left)] == left and [end <= at for end in ends] == [
+        i < len(left) for i in range(len(ends))
+    ]
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece[0])
+        size += len(piece.text)
         if size >= _BATCH:
             yield batch
             batch, size = [], 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rehead.models.families.spec import Config, KeyNorm, head_dim, rope_parameters, rotary_partial
+from rehead.models.families.spec import Config, KeyNorm, head_dim, rope_parameters
 
 
 def layer_kind(config: Config, layer: int) -> str:
@@ -48,8 +48,8 @@ def rotary_by_theta(config: Config, layer: int) -> int:
 
 
 def rotary_if_parameters(config: Config, layer: int) -> int:
-    """RoPE wherever the config holds parameters for it (OLMo Hybrid, Beam's layers without a window)."""
-    return rotary_partial(config, layer) if rope_parameters(config, layer) else 0
+    """The whole head, wherever the config holds parameters for RoPE (OLMo Hybrid, Beam's layers without a window)."""
+    return head_dim(config) if rope_parameters(config, layer).get("rope_theta") is not None else 0
 
 
 def rotary_by_name(config: Config, layer: int) -> int:

@@ -74,14 +74,15 @@ def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
 
 
 def rotary_partial(config: Config, layer: int) -> int:
-    """The first ``partial_rotary_factor`` of the head rotates, rounded down as the classes do."""
+    """The first ``partial_rotary_factor`` of the head rotates, rounded down, and then up to whole pairs."""
     parameters = rope_parameters(config, layer)
     if parameters.get("rope_type") == "proportional":
         return head_dim(config)  # the pairs span the head, and those beyond the factor turn with frequency zero
     factor = parameters.get("partial_rotary_factor")
     if factor is None:
         factor = getattr(config, "partial_rotary_factor", None)
-    return int(head_dim(config) * (1.0 if factor is None else factor))
+    dims = int(head_dim(config) * (1.0 if factor is None else factor))
+    return dims + dims % 2
 
 
 def head_dim(config: Config) -> int:

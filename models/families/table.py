@@ -238,7 +238,6 @@ _HYBRID = (
     Family(
         "lfm3",
         key_norm="rms",
-        rotary_dims=rotary_partial,
         has_attention=r.attends,
         post_norm=lambda config: bool(config.use_sandwich_norm),
         query_extras=("g_proj.weight", "gate_proj.weight"),
@@ -246,7 +245,6 @@ _HYBRID = (
     ),
     Family(
         "minimax",
-        rotary_dims=rotary_partial,
         post_norm=True,
         residual_scale=s.minimax_scale,
         has_attention=r.attends,

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rehead.checkpoints.plain_yaml import read_yaml
 from rehead.errors import UsageError, first_line, unknown_name
 
 MAX_BYTES = 1_000_000
@@ -36,21 +37,6 @@ class Loaded:
     raw: dict[str, Any]
     origin: str
     base: Path
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys: the last of two would win unseen."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def library_names() -> list[str]:
@@ -115,14 +101,12 @@ def parse_yaml(text: str, origin: str) -> Any:
         UsageError: it is no YAML; the line says where.
     """
     try:
-        return yaml.load(text, _Loader)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise UsageError(f"{origin}: is no YAML{where} ({problem}); fix it") from None
-    except RecursionError:
-        raise UsageError(f"{origin}: is nested too deeply for a recipe; fix it") from None
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from rehead.data import sources as sources_module
 from rehead.data.sources import identity, parse_source, read_documents
 from rehead.errors import UsageError
 
@@ -161,3 +163,20 @@ def test_texts_that_ship_are_known_by_name() -> None:
     assert len(list(read_documents(["built-in:speeches#lines"]))) > 5
     with pytest.raises(UsageError, match="did you mean 'built-in:heldout'"):
         list(read_documents(["built-in:heldouts"]))
+
+
+@pytest.mark.parametrize("lines", ["", "#lines"])
+def test_a_packed_file_is_bounded_while_it_is_read(lines: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file may hold a thousand times its size; of this one, little more than the bound is ever unpacked."""
+    monkeypatch.setattr(sources_module, "MAX_CHARACTERS", 1 << 16)
+    path = tmp_path / "bomb.txt.gz"
+    with gzip.open(path, "wt") as file:
+        for _ in range(200):
+            file.write("x" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(UsageError, match=r"more than 65,536 characters; cut it"):
+        list(read_documents([f"{path}{lines}"]))
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+    if not lines:
+        assert list(read_documents([f"{path}#chars=10:20"])) == ["x" * 10]

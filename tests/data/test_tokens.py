@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rehead.data import store as store_module
 from rehead.data import tokens as tokens_module
@@ -56,6 +62,46 @@ def test_long_documents_are_cut_where_the_tokenizer_cuts(tokenizer, monkeypatch:
     flat = document.replace("\n", " ")
     found = np.concatenate([ids for ids, _ in token_pieces([flat], tokenizer)])
     assert found.tolist()[:-1] == tokenizer(flat).input_ids
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace", "bytes", "whitespace"])
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    words=st.lists(
+        st.sampled_from(["a", "the", "word", "\n", "\n\n", "  ", "née", "x y", "."]), min_size=30, max_size=60
+    )
+)
+def test_a_cut_changes_no_token(kind: str, words: list[str]) -> None:
+    """SentencePiece's way begins every text with a space; so does a piece of one that is read on its own."""
+    document = "".join(word + " " * (len(word) % 2) for word in words) + "end"
+    tokenizer = _spaced(kind)
+    whole = tokenizer(document).input_ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens_module, "PIECE", 40)
+        patch.setattr(tokens_module, "_CONTEXT", 30)
+        found = np.concatenate([ids for ids, _ in token_pieces([document], tokenizer)]).tolist()
+    assert found == whole
+
+
+@functools.cache
+def _spaced(kind: str) -> Any:
+    """A small tokenizer that handles the space before a word in one of the ways there are."""
+    made = Tokenizer(models.BPE(unk_token="?"))
+    if kind == "prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    elif kind == "bytes":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = ["the word a née x y . the word the word\n a word\n\n née  the  a"] * 4
+    if kind == "prepend":  # words apart in training, and in use only by what was learned of them
+        made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, special_tokens=["?"], show_progress=False))
+    if kind == "prepend":
+        made.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def test_too_little_text(tokenizer, tmp_path: Path) -> None:
