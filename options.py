@@ -123,8 +123,11 @@ class Options(BaseModel):
     @classmethod
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """``true`` is not 1."""
-        kinds = _alternatives(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+        kinds = leaves(cls.model_fields[str(info.field_name)].annotation)
+        inside = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        if bool not in kinds and {int, float} & kinds and any(isinstance(item, bool) for item in inside):
             raise ValueError("is true or false, not a number; write a number")
         return value
 
@@ -308,6 +311,14 @@ def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
             break
         model = inner[0]
     return model
+
+
+def leaves(annotation: Any) -> set[Any]:
+    """Every type that an annotation names, in unions, tuples and mappings too."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (Annotated, Literal):
+        parts = parts[:1] if typing.get_origin(annotation) is Annotated else ()
+    return {kind for part in parts for kind in leaves(part)} if parts else {annotation}
 
 
 def alternatives(annotation: Any) -> list[Any]:

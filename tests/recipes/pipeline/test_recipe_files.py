@@ -43,6 +43,19 @@ BAD = [
     ("model: x", "stands twice"),
     ("convert: {method: [", "no YAML in line"),
     ("1: 2", "no text"),
+    ("convert: {num_key_value_heads: yes}", "is no whole number"),
+    ("convert: {num_key_value_heads: true}", "not a number"),
+    ("evaluate: {data: a.txt, fail_above: {kl: true}}", "number"),
+    ("convert: {seed: 2024-99-99}", "seed"),
+    ("launch: {processes: 2024-13-45}", "launch.processes"),
+    ("convert: {seed: " + "9" * 5000 + "}", "a number of 5000 characters"),
+    ("sweep: &m [*m]", "refers to itself"),
+    (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"a{i}: &a{i} [{f'*a{i - 1 if i else str()},' * 9}]\n" for i in range(20)),
+        "aliases",
+    ),
+    ("convert: " + "[" * 3000, "nested"),
 ]
 
 
