@@ -94,3 +94,19 @@ def rope_fields(frequencies: Tensor, original: Mapping[str, Any] | None = None) 
         "rope: the kept pairs' frequencies are no geometric series, which is all that plain RoPE has; "
         "keep all pairs, or so few that their frequencies are unscaled"
     )
+
+
+def undecided(angles: Tensor, kept: Tensor, length: int, positions: int, turn: float = 0.5) -> list[int]:
+    """Pairs that stop turning though the calibration text was too short to show what that costs.
+
+    Args:
+        angles: turn of each pair in radians per token, [P].
+        kept: those that keep turning.
+        length: tokens in a calibration sequence.
+        positions: tokens that the model is made for.
+        turn: what counts as having turned.
+    """
+    folded = torch.ones(len(angles), dtype=torch.bool)
+    folded[kept.cpu()] = False
+    speed = angles.abs().cpu()
+    return (folded & (speed * length < turn) & (speed * positions >= turn)).nonzero().flatten().tolist()
