@@ -14,7 +14,7 @@ from importlib import import_module
 
 import click
 
-from rehead.console import LazyGroup, echo, print_json
+from rehead.console import LazyGroup, echo, print_json, print_warnings
 from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError
 from rehead.version import __version__
 
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    print_warnings()
     try:
         cli.main(args=argv, prog_name="rehead", standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 
 import pytest
 from hypothesis import given
@@ -80,3 +81,10 @@ def test_bars_start_where_a_resumed_run_does_and_show_what_a_file_says_as_text(m
     assert "[bold]a\\x1b[2Jb" in shown
     assert "\x1b[2J" not in shown
     assert "91%" in shown
+
+
+def test_warnings_are_lines_too(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    logging.getLogger("rehead.anything").warning("layer %s", NASTY)
+    assert capsys.readouterr().err == f"warning: layer {printable(NASTY)}\n"
