@@ -37,6 +37,38 @@ def balanced(latent: LatentHeads, root: Tensor, unroot: Tensor) -> LatentHeads:
     return replace(latent, q_nope=q_nope, key_up=key_up, value_up=value_up, o=o, rope=rope, q_rope=q_rope)
 
 
+def head_ranks(latent: LatentHeads, share: float = 1e-9) -> tuple[int, int]:
+    """Sizes that lose nothing: the most directions of (unrotated keys, values) that any head of a balanced layer uses.
+
+    Args:
+        share: of the largest singular value, below which a direction is rounding.
+    """
+    used = []
+    for up in (latent.key_up, latent.value_up):
+        size = up.square().sum(-1)  # squared norms, which are the product's singular values
+        used.append(max(1, int((size > share * size.amax().clamp_min(torch.finfo(size.dtype).tiny)).sum(1).amax())))
+    return used[0], used[1]
+
+
+def resized(latent: LatentHeads, nope_dim: int, value_dim: int) -> LatentHeads:
+    """A balanced layer with other head sizes: its smallest directions cut off, or zeros added.
+
+    Args:
+        nope_dim, value_dim: sizes that an engine takes, at least :func:`head_ranks` to lose nothing.
+    """
+
+    def fit(weight: Tensor, size: int, dim: int) -> Tensor:
+        kept = weight.narrow(dim, 0, min(size, weight.shape[dim]))
+        after = [0, size - kept.shape[dim]]
+        return torch.nn.functional.pad(kept, [0, 0] * (weight.ndim - 1 - dim) + after)
+
+    changed = {name: fit(getattr(latent, name), nope_dim, 1) for name in ("q_nope", "key_up")}
+    changed |= {"value_up": fit(latent.value_up, value_dim, 1), "o": fit(latent.o, value_dim, 2)}
+    if latent.q_nope_bias is not None:
+        changed["q_nope_bias"] = fit(latent.q_nope_bias, nope_dim, 1)
+    return latent.with_weights(changed)
+
+
 def _even_pairs(rope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and queries of each rotary pair with equal norms: one real factor, which commutes with the rotation."""
     key = torch.stack(rope.chunk(2, 0)).square().sum((0, -1)).sqrt()  # [P]

@@ -12,6 +12,7 @@ from latent_layers import latent_moments, planted
 
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.heads import Heads
+from rehead.variants.latent.gauge import head_ranks, resized
 from rehead.variants.latent.module import LatentAttention
 from rehead.variants.latent.pairs import enough_pairs, fastest, rope_fields, turning_energy
 from rehead.variants.latent.solve import cut_rank, solve
@@ -107,6 +108,21 @@ def test_the_latent_varies_alike_in_all_directions_and_its_factors_are_balanced(
         up = torch.linalg.svdvals(latent.value_up[head])
         assert torch.allclose(up, torch.linalg.svdvals(latent.o[:, head])[: len(up)], atol=1e-9)
     assert torch.allclose(latent.rope.square().sum() * 8, latent.q_rope.square().sum(), rtol=1e-6)
+
+
+def test_head_sizes_follow_what_heads_use() -> None:
+    """Keys that are multiples of one leave nothing beside the rotated part; a small rank leaves small heads."""
+    heads, x = planted("half", 4, 3, bias=True), inputs(7)
+    latent = whole(heads, 4).latent
+    wanted = latent.attend(x[None])
+    nope, value = head_ranks(latent)
+    assert nope <= 4
+    assert value == 3
+    for sizes in ((nope, value), (16, 24)):
+        other = resized(latent, *sizes)
+        assert (other.nope_dim, other.value_dim) == sizes
+        assert torch.allclose(other.attend(x[None]), wanted, atol=1e-7)
+    assert not torch.allclose(resized(latent, nope, 2).attend(x[None]), wanted, atol=1e-2)
 
 
 def test_biases_of_values_go_into_the_output_and_those_of_keys_into_the_latent() -> None:
