@@ -20,6 +20,9 @@ from rehead.errors import UnsupportedError, UsageError
 if TYPE_CHECKING:
     import torch
 
+#: Of a model card that is looked at; longer ones are cut.
+MAX_CARD_BYTES = 1_000_000
+
 __all__ = ["DTYPE_NAMES", "LocalSource", "Source", "TensorInfo", "torch_dtype"]
 
 #: torch dtype names by the format's code; the sub-byte formats have none.
@@ -212,7 +215,7 @@ class Source:
         if CARD_NAME not in self.list_files():
             return None
         with self.open_small(CARD_NAME) as f:
-            return f.read().decode("utf-8", errors="replace")
+            return f.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
 
     def fingerprint(self) -> str:
         """SHA-256 over :meth:`identity`: changes when any file of the checkpoint does."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rehead.checkpoints.markdown import code, code_block, front_matter, plain
 from rehead.version import __version__
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     kv, cache, size = table["num_key_value_heads"], table["kv_bytes_per_token"], table["parameters"]
     options = table["options"]
     pooled = kv["before"] != kv["after"]
-    extras = [f"method `{options['method']}`", f"{options['grouping']} groups"] if pooled else []
+    extras = [f"method {code(options['method'])}", f"{options['grouping']} groups"] if pooled else []
     extras += ["least-squares refit"] if options["refit"] else []
     extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
     rows = []
@@ -57,13 +58,13 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         title = f"as {table['host']['after']}"
     lines = [
         "---",
-        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).strip(),
         "---",
         "",
-        f"# {name} {title}",
+        f"# {plain(name)} {title}",
         "",
-        f"Converted from `{source.id if hub_id else name}`"
-        + (f" at `{source.revision}`" if source.revision else "")
+        f"Converted from {code(source.id if hub_id else name)}"
+        + (f" at {code(source.revision)}" if source.revision else "")
         + f" by Rehead {__version__}{': ' if extras else ''}{', '.join(extras)}.",
         "",
         "| | before | after |",
@@ -95,7 +96,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
             "",
         ]
     if details.get("text"):
-        lines += [f"Calibrated on {details['tokens']:,} tokens of: {', '.join(details['text'])}.", ""]
+        lines += [f"Calibrated on {details['tokens']:,} tokens of: {', '.join(map(code, details['text']))}.", ""]
     errors = [entry for entry in layers.values() if "value_error" in entry]
     if errors and not table["exact"]:
         worst = max(errors, key=lambda e: e["key_error"] + e["value_error"])
@@ -107,30 +108,17 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         ]
     if drafts := table["drafts"]:
         lines += [
-            f"Draft layers that transformers does not load keep the original's heads: {', '.join(drafts)}. An engine "
-            "that drafts with them reads them wrongly.",
+            f"Draft layers that transformers does not load keep the original's heads: {', '.join(map(code, drafts))}. "
+            "An engine that drafts with them reads them wrongly.",
             "",
         ]
-    if code := table["code_left_out"]:
+    if left := table["code_left_out"]:
         lines += [
-            f"Code stays behind: {', '.join(f'`{name}`' for name in code)}. A tokenizer that needs it loads from the "
-            "original.",
+            f"Code stays behind: {', '.join(map(code, left))}. A tokenizer that needs it loads from the original.",
             "",
         ]
-    lines += ["```", command, "```", ""]
+    lines += [*code_block(command), ""]
     return "\n".join(lines)
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    """The YAML metadata at the head of a model card; empty where there is none or it cannot be read."""
-    if not card.startswith("---"):
-        return {}
-    parts = card.split("---", 2)
-    try:
-        data = yaml.safe_load(parts[1]) if len(parts) == 3 else None
-    except yaml.YAMLError:
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _mean(entries: list[dict[str, Any]], key: str) -> float:

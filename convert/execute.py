@@ -148,6 +148,7 @@ def _execute(
         result.layers = {int(layer): errors for layer, errors in finished["layers"].items()}
         return result
     with Target(out, source=source, overwrite=overwrite, resume=resume, fingerprint=fingerprint) as target:
+        model_card(plan, {}, command, {})  # what could go wrong with it, before the weights are written
         result.layers.update({int(layer): facts for layer, facts in target.remembered.items()})
         provide: LayerProvider | None = None
         details: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.checkpoints.manifest import made_by
+from rehead.checkpoints.markdown import code, code_block
 from rehead.checkpoints.shards import OutputTensor, parse_size, plan_shards
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.target import Target
@@ -172,19 +173,17 @@ def _manifest(student: Opened, uptraining: Mapping[str, Any], command: str) -> d
 def _card(card: str, student: str, facts: Mapping[str, Any], command: str) -> str:
     """The student's card with a section on its uptraining."""
     options = facts["options"]
-    teacher = f", taught by `{facts['teacher']}`" if facts["teacher"] else ""
+    teacher = f", taught by {code(facts['teacher'])}" if facts["teacher"] else ""
     lines = [
         card.rstrip(),
         "",
         "## Uptraining",
         "",
-        f"`{Path(student).name}` was trained on {facts['tokens']:,} tokens by Rehead {__version__}{teacher}: loss "
+        f"{code(Path(student).name)} was trained on {facts['tokens']:,} tokens by Rehead {__version__}{teacher}: loss "
         f"`{options['loss']}`, learning rate {options['learning_rate']:g}, {options['schedule']} schedule, "
         f"{facts['steps']} steps of {facts['batch_tokens']:,} tokens. `{LOG_NAME}` has every step.",
         "",
-        "```",
-        command,
-        "```",
+        *code_block(command),
         "",
     ]
     return "\n".join(lines).lstrip("\n")
