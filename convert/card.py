@@ -70,7 +70,12 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         "| | before | after |",
         "| --- | --- | --- |",
         f"| KV heads | {kv['before']} | {kv['after']} |",
-        f"| KV cache, bytes a token | {cache['before']:,} | {cache['after']:,} |",
+        f"| KV cache, bytes per token | {cache['before']:,} | {cache['after']:,} |",
+        *(
+            f"| KV cache at {int(context):,} tokens, bytes | {size:,} | {table['cache_bytes']['after'][context]:,} |"
+            for context, size in table["cache_bytes"]["before"].items()
+            if table["windows"]
+        ),
         f"| parameters | {size['before']:,} | {size['after']:,} |",
         *rows,
         "",

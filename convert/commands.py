@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -37,7 +38,9 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
         ("positions", facts["positions"]),
         ("key norm", facts["key_norm"]),
         ("parameters", f"{facts['parameters']:,} ({facts['bytes'] / 1e9:.2f} GB; {', '.join(facts['dtypes'])})"),
-        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes per token"),
+        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes per token"
+                     + (", until a window is full" if facts["windows"] else "")),
+        *_cache_rows(facts["windows"], {"": facts["cache_bytes"]}),
     ]  # fmt: skip
     for count, size in facts["can_convert_to"].items():
         saved = 1 - size / facts["kv_bytes_per_token"]
@@ -146,6 +149,17 @@ def _strays(facts: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
+def _cache_rows(windows: Sequence[int], sizes: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    """The size of the cache at several contexts, where windows make it differ from so much per token."""
+    if not windows:
+        return []
+    tables = list(sizes.values())
+    return [
+        (f"at {int(context):,} tokens", " -> ".join(f"{table[context]:,}" for table in tables) + " bytes")
+        for context in tables[0]
+    ]
+
+
 def _cache_line(report: dict[str, Any]) -> str:
     if report["cache_error"] is None:
         return "none that the class hands back, so nothing was compared"
@@ -183,6 +197,7 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(facts)),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes per token"),
+        *_cache_rows(facts["windows"], facts["cache_bytes"]),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
     ]
     if strays := _strays(facts):

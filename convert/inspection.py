@@ -9,6 +9,7 @@ from typing import Any
 from rehead.convert.hosts import hosts_of
 from rehead.models.families import FAMILIES
 from rehead.models.families.seq2seq import SEQ2SEQ
+from rehead.models.layout import bytes_per_token, sizes, windows
 from rehead.models.meta import draft_layers
 from rehead.models.model import open_model
 
@@ -22,7 +23,8 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
 
     Returns:
         Plain JSON: model type, layers, heads, ``head_dim``, parameters, bytes, dtypes, block shape, positions, key
-        norm, KV-cache bytes a token (from the real ``head_dim``, over attention layers), the numbers of KV heads that
+        norm, KV-cache bytes per token (from the real ``head_dim``, over attention layers, while no window is full)
+        and at several contexts, the numbers of KV heads that
         it can be converted to with the cache each leaves, and the classes that may stand in for its own.
 
     Raises:
@@ -31,7 +33,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
     """
     opened = open_model(model, revision)
     config, family, source = opened.config, opened.family, opened.source
-    kv = opened.num_kv_heads
+    kv, layouts = opened.num_kv_heads, opened.layouts
     first = opened.layers[0] if opened.layers else 0
     rotary = [family.rotary_dims(config, layer) for layer in opened.layers]
     choices, refusals = {}, set()
@@ -40,7 +42,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         if reason:
             refusals.add(reason)
         else:
-            choices[str(count)] = opened.kv_bytes_per_token(count)
+            choices[str(count)] = bytes_per_token([layer.with_heads(count) for layer in layouts])
     kind = "multi-head" if kv == opened.num_heads else "multi-query" if kv == 1 else "grouped-query"
     if kv == 1 and opened.num_heads == 1:
         kind = "single-head"
@@ -65,7 +67,9 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         "packing": family.packing,
         "biases": [name.rsplit(".", 2)[-2] for name in opened.layer_tensors(first) if name.endswith(".bias")],
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-        "kv_bytes_per_token": opened.kv_bytes_per_token(),
+        "kv_bytes_per_token": bytes_per_token(layouts),
+        "windows": windows(layouts),
+        "cache_bytes": sizes(layouts),
         "can_convert_to": choices,
         "cannot": sorted(refusals),
         "ignored": sorted(source.ignored),

@@ -18,6 +18,7 @@ from rehead.convert.hosts import host
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.errors import UnsupportedError
 from rehead.models.config import json_floats
+from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
 from rehead.models.model import Model
 from rehead.models.rewrite import Derived, Read, Rewrite, Step, unchanged
@@ -87,6 +88,11 @@ class Plan:
             OutputTensor(name, info.dtype, info.shape, None if name in computed else name)
             for name, info in source.stored.items()
         ]
+
+    @property
+    def layouts(self) -> list[LayerLayout]:
+        """What each layer of the result caches."""
+        return self.result.layouts
 
     @property
     def exact(self) -> bool:
@@ -182,7 +188,7 @@ class Plan:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
         source, raw = self.source.source, self.raw_config
         facts = {rewrite.name: rewrite.facts for rewrite in self.rewrites if rewrite.facts}
-        outputs = self.outputs
+        outputs, before, after = self.outputs, self.source.layouts, self.layouts
         return {
             "source": source.id,
             "revision": source.revision,
@@ -191,10 +197,9 @@ class Plan:
             "num_attention_heads": self.model.num_heads,
             "head_dim": self.model.head_dim,
             "num_key_value_heads": {"before": self.source.num_kv_heads, "after": self.kv},
-            "kv_bytes_per_token": {
-                "before": self.source.kv_bytes_per_token(),
-                "after": self.result.kv_bytes_per_token(),
-            },
+            "kv_bytes_per_token": {"before": bytes_per_token(before), "after": bytes_per_token(after)},
+            "windows": windows(after),
+            "cache_bytes": {"before": sizes(before), "after": sizes(after)},
             "parameters": {"before": self.source.parameters(), "after": self.result.parameters()},
             **facts,
             "missing": sorted(self.strays.missing) if self.strays else [],

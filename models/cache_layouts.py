@@ -5,36 +5,53 @@ from __future__ import annotations
 from typing import Any
 
 from rehead.models.families import FAMILIES
+from rehead.models.families.parallel import base_type
+from rehead.models.families.spec import Family
 from rehead.models.layout import LayerLayout
 
 
-def config_layouts(config: Any, itemsize: int = 2) -> list[LayerLayout] | None:
+def config_layouts(config: Any, itemsize: int = 2, family: Family | None = None) -> list[LayerLayout] | None:
     """The layout of every layer with attention that keeps its own keys and values.
 
     Args:
         config: a transformers config.
         itemsize: bytes of a cached number.
+        family: the family that reads it, where that is known; the table's when None.
 
     Returns:
-        None where the config does not say enough: latent attention, unknown kinds of layers, layers that differ.
+        None where the config does not say enough: unknown kinds of layers, layers that differ.
     """
     config = config.get_text_config(decoder=True)
     if getattr(config, "per_layer_attributes", None) or getattr(config, "num_kv_shared_layers", None):
         return None
-    family = FAMILIES.get(config.model_type)
-    query: Any
+    family = family or FAMILIES.get(base_type(config.model_type))
     if family is not None:
-        indices = family.attention_layers(config)
-        query, kv, width = family.num_heads(config), family.num_kv_heads(config), family.head_dim(config)
+        return [layer_layout(family, config, layer, itemsize) for layer in family.attention_layers(config)]
+    layers: Any = getattr(config, "num_hidden_layers", None)
+    numbers = [getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= {"full_attention"} or not all(isinstance(number, int) for number in (layers, *numbers)):
+        return None
+    return [layer_layout(Family(config.model_type), config, layer, itemsize) for layer in range(layers)]
+
+
+def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> LayerLayout:
+    """What one layer with attention caches.
+
+    Args:
+        family: reads the config's numbers.
+        config: of the decoder.
+        layer: an index of :meth:`Family.attention_layers`.
+        itemsize: bytes of a cached number.
+    """
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank:  # multi-head latent attention: the latent as keys, the rotated key that all heads share as values
+        kv, key, value = 1, int(rank), int(config.qk_rope_head_dim)
     else:
-        if getattr(config, "kv_lora_rank", None) or getattr(config, "layer_types", None):
-            return None
-        query, size = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-        kv = getattr(config, "num_key_value_heads", None) or query
-        if not isinstance(query, int) or not isinstance(kv, int) or not isinstance(size, int):
-            return None
-        width, indices = getattr(config, "head_dim", None) or size // query, list(range(config.num_hidden_layers))
-    return [LayerLayout(i, query, kv, width, width, window=layer_window(config, i), itemsize=itemsize) for i in indices]
+        kv = family.num_kv_heads(config)
+        key = value = family.head_dim(config)
+    window = None if getattr(config, "is_encoder_decoder", False) else layer_window(config, layer)
+    return LayerLayout(layer, family.num_heads(config), kv, key, value, window=window, itemsize=itemsize)
 
 
 def layer_window(config: Any, index: int) -> int | None:
@@ -44,5 +61,5 @@ def layer_window(config: Any, index: int) -> int | None:
     chunk = getattr(config, "attention_chunk_size", None)
     if types is None:
         return window if isinstance(window, int) else chunk if isinstance(chunk, int) else None
-    extent = {"sliding_attention": window, "chunked_attention": chunk}.get(types[index])
+    extent = window if "sliding" in types[index] else chunk if "chunked" in types[index] else None
     return extent if isinstance(extent, int) else None

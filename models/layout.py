@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+#: Contexts at which the size of a cache is told.
+CONTEXTS = (1024, 8192, 32768)
+
 
 @dataclass(frozen=True)
 class LayerLayout:
@@ -64,3 +67,13 @@ def cache_bytes(layers: Sequence[LayerLayout], context: int) -> int:
 def bytes_per_token(layers: Sequence[LayerLayout]) -> int:
     """Bytes that one more token adds over all layers while no window is full."""
     return sum(layer.itemsize * layer.numbers_per_token for layer in layers)
+
+
+def sizes(layers: Sequence[LayerLayout]) -> dict[str, int]:
+    """Bytes in the cache at each of :data:`CONTEXTS`, by context; JSON."""
+    return {str(context): cache_bytes(layers, context) for context in CONTEXTS}
+
+
+def windows(layers: Sequence[LayerLayout]) -> list[int]:
+    """The windows that layers have, ascending; where there are any, bytes per token do not tell the size of a cache."""
+    return sorted({layer.window for layer in layers if layer.window is not None})

@@ -15,12 +15,14 @@ from rehead.checkpoints.finite import first_nonfinite
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.errors import UnsupportedError
+from rehead.models.cache_layouts import layer_layout
 from rehead.models.config import resolve_config
 from rehead.models.families import resolve_family
 from rehead.models.families.layouts import shared_norm_names, split, tensor_names
 from rehead.models.families.resolve import refuse_type, with_checkpoint_prefix
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
+from rehead.models.layout import LayerLayout
 from rehead.models.meta import load_report, shapes_of
 
 if TYPE_CHECKING:
@@ -101,10 +103,12 @@ class Model:
         """One layer's heads as shapes alone."""
         return self.heads(layer, self.meta_layer(layer))
 
-    def kv_bytes_per_token(self, kv: int | None = None) -> int:
-        """KV-cache bytes for each token over all layers, in the checkpoint's dtype and from the real ``head_dim``."""
-        size = max(torch_dtype(self.source.tensors[self.layer_tensors(i)[0]].dtype).itemsize for i in self.layers[:1])
-        return 2 * len(self.layers) * (kv or self.num_kv_heads) * self.head_dim * size
+    @property
+    def layouts(self) -> list[LayerLayout]:
+        """What each layer with attention caches, in the checkpoint's dtype."""
+        first = self.layer_tensors(self.layers[0])[0]
+        size = torch_dtype(self.source.tensors[first].dtype).itemsize
+        return [layer_layout(self.family, self.config, layer, size) for layer in self.layers]
 
     def parameters(self) -> int:
         """Number of weights in the checkpoint."""

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from rehead.models import layout
 from rehead.models.cache_layouts import config_layouts
+from rehead.models.layout import CONTEXTS
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import vocabulary
 from rehead.recipes.evaluation import schema
 
-#: Contexts at which a cache is measured, as far as a model has positions.
-CONTEXTS = (1024, 8192, 32768)
 #: Two short contexts that are really read; what the second leaves behind in addition is what single tokens cost.
 _SHORT, _LONG = 3, 7
 
