@@ -1,6 +1,7 @@
 """Which engines give the same tokens as transformers for a class of model, as they were run.
 
-``make engines`` (``benchmarks/engines``) runs them and writes ``serving.json`` beside this file; cards and README read it.
+``make engines`` (``benchmarks/engines``) runs them and writes ``serving.json`` beside this file; cards and README read
+it.
 A class serves or fails by what its config says besides the type, so a run counts only for configs with equal facts.
 """
 
@@ -13,12 +14,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-SAME = "same tokens"
-DIFFERENT = "different tokens"
+SAME = "same"
+DIFFERENT = "different"
 REFUSED = "refused"
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
+_EQUAL_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
@@ -62,12 +64,25 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
         sharing = "MHA"
     else:
         sharing = "MQA" if kv == 1 else "GQA"
+    activation = _first(config, _ACTIVATIONS)
+    rope = config.get("rope_parameters") or {}
+    width = _first(config, ("hidden_size", "n_embd"))
+    context = _first(config, ("max_position_embeddings", "n_positions")) or 0
     return {
         "attention": sharing,
-        "activation": _first(config, _ACTIVATIONS),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "activation": _EQUAL_ACTIVATIONS.get(activation, activation),
         "custom_code": bool(config.get("auto_map")),
+        "windows": 0 < (config.get("sliding_window") or 0) < context and config.get("use_sliding_window", True),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+        "usual_rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)) == 10000.0,
+        "ffn_is_4_times_as_wide": _first(config, ("intermediate_size", "n_inner")) in (None, 4 * (width or 0)),
+        "query_latent": config.get("q_lora_rank") is not None,
+        "layers": _first(config, ("num_hidden_layers", "n_layer")) if config.get("kv_lora_rank") else None,
     }
+
+
+# What always has to agree; other facts decide only for types whose runs differ in them.
+_DECIDING = ("attention", "activation", "custom_code", "windows")
 
 
 def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
@@ -75,17 +90,30 @@ def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
 
     Args:
         model_type: as in ``config.model_type``.
-        facts: of :func:`facts_of`. Groups of any size count as the same sharing; a fact that is absent matches all.
+        facts: of :func:`facts_of`. Groups of any size are one kind of sharing.
     """
-    runs: dict[tuple[str, str], Run] = {}
-    for row in results()["rows"]:
-        known = row["facts"]
-        if row["model_type"] != model_type or any(known.get(key) != value for key, value in facts.items()):
-            continue
-        for run in row["runs"]:
-            values = {**run, "notes": tuple(run["notes"]), "case": row["case"]}
-            runs.setdefault((row["case"], run["engine"]), Run(**values))
-    return list(runs.values())
+    rows = [row for row in results()["rows"] if row["model_type"] == model_type]
+    for key in dict.fromkeys([*_DECIDING, *facts]):
+        same = [row for row in rows if row["facts"].get(key) == facts.get(key)]
+        rows = same if same or key in _DECIDING else rows
+    return [Run(**{**run, "notes": tuple(run["notes"]), "case": row["case"]}) for row in rows for run in row["runs"]]
+
+
+def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
+    """What a model card says about engines: one line for each engine, or one that says that none was run."""
+    lines: dict[str, str] = {}
+    for run in served_by(model_type, facts):
+        if run.outcome == SAME:
+            text = f"{run.tokens} of {run.of} greedy tokens as transformers gives them"
+        elif run.outcome == DIFFERENT:
+            text = "loads it and computes something else: do not use it"
+        else:
+            text = f"does not take it ({'; '.join(run.notes)})"
+        extra = [note for note in run.notes if run.outcome == SAME]
+        lines.setdefault(
+            run.engine, f"{run.engine} {run.version}: {text}" + (f" ({'; '.join(extra)})" if extra else "")
+        )
+    return list(lines.values()) or ["no engine has been run on a model of this kind"]
 
 
 @cache

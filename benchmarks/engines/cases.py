@@ -26,10 +26,17 @@ COMMON: dict[str, Any] = {
 PART_ROPE = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}
 ROPE = {"rope_type": "default", "rope_theta": 20000.0}
 WINDOWS = ["sliding_attention", "full_attention"]
-NEOX = {"hidden_act": "gelu", "rope_parameters": PART_ROPE}
+# Bases of other than 10000 show engines that do not read them; some classes get a case with 10000 beside.
+USUAL_PART_ROPE = {**PART_ROPE, "rope_theta": 10000.0}
+NEOX = {"hidden_act": "gelu", "rope_parameters": USUAL_PART_ROPE, "intermediate_size": 4 * HIDDEN}
 LATENT: dict[str, Any] = {
     "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
     "rope_parameters": ROPE, "rope_interleave": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+DENSE_LATENT = {
+    **LATENT, "first_k_dense_replace": LAYERS, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 
 
@@ -60,7 +67,8 @@ CASES: dict[str, Case] = {
     "embedded-mqa": Case("embedded", convert=MQA),
     "llama": Case("llama", {"rope_parameters": ROPE}),
     "llama-mqa": Case("llama", {"rope_parameters": ROPE}, MQA),
-    "mistral": Case("mistral", {"sliding_window": 32, "rope_parameters": ROPE}),
+    "mistral": Case("mistral", {"sliding_window": None, "rope_parameters": ROPE}),
+    "mistral-window": Case("mistral", {"sliding_window": 32, "rope_parameters": ROPE}),
     "mixtral": Case("mixtral", {"num_local_experts": 4, "sliding_window": None}),
     "qwen2": Case("qwen2", {"rope_parameters": ROPE}),
     "qwen3": Case("qwen3", {"rope_parameters": ROPE}),
@@ -70,20 +78,30 @@ CASES: dict[str, Case] = {
     ),
     "gemma3": Case(
         "gemma3_text",
+        {"num_hidden_layers": 6, "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]], "sliding_window": 32,
+         "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    ),
+    "gemma3-alternating": Case(
+        "gemma3_text",
         {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+        note="every other layer with a window, where Gemma 3 has five of six",
     ),
     "phi": Case("phi", {"rope_parameters": PART_ROPE}),
-    "phi-mha": Case("phi", {"rope_parameters": PART_ROPE}, {"num_key_value_heads": HEADS}),
+    "phi-usual": Case("phi", {"rope_parameters": USUAL_PART_ROPE, "intermediate_size": 4 * HIDDEN}),
+    "phi-mha": Case(
+        "phi", {"rope_parameters": USUAL_PART_ROPE, "intermediate_size": 4 * HIDDEN}, {"num_key_value_heads": HEADS}
+    ),
     "phi3": Case("phi3", {"rope_parameters": ROPE}),
     "gpt_neox-parallel": Case("gpt_neox", NEOX, note="re-hosted as phi"),
     "gpt_neox-parallel-mha": Case("gpt_neox", NEOX, {"host": "phi"}, note="re-hosted as phi, as many KV heads"),
     "gpt_neox-serial": Case("gpt_neox", {**NEOX, "use_parallel_residual": False}, note="re-hosted as nemotron"),
     "gpt_neox-serial-full": Case(
-        "gpt_neox", {"hidden_act": "gelu", "rope_parameters": ROPE, "use_parallel_residual": False},
+        "gpt_neox",
+        {**NEOX, "rope_parameters": {**USUAL_PART_ROPE, "partial_rotary_factor": 1.0}, "use_parallel_residual": False},
         note="re-hosted as starcoder2",
     ),
-    "gptj": Case("gptj", {"rotary_dim": 16}, note="re-hosted as phi"),
-    "codegen": Case("codegen", {"rotary_dim": 16}, note="re-hosted as phi"),
+    "gptj": Case("gptj", {"rotary_dim": 16, "n_inner": None}, note="re-hosted as phi"),
+    "codegen": Case("codegen", {"rotary_dim": 16, "n_inner": None}, note="re-hosted as phi"),
     "gpt2": Case("gpt2", {"tie_word_embeddings": True}, MQA, note="re-hosted as gpt_bigcode"),
     "opt": Case(
         "opt", {"ffn_dim": 512, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True}, MQA,
@@ -104,15 +122,17 @@ CASES: dict[str, Case] = {
         {"new_decoder_architecture": True, "num_kv_heads": HEADS, "ffn_hidden_size": 512, "tie_word_embeddings": True},
     ),
     "glm": Case("glm", {"rope_parameters": PART_ROPE}),
+    "glm-usual": Case("glm", {"rope_parameters": USUAL_PART_ROPE}),
     "glm4": Case("glm4", {"rope_parameters": PART_ROPE}),
     "stablelm": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": PART_ROPE}),
+    "stablelm-usual": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": USUAL_PART_ROPE}),
     "stablelm-parallel": Case(
-        "stablelm", {"rope_parameters": PART_ROPE}, {"block": "parallel", "layers": "all"}, note="blocks made parallel"
+        "stablelm", {"rope_parameters": USUAL_PART_ROPE}, {"block": "parallel", "layers": "all"}, note="blocks made parallel"
     ),
     "olmo2": Case("olmo2", {"rope_parameters": ROPE}),
     "cohere": Case("cohere", {"rope_parameters": ROPE, "tie_word_embeddings": True}),
     "granite": Case("granite", {"rope_parameters": ROPE, "attention_multiplier": 0.2}),
-    "smollm3": Case("smollm3", {"no_rope_layers": [1, 0], "rope_parameters": ROPE}),
+    "smollm3": Case("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "rope_parameters": ROPE}),
     "t5": Case(
         "t5", {"d_model": HIDDEN, "d_kv": HEAD_DIM, "d_ff": 192, "num_layers": LAYERS, "num_heads": HEADS,
                "decoder_start_token_id": 0},
@@ -125,18 +145,28 @@ CASES: dict[str, Case] = {
         None, note="written directly: windows with sinks",
     ),
     "youtu": Case("youtu", LATENT, None, {"vllm": DENSE}, note="written directly: latent attention"),
+    "youtu-27": Case(
+        "youtu", {**LATENT, "num_hidden_layers": 27}, None, {"vllm": DENSE}, note="the same with 27 layers"
+    ),
+    "youtu-queries": Case(
+        "youtu", {**LATENT, "q_lora_rank": 64}, None, {"vllm": DENSE}, note="the same with a latent of the queries"
+    ),
     "deepseek_v3": Case(
-        "deepseek_v3", {**LATENT, "first_k_dense_replace": LAYERS, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
-                        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_nextn_predict_layers": 0},
-        None, {"vllm": DENSE}, note="written directly: latent attention, every layer dense",
+        "deepseek_v3", DENSE_LATENT, None, {"vllm": DENSE}, note="written directly: latent attention, every layer dense"
     ),
     "deepseek_v3-as-shipped": Case(
-        "deepseek_v3", {**LATENT, "first_k_dense_replace": LAYERS, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
-                        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_nextn_predict_layers": 0},
-        None, note="the same with the engine as it is shipped",
+        "deepseek_v3", DENSE_LATENT, None, note="the same, vLLM's rotary op as it is shipped"
+    ),
+    "deepseek_v3-27": Case(
+        "deepseek_v3", {**DENSE_LATENT, "num_hidden_layers": 27, "first_k_dense_replace": 27}, None, {"vllm": DENSE},
+        note="the same with 27 layers",
+    ),
+    "deepseek_v3-queries": Case(
+        "deepseek_v3", {**DENSE_LATENT, "q_lora_rank": 64}, None, {"vllm": DENSE},
+        note="the same with a latent of the queries",
     ),
     "smollm2": Case(
-        "smollm2", convert={"num_key_value_heads": 1}, client={"llama.cpp": {"plain_vocabulary": False}},
+        "smollm2", convert={"num_key_value_heads": 1, "method": "svd", "calibration_tokens": 2048}, client={"llama.cpp": {"numbered": False}},
         note="SmolLM2-135M-Instruct, 3 KV heads to 1",
     ),
 }  # fmt: skip

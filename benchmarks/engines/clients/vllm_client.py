@@ -54,7 +54,7 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=0, detokenize=False
     )
-    answer = engine.generate([{"prompt_token_ids": job["prompt"]}], greedy)[0].outputs[0]
+    answer = engine.generate([{"prompt_token_ids": job["prompt"]}], greedy, use_tqdm=False)[0].outputs[0]
     tokens = list(answer.token_ids)
     runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     model = type(runner.model).__name__
