@@ -50,6 +50,7 @@ class Case:
         convert: options of :func:`rehead.convert.convert`; None serves the source itself.
         client: options for single engines' clients, by engine.
         note: what the case stands for.
+        only: the engines that are given it; all, if empty.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Case:
     convert: dict[str, Any] | None = field(default_factory=lambda: {"num_key_value_heads": 2})
     client: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
+    only: tuple[str, ...] = ()
 
 
 MQA = {"num_key_value_heads": 1}
@@ -74,12 +76,18 @@ CASES: dict[str, Case] = {
     "qwen3": Case("qwen3", {"rope_parameters": ROPE}),
     "gemma": Case("gemma", {"tie_word_embeddings": True}),
     "gemma2": Case(
-        "gemma2", {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+        "gemma2",
+        {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     ),
     "gemma3": Case(
         "gemma3_text",
-        {"num_hidden_layers": 6, "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]], "sliding_window": 32,
-         "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+        {
+            "num_hidden_layers": 6,
+            "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]],
+            "sliding_window": 32,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+        },
     ),
     "gemma3-alternating": Case(
         "gemma3_text",
@@ -104,7 +112,9 @@ CASES: dict[str, Case] = {
     "codegen": Case("codegen", {"rotary_dim": 16, "n_inner": None}, note="re-hosted as phi"),
     "gpt2": Case("gpt2", {"tie_word_embeddings": True}, MQA, note="re-hosted as gpt_bigcode"),
     "opt": Case(
-        "opt", {"ffn_dim": 512, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True}, MQA,
+        "opt",
+        {"ffn_dim": 512, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True},
+        MQA,
         note="re-hosted as gpt_bigcode",
     ),
     "biogpt": Case("biogpt", {"intermediate_size": 512}, MQA, note="re-hosted as gpt_bigcode, head of its own"),
@@ -113,8 +123,13 @@ CASES: dict[str, Case] = {
     "nemotron": Case("nemotron", {"rope_parameters": PART_ROPE}),
     "falcon-mqa": Case(
         "falcon",
-        {"multi_query": False, "new_decoder_architecture": False, "num_kv_heads": HEADS, "ffn_hidden_size": 512,
-         "tie_word_embeddings": True},
+        {
+            "multi_query": False,
+            "new_decoder_architecture": False,
+            "num_kv_heads": HEADS,
+            "ffn_hidden_size": 512,
+            "tie_word_embeddings": True,
+        },
         MQA,
     ),
     "falcon-gqa": Case(
@@ -127,22 +142,39 @@ CASES: dict[str, Case] = {
     "stablelm": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": PART_ROPE}),
     "stablelm-usual": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": USUAL_PART_ROPE}),
     "stablelm-parallel": Case(
-        "stablelm", {"rope_parameters": USUAL_PART_ROPE}, {"block": "parallel", "layers": "all"}, note="blocks made parallel"
+        "stablelm",
+        {"rope_parameters": USUAL_PART_ROPE},
+        {"block": "parallel", "layers": "all"},
+        note="blocks made parallel",
     ),
     "olmo2": Case("olmo2", {"rope_parameters": ROPE}),
     "cohere": Case("cohere", {"rope_parameters": ROPE, "tie_word_embeddings": True}),
     "granite": Case("granite", {"rope_parameters": ROPE, "attention_multiplier": 0.2}),
     "smollm3": Case("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "rope_parameters": ROPE}),
     "t5": Case(
-        "t5", {"d_model": HIDDEN, "d_kv": HEAD_DIM, "d_ff": 192, "num_layers": LAYERS, "num_heads": HEADS,
-               "decoder_start_token_id": 0},
+        "t5",
+        {
+            "d_model": HIDDEN,
+            "d_kv": HEAD_DIM,
+            "d_ff": 192,
+            "num_layers": LAYERS,
+            "num_heads": HEADS,
+            "decoder_start_token_id": 0,
+        },
         note="carries a modelling file",
     ),
     "granite_swa": Case(
         "granite_swa",
-        {"layer_types": WINDOWS, "layer_rope_theta": [20000.0, 20000.0], "rope_parameters": ROPE, "sliding_window": 32,
-         "attention_multiplier": HEAD_DIM**-0.5, "num_key_value_heads": 2},
-        None, note="written directly: windows with sinks",
+        {
+            "layer_types": WINDOWS,
+            "layer_rope_theta": [20000.0, 20000.0],
+            "rope_parameters": ROPE,
+            "sliding_window": 32,
+            "attention_multiplier": HEAD_DIM**-0.5,
+            "num_key_value_heads": 2,
+        },
+        None,
+        note="written directly: windows with sinks",
     ),
     "youtu": Case("youtu", LATENT, None, {"vllm": DENSE}, note="written directly: latent attention"),
     "youtu-27": Case(
@@ -155,21 +187,29 @@ CASES: dict[str, Case] = {
         "deepseek_v3", DENSE_LATENT, None, {"vllm": DENSE}, note="written directly: latent attention, every layer dense"
     ),
     "deepseek_v3-as-shipped": Case(
-        "deepseek_v3", DENSE_LATENT, None, note="the same, vLLM's rotary op as it is shipped"
+        "deepseek_v3", DENSE_LATENT, None, note="the same, vLLM's rotary op as it is shipped", only=("vllm",)
     ),
     "deepseek_v3-27": Case(
-        "deepseek_v3", {**DENSE_LATENT, "num_hidden_layers": 27, "first_k_dense_replace": 27}, None, {"vllm": DENSE},
+        "deepseek_v3",
+        {**DENSE_LATENT, "num_hidden_layers": 27, "first_k_dense_replace": 27},
+        None,
+        {"vllm": DENSE},
         note="the same with 27 layers",
     ),
     "deepseek_v3-queries": Case(
-        "deepseek_v3", {**DENSE_LATENT, "q_lora_rank": 64}, None, {"vllm": DENSE},
+        "deepseek_v3",
+        {**DENSE_LATENT, "q_lora_rank": 64},
+        None,
+        {"vllm": DENSE},
         note="the same with a latent of the queries",
     ),
     "smollm2": Case(
-        "smollm2", convert={"num_key_value_heads": 1, "method": "svd", "calibration_tokens": 2048}, client={"llama.cpp": {"numbered": False}},
+        "smollm2",
+        convert={"num_key_value_heads": 1, "method": "svd", "calibration_tokens": 2048},
+        client={"llama.cpp": {"numbered": False}},
         note="SmolLM2-135M-Instruct, 3 KV heads to 1",
     ),
-}  # fmt: skip
+}
 
 
 def build(name: str, folder: Path) -> Path:
@@ -230,7 +270,7 @@ def _random_model(case: Case, out: Path) -> Path:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Random weights that keep activations near one: norms and biases too, so that nothing hides behind ones and zeros."""
+    """Random weights that keep activations near one; norms and biases too, so that nothing hides behind ones."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)

@@ -58,6 +58,7 @@ def ask(name: str, cases: Sequence[str], answers: dict[str, dict[str, Any]], fol
     home.mkdir(parents=True, exist_ok=True)
     jobs, lines = home / "jobs.json", home / "results.jsonl"
     lines.unlink(missing_ok=True)
+    cases = [case for case in cases if not CASES[case].only or name in CASES[case].only]
     jobs.write_text(json.dumps([_job(name, case, answers[case], home) for case in cases]))
     client = environments.CLIENTS / environments.engine(name).client
     python = str(environments.python_of(name, folder))

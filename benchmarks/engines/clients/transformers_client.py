@@ -55,7 +55,8 @@ def _lm_eval(folder: str, tokenizer: Any, text: str) -> str:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    half = len(text) // 2
+    # Cut before a space, where tokens end.
+    half = text.index(" ", len(text) // 2)
     evaluator = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=1)
     request = Instance(request_type="loglikelihood", doc={}, arguments=(text[:half], text[half:]), idx=0)
     measured = evaluator.loglikelihood([request], disable_tqdm=True)[0][0]
