@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from rehead.convert import convert
-from rehead.models.meta import quiet_transformers
-from rehead.recipes.pipeline.names import embedded_model, write_smollm2
+from rehead.recipes.pipeline.named_models import embedded_model, write_smollm2
 
 HEADS, HEAD_DIM, HIDDEN, LAYERS = 4, 32, 128, 2
 
@@ -260,7 +259,7 @@ def _random_model(case: Case, out: Path) -> Path:
     values = {key: value for key, value in COMMON.items() if key in known} | case.config
     config = cls(vocab_size=len(tokenizer), **values)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto.from_config(config, dtype=torch.float32)
         randomise(model)

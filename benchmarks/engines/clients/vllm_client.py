@@ -14,7 +14,16 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import torch._dynamo
 import vllm
+
+# Loaded here, once, rather than in every job's process.
+import vllm.entrypoints.llm
+import vllm.model_executor.models.llama
+import vllm.model_executor.models.transformers
+import vllm.v1.engine.core
+import vllm.v1.worker.cpu_model_runner
+import vllm.v1.worker.cpu_worker
 from protocol import serve
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
