@@ -254,7 +254,7 @@ def _random_model(case: Case, out: Path) -> Path:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-    cls = CONFIG_MAPPING[case.source]
+    cls: Any = CONFIG_MAPPING[case.source]
     known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "attribute_map", {}))
     values = {key: value for key, value in COMMON.items() if key in known} | case.config
     config = cls(vocab_size=len(tokenizer), **values)
