@@ -2,62 +2,106 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rehead.attention import cpu
+from rehead.attention.call import AttentionCall
+from rehead.attention.kernels.bounds import mask_bounds, segment_bounds
 from rehead.attention.kernels.decode import MAX_QUERIES
 from rehead.errors import UnsupportedError
 
 DECODE_PAIRS = 65535
-"""Most pairs of batch row and KV head that its grid holds."""
-
-_MASK_RULES = ("causal", "q_offset", "window", "chunk", "kv_start", "kv_end", "key_mask")
-DECODE_RULES = frozenset((*_MASK_RULES, "scale", "softcap", "alibi_slopes", "sinks", "bias"))
-"""Rules that the decode kernel takes."""
+"""Most pairs of batch row and KV head that the decode kernel's grid holds."""
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    deterministic: bool = False,
-    **rules: Any,
-) -> Tensor:
-    """Exact tiled attention on whatever device the tensors are on.
+def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:
+    """:func:`attend` for a call that is spelled out."""
+    return attend(AttentionCall(query, key, value, **rules))
 
-    Arguments, result and errors are those of :func:`rehead.attention.cpu.attention`: query ``[B, H, Sq, D]``, key
-    ``[B, K, Skv, D]``, value ``[B, K, Skv, Dv]``, result ``[B, Sq, H, Dv]``. Under autocast, query, key and value are
-    cast as it casts them for ``scaled_dot_product_attention``.
+
+def attend(call: AttentionCall) -> Tensor:
+    """Exact tiled attention on whatever device the tensors are on: ``[B, Sq, H, Dv]``.
+
+    Under autocast, query, key and value are cast as it casts them for ``scaled_dot_product_attention``.
 
     Raises:
+        UsageError: rules that contradict each other or the tensors.
         UnsupportedError: a device, dtype, head_dim or combination that no path here computes.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    query, key, value = _autocast(query, key, value)
-    if query.device.type == "cpu":
-        return cpu.attention(query, key, value, scale=scale, bias=bias, deterministic=deterministic, **rules)
+    call = _prepared(call)
+    if call.query.device.type == "cpu":
+        return _with_sink_tokens(call)[0] if call.sink_tokens else cpu.run(call)[0]
+    if _is_decode(call):
+        from rehead.attention import kernels
+
+        return kernels.decode_call(_as_bias(call) if call.sink_tokens else call)
+    return attend_with_lse(call)[0]
+
+
+def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """:func:`attend`, and the log-sum-exp of the scores of each row.
+
+    Returns:
+        ``[B, Sq, H, Dv]``, and ``[B, H, Sq]`` in float32 (float64 for float64), sinks included, -inf for a row that
+        sees nothing. Both have gradients.
+    """
+    call = _prepared(call)
+    if call.sink_tokens:
+        return _with_sink_tokens(call)
+    if call.query.device.type == "cpu":
+        return cpu.run(call)
     from rehead.attention import kernels
 
-    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
-    if bias is not None:
-        bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
-    rules = dict(rules, scale=scale, bias=bias)
-    if _is_decode(query, key, value, rules):
-        return kernels.decode(
-            query, key, value, **{name: given for name, given in rules.items() if name in DECODE_RULES}
-        )
-    if isinstance(rules.get("q_offset"), Tensor):
-        rules["q_offset"] = int(rules["q_offset"])
-    reason = kernels.supported(query, key, value, **rules)
+    if isinstance(call.q_offset, Tensor):
+        call = call.with_(q_offset=int(call.q_offset))
+    reason = kernels.unsupported(call)
     if reason is not None:
         raise UnsupportedError(f"rehead_tiled cannot compute this attention: {reason}; use attn_implementation='sdpa'")
-    return kernels.attention(query, key, value, deterministic=deterministic, **rules)
+    out, lse = kernels.run(call)
+    return out, (lse * math.log(2)).masked_fill(lse == float("inf"), float("-inf"))
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over several sets of keys from attention over each: outputs and log-sum-exps in, the same out.
+
+    Args:
+        parts: pairs as :func:`attend_with_lse` returns them, of sets of keys that share none.
+    """
+    scores = torch.stack([lse for _, lse in parts])
+    top = scores.detach().amax(0)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    shares = (weights / total).transpose(-1, -2)[..., None]
+    out = sum(part.to(shares.dtype) * share for (part, _), share in zip(parts, shares))
+    assert isinstance(out, Tensor)
+    return out.to(parts[0][0].dtype), (top + torch.log(total)).masked_fill(empty, float("-inf"))
+
+
+def _prepared(call: AttentionCall) -> AttentionCall:
+    """A call as the paths below take it: autocast's dtype, its scale, a bias of all rows and keys on a GPU."""
+    query, key, value = _autocast(call.query, call.key, call.value)
+    changes: dict[str, Any] = {}
+    if call.query.device.type != "cpu":
+        query, key, value = (
+            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value)
+        )
+        if call.bias is not None:
+            changes["bias"] = call.bias.expand(-1, -1, query.shape[2], key.shape[2])
+    if call.sink_tokens and call.window is None:
+        changes["sink_tokens"] = 0
+    if call.scale is None:
+        changes["scale"] = call.factor
+    if changes or query is not call.query or key is not call.key or value is not call.value:
+        call = call.with_(query=query, key=key, value=value, **changes)
+    return call
 
 
 def _autocast(*tensors: Tensor) -> Any:
@@ -69,10 +113,58 @@ def _autocast(*tensors: Tensor) -> Any:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _is_decode(query: Tensor, key: Tensor, value: Tensor, rules: dict[str, Any]) -> bool:
+def _is_decode(call: AttentionCall) -> bool:
     """Few rows, no gradient, and no rule that the decode kernel lacks."""
-    if query.shape[2] > MAX_QUERIES or query.shape[0] * key.shape[1] > DECODE_PAIRS:
+    query, key = call.query, call.key
+    if query.shape[2] > MAX_QUERIES or query.shape[0] * key.shape[1] > DECODE_PAIRS or call.q_segments is not None:
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return False
-    return all(given is None or name in DECODE_RULES for name, given in rules.items())
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, call.value)))
+
+
+def _first_tokens(call: AttentionCall) -> tuple[Tensor | None, Tensor]:
+    """Where the first ``sink_tokens`` of each sequence begin: ``[B]``, or None for 0; and which keys they are,
+    bool ``[B or 1, Skv]``."""
+    num_k = call.key.shape[2]
+    place = torch.arange(num_k, device=call.key.device, dtype=torch.int32)[None]
+    begin = call.kv_start
+    if call.key_mask is not None:
+        first = mask_bounds(call.key_mask)[0]
+        begin = first if begin is None else torch.maximum(first, begin.to(torch.int32))
+    start = torch.zeros_like(place) if begin is None else begin[:, None]
+    if call.kv_segments is not None:
+        start = torch.maximum(segment_bounds(call.kv_segments, call.kv_segments)[0], start)
+    return begin, (place >= start) & (place < start + call.sink_tokens)
+
+
+def _with_sink_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """A window and the first tokens beside it: attention over either, merged."""
+    begin, first = _first_tokens(call)
+    rest = call.with_(sink_tokens=0)
+    if call.kv_segments is not None:
+        seen = torch.ones_like(first) if call.key_mask is None else call.key_mask
+        shape = (call.key.shape[0], call.key.shape[2])
+        sinks = rest.with_(window=None, sinks=None, key_mask=(seen & first).expand(shape))
+        window = rest.with_(key_mask=(seen & ~first).expand(shape))
+    else:
+        # A range of keys, so that neither part looks at more blocks than it needs.
+        ends = first.new_zeros(call.key.shape[0], dtype=torch.int32) if begin is None else begin.to(torch.int32)
+        ends = ends + call.sink_tokens
+        most = ends if call.kv_end is None else torch.minimum(ends, torch.as_tensor(call.kv_end, device=ends.device))
+        sinks = rest.with_(window=None, sinks=None, kv_end=most.to(torch.int32))
+        window = rest.with_(kv_start=ends)
+    return merge([attend_with_lse(sinks), attend_with_lse(window)])
+
+
+def _as_bias(call: AttentionCall) -> AttentionCall:
+    """A decode step with its window and sink tokens in a bias of its few rows, since its kernel returns no parts."""
+    assert call.window is not None
+    offset = torch.as_tensor(call.q_offset, device=call.key.device).reshape(-1, 1, 1)
+    row = torch.arange(call.query.shape[2], device=call.key.device)[None, :, None] + offset
+    place = torch.arange(call.key.shape[2], device=call.key.device)[None, None]
+    seen = ((row - place < call.window) | _first_tokens(call)[1][:, None])[:, None]
+    bias = call.bias
+    if bias is None:
+        bias = seen.expand(-1, -1, call.query.shape[2], call.key.shape[2])
+    else:
+        bias = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, float("-inf"))
+    return call.with_(window=None, sink_tokens=0, bias=bias)

@@ -114,8 +114,10 @@ def find_attention(model: nn.Module) -> Found:
 
 
 def _has_state(module: nn.Module) -> bool:
-    """Whether a module has weights; quantised linear layers keep theirs outside ``parameters()``."""
-    return next(module.parameters(recurse=True), None) is not None or bool(module.state_dict())
+    """Whether a module has weights: quantised linear layers keep theirs outside ``parameters()``, and parts of a fused
+    block read those of the block."""
+    own = next(module.parameters(recurse=True), None) is not None or bool(module.state_dict())
+    return own or any(getattr(part, "elsewhere", False) for part in module.modules())
 
 
 def _nearest_config(model: nn.Module, name: str) -> Any:

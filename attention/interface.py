@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from rehead.attention import attend as tiled
+from rehead.attention.attend import attend
+from rehead.attention.call import AttentionCall
+from rehead.attention.layer import LAYER
 from rehead.attention.mask import TiledMask
 from rehead.errors import UnsupportedError, UsageError
 
 NAME = "rehead_tiled"
-
-RECORD = "_rehead_layer"
-"""Attribute that a patch puts on each attention module while it is applied."""
 
 IGNORED = frozenset(
     {
@@ -41,10 +40,12 @@ def _segments(cu_seq_lens: Tensor, length: int, batch: int) -> Tensor:
 
 def _no_mask(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, window: int | None) -> TiledMask:
     """What a missing mask means in transformers: top-left causal for several queries, everything for one."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     n_query, n_key = query.shape[2], key.shape[2]
-    causal = bool(causal) and n_query > 1
-    return TiledMask(query.shape[0], n_query, n_key, query.device, causal=causal, window=window if causal else None)
+    # One query alone stands at the end of what it sees.
+    offset = n_key - 1 if n_query == 1 else 0
+    window = window if causal and n_query > 1 else None
+    return TiledMask(query.shape[0], n_query, n_key, query.device, causal=causal, q_offset=offset, window=window)
 
 
 def _check_window(mask: TiledMask, window: int | None, module: nn.Module) -> None:
@@ -154,12 +155,9 @@ def tiled_attention(
                 f"{where} passes {name!r} to attention, which rehead_tiled does not implement; "
                 "load the model with attn_implementation='eager'"
             )
-    record = getattr(module, RECORD, None)
     mask = attention_mask if isinstance(attention_mask, TiledMask) else None
     rules: dict[str, Any]
     if attention_mask is not None and mask is None:
-        if record is not None and record.window is not None:
-            raise UnsupportedError(NO_WINDOW)
         rules = {"causal": False, "bias": _as_bias(attention_mask, query, key)}  # type: ignore[arg-type]
     else:
         if mask is None:
@@ -173,9 +171,7 @@ def tiled_attention(
             mask = mask.with_segments(
                 _segments(cu_seq_lens_q, query.shape[2], batch), _segments(cu_seq_lens_k, key.shape[2], batch)
             )
-        if record is not None:
-            mask = mask.with_window(record.window)
-        rules = mask.arguments()
+        rules = mask.rules()
     if indices is not None:
         rules = _select(indices, rules, mask, key.shape[2])
     if position_bias is not None:
@@ -183,25 +179,17 @@ def tiled_attention(
     if sinks is not None and sinks.ndim == 4:
         key, value, rules = _column_sinks(query, key, value, sinks, rules, mask)
         sinks = None
-    if record is not None:
-        if not torch.compiler.is_compiling():
-            record.calls += 1
-        rules["deterministic"] = record.deterministic
     head_sinks = s_aux if s_aux is not None else sinks
     if head_sinks is not None:
         rules["sinks"] = head_sinks.reshape(-1)
-    out = tiled.attention(query, key, value, scale=scaling, softcap=softcap, **rules)
-    return out, None
+    layer = getattr(module, LAYER, None)
+    call = AttentionCall(query, key, value, scale=scaling, softcap=softcap, **rules)
+    return (attend(call) if layer is None else layer.attend(call)), None
 
 
 NO_WEIGHTS = (
     "output_attentions=True asks for attention weights, which tiled attention never forms; "
     "call model.set_attn_implementation('eager') for that run, or leave output_attentions out"
-)
-
-NO_WINDOW = (
-    "a window cannot be added to a mask of values (a 4-D one of your own, or that of a model whose layers read it); "
-    "drop the window option"
 )
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.attention.kernels.reference import visible
 from rehead.errors import UnsupportedError
+
+RULES = (
+    "causal", "q_offset", "window", "chunk", "key_mask", "kv_start", "kv_end", "q_segments", "kv_segments"
+)  # fmt: skip
+"""The rules of a call that a mask may set."""
 
 
 @dataclass(eq=False)
@@ -136,21 +142,11 @@ class TiledMask:
         names = ("key_mask", "kv_start", "kv_end", "q_segments", "kv_segments", "dense", "q_offset")
         return {name: getattr(self, name) for name in names if isinstance(getattr(self, name), Tensor)}
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for :func:`rehead.attention.attend.attention` that say the same as this mask."""
+    def rules(self) -> dict[str, Any]:
+        """The fields of an :class:`~rehead.attention.call.AttentionCall` that say the same as this mask."""
         if self.dense is not None:
             return {"causal": False, "bias": self.dense}
-        return {
-            "causal": self.causal,
-            "q_offset": self.q_offset,
-            "window": self.window,
-            "chunk": self.chunk,
-            "key_mask": self.key_mask,
-            "kv_start": self.kv_start,
-            "kv_end": self.kv_end,
-            "q_segments": self.q_segments,
-            "kv_segments": self.kv_segments,
-        }
+        return {name: getattr(self, name) for name in RULES}
 
     def with_window(self, window: int | None) -> TiledMask:
         """The same mask with a (narrower) window."""
@@ -174,26 +170,8 @@ class TiledMask:
         """The bool ``[B, 1, Sq, Skv]`` this stands for: quadratic, for tests and messages."""
         if self.dense is not None:
             return self.dense.expand(self.batch_size, -1, -1, -1)
-        rules = self.arguments()
-        position = torch.arange(self.q_length, device=self.device)[None, None, :, None] + self.q_offset
-        key = torch.arange(self.kv_length, device=self.device)[None, None, None, :]
-        seen = torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        if self.causal:
-            seen = seen & (key <= position)
-        if self.window is not None:
-            seen = seen & (position - key < self.window)
-        if self.chunk is not None:
-            seen = seen & (
-                torch.div(position, self.chunk, rounding_mode="floor")
-                == torch.div(key, self.chunk, rounding_mode="floor")
-            )
-        if rules["key_mask"] is not None:
-            seen = seen & rules["key_mask"][:, None, None, :]
-        if self.kv_start is not None and self.kv_end is not None:
-            seen = seen & (key >= self.kv_start[:, None, None, None]) & (key < self.kv_end[:, None, None, None])
-        if self.q_segments is not None and self.kv_segments is not None:
-            seen = seen & (self.q_segments[:, None, :, None] == self.kv_segments[:, None, None, :])
-        return seen
+        seen = visible(self.q_length, self.kv_length, self.device, **self.rules())
+        return seen.expand(self.batch_size, -1, -1, -1)
 
     # Everything else would read the mask as a tensor.
 

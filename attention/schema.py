@@ -1,31 +1,70 @@
-"""Operator schemas made from the record that holds a call's options, so that those are listed in one place."""
+"""Operator schemas made from the record that holds a call, so that its fields are listed in one place.
+
+A field that may be a number or a tensor (``int | Tensor``) takes two arguments, the second named ``NAME_tensor``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
 KINDS = {Tensor: "Tensor", float: "float", bool: "bool", int: "SymInt"}
 
+T = TypeVar("T")
 
-def schema(tensors: str, record: type, returns: str) -> str:
-    """The ``torch.library`` schema of an operator that takes ``tensors`` and then the fields of ``record`` in order.
+
+class Flat(Generic[T]):
+    """How a record passes through an operator's flat signature.
 
     Args:
-        tensors: the arguments that come first, as a schema writes them: ``"Tensor query, Tensor? sinks"``.
-        record: a dataclass whose fields are ``Tensor``, ``float``, ``bool`` or ``int``, each perhaps ``| None``.
-        returns: what follows the arrow: ``"Tensor"`` or ``"(Tensor, Tensor)"``.
+        record: a dataclass whose fields are ``Tensor``, ``float``, ``bool``, ``int`` or ``int | Tensor``, each perhaps
+            ``| None``.
     """
-    hints = get_type_hints(record)
-    options = [f"{_kind(hints[field.name])} {field.name}" for field in fields(record)]
-    return f"({', '.join([tensors, *options])}) -> {returns}"
 
+    def __init__(self, record: type[T]) -> None:
+        self.record = record
+        self.arguments: list[tuple[str, str]] = []  # (type, name), in order
+        self._fields: list[
+            tuple[str, bool, int | None]
+        ] = []  # (name, whether it takes two, the number beside a tensor)
+        hints = get_type_hints(record)
+        for field in fields(record):  # type: ignore[arg-type]
+            options = get_args(hints[field.name]) or (hints[field.name],)
+            kinds, optional = [o for o in options if o is not type(None)], "?" * (type(None) in options)
+            self._fields.append((field.name, len(kinds) > 1, None if optional else 0))
+            self.arguments.append((KINDS[kinds[0]] + optional, field.name))
+            if len(kinds) > 1:
+                self.arguments.append(("Tensor?", f"{field.name}_tensor"))
 
-def _kind(hint: Any) -> str:
-    options = get_args(hint)
-    if not options:
-        return KINDS[hint]
-    (kind,) = (item for item in options if item is not type(None))
-    return f"{KINDS[kind]}?"
+    def schema(self, first: str, returns: str) -> str:
+        """The ``torch.library`` schema of an operator that takes ``first``, as a schema writes it, and the record."""
+        listed = [f"{kind} {name}" for kind, name in self.arguments]
+        return f"({', '.join([first, *listed] if first else listed)}) -> {returns}"
+
+    def names(self) -> list[str]:
+        """The arguments' names in order."""
+        return [name for _, name in self.arguments]
+
+    def flatten(self, record: T) -> list[Any]:
+        """A record as the operator's arguments."""
+        values: list[Any] = []
+        for name, two, number in self._fields:
+            value = getattr(record, name)
+            if not two:
+                values.append(value)
+            elif isinstance(value, Tensor):
+                values += [number, value]
+            else:
+                values += [value, None]
+        return values
+
+    def unflatten(self, values: Any) -> T:
+        """The record that :meth:`flatten` took apart."""
+        given, rest = {}, iter(values)
+        for name, two, _ in self._fields:
+            given[name] = next(rest)
+            if two and (tensor := next(rest)) is not None:
+                given[name] = tensor
+        return self.record(**given)

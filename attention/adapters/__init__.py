@@ -4,57 +4,17 @@ An adapter is a function of one module that returns the instance attributes to s
 inner method). It is registered for exact classes by qualified name, so nothing of transformers is imported for it.
 """
 
-from __future__ import annotations
+from rehead.attention.adapters import alibi, encoder_decoder, inner
+from rehead.attention.adapters.registry import ADAPTERS, Adapter, adapt, adapter_for, qualified, register_adapter
 
-import types
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
-from rehead.patches.patch import UndoLog
-
-Adapter = Callable[[nn.Module], dict[str, Any]]
-
-ADAPTERS: dict[str, Adapter] = {}
-
-
-def qualified(cls: type) -> str:
-    """``bloom.BloomAttention`` for ``transformers.models.bloom.modeling_bloom.BloomAttention``."""
-    parts = cls.__module__.split(".")
-    family = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else cls.__module__
-    return f"{family}.{cls.__qualname__}"
-
-
-def register_adapter(*classes: str) -> Callable[[Adapter], Adapter]:
-    """Decorator: use a function for the given classes, named as :func:`qualified` names them.
-
-    Raises:
-        ValueError: a class has an adapter already.
-    """
-
-    def add(adapter: Adapter) -> Adapter:
-        for name in classes:
-            if name in ADAPTERS:
-                raise ValueError(f"{name} already has an adapter")
-            ADAPTERS[name] = adapter
-        return adapter
-
-    return add
-
-
-def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of a module's class, or None."""
-    return ADAPTERS.get(qualified(type(module)))
-
-
-def adapt(module: nn.Module, undo: UndoLog) -> None:
-    """Set an adapter's methods on one module instance."""
-    adapter = adapter_for(module)
-    assert adapter is not None
-    for name, value in adapter(module).items():
-        bound = types.MethodType(value, module) if isinstance(value, types.FunctionType) else value
-        undo.set_attribute(module, name, bound)
-
-
-from rehead.attention.adapters import alibi, encoder_decoder, inner  # noqa: E402, F401
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "adapt",
+    "adapter_for",
+    "alibi",
+    "encoder_decoder",
+    "inner",
+    "qualified",
+    "register_adapter",
+]

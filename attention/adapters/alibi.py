@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.attention.adapters import register_adapter
-from rehead.attention.interface import RECORD, tiled_attention
+from rehead.attention.adapters.registry import register_adapter
+from rehead.attention.interface import tiled_attention
+from rehead.attention.layer import LAYER
 from rehead.errors import UnsupportedError
 
 
@@ -137,7 +138,7 @@ def falcon(module: nn.Module) -> dict[str, Any]:
         if alibi is not None:
             bias = alibi.reshape(batch, self.num_heads, 1, -1) * self.inv_norm_factor
             dropout = self.attention_dropout.p if self.training else 0.0
-            if getattr(self, RECORD).was == "eager":
+            if getattr(self, LAYER).was == "eager":
                 raise UnsupportedError(
                     "falcon with ALiBi under 'eager' adds its bias twice in transformers; "
                     "load the model with attn_implementation='sdpa' before patching it"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
-from rehead.attention.adapters import register_adapter
+from rehead.attention.adapters.registry import register_adapter
 from rehead.attention.interface import tiled_attention
 from rehead.errors import UnsupportedError
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.attention.adapters import register_adapter
+from rehead.attention.adapters.registry import register_adapter
 from rehead.attention.interface import tiled_attention
 from rehead.attention.mask import TiledMask
 

@@ -10,38 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rehead.attention.call import AttentionCall
 from rehead.attention.cpu.masks import Row, TileMasks, read_row
-from rehead.attention.cpu.plan import Call, Rect, Rules, plan
+from rehead.attention.cpu.plan import Extent, Rect, Tile, plan
 from rehead.attention.cpu.tiles import flash_backward, flash_forward, math_backward, math_forward, merge_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 STEP_ELEMENTS = 1 << 20
-"""Largest query tensor that one kernel call takes whole; beyond, temporaries are kept small by cutting along heads."""
-
-
-@dataclass
-class Options:
-    """Every argument of :func:`attention` besides query, key and value; see there. The operators' schemas list them in
-    this order."""
-
-    scale: float
-    causal: bool
-    q_offset: int
-    window: int | None
-    chunk: int | None
-    kv_start: Tensor | None
-    kv_end: Tensor | None
-    key_mask: Tensor | None
-    q_segments: Tensor | None
-    kv_segments: Tensor | None
-    softcap: float | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    bias: Tensor | None
+"""Largest query tensor that one kernel tile takes whole; beyond, temporaries are kept small by cutting along heads."""
 
 
 @dataclass
@@ -51,51 +32,51 @@ class Lane:
     Attributes:
         rows: the batch rows.
         query, key, value: ``[N, G, Sq, D]`` and ``[N, 1 or G, Skv, D]``.
-        calls: what to compute.
-        masks: the mask of each masked call.
+        tiles: what to compute.
+        masks: the mask of each masked tile.
     """
 
     rows: slice
     query: Tensor
     key: Tensor
     value: Tensor
-    calls: list[Call]
+    tiles: list[Tile]
     masks: TileMasks
 
-    def mask(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        return self.masks(call) if call.kind == "masked" else (None, None)
+    def mask(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        return self.masks(tile) if tile.kind == "masked" else (None, None)
 
-    def keys(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self.key[:, :, call.k0 : call.k1], self.value[:, :, call.k0 : call.k1]
+    def keys(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        return self.key[:, :, tile.k0 : tile.k1], self.value[:, :, tile.k0 : tile.k1]
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """``[rows, H, S, ...]`` in this lane's ``[N, G, S, ...]``."""
         return tensor.reshape(*self.query.shape[:2], *tensor.shape[2:])
 
 
-def _rows(opts: Options, batch: int, n_query: int, n_key: int) -> list[tuple[slice, Row]]:
+def _rows(call: AttentionCall, batch: int, n_query: int, n_key: int) -> list[tuple[slice, Row]]:
     """Group the batch by what its rows may see; one group when nothing depends on the row."""
-    per_row = (opts.kv_start, opts.kv_end, opts.key_mask, opts.q_segments)
+    per_row = (call.kv_start, call.ends, call.key_mask, call.q_segments)
     if batch == 0 or all(item is None for item in per_row):
         rows = [(slice(0, batch), Row([Rect(0, n_query, 0, n_key)]))]
     else:
-        starts = [0] * batch if opts.kv_start is None else opts.kv_start.tolist()
-        ends = [n_key] * batch if opts.kv_end is None else opts.kv_end.tolist()
+        starts = [0] * batch if call.kv_start is None else call.kv_start.tolist()
+        ends = [n_key] * batch if call.ends is None else call.ends.tolist()
         read = [
             read_row(
                 n_query,
                 n_key,
                 starts[b],
                 ends[b],
-                None if opts.key_mask is None else opts.key_mask[b],
-                None if opts.q_segments is None else opts.q_segments[b],
-                None if opts.kv_segments is None else opts.kv_segments[b],
+                None if call.key_mask is None else call.key_mask[b],
+                None if call.q_segments is None else call.q_segments[b],
+                None if call.kv_segments is None else call.kv_segments[b],
             )
             for b in range(batch)
         ]
         same = all(not row.irregular and row.rects == read[0].rects for row in read)
         rows = [(slice(0, batch), read[0])] if same else [(slice(b, b + 1), row) for b, row in enumerate(read)]
-    if (opts.bias is not None or opts.alibi_slopes is not None) and len(rows) == 1 and batch > 1:
+    if (call.bias is not None or call.alibi_slopes is not None) and len(rows) == 1 and batch > 1:
         # A mask that differs between heads is laid out for one row at a time.
         rows = [(slice(b, b + 1), rows[0][1]) for b in range(batch)]
     return rows
@@ -108,22 +89,23 @@ def _split_long(rows: list[tuple[slice, Row]], elements: int) -> list[tuple[slic
     return [(slice(b, b + 1), row) for span, row in rows for b in range(span.start, span.stop)]
 
 
-def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: bool) -> Iterator[Lane]:
+def _lanes(call: AttentionCall, *, tiled: bool) -> Iterator[Lane]:
+    query, key, value = call.query, call.key, call.value
     batch, heads, n_query, _ = query.shape
     kv_heads, n_key = key.shape[1:3]
     group = heads // kv_heads
     work = torch.promote_types(query.dtype, torch.float32)
-    mask_heads = heads if opts.alibi_slopes is not None or (opts.bias is not None and opts.bias.shape[1] > 1) else 1
-    layout = _rows(opts, batch, n_query, n_key)
+    mask_heads = heads if call.alibi_slopes is not None or (call.bias is not None and call.bias.shape[1] > 1) else 1
+    layout = _rows(call, batch, n_query, n_key)
     if group > 1:
         layout = _split_long(layout, query.numel())
     for rows, row in layout:
         count = rows.stop - rows.start
         q, k, v = query[rows], key[rows], value[rows]
-        alibi = opts.alibi_slopes
+        alibi = call.alibi_slopes
         bias = None
-        if opts.bias is not None:
-            bias = opts.bias if opts.bias.shape[0] == 1 else opts.bias[rows]
+        if call.bias is not None:
+            bias = call.bias if call.bias.shape[0] == 1 else call.bias[rows]
         if group > 1:
             q = q.reshape(count * kv_heads, group, n_query, q.shape[-1])
             k, v = (x.reshape(count * kv_heads, 1, n_key, x.shape[-1]) for x in (k, v))
@@ -132,11 +114,11 @@ def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: b
                 bias = bias.reshape(kv_heads, group, *bias.shape[2:])
         elif alibi is not None:
             alibi = alibi[None]
-        rules = Rules(
-            causal=opts.causal,
-            offset=opts.q_offset,
-            window=opts.window,
-            chunk=opts.chunk,
+        rules = Extent(
+            causal=call.causal,
+            offset=call.offset,
+            window=call.window,
+            chunk=call.chunk,
             dense=row.irregular or alibi is not None or bias is not None,
             tiled=tiled,
             mask_heads=mask_heads,
@@ -144,10 +126,10 @@ def _lanes(query: Tensor, key: Tensor, value: Tensor, opts: Options, *, tiled: b
         yield Lane(rows, q, k, v, plan(row.rects, rules), TileMasks(rules, row, alibi, bias, work))
 
 
-def _head_steps(lane: Lane, call: Call) -> list[slice]:
-    """Cut a large call along its heads, so that the kernel's temporaries stay a fraction of the tensors."""
+def _head_steps(lane: Lane, tile: Tile) -> list[slice]:
+    """Cut a large tile along its heads, so that the kernel's temporaries stay a fraction of the tensors."""
     count, group = lane.query.shape[:2]
-    if (call.q1 - call.q0) * lane.query.shape[-1] * count * group <= STEP_ELEMENTS:
+    if (tile.q1 - tile.q0) * lane.query.shape[-1] * count * group <= STEP_ELEMENTS:
         return [slice(0, group)]
     step = max(1, -(-torch.get_num_threads() // count))
     return [slice(start, min(start + step, group)) for start in range(0, group, step)]
@@ -158,72 +140,73 @@ def _pick(tensor: Tensor | None, heads: slice) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
 
 
-def _lane_forward(lane: Lane, opts: Options, out: Tensor, lse: Tensor) -> None:
+def _lane_forward(lane: Lane, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     """Fill ``out`` ``[N, G, Sq, D]`` (zeros) and ``lse`` ``[N, G, Sq]`` (-inf) of one lane."""
     filled = torch.zeros(lane.query.shape[2], dtype=torch.bool)
-    for call in lane.calls:
-        rows = slice(call.q0, call.q1)
-        key, value = lane.keys(call)
-        mask, hidden = lane.mask(call)
+    for tile in lane.tiles:
+        rows = slice(tile.q0, tile.q1)
+        key, value = lane.keys(tile)
+        mask, hidden = lane.mask(tile)
         merge = bool(filled[rows].any())
         filled[rows] = True
-        for heads in _head_steps(lane, call):
+        for heads in _head_steps(lane, tile):
             args = (
                 lane.query[:, heads, rows],
                 *(key if key.shape[1] == 1 else key[:, heads], value if value.shape[1] == 1 else value[:, heads]),
-                opts.scale,
+                call.factor,
                 _pick(mask, heads),
-                call.kind == "causal",
+                tile.kind == "causal",
             )
-            if opts.softcap is None:
+            if call.softcap is None:
                 part, part_lse = flash_forward(*args, _pick(hidden, heads))
             else:
-                part, part_lse = math_forward(*args, opts.softcap)
+                part, part_lse = math_forward(*args, call.softcap)
             if merge:
                 merge_(out[:, heads, rows], lse[:, heads, rows], part, part_lse.to(lse.dtype))
             else:
                 out[:, heads, rows], lse[:, heads, rows] = part, part_lse
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor] | None:
+def _decode(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     """One query token: the heads of a group become the rows of one tile, so that each KV head is read once."""
+    query, key, value = call.query, call.key, call.value
     batch, heads, _, dim = query.shape
     kv_heads, n_key = key.shape[1:3]
-    if opts.softcap is not None or opts.alibi_slopes is not None or opts.bias is not None:
+    if call.softcap is not None or call.alibi_slopes is not None or call.bias is not None:
         return None
     low, high = 0, n_key
-    if opts.causal:
-        high = min(high, opts.q_offset + 1)
-    if opts.window is not None:
-        low = max(low, opts.q_offset - opts.window + 1)
-    if opts.chunk is not None:
-        start = opts.q_offset // opts.chunk * opts.chunk
-        low, high = max(low, start), min(high, start + opts.chunk)
+    if call.causal:
+        high = min(high, call.offset + 1)
+    if call.window is not None:
+        low = max(low, call.offset - call.window + 1)
+    if call.chunk is not None:
+        start = call.offset // call.chunk * call.chunk
+        low, high = max(low, start), min(high, start + call.chunk)
     if low >= high:
         return None
-    seen = _seen_by_last(opts, low, high)
+    seen = _seen_by_last(call, low, high)
     mask = hidden = None
     if seen is not None and not bool(seen.all()):
         mask = torch.where(seen, 0.0, float("-inf")).to(torch.promote_types(query.dtype, torch.float32))[:, None, None]
         hidden = ~seen.any(-1)[:, None, None]
     span = slice(low, high)
     packed = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    out, lse = flash_forward(packed, key[:, :, span], value[:, :, span], opts.scale, mask, False, hidden)
+    out, lse = flash_forward(packed, key[:, :, span], value[:, :, span], call.factor, mask, False, hidden)
     return out.reshape(batch, 1, heads, dim).contiguous(), lse.reshape(batch, heads, 1).contiguous()
 
 
-def _seen_by_last(opts: Options, low: int, high: int) -> Tensor | None:
+def _seen_by_last(call: AttentionCall, low: int, high: int) -> Tensor | None:
     """Which of the keys ``[low, high)`` the rows' bounds, padding and segments leave to one query, bool ``[B, n]``."""
     key = torch.arange(low, high)
     parts = []
-    if opts.kv_start is not None:
-        parts.append(key >= opts.kv_start[:, None])
-    if opts.kv_end is not None:
-        parts.append(key < opts.kv_end[:, None])
-    if opts.key_mask is not None:
-        parts.append(opts.key_mask[:, low:high])
-    if opts.q_segments is not None and opts.kv_segments is not None:
-        parts.append(opts.kv_segments[:, low:high] == opts.q_segments[:, :1])
+    if call.kv_start is not None:
+        parts.append(key >= call.kv_start[:, None])
+    if call.ends is not None:
+        parts.append(key < call.ends[:, None])
+    if call.key_mask is not None:
+        parts.append(call.key_mask[:, low:high])
+    if call.q_segments is not None and call.kv_segments is not None:
+        parts.append(call.kv_segments[:, low:high] == call.q_segments[:, :1])
     if not parts:
         return None
     seen = parts[0]
@@ -238,64 +221,66 @@ def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
     return (out * torch.exp(lse - total).transpose(1, 2)[..., None].to(out.dtype)), total
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output ``[B, Sq, H, D]`` and log-sum-exp ``[B, H, Sq]`` (sinks included), both contiguous."""
+    query = call.query
     heads, n_query, dim = query.shape[1:]
-    result = _decode(query, key, value, opts) if n_query == 1 else None
+    result = _decode(call) if n_query == 1 else None
     if result is None:
         batch = query.shape[0]
         work = torch.promote_types(query.dtype, torch.float32)
-        lanes = list(_lanes(query, key, value, opts, tiled=opts.softcap is not None))
+        lanes = list(_lanes(call, tiled=call.softcap is not None))
         # Rows merged from several tiles are kept in float32 until they are complete.
-        merged = any(sum(call.q1 - call.q0 for call in lane.calls) > n_query for lane in lanes)
+        merged = any(sum(tile.q1 - tile.q0 for tile in lane.tiles) > n_query for lane in lanes)
         out = query.new_zeros(batch, n_query, heads, dim, dtype=work if merged else query.dtype)
         lse = query.new_full((batch, heads, n_query), float("-inf"), dtype=work)
         for lane in lanes:
             whole = out[lane.rows].transpose(1, 2)
             part = lane.lay_out(whole)
-            _lane_forward(lane, opts, part, lane.lay_out(lse[lane.rows]))
+            _lane_forward(lane, call, part, lane.lay_out(lse[lane.rows]))
             if part.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
                 # Grouped heads of several batch rows cannot be seen as one lane without a copy.
                 whole.copy_(part.reshape(whole.shape))
         result = out.to(query.dtype), lse
-    if opts.sinks is not None:
-        result = _apply_sinks(*result, opts.sinks)
+    if call.sinks is not None:
+        result = _apply_sinks(*result, call.sinks)
     return result
 
 
 def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    opts: Options,
-    bias_grad: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: AttentionCall, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, sinks and bias; the last two are empty where there is none to give.
 
     Args:
         grad_out, out: ``[B, Sq, H, D]``.
+        grad_lse: ``[B, H, Sq]``, or None where nothing reads the log-sum-exp.
         lse: ``[B, H, Sq]`` with the sinks included.
-        bias_grad: also differentiate with respect to ``opts.bias``.
+        bias_grad: also differentiate with respect to ``call.bias``.
     """
+    dim = call.query.shape[-1]
+    if grad_lse is not None:
+        # A score's gradient is p (dp - delta + grad_lse), delta = sum(grad_out * out): one more column says that.
+        column = grad_lse.transpose(1, 2)[..., None].to(out.dtype)
+        grad_out, out = torch.cat([grad_out, -column], -1), torch.cat([out, torch.ones_like(column)], -1)
+        call = call.with_(query=F.pad(call.query, (0, 1)), key=F.pad(call.key, (0, 1)), value=F.pad(call.value, (0, 1)))
+    query, key, value = call.query, call.key, call.value
     work = torch.promote_types(query.dtype, torch.float32)
-    explicit = opts.softcap is not None or bias_grad
+    explicit = call.softcap is not None or bias_grad
     grads = [x.new_zeros(x.shape, dtype=work) for x in (query, key, value)]
-    grad_bias = query.new_zeros(opts.bias.shape if bias_grad and opts.bias is not None else (0,), dtype=work)
-    for lane in _lanes(query, key, value, opts, tiled=explicit):
+    grad_bias = query.new_zeros(call.bias.shape if bias_grad and call.bias is not None else (0,), dtype=work)
+    for lane in _lanes(call, tiled=explicit):
         grad_lane, out_lane = (lane.lay_out(x[lane.rows].transpose(1, 2)) for x in (grad_out, out))
         lse_lane = lane.lay_out(lse[lane.rows])
         # The sums are contiguous, so these are views: tiles add straight into the result.
         sums = [
             g[lane.rows].view(like.shape) for g, like in zip(grads, (lane.query, lane.key, lane.value), strict=True)
         ]
-        for call in lane.calls:
-            rows, span = slice(call.q0, call.q1), slice(call.k0, call.k1)
-            key_part, value_part = lane.keys(call)
-            mask, _ = lane.mask(call)
-            for some in _head_steps(lane, call):
+        for tile in lane.tiles:
+            rows, span = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+            key_part, value_part = lane.keys(tile)
+            mask, _ = lane.mask(tile)
+            for some in _head_steps(lane, tile):
                 own = key_part.shape[1] != 1
                 args = (
                     grad_lane[:, some, rows],
@@ -304,26 +289,26 @@ def backward(
                     value_part[:, some] if own else value_part,
                     out_lane[:, some, rows],
                     lse_lane[:, some, rows],
-                    opts.scale,
+                    call.factor,
                     _pick(mask, some),
-                    call.kind == "causal",
+                    tile.kind == "causal",
                 )
                 if explicit:
-                    *parts, grad_mask = math_backward(*args, opts.softcap)
+                    *parts, grad_mask = math_backward(*args, call.softcap)
                     if bias_grad:
-                        _add_bias_grad(grad_bias, grad_mask, lane, call, some)
+                        _add_bias_grad(grad_bias, grad_mask, lane, tile, some)
                 else:
                     parts = list(flash_backward(*args))
                 for total, part, where in zip(sums, parts, (rows, span, span), strict=True):
                     _target(total, some)[:, :, where] += part
     grad_sinks = query.new_zeros(0)
-    if opts.sinks is not None:
+    if call.sinks is not None:
         delta = (grad_out.to(work) * out.to(work)).sum(-1).transpose(1, 2)
-        weight = torch.exp(opts.sinks.to(work)[None, :, None] - lse)
-        grad_sinks = -(weight * delta).sum((0, 2)).to(opts.sinks.dtype)
-    grad_q, grad_k, grad_v = (g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
-    if bias_grad and opts.bias is not None:
-        grad_bias = grad_bias.to(opts.bias.dtype)
+        weight = torch.exp(call.sinks.to(work)[None, :, None] - lse)
+        grad_sinks = -(weight * delta).sum((0, 2)).to(call.sinks.dtype)
+    grad_q, grad_k, grad_v = (g[..., :dim].to(query.dtype).contiguous() for g in grads)
+    if bias_grad and call.bias is not None:
+        grad_bias = grad_bias.to(call.bias.dtype)
     return grad_q, grad_k, grad_v, grad_sinks, grad_bias
 
 
@@ -332,7 +317,7 @@ def _target(total: Tensor, heads: slice) -> Tensor:
     return total if total.shape[1] == 1 else total[:, heads]
 
 
-def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, call: Call, some: slice) -> None:
+def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, tile: Tile, some: slice) -> None:
     """Add a tile's mask gradient, summed over the dimensions along which the bias is broadcast."""
     count = lane.rows.stop - lane.rows.start
     target = grad_bias if grad_bias.shape[0] == 1 else grad_bias[lane.rows]
@@ -343,7 +328,7 @@ def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, call: Call,
         part, target = part.sum((1, 2), keepdim=True), target[:, :, None]
     else:
         target = target.view(target.shape[0], part.shape[1], lane_heads // part.shape[1], *target.shape[2:])[:, :, some]
-    for dim, (start, stop) in ((0, (0, count)), (3, (call.q0, call.q1)), (4, (call.k0, call.k1))):
+    for dim, (start, stop) in ((0, (0, count)), (3, (tile.q0, tile.q1)), (4, (tile.k0, tile.k1))):
         if target.shape[dim] == 1 and part.shape[dim] > 1:
             part = part.sum(dim, keepdim=True)
         elif dim and target.shape[dim] > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rehead.attention.cpu.plan import Call, Rect, Rules
+from rehead.attention.cpu.plan import Extent, Rect, Tile
 
 NEG_INF = float("-inf")
 
@@ -90,7 +90,7 @@ def read_row(
 
 @dataclass
 class TileMasks:
-    """Builds the additive mask of a call: float, ``[N|1, G|1, q, k]``, with -inf where a key is hidden.
+    """Builds the additive mask of a tile: float, ``[N|1, G|1, q, k]``, with -inf where a key is hidden.
 
     Attributes:
         rules: causality, window and chunk.
@@ -100,32 +100,32 @@ class TileMasks:
         dtype: of the mask; float32 also for half-precision queries, so that biases keep their digits.
     """
 
-    rules: Rules
+    rules: Extent
     row: Row
     alibi: Tensor | None
     bias: Tensor | None
     dtype: torch.dtype
     _bands: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
-    def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         """Return the mask and, where some row of the tile sees nothing, a bool ``[N|1, G|1, q]`` that says which."""
         # Without biases and irregular rows the mask depends on the distance to the diagonal alone: tiles share it.
         shared = self.alibi is None and self.bias is None and not self.row.irregular and self.rules.chunk is None
-        place = (call.q1 - call.q0, call.k1 - call.k0, call.q0 + self.rules.offset - call.k0)
+        place = (tile.q1 - tile.q0, tile.k1 - tile.k0, tile.q0 + self.rules.offset - tile.k0)
         if shared and place in self._bands:
             return self._bands[place]
-        mask = self._build(call)
+        mask = self._build(tile)
         hidden = (mask == NEG_INF).all(-1)
         result = (mask, hidden if bool(hidden.any()) else None)
         if shared:
             self._bands[place] = result
         return result
 
-    def _build(self, call: Call) -> Tensor:
+    def _build(self, tile: Tile) -> Tensor:
         rules = self.rules
-        position = torch.arange(call.q0, call.q1)[:, None] + rules.offset
-        key = torch.arange(call.k0, call.k1)[None, :]
-        visible = torch.ones(call.q1 - call.q0, call.k1 - call.k0, dtype=torch.bool)
+        position = torch.arange(tile.q0, tile.q1)[:, None] + rules.offset
+        key = torch.arange(tile.k0, tile.k1)[None, :]
+        visible = torch.ones(tile.q1 - tile.q0, tile.k1 - tile.k0, dtype=torch.bool)
         if rules.causal:
             visible &= key <= position
         if rules.window is not None:
@@ -135,27 +135,27 @@ class TileMasks:
                 key, rules.chunk, rounding_mode="floor"
             )
         if self.row.key_mask is not None:
-            visible &= self.row.key_mask[call.k0 : call.k1][None, :]
+            visible &= self.row.key_mask[tile.k0 : tile.k1][None, :]
         if self.row.q_segments is not None and self.row.kv_segments is not None:
             visible &= (
-                self.row.q_segments[call.q0 : call.q1][:, None] == self.row.kv_segments[call.k0 : call.k1][None, :]
+                self.row.q_segments[tile.q0 : tile.q1][:, None] == self.row.kv_segments[tile.k0 : tile.k1][None, :]
             )
         mask = torch.zeros((), dtype=self.dtype).expand(1, 1, *visible.shape)
         if self.alibi is not None:
             mask = mask + self.alibi.to(self.dtype)[..., None, None] * (key - position).to(self.dtype)
         if self.bias is not None:
-            tile = _slice(self.bias, call)
-            if tile.dtype == torch.bool:
-                visible = visible & tile
+            part = _slice(self.bias, tile)
+            if part.dtype == torch.bool:
+                visible = visible & part
             else:
-                mask = mask + tile.to(self.dtype)
+                mask = mask + part.to(self.dtype)
         return torch.where(visible, mask, NEG_INF)
 
 
-def _slice(bias: Tensor, call: Call) -> Tensor:
+def _slice(bias: Tensor, tile: Tile) -> Tensor:
     """The tile's part of a bias whose last two dimensions may be broadcast."""
     if bias.shape[-2] != 1:
-        bias = bias[..., call.q0 : call.q1, :]
+        bias = bias[..., tile.q0 : tile.q1, :]
     if bias.shape[-1] != 1:
-        bias = bias[..., call.k0 : call.k1]
+        bias = bias[..., tile.k0 : tile.k1]
     return bias

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rehead.attention.cpu.lanes import DTYPES, Options, backward, forward
-from rehead.attention.kernels.rules import Rules, check_rules
-from rehead.attention.schema import schema
+from rehead.attention.call import CALL, AttentionCall, check_rules
+from rehead.attention.cpu.lanes import DTYPES, backward, forward
 from rehead.errors import UnsupportedError
 
-INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? q_offset_tensor"
-NAMES = [field.name for field in fields(Options)]
+NAMES = CALL.names()
 
 
-def _options(q_offset_tensor: Tensor | None, values: tuple) -> Options:
-    opts = Options(*values)
-    return opts if q_offset_tensor is None else replace(opts, q_offset=int(q_offset_tensor))
+def _read(values: Any) -> AttentionCall:
+    """The call that an operator was given, with its numbers read."""
+    call = CALL.unflatten(values)
+    return call.with_(q_offset=int(call.q_offset)) if isinstance(call.q_offset, Tensor) else call
 
 
-@torch.library.custom_op("rehead::cpu_attention", mutates_args=(), schema=schema(INPUTS, Options, "(Tensor, Tensor)"))
-def cpu_attention(
-    query: Tensor, key: Tensor, value: Tensor, q_offset_tensor: Tensor | None, *options
-) -> tuple[Tensor, Tensor]:
-    """Forward of :func:`attention`; returns ``[B, Sq, H, D]`` and the log-sum-exp ``[B, H, Sq]``.
-
-    ``options`` are the fields of :class:`Options`; ``q_offset_tensor`` counts in place of ``q_offset``.
-    """
+@torch.library.custom_op("rehead::cpu_attention", mutates_args=(), schema=CALL.schema("", "(Tensor, Tensor)"))
+def cpu_attention(*call: Any) -> tuple[Tensor, Tensor]:
+    """Forward of :func:`attention`; returns ``[B, Sq, H, D]`` and the log-sum-exp ``[B, H, Sq]``."""
     with torch.autocast("cpu", enabled=False):  # scores of tiles stay in float32
-        return forward(query, key, value, _options(q_offset_tensor, options))
+        return forward(_read(call))
 
 
 @cpu_attention.register_fake
-def _(query, key, value, *args):
+def _(query, *args):
     batch, heads, n_query, dim = query.shape
     work = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(batch, n_query, heads, dim), query.new_empty(batch, heads, n_query, dtype=work)
@@ -45,43 +38,35 @@ def _(query, key, value, *args):
 @torch.library.custom_op(
     "rehead::cpu_attention_backward",
     mutates_args=(),
-    schema=schema(
-        f"Tensor grad_out, Tensor out, Tensor lse, bool bias_grad, {INPUTS}",
-        Options,
+    schema=CALL.schema(
+        "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad",
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     ),
 )
 def cpu_attention_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_offset_tensor: Tensor | None,
-    *options,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward of :func:`attention`; sinks and bias gradients are empty where they were not asked for."""
     with torch.autocast("cpu", enabled=False):
-        return backward(grad_out, query, key, value, out, lse, _options(q_offset_tensor, options), bias_grad)
+        return backward(grad_out, grad_lse, out, lse, _read(call), bias_grad)
 
 
 @cpu_attention_backward.register_fake
-def _(grad_out, out, lse, bias_grad, query, key, value, q_offset_tensor, *options):
-    opts = Options(*options)
+def _(grad_out, grad_lse, out, lse, bias_grad, *args):
+    call = CALL.unflatten(args)
     return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-        query.new_empty(0) if opts.sinks is None else torch.empty_like(opts.sinks),
-        torch.empty_like(opts.bias, memory_format=torch.contiguous_format)
-        if bias_grad and opts.bias is not None
-        else query.new_empty(0),
+        torch.empty_like(call.query, memory_format=torch.contiguous_format),
+        torch.empty_like(call.key, memory_format=torch.contiguous_format),
+        torch.empty_like(call.value, memory_format=torch.contiguous_format),
+        call.query.new_empty(0) if call.sinks is None else torch.empty_like(call.sinks),
+        torch.empty_like(call.bias, memory_format=torch.contiguous_format)
+        if bias_grad and call.bias is not None
+        else call.query.new_empty(0),
     )
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *(item for item in inputs if isinstance(item, Tensor)))
     ctx.plain = [None if isinstance(item, Tensor) else item for item in inputs]
     ctx.places = [place for place, item in enumerate(inputs) if isinstance(item, Tensor)]
@@ -92,10 +77,11 @@ def _backward(ctx, grad_out, grad_lse):
     inputs = list(ctx.plain)
     for place, tensor in zip(ctx.places, tensors, strict=True):
         inputs[place] = tensor
-    first = len(inputs) - len(NAMES)
-    sinks, bias = (first + NAMES.index(name) for name in ("sinks", "bias"))
+    sinks, bias = (NAMES.index(name) for name in ("sinks", "bias"))
     bias_grad = inputs[bias] is not None and inputs[bias].is_floating_point() and ctx.needs_input_grad[bias]
-    *grads, grad_sinks, grad_bias = cpu_attention_backward(grad_out, out, lse, bias_grad, *inputs)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    *grads, grad_sinks, grad_bias = cpu_attention_backward(grad_out, grad_lse, out, lse, bias_grad, *inputs)
     result = [*grads, *(None for _ in inputs[3:])]
     result[sinks] = None if inputs[sinks] is None else grad_sinks
     result[bias] = grad_bias if bias_grad else None
@@ -105,65 +91,32 @@ def _backward(ctx, grad_out, grad_lse):
 cpu_attention.register_autograd(_backward, setup_context=_setup)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = True,
-    q_offset: int | Tensor = 0,
-    window: int | None = None,
-    chunk: int | None = None,
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    q_segments: Tensor | None = None,
-    kv_segments: Tensor | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    deterministic: bool = False,
-) -> Tensor:
-    """Exact attention in linear memory; rows that see no key return 0.
+def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:
+    """Exact attention in linear memory, ``[B, Sq, H, Dv]``; the rules are those of :class:`AttentionCall`."""
+    return run(AttentionCall(query, key, value, **rules))[0]
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Exact attention in linear memory; rows that see no key return 0. Sink tokens are not for this function to see.
 
     Online softmax after Dao et al. 2022 (arXiv 2205.14135), grouped heads after Ainslie et al. 2023 (2305.13245).
 
     Args:
-        query: ``[B, H, Sq, D]`` in float32, bfloat16, float16 or float64.
-        key: ``[B, K, Skv, D]`` with K dividing H.
-        value: ``[B, K, Skv, Dv]``.
-        scale: factor of the scores; ``D ** -0.5`` if None.
-        causal: row i, at position ``i + q_offset``, sees key j only if ``j <= i + q_offset``.
-        q_offset: position of the first row on the keys' axis: an int or an integer tensor of one element.
-        window: row sees key only if ``position - j < window``.
-        chunk: row sees key only if ``position // chunk == j // chunk``.
-        kv_start, kv_end: integer ``[B]``; keys outside ``[kv_start, kv_end)`` are hidden.
-        key_mask: bool ``[B, Skv]``, False hides a key.
-        q_segments, kv_segments: integer ``[B, Sq]`` and ``[B, Skv]``; a row sees keys of its own segment only.
-        softcap: scores become ``softcap * tanh(score / softcap)``, after scaling.
-        alibi_slopes: float ``[H]``; ``slope * (j - position)`` is added to the scores (arXiv 2108.12409).
-        sinks: float ``[H]``; one more logit a head in the softmax's denominator.
-        bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``; a bool bias hides where it is False.
-        deterministic: accepted for the GPU signature; this path is deterministic.
+        call: query, key and value in float32, bfloat16, float16 or float64.
 
     Returns:
-        ``[B, Sq, H, Dv]`` in the query's dtype, contiguous.
+        ``[B, Sq, H, Dv]`` in the query's dtype, and the log-sum-exp of the scores ``[B, H, Sq]`` in float32 (float64
+        for float64), -inf for a row that sees nothing.
 
     Raises:
         UnsupportedError: shapes or dtypes of query, key, value and bias that do not fit together.
         UsageError: rules that do not fit them: an extent that is not positive, a tensor of another shape.
     """
-    _check(query, key, value, bias)
+    query, key, value = call.query, call.key, call.value
+    _check(query, key, value, call.bias)
+    check_rules(call)
     dim, value_dim = query.shape[-1], value.shape[-1]
-    scale = dim**-0.5 if scale is None else float(scale)
-    given: dict[str, Any] = {
-        "causal": causal, "window": window, "chunk": chunk, "kv_start": kv_start, "kv_end": kv_end,
-        "key_mask": key_mask, "q_segments": q_segments, "kv_segments": kv_segments, "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }  # fmt: skip
-    check_rules(query.shape[0], query.shape[1], query.shape[2], key.shape[2], Rules(scale, **given), sinks)
+    scale = call.factor
     if scale <= 0:
         # The kernel scales what it has masked already, and -inf times such a scale would be NaN or +inf.
         query, scale = query * scale, 1.0
@@ -172,13 +125,9 @@ def attention(
         query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
     elif dim > value_dim:
         value = F.pad(value, (0, dim - value_dim))
-    opts = Options(scale, q_offset=0 if isinstance(q_offset, Tensor) else q_offset, sinks=sinks, bias=bias, **given)
-    out, _ = cpu_attention(
-        *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value)),
-        q_offset if isinstance(q_offset, Tensor) else None,
-        *(getattr(opts, name) for name in NAMES),
-    )
-    return out[..., :value_dim] if dim > value_dim else out
+    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
+    out, lse = cpu_attention(*CALL.flatten(call.with_(query=query, key=key, value=value, scale=scale)))
+    return (out[..., :value_dim] if dim > value_dim else out), lse
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """Which rectangles of the score matrix have to be computed, and which of them need a mask.
 
-Pure integer arithmetic, no tensors. A plan is a list of :class:`Call`; every visible (query, key) pair lies in exactly
-one call, and calls that share query rows are merged by log-sum-exp. Three kinds of call exist because PyTorch's CPU
+Pure integer arithmetic, no tensors. A plan is a list of :class:`Tile`; every visible (query, key) pair lies in exactly
+one tile, and tiles that share query rows are merged by log-sum-exp. Three kinds of tile exist because PyTorch's CPU
 flash kernel computes two of them without any mask: a rectangle that is visible as a whole, and a square whose lower
 triangle is. Only ragged rectangles (window edges, biases, irregular padding) pay for a mask, and then for one tile.
 """
@@ -21,7 +21,7 @@ MASK_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
-class Call:
+class Tile:
     """Query rows ``[q0, q1)`` against keys ``[k0, k1)``."""
 
     q0: int
@@ -42,7 +42,7 @@ class Rect:
 
 
 @dataclass(frozen=True)
-class Rules:
+class Extent:
     """What limits visibility inside a rectangle.
 
     Attributes:
@@ -64,18 +64,18 @@ class Rules:
     mask_heads: int = 1
 
 
-def plan(rects: list[Rect], rules: Rules) -> list[Call]:
-    """List the kernel calls that cover everything visible in ``rects``, which must not overlap."""
-    calls: list[Call] = []
+def plan(rects: list[Rect], rules: Extent) -> list[Tile]:
+    """List the tiles that cover everything visible in ``rects``, which must not overlap."""
+    tiles: list[Tile] = []
     for rect in rects:
         for part in _split_chunks(rect, rules):
-            calls.extend(_cover(part, rules))
+            tiles.extend(_cover(part, rules))
     if rules.tiled:
-        calls = [tile for call in calls for tile in _bounded(call, rules)]
-    return calls
+        tiles = [part for tile in tiles for part in _bounded(tile, rules)]
+    return tiles
 
 
-def _split_chunks(rect: Rect, rules: Rules) -> Iterator[Rect]:
+def _split_chunks(rect: Rect, rules: Extent) -> Iterator[Rect]:
     """Chunked attention is a block-diagonal of independent rectangles."""
     if rules.chunk is None:
         yield rect
@@ -88,7 +88,7 @@ def _split_chunks(rect: Rect, rules: Rules) -> Iterator[Rect]:
             yield part
 
 
-def _cover(rect: Rect, rules: Rules) -> Iterator[Call]:
+def _cover(rect: Rect, rules: Extent) -> Iterator[Tile]:
     q0, q1, k0, k1 = rect.q0, rect.q1, rect.k0, rect.k1
     if rules.causal:
         # Rows before the first key see nothing, keys after the last row are seen by nobody.
@@ -107,23 +107,23 @@ def _cover(rect: Rect, rules: Rules) -> Iterator[Call]:
     elif rules.causal:
         yield from _triangle(rect, rules.offset)
     else:
-        yield Call(q0, q1, k0, k1, "plain")
+        yield Tile(q0, q1, k0, k1, "plain")
 
 
-def _triangle(rect: Rect, offset: int) -> Iterator[Call]:
+def _triangle(rect: Rect, offset: int) -> Iterator[Tile]:
     """Causal attention over one run of keys: at most a plain block, a square with a diagonal, and a plain block."""
     q0, q1, k0, k1 = rect.q0, rect.q1, rect.k0, rect.k1
     # Row `k1 - 1 - offset` is the first to see every key; it still fits the square, later rows need no mask at all.
     bend = min(q1, max(q0, k1 - offset))
     first = q0 + offset
     if bend - q0 == 1:
-        yield Call(q0, bend, k0, first + 1, "plain")
+        yield Tile(q0, bend, k0, first + 1, "plain")
     elif q0 < bend:
         if k0 < first:
-            yield Call(q0, bend, k0, first, "plain")
-        yield Call(q0, bend, first, first + bend - q0, "causal")
+            yield Tile(q0, bend, k0, first, "plain")
+        yield Tile(q0, bend, first, first + bend - q0, "causal")
     if bend < q1:
-        yield Call(bend, q1, k0, k1, "plain")
+        yield Tile(bend, q1, k0, k1, "plain")
 
 
 def _query_blocks(q0: int, q1: int, size: int) -> Iterator[tuple[int, int]]:
@@ -131,7 +131,7 @@ def _query_blocks(q0: int, q1: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, q1)
 
 
-def _visible_keys(a: int, b: int, rect: Rect, rules: Rules) -> tuple[int, int]:
+def _visible_keys(a: int, b: int, rect: Rect, rules: Extent) -> tuple[int, int]:
     """The keys that at least one of the rows ``[a, b)`` sees."""
     low, high = rect.k0, rect.k1
     if rules.window is not None:
@@ -141,8 +141,8 @@ def _visible_keys(a: int, b: int, rect: Rect, rules: Rules) -> tuple[int, int]:
     return low, high
 
 
-def _window(rect: Rect, rules: Rules) -> Iterator[Call]:
-    """A band: one masked call for each block of rows, or edge, interior and edge where the band is wide."""
+def _window(rect: Rect, rules: Extent) -> Iterator[Tile]:
+    """A band: one masked tile for each block of rows, or edge, interior and edge where the band is wide."""
     assert rules.window is not None
     # A block adds its own length to the band that is computed, so it stays well under the window.
     size = min(QUERY_BLOCK, max(32, rules.window // 4))
@@ -154,18 +154,18 @@ def _window(rect: Rect, rules: Rules) -> Iterator[Call]:
         inner_low = max(low, b + rules.offset - rules.window)
         inner_high = min(high, a + rules.offset + 1) if rules.causal else high
         if inner_low <= low and inner_high >= high:
-            yield Call(a, b, low, high, "plain")
+            yield Tile(a, b, low, high, "plain")
         elif (b - a) * (high - low) <= MASK_ELEMENTS or inner_low >= inner_high:
             yield from _key_tiles(a, b, low, high, (b - a))
         else:
             if low < inner_low:
-                yield Call(a, b, low, inner_low, "masked")
-            yield Call(a, b, inner_low, inner_high, "plain")
+                yield Tile(a, b, low, inner_low, "masked")
+            yield Tile(a, b, inner_low, inner_high, "plain")
             if inner_high < high:
-                yield Call(a, b, inner_high, high, "masked")
+                yield Tile(a, b, inner_high, high, "masked")
 
 
-def _dense(rect: Rect, rules: Rules) -> Iterator[Call]:
+def _dense(rect: Rect, rules: Extent) -> Iterator[Tile]:
     size = min(QUERY_BLOCK, rect.q1 - rect.q0)
     for a, b in _query_blocks(rect.q0, rect.q1, size):
         low, high = _visible_keys(a, b, rect, rules)
@@ -173,23 +173,23 @@ def _dense(rect: Rect, rules: Rules) -> Iterator[Call]:
             yield from _key_tiles(a, b, low, high, (b - a) * rules.mask_heads)
 
 
-def _key_tiles(a: int, b: int, low: int, high: int, column: int) -> Iterator[Call]:
+def _key_tiles(a: int, b: int, low: int, high: int, column: int) -> Iterator[Tile]:
     width = max(64, MASK_ELEMENTS // max(1, column))
     for start in range(low, high, width):
-        yield Call(a, b, start, min(start + width, high), "masked")
+        yield Tile(a, b, start, min(start + width, high), "masked")
 
 
-def _bounded(call: Call, rules: Rules) -> Iterator[Call]:
-    """Cut one call to tiles whose scores may be held in memory."""
-    for a, b in _query_blocks(call.q0, call.q1, QUERY_BLOCK // 2):
-        if call.kind == "causal":
-            first, last = call.k0 + a - call.q0, call.k0 + b - call.q0
-            yield from _bounded_keys(Call(a, b, call.k0, first, "plain"))
-            yield Call(a, b, first, last, "causal")
+def _bounded(tile: Tile, rules: Extent) -> Iterator[Tile]:
+    """Cut one tile to tiles whose scores may be held in memory."""
+    for a, b in _query_blocks(tile.q0, tile.q1, QUERY_BLOCK // 2):
+        if tile.kind == "causal":
+            first, last = tile.k0 + a - tile.q0, tile.k0 + b - tile.q0
+            yield from _bounded_keys(Tile(a, b, tile.k0, first, "plain"))
+            yield Tile(a, b, first, last, "causal")
         else:
-            yield from _bounded_keys(replace(call, q0=a, q1=b))
+            yield from _bounded_keys(replace(tile, q0=a, q1=b))
 
 
-def _bounded_keys(call: Call) -> Iterator[Call]:
-    for start in range(call.k0, call.k1, 4 * QUERY_BLOCK):
-        yield replace(call, k0=start, k1=min(start + 4 * QUERY_BLOCK, call.k1))
+def _bounded_keys(tile: Tile) -> Iterator[Tile]:
+    for start in range(tile.k0, tile.k1, 4 * QUERY_BLOCK):
+        yield replace(tile, k0=start, k1=min(start + 4 * QUERY_BLOCK, tile.k1))

@@ -4,7 +4,15 @@ Importing this package needs no Triton and no GPU; :func:`supported` says why a 
 and :func:`slow_path` why one does not get the Hopper kernels.
 """
 
-from rehead.attention.kernels.api import attention, slow_path, supported, unavailable
-from rehead.attention.kernels.decode import decode
+from rehead.attention.kernels.api import (
+    attention,
+    decode,
+    decode_call,
+    run,
+    slow_path,
+    supported,
+    unavailable,
+    unsupported,
+)
 
-__all__ = ["attention", "decode", "slow_path", "supported", "unavailable"]
+__all__ = ["attention", "decode", "decode_call", "run", "slow_path", "supported", "unavailable", "unsupported"]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rehead.attention.kernels.rules import Rules, check, refusal
-from rehead.errors import UnsupportedError
+from rehead.attention.call import CALL, AttentionCall, check
+from rehead.attention.kernels import ops
+from rehead.attention.kernels.bounds import refusal
+from rehead.attention.kernels.decode import MAX_QUERIES, run_decode
+from rehead.attention.kernels.launch import run_backward, run_forward
+from rehead.errors import UnsupportedError, UsageError
 
 # A constant, for torch.compile to trace past.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -28,150 +33,122 @@ def unavailable(device: torch.device) -> str | None:
     return f"device {device.type!r} is not a CUDA GPU"
 
 
-def supported(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, sinks: Tensor | None = None, **rules: object
-) -> str | None:
+def supported(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> str | None:
     """Why :func:`attention` cannot take these arguments (dtype, head_dim over 256, device, ...), or None when it can.
 
     Takes the arguments of :func:`attention`. Arguments that contradict each other raise there, not here.
     """
-    made = Rules(scale=scale, **rules)  # type: ignore[arg-type]
-    return unavailable(query.device) or refusal(query, key, value, made, sinks)
+    return unsupported(AttentionCall(query, key, value, **rules))
 
 
-def slow_path(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, sinks: Tensor | None = None, **rules: object
-) -> str | None:
+def unsupported(call: AttentionCall) -> str | None:
+    """Why a call cannot run here (one line), or None when it can."""
+    return unavailable(call.query.device) or refusal(call)
+
+
+def slow_path(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> str | None:
     """Why a supported call runs through the general kernels rather than the Hopper ones, or None when it does not."""
     from rehead.attention.kernels import hopper
 
-    return hopper.refusal(query, key, value, Rules(scale=scale, **rules))  # type: ignore[arg-type]
+    return hopper.refusal(AttentionCall(query, key, value, **rules))
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    q_offset: int = 0,
-    window: int | None = None,
-    chunk: int | None = None,
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    q_segments: Tensor | None = None,
-    kv_segments: Tensor | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    deterministic: bool = False,
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:
+    """softmax(q k^T) v in tiles, ``[B, Sq, H, Dv]``; the rules are those of :class:`AttentionCall`. See :func:`run`."""
+    return run(AttentionCall(query, key, value, **rules))[0]
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """softmax(q k^T) v in tiles: no S x S matrix, grouped KV heads read in place, differentiable, torch.compile-able.
 
-    Query row i stands at position i + q_offset, key j at position j. A row sees a key when every rule given allows it;
-    a row that sees none returns zeros.
-
     Args:
-        query: ``[B, H, Sq, D]``, bfloat16, float16 or float32, any strides with a contiguous last dimension, D <= 256.
-        key: ``[B, K, Skv, D]`` of the same dtype; H must be a multiple of K, and head h reads KV head h // (H // K).
-        value: ``[B, K, Skv, Dv]``; Dv may differ from D.
-        scale: factor on q k^T.
-        causal: j <= i + q_offset.
-        q_offset: position of the first query row.
-        window: i + q_offset - j < window.
-        chunk: (i + q_offset) // chunk == j // chunk.
-        kv_start, kv_end: int32 ``[B]``; kv_start[b] <= j < kv_end[b].
-        key_mask: bool ``[B, Skv]``, True where a key may be seen.
-        q_segments, kv_segments: int32 ``[B, Sq]`` and ``[B, Skv]``; seen only when equal (packed sequences).
-        softcap: c * tanh(s / c) on the scaled scores.
-        alibi_slopes: float32 ``[H]``; adds slope * (j - (i + q_offset)).
-        sinks: ``[H]``; one more logit per head in the softmax's denominator, with a gradient.
-        bias: ``[B or 1, H or 1, Sq, Skv]``, added to the scores (float) or masking them (bool); has no gradient.
-        deterministic: make backward the same bit for bit from run to run (slower on Hopper).
+        call: query, key and value in bfloat16, float16 or float32, any strides with a contiguous last dimension,
+            head_dim up to 256. ``q_offset`` is a number, ``bias`` has all rows and keys and no gradient. Sink tokens
+            are not for this function to see.
 
     Returns:
-        ``[B, Sq, H, Dv]``, contiguous, in query's dtype.
+        ``[B, Sq, H, Dv]``, contiguous, in the query's dtype; and the log-sum-exp in base 2, ``[B, H, Sq]`` float32,
+        +inf for a row that sees nothing.
 
     Raises:
         UsageError: shapes or rules that contradict each other.
-        UnsupportedError: what :func:`supported` names.
+        UnsupportedError: what :func:`unsupported` names.
     """
-    rules = Rules(float(scale), causal, q_offset, window, chunk, kv_start, kv_end, key_mask, q_segments, kv_segments,
-                  softcap, alibi_slopes, bias, deterministic)  # fmt: skip
-    check(query, key, value, rules, sinks)
-    reason = unavailable(query.device) or refusal(query, key, value, rules, sinks)
+    if call.scale is None:
+        call = call.with_(scale=call.factor)
+    check(call)
+    reason = unsupported(call)
     if reason is not None:
         raise UnsupportedError(
             f"no attention kernel for this call: {reason}; use attn_implementation='sdpa' or 'eager'"
         )
     if torch.compiler.is_compiling():
-        from rehead.attention.kernels import ops
-
-        return ops.attention_forward(query, key, value, sinks, *rules.values())[0]
-    return _Attention.apply(query, key, value, sinks, rules)
-
-
-def run_forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rules: Rules) -> tuple[Tensor, Tensor]:
-    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq], through the fastest kernel that takes the call."""
-    from rehead.attention.kernels import general, hopper
-
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        batch, heads, num_q, _ = query.shape
-        out = query.new_zeros(batch, num_q, heads, value.shape[3])
-        return out, torch.full((batch, heads, num_q), float("inf"), dtype=torch.float32, device=query.device)
-    sinks = None if sinks is None else sinks.contiguous()
-    with torch.cuda.device_of(query):
-        if hopper.takes(query, key, value, rules):
-            return hopper.forward(query, key, value, sinks, rules)
-        return general.forward(query, key, value, sinks, rules)
-
-
-def run_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rules: Rules,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and sinks. ``grad`` and ``out`` are [B, Sq, H, Dv]."""
-    from rehead.attention.kernels import general, hopper
-
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        zeros = None if sinks is None else torch.zeros_like(sinks)
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), zeros
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    with torch.cuda.device_of(query):
-        if not rules.deterministic and hopper.takes_backward(grad, query, key, value, rules):
-            dq, dk, dv, delta = hopper.backward(grad, query, key, value, out, lse, rules)
-        else:
-            delta = general.row_delta(out, grad)
-            dq, dk, dv = general.backward(grad, query, key, value, lse, delta, rules)
-    dsinks = None
-    if sinks is not None:
-        # d(loss)/d(sink) = -sum_i p_sink,i delta_i, p_sink = exp(sink - lse)
-        share = torch.exp2(sinks.float()[None, :, None] * 1.4426950408889634 - lse)
-        dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dsinks
+        return ops.attention_forward(*CALL.flatten(call))
+    return _Attention.apply(call.query, call.key, call.value, call.sinks, call)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, rules):
-        out, lse = run_forward(query, key, value, sinks, rules)
+    def forward(ctx, query, key, value, sinks, call):
+        ctx.set_materialize_grads(False)
+        out, lse = run_forward(call)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        ctx.rules = rules
-        return out
+        # Tensors that backward reads are saved, not held: hooks may offload them meanwhile.
+        ctx.call = call.with_(query=None, key=None, value=None, sinks=None)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, grad_lse):
         query, key, value, sinks, out, lse = ctx.saved_tensors
-        dq, dk, dv, dsinks = run_backward(grad, query, key, value, sinks, out, lse, ctx.rules)
-        return dq, dk, dv, dsinks, None
+        grad = torch.zeros_like(out) if grad is None else grad
+        call = ctx.call.with_(query=query, key=key, value=value, sinks=sinks)
+        return *run_backward(grad, grad_lse, out, lse, call), None
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:
+    """A decode step, ``[B, Sq, H, Dv]``; the rules are those of :class:`AttentionCall`. See :func:`decode_call`."""
+    return decode_call(AttentionCall(query, key, value, **rules))
+
+
+def decode_call(call: AttentionCall) -> Tensor:
+    """Attention of 1 to 16 new positions over a cache; no gradient. Rules mean what they mean in ``attention``.
+
+    ``q_offset`` and ``kv_end`` may be integer tensors on the device, of shape ``[B]`` or with one element: the kernels
+    read them there, and the grid depends on shapes alone, so a captured CUDA graph (or a StaticCache whose fill grows)
+    replays correctly and skips what lies past the end. The cache is split evenly over its visible range
+    (flash-decoding) and the parts are merged by log-sum-exp.
+
+    Args:
+        call: Sq <= 16; key and value are the whole cache (a StaticCache's full length), of any strides but a last one
+            of 1, in bfloat16, float16 or float32. It has no segments.
+
+    Returns:
+        ``[B, Sq, H, Dv]``, contiguous. Rows that see no key are zero.
+
+    Raises:
+        UsageError: shapes or rules that contradict each other, or more than 16 query positions.
+        UnsupportedError: a dtype, head_dim or device the kernels do not take.
+    """
+    if call.scale is None:
+        call = call.with_(scale=call.factor)
+    _check_decode(call)
+    if torch.compiler.is_compiling():
+        return ops.decode(*CALL.flatten(call))
+    return run_decode(call)
+
+
+def _check_decode(call: AttentionCall) -> None:
+    check(call.with_(kv_end=None) if isinstance(call.kv_end, Tensor) else call)
+    if call.q_segments is not None:
+        raise UsageError("decode takes no segments; call attention")
+    if call.query.shape[2] > MAX_QUERIES:
+        raise UsageError(
+            f"decode takes at most {MAX_QUERIES} query positions, not {call.query.shape[2]}; call attention"
+        )
+    for name, item in (("q_offset", call.q_offset), ("kv_end", call.kv_end)):
+        if isinstance(item, Tensor) and (item.numel() not in (1, call.query.shape[0]) or item.is_floating_point()):
+            raise UsageError(f"{name} must be an int or an integer tensor with 1 or {call.query.shape[0]} elements")
+    reason = unavailable(call.query.device) or refusal(call)
+    if reason is not None:
+        raise UnsupportedError(f"no decode kernel for this call: {reason}; use attn_implementation='sdpa' or 'eager'")

@@ -9,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from rehead.attention.call import AttentionCall
 from rehead.attention.kernels import backward as bwd
 from rehead.attention.kernels import forward as fwd
-from rehead.attention.kernels.rules import Rules, mask_bounds, segment_bounds
+from rehead.attention.kernels.bounds import mask_bounds, segment_bounds
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rules turned into kernel arguments; unused pointers are stand-ins that no kernel reads."""
+    """A call turned into kernel arguments; unused pointers are stand-ins that no kernel reads."""
 
     pointers: dict
     flags: dict
@@ -91,12 +92,13 @@ def float_bias(bias: Tensor) -> Tensor:
     return bias.contiguous() if bias.stride(3) != 1 and bias.shape[3] > 1 else bias
 
 
-def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared:
+def prepare(call: AttentionCall) -> Prepared:
     """Arguments common to the three kernels; segment bounds are left to the caller, whose rows they belong to."""
+    query, key, value = call.query, call.key, call.value
     batch, _, num_q, dim = query.shape
     num_k, dim_v = key.shape[2], value.shape[3]
     unused = query
-    start, end, mask = rules.kv_start, rules.kv_end, rules.key_mask
+    start, end, mask = call.kv_start, call.ends, call.key_mask
     if mask is not None:
         first, last = mask_bounds(mask)
         start = first if start is None else torch.maximum(first, start.to(torch.int32))
@@ -104,7 +106,7 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared
     if start is not None or end is not None:
         start = torch.zeros(batch, dtype=torch.int32, device=query.device) if start is None else start
         end = torch.full((batch,), num_k, dtype=torch.int32, device=query.device) if end is None else end
-    bias = rules.bias
+    bias = call.bias
     bias_strides = (0, 0, 0)
     if bias is not None:
         bias = float_bias(bias).expand(batch, query.shape[1], num_q, num_k)
@@ -117,9 +119,9 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared
         "kv_start": integers(start),
         "kv_end": integers(end),
         "key_mask": unused if mask is None else mask.contiguous().view(torch.uint8),
-        "q_segments": integers(rules.q_segments),
-        "kv_segments": integers(rules.kv_segments),
-        "alibi": unused if rules.alibi_slopes is None else rules.alibi_slopes.float().contiguous(),
+        "q_segments": integers(call.q_segments),
+        "kv_segments": integers(call.kv_segments),
+        "alibi": unused if call.alibi_slopes is None else call.alibi_slopes.float().contiguous(),
         "bias_ptr": unused if bias is None else bias,
     }
     flags = {
@@ -127,26 +129,26 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Prepared
         "DV": dim_v,
         "BLOCK_D": _width(dim),
         "BLOCK_DV": _width(dim_v),
-        "CAUSAL": rules.causal,
-        "WINDOW": rules.window is not None,
-        "CHUNK": rules.chunk is not None,
-        "SOFTCAP": rules.softcap is not None,
+        "CAUSAL": call.causal,
+        "WINDOW": call.window is not None,
+        "CHUNK": call.chunk is not None,
+        "SOFTCAP": call.softcap is not None,
         "RANGE": start is not None,
         "KEY_MASK": mask is not None,
-        "SEGMENTS": rules.q_segments is not None,
-        "ALIBI": rules.alibi_slopes is not None,
+        "SEGMENTS": call.q_segments is not None,
+        "ALIBI": call.alibi_slopes is not None,
         "BIAS": bias is not None,
         # Three tf32 products reach float32 accuracy on tensor cores; plain tf32 would not.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
     }
     numbers = {
-        "scale": rules.scale,
-        "softcap": rules.softcap or 1.0,
+        "scale": call.factor,
+        "softcap": call.softcap or 1.0,
         "num_q": num_q,
         "num_k": num_k,
-        "q_offset": rules.q_offset,
-        "window": rules.window or 0,
-        "chunk": rules.chunk or 1,
+        "q_offset": call.offset,
+        "window": call.window or 0,
+        "chunk": call.chunk or 1,
     }
     return Prepared(pointers, flags, numbers, bias_strides)
 
@@ -171,15 +173,17 @@ def _options(tile: Tile) -> dict:
     }
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rules: Rules) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32."""
+    query, key, value = call.query, call.key, call.value
+    sinks = None if call.sinks is None else call.sinks.contiguous()
     batch, heads, num_q, _ = query.shape
     out = torch.empty((batch, num_q, heads, value.shape[3]), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=query.device)
-    ready = prepare(query, key, value, rules)
+    ready = prepare(call)
     width = max(ready.flags["BLOCK_D"], ready.flags["BLOCK_DV"])
     tile = tile_for("forward", width, query.element_size(), shared_memory(query.device))
-    pointers = ready.pointers | _segment_pointers(rules.q_segments, rules.kv_segments, query)
+    pointers = ready.pointers | _segment_pointers(call.q_segments, call.kv_segments, query)
     fwd.attention_forward[(triton.cdiv(num_q, tile.block_m) * batch * heads,)](
         query, key, value, out, lse, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
         pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
@@ -215,14 +219,13 @@ def key_splits(programs: int, group: int, wanted: int) -> int:
     return splits
 
 
-def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, lse: Tensor, delta: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv shaped and typed like query, key and value. ``grad`` [B, Sq, H, Dv]; two runs agree bit for bit."""
+    query, key, value = call.query, call.key, call.value
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
     group = heads // kv_heads
-    ready = prepare(query, key, value, rules)
+    ready = prepare(call)
     width = max(ready.flags["BLOCK_D"], ready.flags["BLOCK_DV"])
     shared = shared_memory(query.device)
     grad_strides = (grad.stride(0), grad.stride(2), grad.stride(1))
@@ -235,7 +238,7 @@ def backward(
     dk = torch.empty((splits, batch, num_k, kv_heads, dim), dtype=kind, device=query.device)
     dv = torch.empty((splits, batch, num_k, kv_heads, dim_v), dtype=kind, device=query.device)
     common = dict(**ready.numbers, **ready.flags, num_heads=heads)
-    pointers = ready.pointers | _segment_pointers(rules.kv_segments, rules.q_segments, query)
+    pointers = ready.pointers | _segment_pointers(call.kv_segments, call.q_segments, query)
     bwd.grad_key_value[(blocks * batch * kv_heads, splits)](
         query, key, value, grad, lse, delta, dk, dv, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
         pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
@@ -245,7 +248,7 @@ def backward(
 
     tile = tile_for("grad_query", width, query.element_size(), shared)
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
-    pointers = ready.pointers | _segment_pointers(rules.q_segments, rules.kv_segments, query)
+    pointers = ready.pointers | _segment_pointers(call.q_segments, call.kv_segments, query)
     bwd.grad_query[(triton.cdiv(num_q, tile.block_m) * batch * heads,)](
         query, key, value, grad, lse, delta, dq, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
         pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],

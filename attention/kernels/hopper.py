@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from rehead.attention.call import AttentionCall
 from rehead.attention.kernels.general import interpreting, key_splits, row_delta
-from rehead.attention.kernels.rules import Rules
 
 # Gluon is Triton's experimental layer and changes between releases; the kernels are proved on these.
 GLUON_RELEASES = ("3.6",)
@@ -59,15 +59,16 @@ def _block(dim: int) -> int:
     return 64 if dim <= 64 else 128
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> str | None:
+def refusal(call: AttentionCall) -> str | None:
     """Why the Hopper forward kernel leaves this call to the general kernels (one line), or None when it takes it."""
+    query, key, value = call.query, call.key, call.value
     if not READY:
         return f"Triton {triton.__version__} is not among the releases the Hopper kernels are proved on (3.6)"
     if interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
         return "the device is not a Hopper GPU"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype} is neither bfloat16 nor float16"
-    if not rules.positional_only:
+    if not call.positional_only or not call.factor > 0:
         return "a chunk, key mask, packed segments, soft cap, ALiBi or bias is given"
     dim, dim_v = query.shape[3], value.shape[3]
     if dim > 128 or _block(dim_v) > _block(dim):
@@ -77,14 +78,14 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> str | No
     return None
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+def takes(call: AttentionCall) -> bool:
     """Whether the Hopper forward kernel computes this call."""
-    return refusal(query, key, value, rules) is None
+    return refusal(call) is None
 
 
-def takes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> bool:
+def takes_backward(grad: Tensor, call: AttentionCall) -> bool:
     """Whether the Hopper backward kernel (not deterministic) computes this call. ``grad`` is [B, Sq, H, Dv]."""
-    return takes(query, key, value, rules) and _describable(grad.transpose(1, 2))
+    return takes(call) and _describable(grad.transpose(1, 2))
 
 
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -95,11 +96,12 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)
 
 
-def _bounds(key: Tensor, rules: Rules) -> tuple[Tensor, Tensor, bool]:
+def _bounds(call: AttentionCall) -> tuple[Tensor, Tensor, bool]:
+    key = call.key
     batch, num_k = key.shape[0], key.shape[2]
-    if rules.kv_start is None and rules.kv_end is None:
+    if call.kv_start is None and call.ends is None:
         return key, key, False
-    start, end = rules.kv_start, rules.kv_end
+    start, end = call.kv_start, call.ends
     if start is None:
         start = torch.zeros(batch, dtype=torch.int32, device=key.device)
     if end is None:
@@ -112,8 +114,10 @@ def section_heads(num_k: int, row_bytes: int, group: int, heads: int) -> int:
     return max(1, min(L2_SECTION // max(1, num_k * row_bytes), triton.cdiv(heads, group))) * group
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rules: Rules) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32."""
+    query, key, value = call.query, call.key, call.value
+    sinks = None if call.sinks is None else call.sinks.contiguous()
     batch, heads, num_q, dim = query.shape
     group, num_k, dim_v = heads // key.shape[1], key.shape[2], value.shape[3]
     out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
@@ -121,25 +125,24 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rul
     block_d, block_dv = _block(dim), _block(dim_v)
     config = FORWARD[block_d]
     groups, block_n = config["NUM_WG"], config["BLOCK_N"]
-    start, end, ranged = _bounds(key, rules)
+    start, end, ranged = _bounds(call)
     num_m = triton.cdiv(num_q, 64 * groups)
     tiles = num_m * batch * heads
     hopper_forward.attention_forward[(min(tiles, _processors(query.device)),)](
         _describe(query, 64, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
         _describe(out.transpose(1, 2), 64, block_dv),
         torch.zeros(1, dtype=torch.int32, device=query.device), lse, query if sinks is None else sinks, start, end,
-        rules.scale, num_q, num_k, rules.q_offset, rules.window or 0, heads, group, num_m, batch * heads,
+        call.factor, num_q, num_k, call.offset, call.window or 0, heads, group, num_m, batch * heads,
         section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
-        D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
-        WINDOW=rules.window is not None, RANGE=ranged, SINKS=sinks is not None, num_warps=4,
+        D=block_d, DV=block_dv, **config, CAUSAL=call.causal,
+        WINDOW=call.window is not None, RANGE=ranged, SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     return out, lse
 
 
-def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, out: Tensor, lse: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv shaped and typed like query, key and value, and delta; dq's last bits may differ from run to run."""
+    query, key, value = call.query, call.key, call.value
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
     group = heads // kv_heads
@@ -157,20 +160,20 @@ def backward(
     if splits > 1:
         dk_part = torch.empty((splits, batch, num_k, kv_heads, block_d), dtype=torch.float32, device=query.device)
         dv_part = torch.empty((splits, batch, num_k, kv_heads, block_dv), dtype=torch.float32, device=query.device)
-    start, end, ranged = _bounds(key, rules)
+    start, end, ranged = _bounds(call)
     hopper_backward.attention_backward[(num_n * splits * batch * kv_heads,)](
         _describe(query, block_m, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
         _describe(grad.transpose(1, 2), block_m, block_dv), _describe(dk.transpose(1, 2), block_n, block_d),
-        _describe(dv.transpose(1, 2), block_n, block_dv), dk_part, dv_part, acc, lse, delta, start, end, rules.scale,
-        num_q, num_k, rules.q_offset, rules.window or 0, heads, kv_heads, splits, padded_q, num_n,
-        D=block_d, DV=block_dv, **config, CAUSAL=rules.causal,
-        WINDOW=rules.window is not None, RANGE=ranged, SPLIT=splits > 1, num_warps=8,
+        _describe(dv.transpose(1, 2), block_n, block_dv), dk_part, dv_part, acc, lse, delta, start, end, call.factor,
+        num_q, num_k, call.offset, call.window or 0, heads, kv_heads, splits, padded_q, num_n,
+        D=block_d, DV=block_dv, **config, CAUSAL=call.causal,
+        WINDOW=call.window is not None, RANGE=ranged, SPLIT=splits > 1, num_warps=8,
     )  # fmt: skip
     if splits > 1:
         dk.copy_(dk_part.sum(0)[..., :dim])
         dv.copy_(dv_part.sum(0)[..., :dim_v])
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
     hopper_backward.finish_query[(padded_q // block_m * batch * heads,)](
-        acc, dq, rules.scale, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
+        acc, dq, call.factor, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), delta

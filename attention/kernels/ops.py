@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rehead.attention.kernels.rules import DecodeRules, Rules
-from rehead.attention.schema import schema
+from rehead.attention.call import CALL
+from rehead.attention.kernels.decode import run_decode
+from rehead.attention.kernels.launch import run_backward, run_forward
 
-INPUTS = "Tensor query, Tensor key, Tensor value"
+NAMES = CALL.names()
 
 
-@torch.library.custom_op(
-    "rehead::attention_forward",
-    mutates_args=(),
-    schema=schema(f"{INPUTS}, Tensor? sinks", Rules, "(Tensor, Tensor)"),
-)
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rules) -> tuple[Tensor, Tensor]:
-    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32; ``rules`` are the fields of :class:`Rules`."""
-    from rehead.attention.kernels.api import run_forward
-
-    return run_forward(query, key, value, sinks, Rules(*rules))
+@torch.library.custom_op("rehead::attention_forward", mutates_args=(), schema=CALL.schema("", "(Tensor, Tensor)"))
+def attention_forward(*call: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32."""
+    return run_forward(CALL.unflatten(call))
 
 
 @attention_forward.register_fake
-def _(query, key, value, sinks, *rules):
+def _(query, key, value, *rules):
     batch, heads, num_q, _ = query.shape
     out = query.new_empty(batch, num_q, heads, value.shape[3])
     return out, query.new_empty(batch, heads, num_q, dtype=torch.float32)
@@ -33,50 +30,52 @@ def _(query, key, value, sinks, *rules):
 @torch.library.custom_op(
     "rehead::attention_backward",
     mutates_args=(),
-    schema=schema(
-        f"Tensor grad, {INPUTS}, Tensor? sinks, Tensor out, Tensor lse", Rules, "(Tensor, Tensor, Tensor, Tensor)"
-    ),
+    schema=CALL.schema("Tensor grad, Tensor? grad_lse, Tensor out, Tensor lse", "(Tensor, Tensor, Tensor, Tensor)"),
 )
 def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, *rules
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv laid out [B, S, heads, dim] and dsinks [H] (empty without sinks)."""
-    from rehead.attention.kernels.api import run_backward
-
-    dq, dk, dv, dsinks = run_backward(grad, query, key, value, sinks, out, lse, Rules(*rules))
-    rows = [item.transpose(1, 2).contiguous() for item in (dq, dk, dv)]
-    return rows[0], rows[1], rows[2], query.new_empty(0) if dsinks is None else dsinks
+    *grads, dsinks = run_backward(grad, grad_lse, out, lse, CALL.unflatten(call))
+    rows = [item.transpose(1, 2).contiguous() for item in grads]
+    return rows[0], rows[1], rows[2], out.new_empty(0) if dsinks is None else dsinks
 
 
 @attention_backward.register_fake
-def _(grad, query, key, value, sinks, out, lse, *rules):
-    shapes = [(item.shape[0], item.shape[2], item.shape[1], item.shape[3]) for item in (query, key, value)]
-    grads = [query.new_empty(shape) for shape in shapes]
-    return grads[0], grads[1], grads[2], query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+def _(grad, grad_lse, out, lse, *args):
+    call = CALL.unflatten(args)
+    tensors = (call.query, call.key, call.value)
+    grads = [out.new_empty(item.shape[0], item.shape[2], item.shape[1], item.shape[3]) for item in tensors]
+    return grads[0], grads[1], grads[2], out.new_empty(0) if call.sinks is None else torch.empty_like(call.sinks)
 
 
 def _save(ctx, inputs, output):
-    query, key, value, sinks, *rules = inputs
-    ctx.save_for_backward(query, key, value, sinks, *output)
-    ctx.rules = rules
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *(item for item in inputs if isinstance(item, Tensor)))
+    ctx.plain = [None if isinstance(item, Tensor) else item for item in inputs]
+    ctx.places = [place for place, item in enumerate(inputs) if isinstance(item, Tensor)]
 
 
 def _differentiate(ctx, grad, grad_lse):
-    query, key, value, sinks, out, lse = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_backward(grad, query, key, value, sinks, out, lse, *ctx.rules)
-    gradients = [item.transpose(1, 2) for item in (dq, dk, dv)]
-    return (*gradients, None if sinks is None else dsinks, *([None] * len(ctx.rules)))
+    out, lse, *tensors = ctx.saved_tensors
+    inputs = list(ctx.plain)
+    for place, tensor in zip(ctx.places, tensors, strict=True):
+        inputs[place] = tensor
+    grad = torch.zeros_like(out) if grad is None else grad
+    *grads, dsinks = attention_backward(grad, grad_lse, out, lse, *inputs)
+    result: list[Any] = [*(item.transpose(1, 2) for item in grads), *(None for _ in inputs[3:])]
+    sinks = NAMES.index("sinks")
+    result[sinks] = None if inputs[sinks] is None else dsinks
+    return tuple(result)
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("rehead::decode", mutates_args=(), schema=schema(INPUTS, DecodeRules, "Tensor"))
-def decode(query: Tensor, key: Tensor, value: Tensor, *rules) -> Tensor:
-    """Output [B, Sq, H, Dv]; ``rules`` are the fields of :class:`DecodeRules`."""
-    from rehead.attention.kernels.decode import run_decode
-
-    return run_decode(query, key, value, DecodeRules(*rules))
+@torch.library.custom_op("rehead::decode", mutates_args=(), schema=CALL.schema("", "Tensor"))
+def decode(*call: Any) -> Tensor:
+    """Output [B, Sq, H, Dv]."""
+    return run_decode(CALL.unflatten(call))
 
 
 @decode.register_fake

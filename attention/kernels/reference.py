@@ -14,6 +14,7 @@ def visible(
     causal: bool = False,
     q_offset: int | Tensor = 0,
     window: int | None = None,
+    sink_tokens: int = 0,
     chunk: int | None = None,
     kv_start: Tensor | None = None,
     kv_end: Tensor | None = None,
@@ -29,7 +30,10 @@ def visible(
     if causal:
         keep = keep & (key <= row)
     if window is not None:
-        keep = keep & (row - key < window)
+        seen = row - key < window
+        if sink_tokens:
+            seen = seen | _first_tokens(key, sink_tokens, kv_start, key_mask, kv_segments)
+        keep = keep & seen
     if chunk is not None:
         keep = keep & (row // chunk == key // chunk)
     if kv_start is not None:
@@ -41,6 +45,19 @@ def visible(
     if q_segments is not None and kv_segments is not None:
         keep = keep & (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
     return keep
+
+
+def _first_tokens(
+    key: Tensor, count: int, kv_start: Tensor | None, key_mask: Tensor | None, kv_segments: Tensor | None
+) -> Tensor:
+    """Which keys are among the first ``count`` of their sequence, counted from its first visible key."""
+    begin = torch.zeros_like(key) if kv_start is None else kv_start[:, None, None, None]
+    if key_mask is not None:
+        begin = torch.maximum(begin, key_mask.int().argmax(1)[:, None, None, None])
+    if kv_segments is not None:
+        same = kv_segments[:, None, :, None] == kv_segments[:, None, None, :]
+        begin = torch.maximum(begin, same.int().argmax(2)[:, :, None, :])
+    return key < begin + count
 
 
 def attention(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rehead.attention.call import CALL, AttentionCall
 from rehead.attention.cpu import attention
 from rehead.attention.kernels import reference
 from rehead.errors import UnsupportedError, UsageError
@@ -205,8 +206,7 @@ def test_operator_registration_is_sound():
     q, k, v = (x.requires_grad_() for x in tensors(2, 4, 2, 6, 6, 8))
     pad = torch.ones(2, 6, dtype=torch.bool)
     pad[0, :2] = False
-    args = (q, k, v, None, 0.3, True, 0, 3, None, None, None, pad, None, None, None, None, None, None)
-    torch.library.opcheck(cpu_attention, args)
+    torch.library.opcheck(cpu_attention, tuple(CALL.flatten(AttentionCall(q, k, v, scale=0.3, window=3, key_mask=pad))))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_parity import DEVICE, GPU, HAS_TRITON, compare, draw, holes, lengths, needs_kernels, run, segments
 
+from rehead.attention.call import CALL, AttentionCall
 from rehead.attention.kernels import attention, reference, slow_path, supported
 from rehead.errors import UnsupportedError, UsageError
 
@@ -223,13 +224,11 @@ def test_output_is_contiguous_in_transformers_layout():
 @pytest.mark.parametrize("name", ["gqa", "sinks"])
 def test_the_operator_passes_torch_opcheck(name):
     from rehead.attention.kernels import ops
-    from rehead.attention.kernels.rules import Rules
 
     inputs, rules, _ = draw(CASES[name], torch.float32)
-    sinks = rules.pop("sinks", None)
     torch.library.opcheck(
         ops.attention_forward,
-        (*inputs, sinks, *Rules(**rules).values()),
+        tuple(CALL.flatten(AttentionCall(*inputs, **rules))),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

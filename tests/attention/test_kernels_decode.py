@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from rehead.attention.call import CALL, AttentionCall
 from rehead.attention.kernels import decode, reference
 from rehead.errors import UsageError
 
@@ -228,11 +229,10 @@ def test_a_merge_of_many_parts(rules, monkeypatch):
 @needs_kernels
 def test_the_operator_passes_torch_opcheck():
     from rehead.attention.kernels import ops
-    from rehead.attention.kernels.rules import DecodeRules
 
     inputs, _ = draw(CASES["static cache, tensors"], torch.float32)
-    rules = DecodeRules(0.2, q_offset_tensor=ints(40), kv_end=41, window=30)
-    torch.library.opcheck(ops.decode, (*inputs, *rules.values()), test_utils=("test_schema", "test_faketensor"))
+    call = AttentionCall(*inputs, scale=0.2, q_offset=ints(40), kv_end=41, window=30)
+    torch.library.opcheck(ops.decode, tuple(CALL.flatten(call)), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_too_many_positions_name_the_mend():

@@ -1,0 +1,163 @@
+"""One call of attention: its tensors and every rule of what is seen and how it is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.attention.schema import Flat
+from rehead.errors import UnsupportedError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """softmax(scale q k^T) v, with grouped heads, masks described by a few numbers, and additions to the scores.
+
+    Row i stands at position ``i + q_offset``, key j at position j. A row sees a key when every rule allows it; one that
+    sees none gives 0. The operators' schemas list the fields in this order (:mod:`rehead.attention.schema`).
+
+    Attributes:
+        query: ``[B, H, Sq, D]``.
+        key: ``[B, K, Skv, D]``; K divides H, and head h reads KV head ``h // (H // K)``.
+        value: ``[B, K, Skv, Dv]``; Dv may differ from D.
+        scale: factor of the scores; ``D ** -0.5`` if None.
+        causal: a row sees key j only if ``j <= position``.
+        q_offset: position of the first row: an int or an integer tensor of one element (of ``[B]`` in a decode step).
+        window: a row sees key j only if ``position - j < window``.
+        sink_tokens: so many first tokens of a sequence are seen beyond the window.
+        chunk: a row sees key j only if ``position // chunk == j // chunk``.
+        kv_start, kv_end: integer ``[B]``; keys outside ``[kv_start, kv_end)`` are hidden. A decode step also takes
+            ``kv_end`` as an int or a tensor of one element.
+        key_mask: bool ``[B, Skv]``, False hides a key.
+        q_segments, kv_segments: integer ``[B, Sq]`` and ``[B, Skv]``; a row sees keys of its own segment only.
+        softcap: scores become ``softcap * tanh(score / softcap)``, after scaling.
+        alibi_slopes: float ``[H]``; ``slope * (j - position)`` is added to the scores (arXiv 2108.12409).
+        sinks: float ``[H]``; one more logit per head in the softmax's denominator, with a gradient.
+        bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``; a bool bias hides where it is False.
+        deterministic: a GPU backward that is the same bit for bit from run to run, slower on Hopper.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None = None
+    causal: bool = True
+    q_offset: int | Tensor = 0
+    window: int | None = None
+    sink_tokens: int = 0
+    chunk: int | None = None
+    kv_start: Tensor | None = None
+    kv_end: int | Tensor | None = None
+    key_mask: Tensor | None = None
+    q_segments: Tensor | None = None
+    kv_segments: Tensor | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    deterministic: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied by."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
+
+    @property
+    def offset(self) -> int:
+        """``q_offset`` as a number, which it is outside decode steps."""
+        assert not isinstance(self.q_offset, Tensor)
+        return self.q_offset
+
+    @property
+    def ends(self) -> Tensor | None:
+        """``kv_end`` for each row of the batch, as it is outside decode steps."""
+        assert not isinstance(self.kv_end, int)
+        return self.kv_end
+
+    @property
+    def positional_only(self) -> bool:
+        """Whether causality, window and key range say everything that is seen, and nothing is added to the scores."""
+        extra = (self.chunk, self.key_mask, self.q_segments, self.softcap, self.alibi_slopes, self.bias)
+        return all(item is None for item in extra)
+
+    def with_(self, **changes: Any) -> AttentionCall:
+        """The same call with some fields changed."""
+        return replace(self, **changes)
+
+    def narrowed(self, window: int, sink_tokens: int = 0) -> AttentionCall:
+        """The same call with a window that is no wider than ``window``; one that is not causal stays as it is.
+
+        A layer whose own window is narrower keeps it, and one that has a window of its own never sees beyond it, so
+        it gets no sink tokens.
+
+        Raises:
+            UnsupportedError: the mask is one of values, which has no short description.
+        """
+        if not self.causal:
+            if self.bias is None:
+                return self
+            raise UnsupportedError(
+                "a window cannot be added to a mask of values (a 4-D one of your own, or that of a model whose layers "
+                "read it); drop the window option"
+            )
+        if self.window is not None:
+            return self if self.window <= window else self.with_(window=window, sink_tokens=0)
+        return self.with_(window=window, sink_tokens=sink_tokens)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(int(size)) for size in tensor.shape)
+
+
+def check(call: AttentionCall) -> None:
+    """Raise :class:`UsageError` when the arguments contradict each other (never for what is merely unsupported)."""
+    query, key, value = call.query, call.key, call.value
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise UsageError("attention wants query, key and value of four dimensions, [batch, heads, sequence, head_dim]")
+    batch, heads, num_q, dim = query.shape
+    kv_heads, num_k = key.shape[1], key.shape[2]
+    if key.shape[0] != batch or value.shape[:3] != key.shape[:3] or key.shape[3] != dim:
+        raise UsageError(f"shapes disagree: query {_shape(query)}, key {_shape(key)}, value {_shape(value)}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise UsageError(
+            f"{heads} query heads cannot share {kv_heads} KV heads; the first must be a multiple of the second"
+        )
+    check_rules(call)
+    if call.bias is not None:
+        shape = tuple(call.bias.shape)
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (num_q, num_k):
+            raise UsageError(f"bias has shape {_shape(call.bias)}; it must be [B or 1, H or 1, {num_q}, {num_k}]")
+
+
+def check_rules(call: AttentionCall) -> None:
+    """Raise :class:`UsageError` for extents that are not positive and tensors of a wrong shape or a mask not bool."""
+    batch, heads, num_q, _ = call.query.shape
+    num_k = call.key.shape[2]
+    for name, extent in (("window", call.window), ("chunk", call.chunk), ("softcap", call.softcap)):
+        if extent is not None and extent <= 0:
+            raise UsageError(f"{name} is {extent}; give a positive number or None")
+    if call.sink_tokens < 0:
+        raise UsageError(f"sink_tokens is {call.sink_tokens}; give 0 or a positive number")
+    if (call.q_segments is None) != (call.kv_segments is None):
+        raise UsageError("q_segments and kv_segments go together; give both or neither")
+    if call.key_mask is not None and call.key_mask.dtype != torch.bool:
+        # A mask of integers or floats may mean that 0 hides a key, or that 0 is added to its score.
+        raise UsageError(f"key_mask has dtype {call.key_mask.dtype}; it must be bool, True where a key may be seen")
+    for name, tensor, shape in (
+        ("kv_start", call.kv_start, (batch,)),
+        ("kv_end", call.kv_end, (batch,)),
+        ("key_mask", call.key_mask, (batch, num_k)),
+        ("q_segments", call.q_segments, (batch, num_q)),
+        ("kv_segments", call.kv_segments, (batch, num_k)),
+        ("alibi_slopes", call.alibi_slopes, (heads,)),
+        ("sinks", call.sinks, (heads,)),
+    ):
+        if isinstance(tensor, Tensor) and tuple(tensor.shape) != shape:
+            raise UsageError(f"{name} has shape {_shape(tensor)}; it must be {'x'.join(map(str, shape))}")
+
+
+CALL = Flat(AttentionCall)
+"""How a call passes through the operators' signatures."""
