@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
 from rehead.convert.planning import Plan
 from rehead.data.calibration import CalibrationText, load_calibration
-from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Changed, Job, LayerJob, query_order
 from rehead.healing.moments import Moments
-from rehead.healing.run import heal, solve
+from rehead.healing.run import heal
 from rehead.models.families.layouts import merge
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
@@ -24,17 +24,11 @@ from rehead.variants.pool.methods.registry import MethodContext, get_method
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 
 
-def calibrate(plan: Plan, finished: FinishedLayers, device: torch.device, progress: Progress | None) -> dict[str, Any]:
+def calibrate(
+    plan: Plan, work_dir: Path, device: torch.device, report: dict[int, dict[str, Any]], progress: Progress | None
+) -> tuple[Callable[[int], dict[str, Tensor]], dict[str, Any]]:
     """Compute a plan's layers over its calibration text; as :func:`rehead.healing.run.heal`."""
-    return heal(job_of(plan), calibration_text(plan), finished, device, progress)
-
-
-def calibrate_many(
-    plans: Sequence[Plan], finished: Sequence[FinishedLayers], device: torch.device, progress: Progress | None
-) -> dict[str, Any]:
-    """The same for several plans for one model that want closed forms alone, in one pass over its text; as
-    :func:`rehead.healing.run.solve`."""
-    return solve([job_of(plan) for plan in plans], calibration_text(plans[0]), finished, device, progress)
+    return heal(job_of(plan), calibration_text(plan), work_dir, device, report, progress)
 
 
 def calibration_text(plan: Plan) -> CalibrationText:

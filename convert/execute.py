@@ -22,7 +22,7 @@ from rehead.models.device import resolve_device
 from rehead.models.model import open_model
 from rehead.models.modeling import carried_files
 from rehead.options import takes
-from rehead.variants.blocks.layer_choice import is_auto
+from rehead.variants.layer_choice import is_auto
 from rehead.version import __version__
 
 
@@ -90,7 +90,7 @@ def convert(
     with opened.source:
         chosen: dict[str, Any] = {}
         if is_auto(asked.layers):
-            from rehead.variants.blocks.auto import choose
+            from rehead.convert.auto_layers import choose
 
             asked, chosen = choose(opened, asked, resolve_device(device), progress)
         plan = make_plan(opened, asked)
@@ -154,11 +154,8 @@ def _execute(
         details: dict[str, Any] = {}
         if plan.calibrated:
             from rehead.convert.calibrated import calibrate
-            from rehead.healing.finished import FinishedLayers
 
-            provide = layers = FinishedLayers(target.work_dir)
-            details = calibrate(plan, layers, resolve_device(device), progress)
-            result.layers.update(layers.facts)
+            provide, details = calibrate(plan, target.work_dir, resolve_device(device), result.layers, progress)
 
         def note(layer: int, facts: dict[str, Any]) -> None:
             if facts:

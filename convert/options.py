@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.options import Count, Flag, Names, Options, parse_count
-from rehead.variants.blocks.layer_choice import AUTO, is_auto
+from rehead.variants.layer_choice import AUTO, is_auto
 from rehead.variants.pool.methods.registry import get_method
 
 _STEPS = ("host", "reinvest", "block")

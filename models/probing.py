@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,7 @@ from rehead.errors import UsageError
 from rehead.models.distance import difference, largest
 from rehead.models.predictions import Predictions, predict, predict_step
 
-if TYPE_CHECKING:
-    from rehead.patches.patch import Patch
-
-
 HALF = (torch.bfloat16, torch.float16)
-
-
-@contextmanager
-def unpatched(patch: Patch) -> Iterator[nn.Module]:
-    """Take a patch off for a moment, keeping its counters, and put it back whatever happens."""
-    calls = {record.name: record.calls for record in patch._records}
-    patch.revert()
-    try:
-        yield patch.model
-    finally:
-        patch.apply()
-        for record in patch._records:
-            record.calls = calls.get(record.name, 0)
 
 
 @contextmanager
@@ -88,6 +71,11 @@ def checked_tokens(input_ids: Any, model: nn.Module | None = None) -> Tensor:
         worst = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
         raise UsageError(f"input_ids holds token {worst}, the model has {table}; use the model's own tokenizer")
     return input_ids.to(_device(model))
+
+
+def batches(input_ids: Tensor, model: nn.Module | None = None, rows: int = 2) -> list[Tensor]:
+    """``[B, S]`` in pieces of at most ``rows`` sequences; otherwise as :func:`checked_tokens`."""
+    return list(checked_tokens(input_ids, model).split(rows))
 
 
 def _table_size(model: nn.Module) -> int | None:
@@ -246,39 +234,3 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 def allowed(predictions: Predictions | Tensor, share: float) -> float:
     """The largest difference that counts as none: a share of the largest finite logit, or of 1 if that is larger."""
     return share * max(1.0, largest(predictions))
-
-
-def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: Predictions) -> float:
-    """How far logits move when what the named modules return is rounded once more, at random.
-
-    Two exact computations that add in another order differ by about that: in 16 bits a deep model, or one that routes
-    tokens to experts, can carry one rounding a layer to its logits many times enlarged.
-
-    Args:
-        model: as it is to be compared with.
-        names: modules of it.
-        inputs: of the model.
-        plain: its predictions for them.
-
-    Returns:
-        The largest difference of two trials; 0 in float32 and float64.
-    """
-    if dtype_of(model) not in HALF:
-        return 0.0
-
-    def again(module: nn.Module, args: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        if not isinstance(first, Tensor) or first.dtype not in HALF:
-            return None
-        # Half a unit in the last place to either side.
-        share = torch.finfo(first.dtype).eps * (torch.rand(first.shape, device=first.device) - 0.5)
-        first = torch.addcmul(first.float(), first.float(), share).to(first.dtype)
-        return (first, *output[1:]) if isinstance(output, tuple) else first
-
-    modules = dict(model.named_modules())
-    hooks = [modules[name].register_forward_hook(again) for name in names]
-    try:
-        return max(difference(predict(model, inputs), plain) for _ in range(2))
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,24 +1,13 @@
-"""Patches of live transformers models: exact tiled attention, applied to one instance, proved, and undone bit for bit.
+"""Patches of live transformers models: variants applied to one instance, proved or measured, and undone bit for bit.
 
 Importing this module registers the attention implementation ``rehead_tiled`` with transformers.
 """
 
 from rehead.attention.interface import NAME, register
-from rehead.patches.patch import PATCHES, LayerRecord, Patch, PatchReport, patch_model, register_patch
-from rehead.patches.tiled_patch import TiledPatch
-from rehead.variants.blocks.patch import ParallelPatch, SerialPatch
+from rehead.patches.measure import calibration_tokens
+from rehead.patches.patch import Patch, live_names, patch_model
+from rehead.patches.report import LayerRecord, PatchReport
 
 register()
 
-__all__ = [
-    "NAME",
-    "PATCHES",
-    "LayerRecord",
-    "ParallelPatch",
-    "Patch",
-    "PatchReport",
-    "SerialPatch",
-    "TiledPatch",
-    "patch_model",
-    "register_patch",
-]
+__all__ = ["NAME", "LayerRecord", "Patch", "PatchReport", "calibration_tokens", "live_names", "patch_model"]

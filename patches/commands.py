@@ -42,15 +42,12 @@ def patches_command(
 
 
 def _list(as_json: bool) -> None:
-    from dataclasses import fields
-
     from rehead.attention.adapters import ADAPTERS
-    from rehead.patches import NAME, PATCHES
+    from rehead.patches import NAME, live_names
+    from rehead.variants.contract import VARIANTS
 
-    patches = [
-        {"name": p.name, "summary": p.summary, "options": [f.name for f in fields(p.Options)]}  # type: ignore[arg-type]
-        for p in PATCHES.values()
-    ]
+    variants = [VARIANTS.get(name) for name in live_names()]
+    patches = [{"name": v.name, "summary": v.summary, "options": list(v.options.model_fields)} for v in variants]
     if as_json:
         facts = {"patches": patches, "attn_implementation": NAME, "adapters": sorted(ADAPTERS)}
         print_json(facts)

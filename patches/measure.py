@@ -2,74 +2,187 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rehead.errors import UsageError
 from rehead.models import probing
-from rehead.models.distance import difference, distances
-from rehead.models.predictions import predict
+from rehead.models.distance import Distances, difference, distances
+from rehead.models.live import LayerState, enclosing_layer
+from rehead.models.predictions import Predictions, predict
+from rehead.variants.stack import LiveVariant, off, without
 
 
 @dataclass
 class Measure:
-    """How far an approximate patch is from the original model.
+    """How far an approximate patch is from the model without it.
 
     Attributes:
-        kl: mean Kullback-Leibler divergence, original to patched, in nats a token.
+        kl: mean Kullback-Leibler divergence, original to patched, in nats per token.
         difference: largest difference of logits.
         agreement: share of tokens with the same most likely successor.
-        residual: largest difference that is left with the variant switched off: the patch's own error.
+        residual: largest difference that is left with the variant switched off: the patch's own error. Where its blocks
+            are fused too: what fusing adds.
+        layers: layer index -> relative error of the layer's output, on the inputs that the original gives it:
+            ``|changed - original| / |original|`` over all tokens.
+        updates: the same as a share of what the layer adds to its input, which the stream does not hide.
+        tokens: how many were measured on.
     """
 
     kl: float
     difference: float
     agreement: float
     residual: float
+    layers: dict[int, float] = field(default_factory=dict)
+    updates: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         return (
-            f"KL {self.kl:.4f} nats a token, same next token {self.agreement:.1%}, logits differ by up to "
+            f"KL {self.kl:.4f} nats per token, same next token {self.agreement:.1%}, logits differ by up to "
             f"{self.difference:.2e}; {self.residual:.1e} with the variant off"
         )
 
 
-def measure(patch: Any, *, input_ids: Tensor | None = None, length: int | None = None) -> Measure:
-    """Compare an approximate patch with the original model, and again with the variant switched off.
+def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512) -> Tensor:
+    """Token ids ``[tokens // length, length]`` of the text that ships with Rehead, spread evenly over it.
 
     Args:
-        patch: an applied patch with a ``switched_off()`` that lists (record, field, exact value).
+        tokenizer: the model's own.
+        tokens: how many in all; at least one sequence.
+        length: of a sequence.
+    """
+    from rehead.data.calibration import built_in_text
+
+    text = built_in_text()
+    count = max(1, tokens // length)
+    stride, size, rows = len(text) // count, 10 * length, []
+    for start in range(0, count * stride, stride):
+        ids = tokenizer(text[start : start + min(size, len(text))]).input_ids[:length]
+        if len(ids) == length:
+            rows.append(ids)
+    if not rows:
+        raise UsageError(f"the built-in text gives no sequence of {length} tokens; ask for shorter ones")
+    return torch.tensor(rows)
+
+
+def measure(parts: Sequence[LiveVariant], *, input_ids: Tensor | None = None, length: int | None = None) -> Measure:
+    """Compare a model with itself without some of its variants, and with the approximate ones switched off.
+
+    Args:
+        parts: applied variants of one model, not all exact.
         input_ids: int ``[B, S]``; random tokens by default, which say little about text.
-        length: tokens a row for the random probe.
+        length: tokens a row of the random ones.
 
     Raises:
-        UsageError: the patch is not applied, or the model does not have these tokens.
+        UsageError: the model does not have these tokens, or their rows are too short to show anything.
     """
-    if not patch.applied:
-        raise UsageError(f"patch {patch.name!r} is not applied; measure it inside `with patch_model(...)`")
-    model = patch.model
+    model = parts[0].model
+    if input_ids is None:
+        input_ids = probing.probe_tokens(model, length or probing.default_length(model), 2, seed=0)
+    rows = probing.batches(input_ids, model)
+    approximate = [part for part in parts if not part.exact]
+    fixed = [part for part in parts if part.variant.settles]
+    for part in approximate:
+        reach = part.variant.reach(part.options)
+        if rows[0].shape[1] <= reach:
+            # Nothing would change, and a KL of zero would pass for a finding.
+            raise UsageError(
+                f"rows of {rows[0].shape[1]} tokens do not reach beyond a window of {reach}; "
+                "give measure() longer input_ids"
+            )
+
+    def run() -> list[Predictions]:
+        return [predict(model, {"input_ids": row}) for row in rows]
+
     with probing.frozen(model):
-        if input_ids is None:
-            input_ids = probing.probe_tokens(model, length or probing.default_length(model), 2, seed=0)
-        else:
-            input_ids = probing.checked_tokens(input_ids, model)
-        inputs = {"input_ids": input_ids}
-        with probing.unpatched(patch):
-            reference = predict(model, inputs)
-        variant = predict(model, inputs)
-        switches = patch.switched_off()
-        kept = [(record, name, getattr(record, name)) for record, name, _ in switches]
+        changed = run()
+        with without(parts):
+            references = run()
+        with without(fixed) if fixed else ExitStack():
+            plain = run() if fixed else changed
+            share, update = layer_errors(model, [state for part in approximate for state in part.states], rows)
+            with off(approximate):
+                unchanged = predict(model, {"input_ids": rows[0]})
+    apart = Distances.cat([distances(a, b) for a, b in zip(references, changed)])
+    residual = difference(unchanged, references[0])
+    return Measure(
+        kl=apart.mean_kl,
+        difference=apart.largest,
+        agreement=apart.top1_agreement,
+        residual=max(residual, *(difference(a, b) for a, b in zip(plain, changed))) if fixed else residual,
+        layers=share,
+        updates=update,
+        tokens=int(input_ids.numel()),
+    )
+
+
+@torch.no_grad()
+def layer_errors(
+    model: nn.Module, states: Sequence[LayerState], rows: Sequence[Tensor]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Relative errors of changed layers' outputs on the inputs that the *original* model gives them.
+
+    Args:
+        model: a model whose variants can be switched.
+        states: what was done to it; what belongs to no layer is left out.
+        rows: int ``[B, S]`` each.
+
+    Returns:
+        (layer -> share of the output, layer -> share of what the layer adds).
+    """
+    groups: dict[str, list[LayerState]] = {}
+    for state in states:
+        place = enclosing_layer(model, state.name)
+        if place is not None and state.index is not None:
+            groups.setdefault(place[0], []).append(state)
+    sums = {group[0].index: torch.zeros(3, dtype=torch.float64) for group in groups.values()}
+    before = [(state, state.enabled, state.calls) for state in states]
+
+    def compare(group: list[LayerState]) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            given = kwargs.get("hidden_states", args[0] if args else None)
+            for state in group:
+                state.enabled = True
+            try:
+                # The layer's own forward, past this hook.
+                other = _tensor(module.forward(*args, **kwargs))
+            finally:
+                for state in group:
+                    state.enabled = False
+            first, second, x = _tensor(output).double(), other.double(), _tensor(given).double()
+            values = [(second - first).square().sum(), first.square().sum(), (first - x).square().sum()]
+            sums[group[0].index] += torch.stack(values).cpu()
+
+        return hook
+
+    with ExitStack() as stack:
+        for state, _, _ in before:
+            state.enabled = False
         try:
-            for record, name, exact in switches:
-                setattr(record, name, exact)
-            off = predict(model, inputs)
+            for name, group in groups.items():
+                hook = model.get_submodule(name).register_forward_hook(compare(group), with_kwargs=True)
+                stack.callback(hook.remove)
+            for row in rows:
+                predict(model, {"input_ids": row})
         finally:
-            for record, name, value in kept:
-                setattr(record, name, value)
-    apart = distances(reference, variant)
-    return Measure(apart.mean_kl, apart.largest, apart.top1_agreement, residual=difference(reference, off))
+            for state, enabled, calls in before:
+                state.enabled, state.calls = enabled, calls
+    share = {index: float((s[0] / s[1].clamp_min(1e-30)).sqrt()) for index, s in sums.items() if index is not None}
+    update = {index: float((s[0] / s[2].clamp_min(1e-30)).sqrt()) for index, s in sums.items() if index is not None}
+    return share, update
+
+
+def _tensor(value: Any) -> Tensor:
+    """A layer's hidden states: the tensor itself, or the first of a tuple."""
+    tensor = value[0] if isinstance(value, (tuple, list)) else value
+    assert isinstance(tensor, Tensor)
+    return tensor

@@ -1,202 +1,136 @@
-"""What every patch of a live model is: something that can be applied, reported on, proved or measured, and undone.
+"""A patch of a live model: a variant that can be applied, reported on, proved or measured, and undone bit for bit.
 
-A patch changes one model instance. It never touches a class or a module global, and it leaves through an undo log, so
-that a failure half-way and a normal revert take the same road.
+A patch changes one model instance, never a class or a module global. Several can be applied to one model, in any order,
+and reverted in any order.
 """
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
 
-from rehead.errors import UsageError, unknown_name
-
-APPLIED = "_rehead_patch"
-"""Attribute of a patched model that holds its patch."""
-
-
-@dataclass
-class LayerRecord:
-    """One layer of a patched model.
-
-    Attributes:
-        name: the module's name in the model.
-        module: its class.
-        was, now: the attention implementation before and after.
-        how: ``"interface"`` or ``"adapter"``.
-        calls: times the patched attention ran in eager mode (a compiled graph does not count).
-        window: a window that the patch adds to the model's own mask.
-        deterministic: ask the GPU backward for bitwise repeatable gradients.
-    """
-
-    name: str
-    module: str
-    was: str
-    now: str
-    how: str = "interface"
-    calls: int = 0
-    window: int | None = None
-    deterministic: bool = False
+from rehead.errors import UsageError
+from rehead.models import probing
+from rehead.models.live import LayerState
+from rehead.patches import measure as measuring
+from rehead.patches import prove as proof
+from rehead.patches.report import PatchReport, records
+from rehead.variants.contract import AUTO, VARIANTS
+from rehead.variants.ranking import choose_layers
+from rehead.variants.stack import LiveVariant, live_variant, unwrapped
 
 
-@dataclass
-class PatchReport:
-    """What a patch did, layer by layer."""
+class Patch:
+    """A variant, and those that its options ask for besides, on one live model.
 
-    patch: str
-    model: str
-    applied: bool
-    exact: bool
-    layers: list[LayerRecord] = field(default_factory=list)
-    untouched: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        kind = "exact" if self.exact else "approximate"
-        state = "applied" if self.applied else "not applied"
-        lines = [f"{self.patch} on {self.model}: {state}, {kind}, {len(self.layers)} layers"]
-        width = max((len(layer.name) for layer in self.layers), default=0)
-        lines += [
-            f"  {layer.name:<{width}}  {layer.module}: {layer.was} -> {layer.now} ({layer.how}), {layer.calls} calls"
-            for layer in self.layers
-        ]
-        if self.untouched:
-            lines.append(f"  not attention, left alone: {', '.join(self.untouched)}")
-        return "\n".join(lines)
-
-
-class UndoLog:
-    """Actions that take a model back, run last to first."""
-
-    def __init__(self) -> None:
-        self._actions: list[Callable[[], object]] = []
-
-    def __len__(self) -> int:
-        return len(self._actions)
-
-    def add(self, action: Callable[[], object]) -> None:
-        self._actions.append(action)
-
-    def run(self) -> None:
-        while self._actions:
-            self._actions.pop()()
-
-    def set_attribute(self, target: object, name: str, value: object) -> None:
-        """Set an instance attribute past ``__setattr__``, and remember how to restore the instance's dictionary."""
-        store = target.__dict__
-        if name in store:
-            before = store[name]
-            self.add(lambda: store.__setitem__(name, before))
-        else:
-            self.add(lambda: store.pop(name, None))
-        store[name] = value
-
-
-class Patch(ABC):
-    """Base of all patches. A subclass sets ``name`` and ``summary``, takes a dataclass of options and fills in hooks.
-
-    An exact patch implements :meth:`prove`, an approximate one :meth:`measure`.
+    An exact patch is shown to be so by :meth:`prove`, an approximate one is measured by :meth:`measure`.
 
     Args:
         model: the live model.
-        **options: fields of :attr:`Options`.
+        name: of a registered variant.
+        calibration: int ``[B, S]`` token ids that reports, and ``layers="auto"``, measure on. Without them random
+            tokens, which say little.
+        kl_budget: for ``layers="auto"``: most nats per token that the changed model may be off by.
+        **options: of the variant.
 
     Raises:
-        UsageError: not a model, or an option that does not exist.
+        UsageError: not a model, or an unknown variant or option.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-
-    @dataclass
-    class Options:
-        """No options."""
-
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        assert is_dataclass(self.Options)
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        *,
+        calibration: Tensor | None = None,
+        kl_budget: float | None = None,
+        **options: Any,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(
                 f"patch_model wants a loaded model, not {type(model).__name__}; call from_pretrained first"
             )
-        model = unwrapped(model)
-        known = [f.name for f in fields(self.Options)]
-        for given in options:
-            if given not in known:
-                raise UsageError(
-                    unknown_name(f"option of patch {self.name!r}", given, known)
-                    if known
-                    else f"patch {self.name!r} takes no options, not {given!r}; leave it out"
-                )
-        self.model = model
-        self.options = self.Options(**options)
-        self._undo = UndoLog()
-        self._records: list[LayerRecord] = []
-        self._untouched: list[str] = []
+        self.model = unwrapped(model)
+        first = live_variant(self.model, name, **options)
+        self.name, self.variant, self.options = name, first.variant, first.options
+        self.parts = self._parts(first)
+        if (self.options.layers == AUTO) != (kl_budget is not None):
+            raise UsageError("layers='auto' and kl_budget= go together; give both or neither")
+        if calibration is not None:
+            probing.checked_tokens(calibration, self.model)
+        self.calibration, self.kl_budget = calibration, kl_budget
+        self._measured: measuring.Measure | None = None
+        self._measured_on = ""
+
+    def _parts(self, first: LiveVariant) -> list[LiveVariant]:
+        also = first.variant.also(first.options)
+        return [first, *(live_variant(self.model, name, **options) for name, options in also)]
 
     @property
     def applied(self) -> bool:
         """Whether this patch is in place now."""
-        return self.model.__dict__.get(APPLIED) is self
+        return all(part.applied for part in self.parts)
 
     @property
-    @abstractmethod
     def exact(self) -> bool:
-        """Whether the patched model computes the same function."""
+        """Whether the patched model computes the same function; where that depends on the model, once applied."""
+        return all(part.exact for part in self.parts)
 
-    @abstractmethod
-    def _check(self) -> None:
-        """Raise for a model that cannot be patched; changes nothing."""
+    @property
+    def states(self) -> list[LayerState]:
+        """What is being done to each layer, in the order in which it was done."""
+        return [state for part in self.parts for state in part.states]
 
-    @abstractmethod
-    def _apply(self, undo: UndoLog) -> None:
-        """Change the model, logging every change in ``undo`` before or as it is made."""
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers that the patch changes."""
+        return sorted({state.index for state in self.states if state.index is not None})
 
     def apply(self) -> Patch:
         """Patch the model. If anything fails, the model is left as it was.
 
         Raises:
-            UsageError: a patch is already applied to this model.
+            UsageError: this variant is already applied to the model, or no layer can be chosen.
             UnsupportedError: the model cannot be patched.
         """
-        for name, module in self.model.named_modules():
-            if APPLIED in module.__dict__:
-                other = module.__dict__[APPLIED]
-                if other.model is not module:
-                    raise UsageError(
-                        f"{name or 'this model'} is a copy of one under patch {other.name!r} and keeps that patch; "
-                        "copy the model before patching it"
-                    )
-                raise UsageError(
-                    f"patch {other.name!r} is already applied to {name or 'this model'}; call its revert() first"
-                )
-        self._check()
-        try:
-            self._apply(self._undo)
-            self._undo.set_attribute(self.model, APPLIED, self)
-        except BaseException:
-            self._undo.run()
-            self._records = []
-            raise
+        if self.options.layers == AUTO:
+            self._choose()
+        with ExitStack() as undo:
+            for part in self.parts:
+                part.apply()
+                undo.callback(part.revert)
+            undo.pop_all()
         return self
 
+    def _choose(self) -> None:
+        """Name the layers that lose least within the budget."""
+        if self.calibration is None:
+            raise UsageError("layers='auto' measures on text: give calibration=, token ids [sequences, length]")
+        every = live_variant(self.model, self.name, **{**dict(self.options), "layers": "all"})
+        choice = choose_layers(every, self.calibration, kl_budget=self.kl_budget)
+        if not choice.layers:
+            raise UsageError(
+                f"{self.name}: no layer can change within kl_budget={self.kl_budget}; the best alone costs "
+                f"{choice.alone[0].kl:.4f}; give more"
+            )
+        named = {**dict(self.options), "layers": choice.layers}
+        self.parts = self._parts(live_variant(self.model, self.name, **named))
+        self.options = self.parts[0].options
+
     def revert(self) -> None:
-        """Take the model back to what it was, bit for bit.
+        """Take the model back to what it would be without this patch, bit for bit; other patches stay.
 
         Raises:
             UsageError: the patch is not applied.
+            UnsupportedError: weights trained while fused cannot be taken apart; the model stays as it is.
         """
         if not self.applied:
             raise UsageError(f"patch {self.name!r} is not applied; nothing to revert")
-        self._undo.run()
+        for part in reversed(self.parts):
+            part.revert()
 
     def __enter__(self) -> Patch:
         if not self.applied:
@@ -204,71 +138,79 @@ class Patch(ABC):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.applied:
-            self.revert()
+        for part in reversed(self.parts):
+            if part.applied:
+                part.revert()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copy of a patched model works, but its undo log would restore the original's modules, so it gets none.
-        clone = object.__new__(type(self))
-        clone.__dict__.update(self.__dict__)
-        clone._undo = UndoLog()
-        memo[id(self)] = clone
-        return clone
+    def only(self, layers: Iterable[int]) -> AbstractContextManager[Any]:
+        """Inside the block the patch works in the layers of these indices alone; afterwards as before."""
+        wanted, stack = list(layers), ExitStack()
+        for part in self.parts:
+            if not part.variant.settles:
+                stack.enter_context(part.only(wanted))
+        return stack
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UsageError(
-            f"a model under patch {self.name!r} cannot be pickled (torch.save of a whole model, a new process); "
-            "call revert() first, or save with save_pretrained or state_dict()"
-        )
+    def report(self, input_ids: Tensor | None = None) -> PatchReport:
+        """Layer by layer: what it was, what it is, how often it was called, and how far off it is.
 
-    def report(self) -> PatchReport:
-        """Per layer: what it was, what it is, and how often it was called."""
+        A patch of blocks that is applied and approximate is measured the first time; any other where tokens are given.
+
+        Args:
+            input_ids: int ``[B, S]`` to measure on; the patch's ``calibration`` otherwise.
+        """
+        due = self._measured is None and self.variant.redirect is not None
+        if self.applied and not self.exact and (due or input_ids is not None):
+            self.measure(input_ids=input_ids)
         return PatchReport(
             patch=self.name,
             model=type(self.model).__name__,
             applied=self.applied,
             exact=self.exact,
-            layers=[copy.copy(record) for record in self._records],
-            untouched=list(self._untouched),
+            layers=records(self.states, self._measured),
+            untouched=list(dict.fromkeys(self.parts[0].untouched)),
+            measured=self._measured,
+            on=self._measured_on,
         )
 
-    def prove(self, **options: Any) -> Any:
-        """Show that the patched model computes the same function, or raise; exact patches implement this."""
-        raise UsageError(
-            f"patch {self.name!r} with these options is not exact; call measure() to see how far off it is"
-        )
+    def prove(self, **options: Any) -> proof.Proof:
+        """Show that the patched model computes the same function, or raise; see :func:`rehead.patches.prove.prove`.
 
-    def measure(self, **options: Any) -> Any:
-        """Show how far the patched model is from the original; approximate patches implement this."""
-        raise UsageError(f"patch {self.name!r} with these options is exact; call prove()")
+        Of a patch whose first part is approximate and whose last is exact (fused blocks of another form), the exact
+        part is proved.
 
+        Raises:
+            VerificationError: it does not.
+            UsageError: the patch is not applied, or its options make it approximate.
+        """
+        if not self.applied:
+            raise UsageError(f"patch {self.name!r} is not applied; prove it inside `with patch_model(...)`")
+        parts = list(self.parts)
+        while parts and not all(part.exact for part in parts):
+            parts.pop(0)
+        if not parts:
+            raise UsageError(
+                f"patch {self.name!r} with these options is not exact; call measure() to see how far off it is"
+            )
+        return proof.prove(parts, **options)
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel``, which share its modules."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
+    def measure(self, *, input_ids: Tensor | None = None, length: int | None = None) -> measuring.Measure:
+        """How far the patched model is from the one without the patch; kept for :meth:`report`.
 
+        Args:
+            input_ids: int ``[B, S]``; by default the patch's ``calibration``, or random tokens, which say little.
+            length: tokens a row of the random ones.
 
-PatchType = TypeVar("PatchType", bound=type[Patch])
-
-PATCHES: dict[str, type[Patch]] = {}
-
-
-def register_patch(cls: PatchType) -> PatchType:
-    """Class decorator: make a patch available to :func:`patch_model` under its ``name``.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if cls.name in PATCHES:
-        raise ValueError(f"patch {cls.name!r} is already registered by {PATCHES[cls.name].__qualname__}")
-    PATCHES[cls.name] = cls
-    return cls
+        Raises:
+            UsageError: the patch is not applied, is exact, or the tokens reach nothing that it changes.
+        """
+        if not self.applied:
+            raise UsageError(f"patch {self.name!r} is not applied; measure it inside `with patch_model(...)`")
+        if self.exact:
+            raise UsageError(f"patch {self.name!r} with these options is exact; call prove()")
+        tokens = self.calibration if input_ids is None else input_ids
+        self._measured = measuring.measure(self.parts, input_ids=tokens, length=length)
+        self._measured_on = "random tokens" if tokens is None else "the tokens given"
+        return self._measured
 
 
 def patch_model(model: nn.Module, name: str, **options: Any) -> Patch:
@@ -283,30 +225,16 @@ def patch_model(model: nn.Module, name: str, **options: Any) -> Patch:
     Args:
         model: a transformers model, possibly wrapped by PEFT; of one wrapped by ``torch.compile`` or
             ``DistributedDataParallel``, the model inside is patched.
-        name: a registered patch.
-        **options: the patch's options.
+        name: a registered variant.
+        **options: see :class:`Patch`.
 
     Raises:
-        UsageError: no such patch or option (the nearest name is suggested), or not a model.
+        UsageError: no such variant or option (the nearest name is suggested), or not a model.
     """
-    if name not in PATCHES:
-        raise UsageError(unknown_name("patch", name, PATCHES))
-    return PATCHES[name](model, **options)
+    return Patch(model, name, **options)
 
 
-def own_configs(model: nn.Module, undo: UndoLog) -> dict[int, Any]:
-    """Give every module of ``model`` its own copy of the configs it holds, since transformers shares config objects.
-
-    Sub-configs keep their relation to their parents. Returns the copies by the id of the original.
-    """
-    memo: dict[int, Any] = {}
-    copies: dict[int, Any] = {}
-    originals: list[Any] = []  # keeps ids valid while they serve as keys
-    for module in model.modules():
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, PreTrainedConfig):
-                if id(value) not in copies:
-                    originals.append(value)
-                    copies[id(value)] = copy.deepcopy(value, memo)
-                undo.set_attribute(module, name, copies[id(value)])
-    return copies
+def live_names() -> list[str]:
+    """Names of the variants that a live model can be patched with."""
+    names = VARIANTS.names()
+    return [name for name in names if (v := VARIANTS.get(name)).attend is not None or v.redirect is not None]

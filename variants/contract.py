@@ -7,10 +7,14 @@ conversion (``rehead convert --variant NAME:key=value``), a row of ``rehead vari
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import BeforeValidator, Field
+
+from rehead.options import Options
 from rehead.registry import Registry
 
 if TYPE_CHECKING:
@@ -19,12 +23,32 @@ if TYPE_CHECKING:
     from rehead.attention.call import AttentionCall
     from rehead.models.heads import Heads
     from rehead.models.layout import LayerLayout
+    from rehead.models.live import LayerState
     from rehead.models.model import Model
     from rehead.models.rewrite import Rewrite
-    from rehead.options import Options
+    from rehead.models.undo import UndoLog
 
 Compute = Any
 """Attention as it stands below a variant: an :class:`~rehead.attention.call.AttentionCall` in, [B, Sq, H, Dv] out."""
+
+ALL, AUTO = "all", "auto"
+
+
+def _layers(value: Any) -> Any:
+    """Indices as they are given, a text as it is written."""
+    if isinstance(value, str) and (value in (ALL, AUTO) or re.fullmatch(r"[\d\s,-]+", value)):
+        return value
+    if isinstance(value, (list, tuple, range)) and len(value) and all(type(index) is int for index in value):
+        return tuple(value)
+    raise ValueError(f"layers must be 'all', 'auto' or a list of indices, not {value!r}")
+
+
+class VariantOptions(Options):
+    """What every variant can be told."""
+
+    layers: Annotated[str | tuple[int, ...], BeforeValidator(_layers)] = Field(
+        ALL, description="Layers that change: all, a list such as 0,4-7, or auto for those that lose least."
+    )
 
 
 @dataclass(frozen=True)
@@ -40,12 +64,18 @@ class Variant:
         off: (options) -> options under which nothing changes: the battery's first row and the ablation of `measure()`.
         layout: (layer, options) -> what that layer caches afterwards.
         attend: (call, options, state, compute) -> [B, Sq, H, Dv]. What the layer computes, in terms of the attention
-            below it: change the call and hand it on, or merge several calls. Patches stack by handing on.
+            below it: change the call and hand it on, or merge several calls. Patches stack by handing on. It finds the
+            tiled attention below it whatever the model was loaded with.
         state: (layer, options) -> the layer's own tensors by name, fp32 (a sink logit for each head), which
             ``attend`` reads, the fit moves and the checkpoint stores. Empty for most.
         cache: (layer, options) -> the layer's cache where transformers' own would keep too much or too little.
-        redirect: (model, options, undo) -> list of layer records: changes a live model where ``attend`` is not enough
-            (a block's wiring, fused matrices). Every change goes through ``undo``.
+        redirect: (model, options, indices, undo, memory) -> what was done to each layer: changes a live model where
+            ``attend`` is not enough (a block's wiring, fused matrices). ``indices`` are the layers asked for, or None
+            for all; every change goes through ``undo``; ``memory`` is a dictionary that outlives a patch that is taken
+            off and put back, and its entry ``"temporary"`` says that this will happen.
+        settles: whether what ``redirect`` does depends on the variants below it, which then cannot be switched.
+        also: (options) -> (name, options) of other variants that some option stands for, applied after this one.
+        reach: (options) -> tokens that a row must be longer than for anything to change.
         weights: (heads, options, moments) -> heads. The closed form, pure: what becomes of one layer's weights.
         rewrite: (model, options) -> the checkpoint's change: its config, class, names and shapes of tensors. A variant
             with ``weights`` whose shapes and class stay needs none.
@@ -56,21 +86,34 @@ class Variant:
     name: str
     summary: str
     source: str
-    options: type[Options]
+    options: type[VariantOptions]
     exact: Callable[[Any], bool]
     off: Callable[[Any], Any]
     layout: Callable[[LayerLayout, Any], LayerLayout] = lambda layer, options: layer
     attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
     state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None
     cache: Callable[[LayerLayout, Any], Any] | None = None
-    redirect: Callable[..., Any] | None = None
+    redirect: Callable[[Any, Any, set[int] | None, UndoLog, dict[str, Any]], list[LayerState]] | None = None
+    settles: bool = False
+    also: Callable[[Any], list[tuple[str, dict[str, Any]]]] = lambda options: []
+    reach: Callable[[Any], int] = lambda options: 0
     weights: Callable[[Heads, Any, Any], Heads] | None = None
     rewrite: Callable[[Model, Any], Rewrite] | None = None
     needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
 
 
-VARIANTS: Registry[Variant] = Registry("variant", {})
+VARIANTS: Registry[Variant] = Registry(
+    "variant",
+    {
+        "tiled": "rehead.variants.tiled",
+        "window": "rehead.variants.window",
+        "parallel": "rehead.variants.blocks.variant",
+        "serial": "rehead.variants.blocks.variant",
+        "fuse": "rehead.variants.fuse.variant",
+        "temperature": "rehead.variants.temperature",
+    },
+)
 """Name -> the module that registers it when imported. A new variant is one line here."""
 
 

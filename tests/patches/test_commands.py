@@ -19,7 +19,7 @@ def test_patches_lists(capsys):
     code, out, _ = run(capsys, "patches")
     assert code == 0
     assert "tiled: exact tiled attention" in out
-    assert "options: window, deterministic" in out
+    assert "options: layers, window, deterministic" in out
     assert "bloom.BloomAttention" in out
     code, out, _ = run(capsys, "patches", "--json")
     facts = json.loads(out)

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 from rehead.attention.adapters import register_adapter
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.tiny import tiny_model
-from rehead.patches import PATCHES, Patch, patch_model, register_patch
-from rehead.patches.patch import UndoLog
+from rehead.patches import patch_model
+from rehead.variants.contract import VARIANTS, Variant, VariantOptions
 
 
 def test_apply_and_revert_by_hand(model):
@@ -77,7 +77,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(model, monkeypatch):
     def fail(self, found, copies):
         raise UnsupportedError("half-way")
 
-    monkeypatch.setattr("rehead.patches.tiled_patch.TiledPatch._set_implementation", fail)
+    monkeypatch.setattr("rehead.attention.install.Installation._set_implementation", fail)
     with pytest.raises(UnsupportedError, match="half-way"):
         patch_model(model, "tiled").apply()
     for name, module in model.named_modules():
@@ -170,32 +170,28 @@ def test_a_window_is_not_dropped_beside_a_mask_of_values(model_type):
 
 
 def test_registry_rejects_a_second_patch_of_a_name():
-    class Again(PATCHES["tiled"]):
-        name = "tiled"
-
-    with pytest.raises(ValueError, match="already registered"):
-        register_patch(Again)
+    with pytest.raises(ValueError, match="registered already"):
+        VARIANTS.add("tiled", VARIANTS.get("tiled"))
     with pytest.raises(ValueError, match="already has an adapter"):
         register_adapter("bloom.BloomAttention")(lambda module: {})
 
 
-def test_another_patch_fits(model, monkeypatch):
-    """A patch of another kind needs a name, a check and a change; everything else is inherited."""
+def test_another_variant_fits(model, monkeypatch):
+    """A variant of another kind needs a name and a change; everything else is there."""
 
-    class Negate(Patch):
-        name, summary, exact = "negate", "negates the head", False
+    def negate(model, options, indices, undo, memory):
+        head = model.lm_head
+        undo.set_attribute(head, "forward", lambda x: -nn.functional.linear(x, head.weight))
+        return []
 
-        def _check(self):
-            pass
-
-        def _apply(self, undo: UndoLog):
-            head = self.model.lm_head
-            undo.set_attribute(head, "forward", lambda x: -nn.functional.linear(x, head.weight))
-
-    monkeypatch.setitem(PATCHES, "negate", Negate)
+    variant = Variant(
+        name="negate", summary="negates the head", source="", options=VariantOptions, exact=lambda options: False,
+        off=lambda options: options, redirect=negate,
+    )  # fmt: skip
+    monkeypatch.setitem(VARIANTS._known, "negate", variant)
     before = logits(model)
     with patch_model(model, "negate"):
         torch.testing.assert_close(logits(model), -before)
     assert torch.equal(logits(model), before)
-    with pytest.raises(UsageError, match="takes no options"):
+    with pytest.raises(UsageError, match="unknown key 'strength'"):
         patch_model(model, "negate", strength=2)

@@ -10,6 +10,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import rehead.models.probing as probing
+from rehead.attention.attend import attend
+from rehead.attention.call import AttentionCall
 from rehead.errors import UsageError, VerificationError
 from rehead.models.tiny import randomize, tiny_model
 from rehead.patches import patch_model
@@ -51,7 +53,7 @@ def test_what_16_bits_do_by_themselves_is_not_held_against_a_patch(monkeypatch):
         with pytest.raises(VerificationError, match="differ"):
             patch.prove(tolerance=0.04)
         monkeypatch.setattr(
-            "rehead.attention.interface.tiled.attention",
+            "rehead.attention.layer.attend",
             wrong_attention(lambda rules: {**rules, "kv_start": None, "kv_end": None, "key_mask": None}),
         )
         with pytest.raises(VerificationError, match="differ"):
@@ -74,10 +76,7 @@ def test_logits_that_rounding_alone_throws_about_prove_nothing(dtype):
 
 def wrong_attention(change):
     """The real attention function with one rule changed."""
-    from rehead.attention import attend as tiled
-
-    real = tiled.attention
-    return lambda *args, **kwargs: real(*args, **change(dict(kwargs)))
+    return lambda call: attend(AttentionCall(**change(dict(vars(call)))))
 
 
 @pytest.mark.parametrize(
@@ -85,13 +84,13 @@ def wrong_attention(change):
     [
         (lambda rules: {**rules, "causal": False}, "differ|causality"),
         (lambda rules: {**rules, "kv_start": None, "kv_end": None, "key_mask": None}, "differ"),
-        (lambda rules: {**rules, "scale": 1.01 * rules["scale"]}, "differ"),
+        (lambda rules: {**rules, "scale": 0.26}, "differ"),
         (lambda rules: {**rules, "window": 9}, "differ"),
     ],
 )
 def test_prove_catches_wrong_attention(model, monkeypatch, change, word):
     with patch_model(model, "tiled") as patch:
-        monkeypatch.setattr("rehead.attention.interface.tiled.attention", wrong_attention(change))
+        monkeypatch.setattr("rehead.attention.layer.attend", wrong_attention(change))
         with pytest.raises(VerificationError, match=word) as error:
             patch.prove()
         one_line(error)
@@ -108,12 +107,10 @@ def test_prove_catches_wrong_attention(model, monkeypatch, change, word):
 )
 def test_prove_catches_what_is_wrong_from_a_cache_alone(model, monkeypatch, rows, change):
     """A step of one token, and the rest of a prompt in one piece, have code of their own below the interface."""
-    from rehead.attention import attend as tiled
-
-    real, wrong = tiled.attention, wrong_attention(change)
+    wrong = wrong_attention(change)
     monkeypatch.setattr(
-        "rehead.attention.interface.tiled.attention",
-        lambda query, *args, **rules: (wrong if query.shape[2] == rows else real)(query, *args, **rules),
+        "rehead.attention.layer.attend",
+        lambda call: (wrong if call.query.shape[2] == rows else attend)(call),
     )
     with patch_model(model, "tiled") as patch, pytest.raises(VerificationError, match="differ"):
         patch.prove(length=48)
@@ -122,9 +119,7 @@ def test_prove_catches_what_is_wrong_from_a_cache_alone(model, monkeypatch, rows
 def test_a_model_loaded_by_name_is_not_proved_against_itself(monkeypatch):
     with patch_model(tiny_model("llama", "rehead_tiled"), "tiled") as patch:
         assert patch.prove().against == "eager"
-        monkeypatch.setattr(
-            "rehead.attention.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "scale": 0.3})
-        )
+        monkeypatch.setattr("rehead.attention.layer.attend", wrong_attention(lambda rules: {**rules, "scale": 0.3}))
         with pytest.raises(VerificationError, match="differ"):
             patch.prove()
     assert patch.model.config._attn_implementation == "rehead_tiled"
@@ -267,9 +262,7 @@ def test_a_classifier_is_proved_by_its_hidden_states(monkeypatch):
     model = randomize(transformers.LlamaForSequenceClassification(tiny_model("llama").config)).eval()
     with patch_model(model, "tiled") as patch:
         assert patch.prove().layers == 2
-        monkeypatch.setattr(
-            "rehead.attention.interface.tiled.attention", wrong_attention(lambda rules: {**rules, "causal": False})
-        )
+        monkeypatch.setattr("rehead.attention.layer.attend", wrong_attention(lambda rules: {**rules, "causal": False}))
         with pytest.raises(VerificationError):
             patch.prove()
 

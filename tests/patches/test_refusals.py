@@ -20,8 +20,8 @@ from rehead.patches import patch_model
     [
         ("tield", {}, "did you mean 'tiled'"),
         ("tiled", {"windw": 3}, "did you mean 'window'"),
-        ("tiled", {"window": 0}, "positive number"),
-        ("tiled", {"window": "wide"}, "positive number"),
+        ("tiled", {"window": 0}, "1 or more"),
+        ("tiled", {"window": "wide"}, "whole number"),
     ],
 )
 def test_unknown_names_and_values(model, name, options, word):

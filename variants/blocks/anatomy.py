@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rehead.attention.discover import find_attention
 from rehead.errors import ReheadError, UnsupportedError, UsageError, first_line
 from rehead.models import probing
+from rehead.models.live import enclosing_layer
 from rehead.models.predictions import predict
 
 SERIAL, PARALLEL = "serial", "parallel"
@@ -189,19 +190,16 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     layers: dict[str, tuple[nn.Module, nn.Module]] = {}
     stacks: set[str] = set()
     for name, _ in found.interface + found.own:
-        path = name.split(".")
-        at = next(
-            (i for i in range(len(path) - 1, 0, -1) if isinstance(_get(model, path[:i]), nn.ModuleList)),
-            None,
-        )
-        if at is None or at + 1 >= len(path):
+        place = enclosing_layer(model, name)
+        if place is None or place[0] == name:
             continue
-        layer, key = _get(model, path[: at + 1]), ".".join(path[: at + 1])
-        child = layer.get_submodule(path[at + 1])
+        key = place[0]
+        layer = model.get_submodule(key)
+        child = layer.get_submodule(name[len(key) + 1 :].partition(".")[0])
         if key in layers and layers[key][1] is not child:
             raise UnsupportedError(f"{key} has more than one attention (cross-attention?); use a decoder-only model")
         layers[key] = (layer, child)
-        stacks.add(".".join(path[:at]))
+        stacks.add(key.rpartition(".")[0])
     if not layers:
         raise UnsupportedError(
             f"{type(model).__name__} has no stack of layers with attention; use a decoder-only model"
@@ -212,10 +210,6 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
             "patch a model with one"
         )
     return layers
-
-
-def _get(model: nn.Module, path: list[str]) -> nn.Module:
-    return model.get_submodule(".".join(path))
 
 
 def _close(a: Tensor, b: Tensor, added: Tensor) -> bool:

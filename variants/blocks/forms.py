@@ -15,8 +15,8 @@ from rehead.models.families.table import FAMILIES
 from rehead.models.model import Model
 from rehead.models.modeling import without_remote_code
 from rehead.models.rewrite import Rewrite, unchanged
-from rehead.variants.blocks.layer_choice import parse_layers
 from rehead.variants.blocks.switches import SWITCHES
+from rehead.variants.layer_choice import parse_layers
 
 PARALLEL, SERIAL = FORMS = ("parallel", "serial")
 
@@ -26,7 +26,7 @@ def reblock(model: Model, form: str, layers: str | Sequence[int] | None = None, 
 
     Args:
         form: ``"parallel"`` or ``"serial"``.
-        layers: which layers change; see :func:`~rehead.variants.blocks.layer_choice.parse_layers`.
+        layers: which layers change; see :func:`~rehead.variants.layer_choice.parse_layers`.
         plain: refuse what transformers' own classes cannot express.
 
     Raises:

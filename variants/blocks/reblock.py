@@ -6,6 +6,6 @@ are not the same function. Where the class can switch (GPT-NeoX, StableLM, Falco
 """
 
 from rehead.variants.blocks.forms import FORMS, reblock
-from rehead.variants.blocks.layer_choice import parse_layers
+from rehead.variants.layer_choice import parse_layers
 
 __all__ = ["FORMS", "parse_layers", "reblock"]

@@ -8,31 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError
-from rehead.patches.patch import LayerRecord, UndoLog
+from rehead.models.live import LayerState
+from rehead.models.undo import UndoLog
 from rehead.variants.blocks.anatomy import PARALLEL, SERIAL, Block, first_tensor
+
+BLOCK = "_rehead_block"
+"""Attribute of a block that holds what was done to it while it has another form."""
 
 
 class Flow:
     """What one forward pass of one block hands from its first half to its second."""
 
-    def __init__(self, record: LayerRecord) -> None:
-        self.record = record
+    def __init__(self, state: LayerState) -> None:
+        self.state = state
         self.stream: Tensor | None = None
         self.attention: Tensor | None = None
-
-    @property
-    def active(self) -> bool:
-        """Off when the record says that the block shall be what it was."""
-        return self.record.now != self.record.was
-
-    def count(self) -> None:
-        """A compiled graph does not count: writing to the record would make it recompile."""
-        if not torch.compiler.is_compiling():
-            self.record.calls += 1
 
 
 class _Hook:
@@ -46,7 +39,7 @@ class _KeepStream(_Hook):
     """Before the attention's norm: the block's input."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.flow.count()
+        self.flow.state.count()
         self.flow.stream = args[0]
 
 
@@ -55,7 +48,7 @@ class _GiveStream(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         stream, self.flow.stream = self.flow.stream, None
-        return (stream, *args[1:]) if self.flow.active else args
+        return (stream, *args[1:]) if self.flow.state.enabled else args
 
 
 class _KeepAttention(_Hook):
@@ -84,7 +77,7 @@ class _GiveSum(_Hook):
         flow = self.flow
         stream, attention = flow.stream, flow.attention
         flow.stream = flow.attention = None
-        if not flow.active or stream is None or attention is None:
+        if not flow.state.enabled or stream is None or attention is None:
             return args
         # Past the norm's own hooks, which mark the beginning of a block where both halves share the norm.
         return (self.norm.forward(stream + attention.view_as(stream)), *args[1:])
@@ -92,7 +85,7 @@ class _GiveSum(_Hook):
 
 def redirect(
     block: Block,
-    record: LayerRecord,
+    state: LayerState,
     undo: UndoLog,
     attention_norm: nn.Module | None = None,
     ffn_norm: nn.Module | None = None,
@@ -101,18 +94,18 @@ def redirect(
 
     Args:
         block: as found in the unpatched model.
-        record: read on every call; ``now`` equal to ``was`` switches the redirection off.
+        state: read on every call: whether the redirection is enabled.
         undo: takes the hooks.
         attention_norm, ffn_norm: what stands for the block's norms now, if not they themselves.
 
     Raises:
         UnsupportedError: the block drops from its sum rather than from its halves, which has no serial counterpart.
     """
-    flow = Flow(record)
+    flow = Flow(state)
     attention_norm, ffn_norm = attention_norm or block.attention_norm, ffn_norm or block.ffn_norm
     undo.add(attention_norm.register_forward_pre_hook(_KeepStream(flow)).remove)
     if block.form == SERIAL:
-        assert record.now == PARALLEL
+        assert state.now == PARALLEL
         undo.add(ffn_norm.register_forward_pre_hook(_GiveStream(flow)).remove)
         return
     dropped = getattr(getattr(block.layer, "config", None), "hidden_dropout", 0.0)

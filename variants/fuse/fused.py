@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rehead.errors import UnsupportedError
-from rehead.patches.patch import LayerRecord, UndoLog
+from rehead.models.live import LayerState
+from rehead.models.undo import UndoLog
 from rehead.variants.blocks.anatomy import PARALLEL, SERIAL, Block
-from rehead.variants.blocks.norms import NormKind, fold, norm_kind, norm_parameters
-from rehead.variants.blocks.parts import Exchange, FusedLinear, Hold, Join, NormAndProduct, PassOn, Piece
 from rehead.variants.blocks.redirect import redirect
+from rehead.variants.fuse.norms import NormKind, fold, norm_kind, norm_parameters
+from rehead.variants.fuse.parts import Exchange, FusedLinear, Hold, Join, NormAndProduct, PassOn, Piece
 
 FUSED_IN, FUSED_FFN_IN, FUSED_OUT = "rehead_fused_in", "rehead_fused_ffn_in", "rehead_fused_out"
 """Names under which a block holds its fused matrices while it is fused."""
@@ -45,14 +46,14 @@ class Fusion:
     Args:
         block: as found in the unpatched model.
         form: the form that it shall have.
-        record: counts calls.
+        state: counts calls.
 
     Raises:
         UnsupportedError: the block has something that does not fuse, by name; nothing was changed.
     """
 
-    def __init__(self, block: Block, form: str, record: LayerRecord) -> None:
-        self.block, self.form, self.record = block, form, record
+    def __init__(self, block: Block, form: str, state: LayerState) -> None:
+        self.block, self.form, self.state = block, form, state
         self._exchange = Exchange()
         size = self._hidden_size()
         kinds = [norm_kind(norm, size) for norm in (block.attention_norm, block.ffn_norm)]
@@ -176,7 +177,7 @@ class Fusion:
                     matrix,
                     self.attention_kind if attribute == FUSED_IN else self.ffn_kind,
                     sizes,
-                    self.record,
+                    self.state,
                     getattr(getattr(block.attention, "config", None), "clip_qkv", None) is not None,
                 )
             attention_norm = block.child_name(block.attention_norm)
@@ -186,7 +187,7 @@ class Fusion:
                 _put(layer, block.child_name(block.ffn_norm), second, undo)
             _put(layer, attention_norm, norms[FUSED_IN], undo)
             if (block.form, self.form) == (PARALLEL, SERIAL):
-                redirect(block, self.record, undo, norms[FUSED_IN], norms[FUSED_FFN_IN])
+                redirect(block, self.state, undo, norms[FUSED_IN], norms[FUSED_FFN_IN])
             for key, reader in self.readers.items():
                 _put(reader.part, reader.name, Piece(exchange, key), undo)
             if self.form == PARALLEL:
@@ -271,12 +272,6 @@ def _put(parent: nn.Module, name: str, module: nn.Module, undo: UndoLog) -> None
     """Set a submodule by its dotted name within ``parent``, and remember the one that was there, in its place."""
     path, _, last = name.rpartition(".")
     owner = parent.get_submodule(path)
-    modules = owner._modules
-    if last in modules:
-        before = modules[last]
-        undo.add(lambda: modules.__setitem__(last, before))
-    else:
-        undo.add(lambda: modules.__delitem__(last))
     # In eval and train mode alike, and without a shuffle of the order in which modules are listed.
     module.train(owner.training)
-    modules[last] = module
+    undo.set_item(owner._modules, last, module)

@@ -8,9 +8,9 @@ import torch
 from rehead.errors import UsageError
 from rehead.models.predictions import Predictions
 from rehead.models.tiny import tiny_model
-from rehead.patches import patch_model
-from rehead.variants.blocks.measure import calibration_tokens
-from rehead.variants.blocks.ranking import BlockSwitch, choose_layers, rank_layers
+from rehead.patches import calibration_tokens, patch_model
+from rehead.variants.ranking import LayerSwitch, choose_layers, rank_layers
+from rehead.variants.stack import live_variant
 
 TOKENS = torch.randint(8, 128, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +31,7 @@ def kl(model, layers):
 
 def test_ranking_is_what_the_patch_measures(model):
     before = model(TOKENS).logits
-    ranked = rank_layers(model, TOKENS)
+    ranked = rank_layers(live_variant(model, "parallel"), TOKENS)
     assert [loss.kl for loss in ranked] == sorted(loss.kl for loss in ranked)
     assert sorted(loss.layer for loss in ranked) == list(range(5))
     for loss in ranked:
@@ -41,9 +41,9 @@ def test_ranking_is_what_the_patch_measures(model):
 
 @pytest.mark.parametrize("exhaustive", [False, True])
 def test_choice_within_a_budget(model, exhaustive):
-    ranked = rank_layers(model, TOKENS)
+    ranked = rank_layers(live_variant(model, "parallel"), TOKENS)
     budget = ranked[2].kl * 2
-    choice = choose_layers(model, TOKENS, kl_budget=budget, exhaustive=exhaustive)
+    choice = choose_layers(live_variant(model, "parallel"), TOKENS, kl_budget=budget, exhaustive=exhaustive)
     assert 1 <= len(choice.layers) < 5
     assert choice.kl <= budget
     assert choice.kl == pytest.approx(kl(model, choice.layers), rel=1e-4)
@@ -52,41 +52,39 @@ def test_choice_within_a_budget(model, exhaustive):
 
 
 def test_greedy_is_close_to_the_best_pair(model):
-    choice = choose_layers(model, TOKENS, count=2, exhaustive=True)
+    choice = choose_layers(live_variant(model, "parallel"), TOKENS, count=2, exhaustive=True)
     best = min(kl(model, list(pair)) for pair in itertools.combinations(range(5), 2))
     assert choice.kl <= 1.5 * best
 
 
 def test_limits(model):
-    assert choose_layers(model, TOKENS, kl_budget=0.0).layers == []
-    assert choose_layers(model, TOKENS, count=99).layers == [0, 1, 2, 3, 4]
+    assert choose_layers(live_variant(model, "parallel"), TOKENS, kl_budget=0.0).layers == []
+    assert choose_layers(live_variant(model, "parallel"), TOKENS, count=99).layers == [0, 1, 2, 3, 4]
     with pytest.raises(UsageError, match="kl_budget= or count="):
-        choose_layers(model, TOKENS)
+        choose_layers(live_variant(model, "parallel"), TOKENS)
     with pytest.raises(UsageError, match="negative"):
-        choose_layers(model, TOKENS, count=-1)
-    with pytest.raises(UsageError, match="every layer is serial"):
-        rank_layers(model, TOKENS, form="serial")
+        choose_layers(live_variant(model, "parallel"), TOKENS, count=-1)
+    with pytest.raises(UsageError, match="every chosen layer is serial"):
+        rank_layers(live_variant(model, "serial"), TOKENS)
 
 
 @pytest.mark.parametrize("limit", [{"kl_budget": 100.0}, {"count": 5}])
 def test_a_layer_that_overflows_is_never_chosen(model, limit, monkeypatch):
     """A loss that is no number is not below any budget, and must not hide what the others cost."""
-    logits = BlockSwitch._logits
+    logits = LayerSwitch._logits
 
     def overflowing(self, tokens):
-        record = self._records.get(2)
-        return Predictions.of(
-            logits(self, tokens).whole() * (torch.nan if record is not None and record.now == "parallel" else 1.0)
-        )
+        on = any(state.index == 2 and state.enabled for state in self.live.states)
+        return Predictions.of(logits(self, tokens).whole() * (torch.nan if on and self.live.applied else 1.0))
 
-    monkeypatch.setattr(BlockSwitch, "_logits", overflowing)
-    choice = choose_layers(model, TOKENS, **limit)
+    monkeypatch.setattr(LayerSwitch, "_logits", overflowing)
+    choice = choose_layers(live_variant(model, "parallel"), TOKENS, **limit)
     assert choice.layers == [0, 1, 3, 4]
     assert choice.alone[-1].layer == 2
 
 
 def test_auto(model):
-    ranked = rank_layers(model, TOKENS)
+    ranked = rank_layers(live_variant(model, "parallel"), TOKENS)
     with patch_model(model, "parallel", layers="auto", kl_budget=ranked[1].kl * 2, calibration=TOKENS) as patch:
         assert ranked[0].layer in patch.layers
         assert patch.report().measured.kl <= ranked[1].kl * 2

@@ -18,7 +18,7 @@ from tiny import IDS, loaded, logits
 from rehead.convert import convert, plan, verify
 from rehead.convert.commands import convert_command
 from rehead.errors import UnsupportedError, UsageError
-from rehead.healing.finished import FinishedLayers
+from rehead.healing import run as calibration_run
 from rehead.variants.blocks.reblock import parse_layers
 
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
@@ -137,14 +137,14 @@ def test_a_killed_run_with_every_step_resumes_to_the_same_bytes(tmp_path: Path, 
         "multiple_of": 8, **CALIBRATION,
     }  # fmt: skip
     convert(source, tmp_path / "whole", **options)
-    save = FinishedLayers.save
+    save = calibration_run._save
 
     def stop_after_first(*args) -> None:
         save(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(FinishedLayers, "save", stop_after_first)
+        patched.setattr(calibration_run, "_save", stop_after_first)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out", resume=True, **options)
     assert not (tmp_path / "out").exists()
@@ -190,11 +190,12 @@ def test_auto_takes_as_many_layers_as_asked(tmp_path: Path) -> None:
 
 def test_auto_leaves_out_a_layer_that_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says so in JSON that any parser reads."""
-    from rehead.variants.blocks.ranking import BlockSwitch
+
+    from rehead.variants.ranking import LayerSwitch
 
     source = tiny.save_tiny("llama", tmp_path / "source")
-    kl = BlockSwitch.kl
-    monkeypatch.setattr(BlockSwitch, "kl", lambda self, layers: float("inf") if 1 in layers else kl(self, layers))
+    kl = LayerSwitch.kl
+    monkeypatch.setattr(LayerSwitch, "kl", lambda self, layers: float("inf") if 1 in layers else kl(self, layers))
     done = convert(source, tmp_path / "out", block="parallel", layers="auto", kl_budget=100.0, **CALIBRATION)
     assert done.plan.reblocked == (0,)
     text = (tmp_path / "out" / "rehead.json").read_text()

@@ -10,7 +10,7 @@ from torch import nn
 from rehead.errors import UnsupportedError, UsageError, VerificationError
 from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
-from rehead.variants.blocks.norms import NormKind, fold, norm_kind
+from rehead.variants.fuse.norms import NormKind, fold, norm_kind
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
 TYPES = (
@@ -42,7 +42,7 @@ def test_what_16_bits_do_by_themselves_is_not_held_against_fusing(monkeypatch):
     with patch_model(model, "parallel", fused=True) as patch:
         proof = patch.prove()
         assert proof.difference < proof.tolerance
-    monkeypatch.setattr("rehead.patches.prove.ROUNDINGS", 0)
+    monkeypatch.setattr("rehead.models.tolerance.ROUNDINGS", 0)
     with pytest.raises(UnsupportedError, match="something else when fused"):
         patch_model(model, "parallel", fused=True).apply()
 
@@ -228,7 +228,7 @@ def test_a_broken_fusion_fails_its_proof():
     model = tiny_model("llama")
     with patch_model(model, "parallel", fused=True) as patch:
         model.model.layers[0].input_layernorm.kind = NormKind(False, 0.0, 1.0)
-        with pytest.raises(VerificationError, match="fused logits differ"):
+        with pytest.raises(VerificationError, match="patched logits differ"):
             patch.prove()
 
 

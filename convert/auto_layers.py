@@ -13,8 +13,8 @@ from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class
 from rehead.models.model import Model
 from rehead.variants.blocks.forms import reblock
-from rehead.variants.blocks.layer_choice import auto_count
 from rehead.variants.blocks.switches import SWITCHES
+from rehead.variants.layer_choice import auto_count
 
 #: Numbers of logits that are kept to compare with, and the fewest tokens to measure on.
 _LOGITS, _FEWEST = 1 << 27, 1024
@@ -37,7 +37,8 @@ def choose(
     """
     from rehead.console import quiet_transformers
     from rehead.data.calibration import load_calibration
-    from rehead.variants.blocks.ranking import choose_layers
+    from rehead.variants.ranking import choose_layers
+    from rehead.variants.stack import live_variant
 
     assert options.block is not None
     assert isinstance(options.layers, str)
@@ -65,7 +66,7 @@ def choose(
     live = live.to(device).eval()
     asked = auto_count(options.layers, int(model.config.num_hidden_layers))
     choice = choose_layers(
-        live, text.tokens[0], form=options.block, kl_budget=options.kl_budget, count=asked, progress=progress
+        live_variant(live, options.block), text.tokens[0], kl_budget=options.kl_budget, count=asked, progress=progress
     )
     wanted = min(asked or 0, len(choice.alone))  # some may have that form already
     if options.kl_budget is None and len(choice.layers) < wanted:

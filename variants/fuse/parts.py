@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rehead.patches.patch import LayerRecord
-from rehead.variants.blocks.norms import NormKind
+from rehead.models.live import LayerState
+from rehead.variants.fuse.norms import NormKind
 
 
 class Exchange:
@@ -52,7 +52,13 @@ class FusedLinear(nn.Module):
 
 
 class _Part(nn.Module):
-    """A module that takes part in an exchange. The fused matrix is the block's, so it is not registered here again."""
+    """A module that takes part in an exchange. The fused matrix is the block's, so it is not registered here again.
+
+    Attributes:
+        elsewhere: the weights that it computes with are in another module.
+    """
+
+    elsewhere = True
 
     def __init__(self, exchange: Exchange, matrix: FusedLinear | None = None) -> None:
         super().__init__()
@@ -83,15 +89,14 @@ class NormAndProduct(_Part):
         matrix: FusedLinear,
         kind: NormKind,
         sizes: dict[str, int],
-        record: LayerRecord,
+        state: LayerState,
         clamped: bool,
     ) -> None:
         super().__init__(exchange, matrix)
-        self.kind, self.sizes, self.record, self.clamped = kind, sizes, record, clamped
+        self.kind, self.sizes, self.state, self.clamped = kind, sizes, state, clamped
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.record.calls += 1
+        self.state.count()
         bare = self.kind.normalise(x)
         pieces = self.matrix(bare).split(list(self.sizes.values()), dim=-1)
         self.exchange.pieces.update(zip(self.sizes, (p.clone() for p in pieces) if self.clamped else pieces))

@@ -77,3 +77,10 @@ def parse_layers(text: str | Sequence[int] | None, count: int) -> list[int]:
     if not chosen:
         raise UsageError("--layers: names no layer; write auto, all or a list like 0,4-7")
     return sorted(set(chosen))
+
+
+def check_known(wanted: set[int], known: Sequence[int]) -> None:
+    """Raise :class:`UsageError` for a layer that has no attention."""
+    wrong = sorted(wanted - set(known))
+    if wrong:
+        raise UsageError(f"layers: {wrong[0]} is not a layer with attention; choose from {known[0]} to {known[-1]}")

@@ -1,4 +1,4 @@
-"""Which layers lose least in the other form, measured on the model itself."""
+"""In which layers a variant loses least, measured on the model itself."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rehead.console import Progress
 from rehead.errors import UsageError
 from rehead.models import probing
 from rehead.models.distance import Distances, distances
 from rehead.models.predictions import Predictions, predict
-from rehead.patches.patch import LayerRecord, UndoLog
-from rehead.variants.blocks.anatomy import PARALLEL, Block, check_live, find_blocks
-from rehead.variants.blocks.measure import batches
-from rehead.variants.blocks.redirect import redirect
+from rehead.variants.stack import LiveVariant
 
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What changing one layer's form alone costs: ``kl`` in nats a token, original to changed."""
+    """What changing one layer alone costs: ``kl`` in nats per token, original to changed."""
 
     layer: int
     kl: float
@@ -50,93 +47,66 @@ class Choice:
         return asdict(self)
 
 
-class BlockSwitch:
-    """A live model whose blocks can be switched to another form and back, a set at a time, and measured.
+class LayerSwitch:
+    """A live model under a variant that is switched a set of layers at a time, and measured.
 
     A context manager: outside it, the model is as it was, bit for bit.
 
     Args:
-        model: an unpatched live model.
+        live: a variant of all layers of a model, not applied.
         input_ids: int ``[B, S]`` calibration tokens. Their logits are kept: ``B S V`` numbers in the model's dtype.
-        form: what layers are switched to, ``"parallel"`` or ``"serial"``.
 
     Raises:
-        UnsupportedError: the model's blocks cannot be changed.
-        UsageError: bad tokens, or no layer has another form than ``form`` now.
+        UnsupportedError: the model cannot be changed this way.
+        UsageError: bad tokens, or the variant changes nothing.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, form: str = PARALLEL) -> None:
-        check_live(model)
-        self.model = model
-        self._parts = batches(input_ids, model)
-        blocks = [block for block in find_blocks(model) if block.form != form]
-        if not blocks:
-            raise UsageError(f"every layer is {form} already; there is nothing to choose from")
-        self._form, self._blocks = form, blocks
-        self._records: dict[int, LayerRecord] = {}
-        self._undo = UndoLog()
+    def __init__(self, live: LiveVariant, input_ids: Tensor) -> None:
+        self.live = live
+        self._parts = probing.batches(input_ids, live.model)
         self._reference: list[Predictions] = []
+        self.layers: list[int] = []
 
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the layers that can be switched."""
-        return [block.index for block in self._blocks]
-
-    def __enter__(self) -> BlockSwitch:
-        with probing.frozen(self.model):
+    def __enter__(self) -> LayerSwitch:
+        with probing.frozen(self.live.model):
             self._reference = [self._logits(part) for part in self._parts]
-        try:
-            for block in self._blocks:
-                self._records[block.index] = self._switch(block)
-        except BaseException:
-            self._undo.run()
-            raise
+        self.live.apply()
+        self.layers = sorted({state.index for state in self.live.states if state.index is not None})
         return self
 
-    def _switch(self, block: Block) -> LayerRecord:
-        record = LayerRecord(block.name, type(block.layer).__name__, was=block.form, now=self._form)
-        redirect(block, record, self._undo)
-        record.now = record.was
-        return record
-
     def __exit__(self, *exc: object) -> None:
-        self._undo.run()
+        self.live.revert()
         self._reference = []
 
     def _logits(self, tokens: Tensor) -> Predictions:
-        return predict(self.model, {"input_ids": tokens})
+        return predict(self.live.model, {"input_ids": tokens})
 
     def kl(self, layers: Iterable[int]) -> float:
-        """Nats a token between the original model and the one with ``layers`` switched; infinite where it overflows."""
-        chosen = set(layers)
-        for index, record in self._records.items():
-            record.now = self._form if index in chosen else record.was
-        with probing.frozen(self.model):
+        """Nats per token between the original model and the one with ``layers`` switched; infinite where it
+        overflows."""
+        with self.live.only(layers), probing.frozen(self.live.model):
             pairs = zip(self._parts, self._reference)
             kl = Distances.cat([distances(reference, self._logits(part)) for part, reference in pairs]).mean_kl
         # What is no number would compare as neither more nor less than any other.
         return kl if math.isfinite(kl) else math.inf
 
 
-def rank_layers(
-    model: nn.Module, input_ids: Tensor, *, form: str = PARALLEL, progress: Progress | None = None
-) -> list[LayerLoss]:
-    """What each layer costs when it alone changes its form, cheapest first.
+def rank_layers(live: LiveVariant, input_ids: Tensor, *, progress: Progress | None = None) -> list[LayerLoss]:
+    """What each layer costs when it alone changes, cheapest first.
 
     Args:
-        model: an unpatched live model; left as it was.
+        live: a variant of all layers of a model, not applied; the model is left as it was.
         input_ids: int ``[B, S]`` calibration tokens.
-        form: what the layers are switched to.
         progress: called with ("ranking layers", done, of).
 
     Raises:
-        As :class:`BlockSwitch`.
+        As :class:`LayerSwitch`.
     """
-    with BlockSwitch(model, input_ids, form) as switch:
+    with LayerSwitch(live, input_ids) as switch:
         return _rank(switch, progress)
 
 
-def _rank(switch: BlockSwitch, progress: Progress | None) -> list[LayerLoss]:
+def _rank(switch: LayerSwitch, progress: Progress | None) -> list[LayerLoss]:
     losses = []
     for done, layer in enumerate(switch.layers):
         if progress is not None:
@@ -148,10 +118,9 @@ def _rank(switch: BlockSwitch, progress: Progress | None) -> list[LayerLoss]:
 
 
 def choose_layers(
-    model: nn.Module,
+    live: LiveVariant,
     input_ids: Tensor,
     *,
-    form: str = PARALLEL,
     kl_budget: float | None = None,
     count: int | None = None,
     exhaustive: bool = False,
@@ -164,9 +133,8 @@ def choose_layers(
     lower bounds); that takes about two passes over the tokens for each layer chosen.
 
     Args:
-        model: an unpatched live model; left as it was.
+        live: a variant of all layers of a model, not applied; the model is left as it was.
         input_ids: int ``[B, S]`` calibration tokens.
-        form: what the layers are switched to.
         kl_budget: stop before the model's loss exceeds this, in nats a token.
         count: stop at this many layers, or before the first that leaves no finite loss.
         exhaustive: measure every remaining layer at every step.
@@ -174,13 +142,13 @@ def choose_layers(
 
     Raises:
         UsageError: neither a budget nor a count, or a negative one.
-        Otherwise as :class:`BlockSwitch`.
+        Otherwise as :class:`LayerSwitch`.
     """
     if kl_budget is None and count is None:
         raise UsageError("choosing layers needs a limit; give kl_budget= or count=")
     if (kl_budget is not None and not kl_budget >= 0) or (count is not None and count < 0):
         raise UsageError("kl_budget and count cannot be negative; give a larger one")
-    with BlockSwitch(model, input_ids, form) as switch:
+    with LayerSwitch(live, input_ids) as switch:
         alone = _rank(switch, progress)
         most = len(alone) if count is None else min(count, len(alone))
         path: list[tuple[int, float]] = []
