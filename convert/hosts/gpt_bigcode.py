@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rehead.convert.hosts.attention import with_biases, with_queries_scaled
+from rehead.models.equivalent_heads import with_biases, with_queries_scaled
 from rehead.models.heads import Heads
 from rehead.models.rewrite import Builder, Read, Rewrite
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehead.convert.hosts.attention import with_biases
+from rehead.models.equivalent_heads import with_biases
 from rehead.models.rewrite import Builder
 
 

@@ -6,7 +6,7 @@ from rehead.lazy import exports
 
 _EXPORTS = {
     "evaluate": "rehead.recipes.evaluation.run",
-    "Evaluation": "rehead.recipes.evaluation.schema",
+    "Evaluation": "rehead.recipes.evaluation_schema",
     "EvaluateOptions": "rehead.recipes.evaluation.options",
 }
 

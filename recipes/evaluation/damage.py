@@ -18,7 +18,7 @@ from rehead.errors import UnsupportedError
 from rehead.models.distance import distances
 from rehead.models.live import decoder_layers
 from rehead.models.modes import evaluating
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
 from rehead.recipes.evaluation.windows import batches, cut
 

@@ -20,7 +20,7 @@ from rehead.errors import UsageError
 from rehead.models.distance import Distances, distances
 from rehead.models.modes import evaluating
 from rehead.models.predictions import vocabulary
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
 from rehead.recipes.evaluation.perplexity import WindowLosses, begins_with, dtype_name
 from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite

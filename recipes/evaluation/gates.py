@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from rehead.errors import QualityError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from rehead.recipes.evaluation.schema import Evaluation, Gate
+    from rehead.recipes.evaluation_schema import Evaluation, Gate
 
 
 def _divergence(field: str) -> Callable[[Evaluation], list[float]]:
@@ -64,7 +64,7 @@ def judge(found: Evaluation, above: Mapping[str, float], below: Mapping[str, flo
     Raises:
         UsageError: a gate's figure was not measured.
     """
-    from rehead.recipes.evaluation.schema import Gate
+    from rehead.recipes.evaluation_schema import Gate
 
     gates = []
     sides: list[tuple[Literal["above", "below"], Mapping[str, float]]] = [("above", above), ("below", below)]

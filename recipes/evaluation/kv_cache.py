@@ -22,7 +22,7 @@ from rehead.models.layout import CONTEXTS
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import vocabulary
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 
 #: Two short contexts that are really read; what the second leaves behind in addition is what single tokens cost.
 _SHORT, _LONG = 3, 7

@@ -14,7 +14,7 @@ from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.probing import config_value
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
 
 TILED = "tiled"

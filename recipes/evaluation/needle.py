@@ -28,7 +28,7 @@ from rehead.data.beginning import text_start
 from rehead.errors import UsageError
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.scoring import batch_size, predict_last
 
 KEY, VALUE = 4, 2

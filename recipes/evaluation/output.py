@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rehead.errors import UsageError
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation_schema import Evaluation
 
 FILE = "evaluation.json"
 

@@ -19,7 +19,8 @@ from rehead.models.device import resolve_device
 from rehead.models.positions import check_positions
 from rehead.models.predictions import vocabulary
 from rehead.options import takes
-from rehead.recipes.evaluation import divergence, gates, perplexity, schema
+from rehead.recipes import evaluation_schema as schema
+from rehead.recipes.evaluation import divergence, gates, perplexity
 from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
 from rehead.recipes.evaluation.models import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import keeps_logits, vocabulary
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 
 #: Decoding steps that are timed after each prefill, behind one that is not.
 STEPS = 8

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rehead.console import rich_console
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import tables
 from rehead.recipes.report.facts import Entry, summarise
 from rehead.recipes.report.verdict import verdict

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rehead.data.beginning import text_start
 from rehead.errors import UnsupportedError, UsageError, first_line, unknown_name
-from rehead.recipes.evaluation import schema
+from rehead.recipes import evaluation_schema as schema
 
 if TYPE_CHECKING:
     from rehead.recipes.evaluation.models import Loaded

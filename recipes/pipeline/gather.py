@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rehead.errors import UsageError, VerificationError, first_line
 from rehead.recipes.evaluation.output import FILE as EVALUATION
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.pipeline.graph import CellPlan
 from rehead.recipes.report import Entry, ReportPaths, write_report
 

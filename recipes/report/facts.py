@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rehead.errors import UsageError
-from rehead.recipes.evaluation.schema import Divergence, Evaluation, Perplexity
+from rehead.recipes.evaluation_schema import Divergence, Evaluation, Perplexity
 from rehead.recipes.report.wording import heads_phrase, short
 from rehead.recipes.training.log import LOG_NAME
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rehead.recipes.evaluation.schema import Evaluation, Perplexity
+from rehead.recipes.evaluation_schema import Evaluation, Perplexity
 from rehead.recipes.report.facts import Entry, Summary, Training, how
 from rehead.recipes.report.wording import bytes_of, count, figure, heads, percent, short, times
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rehead.checkpoints.files import write_file
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import tables
 from rehead.recipes.report.facts import Entry, Summary, Training, as_entries, read_training, summarise
 from rehead.recipes.report.verdict import Verdict, verdict

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import Entry
 
 

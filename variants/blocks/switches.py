@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.convert.hosts.attention import with_norm_folded
 from rehead.errors import UnsupportedError
+from rehead.models.equivalent_heads import with_norm_folded
 from rehead.models.families.resolve import with_checkpoint_prefix
 from rehead.models.families.table import FAMILIES
 from rehead.models.heads import Heads

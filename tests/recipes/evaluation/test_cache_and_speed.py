@@ -11,7 +11,8 @@ from transformers import FalconConfig, FalconForCausalLM
 from rehead.models.cache_layouts import config_layouts, layer_window
 from rehead.models.layout import bytes_per_token, cache_bytes
 from rehead.models.tiny import tiny_model
-from rehead.recipes.evaluation import schema, speed
+from rehead.recipes import evaluation_schema as schema
+from rehead.recipes.evaluation import speed
 from rehead.recipes.evaluation.kv_cache import (
     _tensors,
     cache_note,

@@ -13,7 +13,7 @@ from rehead.recipes import evaluate
 from rehead.recipes.evaluation.commands import evaluate_command
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.output import read
-from rehead.recipes.evaluation.schema import Evaluation
+from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.scratch import NewModel, new_model
 
 SMALL = ("--window", 64, "--tokens", 1024)

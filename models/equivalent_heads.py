@@ -1,4 +1,4 @@
-"""Changes of a layer's heads that leave its function alone and give it the form that a host's class wants."""
+"""Changes of a layer's heads that leave its function alone and give it the form that another class wants."""
 
 from __future__ import annotations
 
