@@ -7,8 +7,8 @@ others run `generate` itself; there the rate is the slope between a short and a 
 between steps counts. A decoding step has to read the weights and the cache once, so the speed-up over 32 KV heads can
 at best be the ratio of those bytes; the last column is the share of it that is reached.
 
-``tiled+fused`` also folds the norms and makes q, k, v and the FFN's input one product each (``patch_model(model,
-"serial", fused=True)``): the same function.
+``tiled+fused`` also folds the norms and makes q, k, v and the FFN's input one product each (the variant
+``fuse``): the same function.
 
     rehead bench end-to-end
     python -m rehead.benchmarks.end_to_end --kv-heads 32,8,1 --batch 16 --context 8192
@@ -256,17 +256,11 @@ def bytes_read(model: nn.Module, setting: Setting, kv_heads: int) -> int:
 @contextlib.contextmanager
 def applied(model: Any, name: str) -> Iterator[None]:
     """The model, which has SDPA, under one of :data:`IMPLEMENTATIONS`."""
-    if name == "tiled":
-        with patch_model(model, "tiled"):
-            yield
-    elif name == "tiled+fused":
-        model.set_attn_implementation("rehead_tiled")
-        try:
-            with patch_model(model, "serial", fused=True):
-                yield
-        finally:
-            model.set_attn_implementation("sdpa")
-    else:
+    with contextlib.ExitStack() as patches:
+        if name != "sdpa":
+            patches.enter_context(patch_model(model, "tiled"))
+        if name == "tiled+fused":
+            patches.enter_context(patch_model(model, "fuse"))
         yield
 
 

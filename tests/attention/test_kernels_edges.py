@@ -5,6 +5,8 @@ Run like ``test_kernels.py``. The interpreter's blocks have 16 rows and columns,
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from kernel_parity import DEVICE, agree, compare, draw, holes, lengths, needs_kernels, run
@@ -202,3 +204,37 @@ def test_a_mask_that_is_not_bool_is_refused(function, dtype):
     query = torch.randn(1, 2, 4, 16, device=DEVICE)
     with pytest.raises(UsageError, match=r"key_mask has dtype torch\.\w+; it must be bool"):
         function(query, query, query, scale=1.0, causal=True, key_mask=torch.ones(1, 4, dtype=dtype, device=DEVICE))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["left padding", "packed", "a logit as well"])
+def test_sink_tokens_by_log_sum_exps(name, monkeypatch):
+    """A window and the first tokens beside it are two calls of the kernels, merged; gradients go through both."""
+    from rehead.attention import attend as front
+    from rehead.attention import kernels
+    from rehead.attention.call import AttentionCall
+
+    labels = torch.tensor([[0] * 17 + [1] * 28], dtype=torch.int32, device=DEVICE).expand(2, -1)
+    rules = {
+        "left padding": {"kv_start": torch.tensor([0, 13], device=DEVICE)},
+        "packed": {"q_segments": labels, "kv_segments": labels},
+        "a logit as well": {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], device=DEVICE)},
+    }[name]
+    rules = {**rules, "window": 9, "sink_tokens": 3, "scale": 0.3}
+
+    def natural(call):
+        out, lse = kernels.run(call)
+        return out, (lse * math.log(2)).masked_fill(lse == float("inf"), float("-inf"))
+
+    monkeypatch.setattr(front.cpu, "run", natural)
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 45, 16), (2, 2, 45, 16), (2, 2, 45, 24))
+    tensors = [torch.randn(shape, generator=gen).to(DEVICE).requires_grad_() for shape in shapes]
+    got = front.attend(AttentionCall(*tensors, **rules))
+    want = reference.attention(*tensors, causal=True, **rules)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+    weights = torch.randn(got.shape, generator=gen).to(DEVICE)
+    grads = torch.autograd.grad((got * weights).sum(), tensors)
+    wanted = torch.autograd.grad((want * weights).sum(), tensors)
+    for grad, other in zip(grads, wanted):
+        torch.testing.assert_close(grad, other, atol=5e-5, rtol=1e-3)
