@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
 from rehead.convert.planning import Plan
 from rehead.data.calibration import CalibrationText, load_calibration
-from rehead.healing.job import Changed, Job, LayerJob, query_order
+from rehead.healing.job import Job, LayerJob
 from rehead.healing.moments import Moments
 from rehead.healing.run import heal
-from rehead.models.families.layouts import merge
+from rehead.models.by_heads import tensors_of
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
+from rehead.models.rewrite import Changed, LayerForm
 from rehead.models.rewritten import cast
-from rehead.variants.pool.methods.registry import MethodContext, get_method
-from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 
 
 def calibrate(
@@ -51,52 +51,50 @@ def calibration_text(plan: Plan) -> CalibrationText:
 
 def job_of(plan: Plan) -> Job:
     """What a plan asks of healing."""
-    model, options = plan.model, plan.options
-    infos = plan.pooled.source.tensors
-    pools = plan.kv != model.num_kv_heads
+    model, infos = plan.model, plan.pooled.source.tensors
     return Job(
         original=plan.original,
         changed=model,
         config=plan.layer_config,
-        layers={layer: _layer_job(plan, layer) for layer in model.layers if pools or layer in plan.reblocked},
-        tensors=lambda layer, heads: merge(model.family, layer, heads, model.source.tensors),
+        layers={layer: _layer_job(plan, layer) for layer in model.layers if layer in plan.computed_layers},
+        tensors=lambda layer, heads: tensors_of(model.family, layer, heads, model.source.tensors),
         store=lambda name, tensor: cast(name, tensor, torch_dtype(infos[name].dtype)),
-        seed=options.seed,
+        seed=plan.options.seed,
     )
 
 
 def _layer_job(plan: Plan, layer: int) -> LayerJob:
     model, options = plan.model, plan.options
-    pools, reblocked = plan.kv != model.num_kv_heads, layer in plan.reblocked
+    forms = [rewrite.form for rewrite in plan.layer_rewrites if rewrite.form is not None and layer in rewrite.layers]
     names = model.family.names
     writers: tuple[str, ...] = ()
-    if options.refit and reblocked:
+    if options.refit and layer in plan.reblocked:
         ffn = plan.ffn_writer(layer)
         assert ffn is not None, "the plan has refused a layer without one"
         writers = (model.family.attention + names.output, ffn) if layer in plan.parallel_layers else (ffn,)
-    needs = POOL_MOMENTS if get_method(options.method).needs_calibration or options.grouping != "contiguous" else ()
     return LayerJob(
-        closed_form=_pool(plan, layer) if pools else None,
-        needs=needs,
-        groups=plan.kv if options.grouping == "contiguous" else model.num_kv_heads,
-        refit=options.refit and (pools or layer not in plan.parallel_layers),
+        closed_form=_closed_form(forms, layer) if forms else None,
+        needs=forms[0].needs if forms else (),
+        groups=forms[0].groups if forms else 1,
+        refit=options.refit and (bool(forms) or layer not in plan.parallel_layers),
         writers=writers,
         fit=options.fit,
         trains=lambda attention: _projections(model.family, attention),
     )
 
 
-def _pool(plan: Plan, layer: int) -> Callable[[Heads, Moments | None], Changed]:
-    options, spread = plan.options, getattr(plan.model.config, "initializer_range", None) or 0.02
+def _closed_form(forms: Sequence[LayerForm], layer: int) -> Callable[[Heads, Moments | None], Changed]:
+    """One closed form after another; the first reads the moments, which are of the original's heads."""
 
-    def closed_form(heads: Heads, moments: Moments | None) -> Changed:
-        context = MethodContext(layer, options.seed, moments, spread)
-        result = regroup(heads, plan.kv, options.method, options.grouping, context)
-        moved = options.grouping != "contiguous"
-        order = query_order(result.groups, heads.group_size) if moved else None
-        return Changed(result.heads, result.as_json(), order)
+    def closed(heads: Heads, moments: Moments | None) -> Changed:
+        changed = forms[0].closed(layer, heads, moments)
+        for form in forms[1:]:
+            assert isinstance(changed.weights, Heads), "the plan has refused a form that gives no heads to the next"
+            after = form.closed(layer, changed.weights, None)
+            changed = replace(after, facts=changed.facts | after.facts, order=changed.order)
+        return changed
 
-    return closed_form
+    return closed
 
 
 def _projections(family: Family, attention: nn.Module) -> Iterator[nn.Parameter]:

@@ -6,7 +6,7 @@ dtype, a wider model. Each takes the model that the one before it leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,8 +145,7 @@ class Plan:
     @property
     def kv(self) -> int:
         """KV heads after the conversion."""
-        assert self.options.num_key_value_heads is not None
-        return self.options.num_key_value_heads
+        return self.result.num_kv_heads
 
     @property
     def reblocked(self) -> tuple[int, ...]:
@@ -157,6 +156,17 @@ class Plan:
     def original(self) -> Model:
         """The model that layers are calibrated against: before its blocks changed, if they do."""
         return self.source if self.reblocked else self.model
+
+    @property
+    def layer_rewrites(self) -> tuple[Rewrite, ...]:
+        """What is done to layers between ``model`` and ``pooled``."""
+        return self.pooled.rewrites[len(self.model.rewrites) :]
+
+    @property
+    def computed_layers(self) -> set[int]:
+        """Layers that are computed over calibration text, where any is."""
+        changed = {layer for rewrite in self.layer_rewrites for layer in rewrite.layers}
+        return changed | set(self.reblocked)
 
     @property
     def layer_config(self) -> Any:
@@ -241,7 +251,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         model = rewritten(model, reblock(model, options.block, options.layers, options.plain))
     if options.host is not None or (kv != old and model.family.hosted):
         model = rewritten(model, host(model, options.host or "auto"))
-    pooled = rewritten(model, _layer_rewrite(model, options, kv))
+    pooled = _with_layers(model, options, kv)
     result = pooled
     if options.reinvest is not None:
         from rehead.convert.reinvest import widen
@@ -256,34 +266,35 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     return plan
 
 
-def _layer_rewrite(model: Model, options: ConvertOptions, kv: int) -> Rewrite:
-    """What is computed of a model layer by layer, in the dtype that is written; a copy where that is nothing."""
-    source = model.source
-    if kv == model.num_kv_heads:
-        rewrite = unchanged("copy", source.config, model.family, source.tensors)
-    else:
-        rewrite = pool(model, kv, options.method, options.grouping, options.seed)
+def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
+    """A model with its layers computed: pooled, then given each variant, in the dtype that is written."""
+    source, rewrites = model.source, []
+    if kv != model.num_kv_heads:
+        rewrites.append(pool(model, kv, options.method, options.grouping, options.seed))
     reblocked = {layer for before in model.rewrites for layer in before.layers}
     recovers = options.refit or options.fit > 0
-    if rewrite.calibrated or (recovers and (rewrite.layers or reblocked)):
-        rewrite = _calibrated(model, rewrite, recovers, reblocked if options.refit else set())
+    changed = {layer for rewrite in rewrites for layer in rewrite.layers}
+    rewrites = rewrites or [unchanged("copy", source.config, model.family, source.tensors)]
+    if any(rewrite.calibrated for rewrite in rewrites) or (recovers and (changed or reblocked)):
+        _check_calibrated(model, rewrites)
+        rewrites = [_calibrated(model, rewrite, recovers) for rewrite in rewrites]
+        if options.refit:
+            rewrites[-1] = _refitted(model, rewrites[-1], reblocked)
     code = DTYPES[options.dtype]
     if code is not None:
-        config = {key: value for key, value in rewrite.config.items() if key != "torch_dtype"}
-        rewrite = replace(rewrite, config=config | {"dtype": options.dtype}).stored_as(code, source.tensors)
-    return rewrite
+        rewrites[0] = rewrites[0].stored_as(code, source.tensors)
+        rewrites = [replace(rewrite, config=_in_dtype(rewrite.config, options.dtype)) for rewrite in rewrites]
+    for rewrite in rewrites:
+        model = rewritten(model, rewrite)
+    return model
 
 
-def _calibrated(model: Model, rewrite: Rewrite, recovers: bool, refitted: set[int]) -> Rewrite:
-    """A Rewrite whose layers are computed over calibration text.
+def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
 
-    Args:
-        recovers: every projection of the layers that changed is refitted or fitted.
-        refitted: layers whose blocks changed before, of which what writes to the residual stream is refitted.
 
-    Raises:
-        UnsupportedError: the model's layers cannot be compared with the original's.
-    """
+def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
+    """Refuse layers that cannot be compared with the original's."""
     name = model.source.id
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
@@ -295,26 +306,40 @@ def _calibrated(model: Model, rewrite: Rewrite, recovers: bool, refitted: set[in
             f"{name}: changing its blocks rewrites its attention too, which cannot be calibrated against the original "
             "in the same run; convert the result in a second run"
         )
-    tensors, headers = dict(rewrite.tensors), model.source.tensors
+    for rewrite in rewrites[1:]:
+        if rewrite.calibrated or rewrite.form is None:
+            raise UnsupportedError(
+                f"{name}: {rewrite.name} cannot be calibrated after {rewrites[0].name} in the same run; convert the "
+                "result in a second run"
+            )
+
+
+def _calibrated(model: Model, rewrite: Rewrite, recovers: bool) -> Rewrite:
+    """A Rewrite whose layers are computed over calibration text; every projection of them where they recover there."""
+    tensors = dict(rewrite.tensors)
     for layer in rewrite.layers if recovers else ():
         for tensor in model.layer_tensors(layer):
             if tensor in tensors:
                 tensors[tensor] = replace(tensors[tensor], layer=layer)
-    for layer in sorted(refitted):
+    return replace(rewrite, tensors=tensors, step=None)
+
+
+def _refitted(model: Model, rewrite: Rewrite, layers: set[int]) -> Rewrite:
+    """A Rewrite that also refits what writes to the residual stream in layers whose blocks changed before."""
+    tensors = dict(rewrite.tensors)
+    for layer in sorted(layers):
         writer = ffn_writer(model, layer)
         if writer is None:
             raise UnsupportedError(
-                f"{name}: layer {layer} has no single FFN output matrix (a mixture of experts, say), which --refit "
-                "would fit; leave --refit out"
+                f"{model.source.id}: layer {layer} has no single FFN output matrix (a mixture of experts, say), which "
+                "--refit would fit; leave --refit out"
             )
-        for stem in (
-            model.family.prefix(layer) + model.family.names.output,
-            model.family.layer.format(i=layer) + writer,
-        ):
+        output = model.family.prefix(layer) + model.family.names.output
+        for stem in (output, model.family.layer.format(i=layer) + writer):
             for tensor in (f"{stem}.weight", f"{stem}.bias"):
-                if tensor in headers:
+                if tensor in tensors:
                     tensors[tensor] = replace(tensors[tensor], layer=layer)
-    return replace(rewrite, tensors=tensors, step=None)
+    return replace(rewrite, tensors=tensors)
 
 
 def ffn_writer(model: Model, layer: int) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,22 +12,7 @@ from torch import Tensor, nn
 from rehead.healing.moments import Moments
 from rehead.models.heads import Heads
 from rehead.models.model import Model
-
-
-@dataclass(frozen=True)
-class Changed:
-    """What a closed form makes of a layer.
-
-    Attributes:
-        weights: the changed layer's weights, as heads (whose logits can then be refitted), or as float32 tensors by the
-            checkpoint's names.
-        facts: for the manifest.
-        order: int64 [H], the old query head behind each new one; None where they have not changed places.
-    """
-
-    weights: Heads | dict[str, Tensor]
-    facts: dict[str, Any] = field(default_factory=dict)
-    order: Tensor | None = None
+from rehead.models.rewrite import Changed
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,39 @@ class Derived:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """What a closed form makes of a layer.
+
+    Attributes:
+        weights: the changed layer's weights, as heads (whose logits can then be refitted), or as float32 tensors by the
+            checkpoint's names.
+        facts: for the manifest.
+        order: int64 [H], the old query head behind each new one; None where they have not changed places.
+    """
+
+    weights: Heads | dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What becomes of one layer's heads, as a closed form that weights alone or calibration text can feed.
+
+    Attributes:
+        closed: (layer, the layer's heads, its moments or None) -> the changed layer.
+        needs: names of the moments that it reads where the layer is calibrated.
+        groups: groups of neighbouring query heads that it reads them for.
+        calibrated: it cannot do without them.
+    """
+
+    closed: Callable[[int, Heads, Any], Changed]
+    needs: tuple[str, ...] = ()
+    groups: int = 1
+    calibrated: bool = False
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """One step of a conversion. Nothing is read until a tensor of the result is asked for.
 
@@ -82,6 +115,7 @@ class Rewrite:
         rounds: weights are scaled, summed or stored in fewer bits, so an exact result is the source up to rounding.
         layers: layers that compute something else afterwards.
         facts: for the plan and the manifest; JSON types.
+        form: what ``step`` does to a layer, where that is a closed form of its heads that healing can go on from.
         dtype: safetensors dtype code that every floating-point tensor of the result has; None where they keep theirs.
     """
 
@@ -94,6 +128,7 @@ class Rewrite:
     rounds: bool = False
     layers: tuple[int, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    form: LayerForm | None = None
     dtype: str | None = None
 
     @property

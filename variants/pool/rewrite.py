@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import replace
 
-from torch import Tensor
+import torch
 
 from rehead.errors import UnsupportedError, UsageError
+from rehead.healing.job import query_order
+from rehead.healing.moments import Moments
+from rehead.models.by_heads import rewrite_heads
 from rehead.models.config import resolve_config
-from rehead.models.families.layouts import merge
+from rehead.models.families.layouts import RESIZED_NORMS
+from rehead.models.heads import Heads
 from rehead.models.model import Model
-from rehead.models.rewrite import Derived, Read, Rewrite, Step
+from rehead.models.rewrite import Changed, LayerForm, Rewrite
 from rehead.variants.pool.methods.mean import mean
 from rehead.variants.pool.methods.registry import MethodContext, get_method
-from rehead.variants.pool.regroup import regroup
+from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 
 #: Methods that leave queries and the output projection alone.
 KV_ONLY = ("mean", "first", "random")
@@ -48,17 +52,34 @@ def pool(model: Model, kv: int, method: str = "mean", grouping: str = "contiguou
         raise UnsupportedError(
             f"{name}: {model.config.model_type}'s config cannot say {kv} KV heads; choose another number"
         )
-    tensors = {name: Derived((name,), info.shape) for name, info in model.source.tensors.items()}
-    for layer in model.layers:
-        after = merge(model.family, layer, mean(model.layer_on_meta(layer), kv, MethodContext()), tensors)
-        for name in model.layer_tensors(layer):
-            if name not in after:  # it belonged to a head that is gone
-                del tensors[name]
-            elif _moves(model, method, grouping, layer, name) or tuple(after[name].shape) != tensors[name].shape:
-                tensors[name] = Derived((name,), tuple(after[name].shape), layer=layer)
+    everything = method not in KV_ONLY or grouping != "contiguous"
+
+    def on_meta(layer: int, heads: Heads) -> Heads:
+        pooled = mean(heads, kv, MethodContext())
+        if not everything:
+            return pooled
+        moved = pooled.map(torch.empty_like)
+        if heads.key_norm not in RESIZED_NORMS:
+            moved = replace(moved, q_norm=heads.q_norm, k_norm=heads.k_norm)
+        return replace(moved, extras={name: torch.empty_like(extra) for name, extra in heads.extras.items()})
+
+    form = pool_form(model, kv, method, grouping, seed)
+    return rewrite_heads("pool", model, raw, form, model.layers, on_meta, lean=not everything)
+
+
+def pool_form(model: Model, kv: int, method: str, grouping: str, seed: int) -> LayerForm:
+    """What pooling makes of one layer's heads."""
+    spread = getattr(model.config, "initializer_range", None) or 0.02
+    alike = grouping != "contiguous"
     calibrated = get_method(method).needs_calibration
-    step = None if calibrated else _step(model, tensors, kv, method, grouping, seed)
-    return Rewrite("pool", raw, model.family, tensors, step, exact=False, layers=tuple(model.layers))
+
+    def closed(layer: int, heads: Heads, moments: Moments | None) -> Changed:
+        result = regroup(heads, kv, method, grouping, MethodContext(layer, seed, moments, spread))
+        order = query_order(result.groups, heads.group_size) if alike else None
+        return Changed(result.heads, result.as_json(), order)
+
+    needs = POOL_MOMENTS if calibrated or alike else ()
+    return LayerForm(closed, needs, model.num_kv_heads if alike else kv, calibrated)
 
 
 def check_count(model: Model, kv: int) -> None:
@@ -69,32 +90,3 @@ def check_count(model: Model, kv: int) -> None:
         raise UsageError(f"--kv-heads {kv}: the model has {old} KV heads and pooling cannot add any; choose {divisors}")
     if old % kv:
         raise UsageError(f"--kv-heads {kv}: does not divide the model's {old} KV heads; choose {divisors}")
-
-
-def _step(model: Model, tensors: dict[str, Derived], kv: int, method: str, grouping: str, seed: int) -> Step:
-    # What the method leaves alone is copied as bytes and need not be read, but for norm weights that all heads share:
-    # they bound what may be rotated.
-    everything = method not in KV_ONLY or grouping != "contiguous"
-    spread = getattr(model.config, "initializer_range", 0.02) or 0.02
-
-    def step(layer: int, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        shapes = model.meta_layer(layer)
-        needed = {
-            name: read(name) if everything or name not in tensors or tensors[name].changed else shape
-            for name, shape in shapes.items()
-        }
-        context = MethodContext(layer, seed, None, spread)
-        result = regroup(model.heads(layer, needed), kv, method, grouping, context)
-        return merge(model.family, layer, result.heads, model.source.tensors), result.as_json()
-
-    return step
-
-
-def _moves(model: Model, method: str, grouping: str, layer: int, name: str) -> bool:
-    """Whether a tensor's values change even where its shape may not (first and mean rewrite keys and values only)."""
-    names, stem = model.family.names, name.removeprefix(model.family.prefix(layer)).rsplit(".", 1)[0]
-    if stem in (names.key, names.value, names.key_norm) or stem.startswith(names.key_norm + "."):
-        return True
-    if model.family.packing != "separate" and stem == names.query:
-        return True
-    return method not in KV_ONLY or grouping != "contiguous"
