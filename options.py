@@ -63,26 +63,28 @@ def _split(value: Any) -> Any:
     return [part.strip() if isinstance(part, str) else part for group in parts for part in group if part != ""]
 
 
-def pairs(form: str, example: str) -> BeforeValidator:
+def pairs(form: str, example: str, keep: Callable[[float, float], float] | None = None) -> BeforeValidator:
     """For a dict of numbers: ``["k_proj=2"]`` as ``{"k_proj": 2.0}``.
 
     Args:
         form: what a pair is called, e.g. ``"PATTERN=FACTOR"``.
         example: one, for messages.
+        keep: what becomes of two numbers for one name, e.g. ``min``; the last stays when None.
     """
 
     def read(value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             return value
-        table = {}
+        table: dict[str, float] = {}
         for item in value:
-            name, _, number = str(item).rpartition("=")
+            name, _, text = (part.strip() for part in str(item).rpartition("="))
             try:
-                table[name.strip()] = float(number)
+                number = float(text)
             except ValueError:
-                table[name.strip()] = math.nan
-            if not name.strip() or not math.isfinite(table[name.strip()]):
+                number = math.nan
+            if not name or not math.isfinite(number):
                 raise ValueError(f"{item!r} is not {form}; write {example}")
+            table[name] = keep(table[name], number) if keep and name in table else number
         return table
 
     return BeforeValidator(read)

@@ -142,6 +142,11 @@ def tiled_attention(
         UsageError: attention weights were asked for.
     """
     where = type(module).__name__
+    if torch.jit.is_tracing():
+        raise UnsupportedError(
+            f"{where} is traced by torch.jit.trace, which would keep this input's padding mask as a constant; "
+            "use torch.compile or torch.export, or revert the patch first"
+        )
     if kwargs.pop("output_attentions", False):
         raise UsageError(NO_WEIGHTS)
     if dropout:

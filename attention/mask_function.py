@@ -105,6 +105,8 @@ def _add_padding(mask: TiledMask, padding: Tensor) -> TiledMask:
     """Add a bool ``[B, Skv]``: as bounds alone where it has no holes and looking is allowed, else with the mask too."""
     # transformers reads a mask at the rows of the batch; models with several codebooks may hand over more.
     padding = padding[: mask.batch_size]
+    if not padding.shape[-1]:
+        return mask  # no keys, none of them padding
     position = torch.arange(mask.kv_length, device=padding.device, dtype=torch.int32)
     mask.kv_start = torch.where(padding, position, mask.kv_length).amin(-1).to(torch.int32)
     mask.kv_end = torch.where(padding, position + 1, 0).amax(-1).to(torch.int32)

@@ -89,6 +89,8 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
             "briefly and evaluate it against the original before you rely on it.",
             "",
         ]
+    if note := table.get("host", {}).get("note"):
+        lines += [f"{note[0].upper()}{note[1:]}.", ""]
     if plan.raw_config.get("auto_map"):
         lines += [
             "Transformers has no class for this model: load it by an Auto class, after `import rehead` or trusting the "

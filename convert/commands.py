@@ -192,7 +192,8 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     how += [f"fit of {options['fit']} steps a layer"] if options["fit"] else []
     rows = []
     if "host" in facts:
-        rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same"))
+        note = f"; {facts['host']['note']}" if "note" in facts["host"] else ""
+        rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same{note}"))
     rows += [
         ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(facts)),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),

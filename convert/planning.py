@@ -17,7 +17,7 @@ from rehead.checkpoints.source import Source
 from rehead.convert.hosts import host
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.errors import UnsupportedError
-from rehead.models.config import json_floats
+from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
 from rehead.models.model import Model
@@ -72,7 +72,7 @@ class Plan:
     @property
     def raw_config(self) -> dict[str, Any]:
         """The result's ``config.json``."""
-        return self.result.source.config
+        return with_older_rope(self.result.source.config, self.source.source.id)
 
     @property
     def config(self) -> Any:

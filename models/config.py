@@ -51,6 +51,41 @@ def _plain_floats(value: Any) -> Any:
     return [_plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
+def with_older_rope(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A raw config that also has RoPE under the names of transformers 4 and of other engines: ``rope_theta``,
+    ``rope_scaling``, ``partial_rotary_factor`` and, where windows rotate otherwise, ``rope_local_base_freq``.
+
+    Without them such a reader takes its default theta, unsaid. They are left out where the class would no longer read
+    the same out of the config, or where the older names cannot say it.
+    """
+    given = raw.get("rope_parameters")
+    if not isinstance(given, dict):
+        return dict(raw)
+    older: dict[str, Any] = {}
+    kinds = {kind for kind, value in given.items() if isinstance(value, dict)}
+    if kinds:
+        full, windows = (given.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
+        split = raw.get("model_type") == "gemma3_text"
+        same = raw.get("model_type") == "olmo3" and full.get("rope_theta") == windows.get("rope_theta")
+        if not (split or same) or windows.get("rope_type", "default") != "default":
+            return dict(raw)
+        older = {"rope_local_base_freq": windows.get("rope_theta")} if split else {}
+        given = full
+    scaling = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.get("rope_type") == "longrope":  # whose older form has three fields, not four
+        older["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings", None)
+        scaling = {"type": "longrope", **{k: v for k, v in scaling.items() if k != "rope_type"}}
+    older |= {key: given[key] for key in ("rope_theta", "partial_rotary_factor") if given.get(key) is not None}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        older["rope_scaling"] = scaling
+    result = {**raw, **{key: value for key, value in older.items() if value is not None and raw.get(key) is None}}
+    try:
+        same = resolve_config(result, name).rope_parameters == resolve_config(raw, name).rope_parameters
+    except (UnsupportedError, AttributeError):
+        same = False
+    return result if same else dict(raw)
+
+
 def json_floats(value: Any) -> Any:
     """Infinities and NaN as transformers writes them: JSON has none."""
     if isinstance(value, dict):

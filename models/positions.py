@@ -48,11 +48,11 @@ def check_positions(model: Any, length: int, name: str, flag: str) -> str | None
 
 
 def _tables(model: Any) -> Iterator[int]:
-    words = model.get_input_embeddings()
-    for name, module in model.named_modules():
+    words, decoder = model.get_input_embeddings(), model.get_decoder()  # not the tables of a vision tower
+    for name, module in decoder.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and module is not words and ("pos" in leaf or leaf == "wpe"):
             yield module.num_embeddings - int(getattr(module, "offset", 0))
-    for name, buffer in model.named_buffers():
+    for name, buffer in decoder.named_buffers():
         if "pos" in name.rpartition(".")[2] and buffer.ndim == 2 and buffer.is_floating_point():
             yield buffer.shape[0]

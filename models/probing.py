@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rehead.errors import UsageError
+from rehead.errors import UsageError, first_line
 from rehead.models.distance import difference, largest
 from rehead.models.predictions import Predictions, predict, predict_step
 
@@ -187,12 +187,18 @@ def continued(model: nn.Module, probe: Probe) -> Predictions | None:
     return Predictions.cat(rows)
 
 
-def continued_if_it_can(model: nn.Module, probe: Probe) -> Predictions | None:
-    """:func:`continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to."""
+def continued_if_it_can(model: nn.Module, probe: Probe) -> tuple[Predictions | None, str]:
+    """:func:`continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to.
+
+    Returns:
+        The predictions, or None and the error that it ended in; both without anything for a model without a cache.
+    """
     try:
-        return continued(model, probe)
-    except Exception:
-        return None
+        return continued(model, probe), ""
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return None, f"{type(error).__name__}: {first_line(error)}"
 
 
 def run_probe(model: nn.Module, probe: Probe, plain: Predictions | None = None) -> Outputs:

@@ -31,7 +31,9 @@ class Proof:
         unpatched_leak: the same for the unpatched model.
         against: what the logits were compared with: ``"unpatched"``, or ``"eager"`` where the model's own
             implementation differs from its eager attention and the patch does not, or is this attention by name.
-        decoding: the same for a continuation from a cache; None where the model has no cache.
+        decoding: the same for a continuation from a cache; None where the model has no cache, or cannot use it.
+        undecided: the error that the unpatched model ends in when it continues from a cache, so that nothing is proved
+            of that; empty where it does not.
         unreached: patched layers that neither model calls on this input (cross-attention without an encoder, say).
     """
 
@@ -44,6 +46,7 @@ class Proof:
     unreached: list[str]
     against: str = "unpatched"
     decoding: float | None = None
+    undecided: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +54,7 @@ class Proof:
     def __str__(self) -> str:
         note = "" if self.against == "unpatched" else f", against {self.against}"
         cached = "" if self.decoding is None else f", {self.decoding:.1e} from a cache"
+        cached = f", from a cache nothing (unpatched it fails: {self.undecided})" if self.undecided else cached
         return (
             f"proved: {self.layers} layers, {self.calls} calls, difference {self.difference:.1e}{cached} "
             f"(allowed {self.tolerance:.1e}), leak {self.leak:.1e}{note}"
@@ -121,7 +125,7 @@ def _prove(
     eager = shared is not None and shared.by_name
     with without(parts), probing.eager_attention(model) if eager else nullcontext():
         theirs, reached = probing.called(model, names, lambda: probing.run_probe(model, probe))
-        theirs.cached = probing.continued_if_it_can(model, probe)
+        theirs.cached, failed = probing.continued_if_it_can(model, probe)
     if theirs.cached is not None:
         mine.cached = probing.continued(model, probe)
     silent = [name for name in names if name in reached and not calls[name]]
@@ -141,7 +145,7 @@ def _prove(
         # Eager attention is the definition, so agreement with it is what counts.
         with without(parts), probing.eager_attention(model):
             definition = probing.run_probe(model, probe)
-            definition.cached = probing.continued_if_it_can(model, probe)
+            definition.cached, _ = probing.continued_if_it_can(model, probe)
         if probing.gap_of(mine, definition, probe) < gap:
             gap, eager, theirs = probing.gap_of(mine, definition, probe), True, definition
     if not gap <= limit and tolerance is None:
@@ -170,6 +174,7 @@ def _prove(
         unreached=[name for name in names if name not in reached],
         against="eager" if eager else "unpatched",
         decoding=probing.cached_gap(mine, theirs),
+        undecided=failed,
     )
 
 

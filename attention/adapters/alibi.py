@@ -39,7 +39,7 @@ def bloom(module: Any) -> dict[str, Any]:
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        batch, length, _ = hidden_states.shape
+        batch = hidden_states.shape[0]
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
@@ -54,7 +54,7 @@ def bloom(module: Any) -> dict[str, Any]:
             position_bias=self.beta * alibi.view(batch, self.num_heads, 1, -1),
             output_attentions=output_attentions,
         )
-        out = self.dense(out.reshape(batch, length, -1))
+        out = self.dense(out.flatten(2))
         out = nn.functional.dropout(out, p=self.hidden_dropout, training=self.training)
         return residual + out, None
 
@@ -104,7 +104,7 @@ def mpt(module: nn.Module) -> dict[str, Any]:
             position_bias=bias,
             output_attentions=kwargs.get("output_attentions", False),
         )
-        return self.out_proj(out.reshape(batch, length, -1)), None
+        return self.out_proj(out.flatten(2)), None
 
     return {"forward": forward}
 
@@ -125,7 +125,7 @@ def falcon(module: nn.Module) -> dict[str, Any]:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        batch, length, _ = hidden_states.shape
+        batch = hidden_states.shape[0]
         query, key, value = _falcon_heads(self, self.query_key_value(hidden_states))
         if alibi is None:
             assert position_embeddings is not None
@@ -136,7 +136,7 @@ def falcon(module: nn.Module) -> dict[str, Any]:
             key, value = layer_past.update(key, value, self.layer_idx)
         bias, dropout = None, 0.0
         if alibi is not None:
-            bias = alibi.reshape(batch, self.num_heads, 1, -1) * self.inv_norm_factor
+            bias = alibi.reshape(batch, self.num_heads, 1, alibi.shape[-1]) * self.inv_norm_factor
             dropout = self.attention_dropout.p if self.training else 0.0
             if getattr(self, LAYER).was == "eager":
                 raise UnsupportedError(
@@ -154,7 +154,7 @@ def falcon(module: nn.Module) -> dict[str, Any]:
             position_bias=bias,
             output_attentions=output_attentions,
         )
-        return self.dense(out.reshape(batch, length, -1)), None
+        return self.dense(out.flatten(2)), None
 
     return {"forward": forward}
 

@@ -69,6 +69,8 @@ _LAYOUTS = {
     ),
     "xglm": _Layout(positions=None, final_norm="layer_norm"),
 }
+#: OPT alone counts positions by the attention mask; ``generate`` hands them over, a bare forward pass does not.
+_PADDED = "rows padded on the left need position_ids, which OPT works out of the mask itself"
 # Switches of a source that GPT-BigCode lacks, and what they would change.
 _SWITCHES = {
     "scale_attn_by_inverse_layer_idx": "scales each layer's attention by its index",
@@ -112,7 +114,8 @@ def host(build: Builder) -> Rewrite:
     result = _config(build, layout)
     if scale != 1.0:
         result["tie_word_embeddings"] = False
-    return build.finish(result, step, r"attn\.(attention\.)?(masked_)?bias$|embed_positions\.weights$")
+    rewrite = build.finish(result, step, r"attn\.(attention\.)?(masked_)?bias$|embed_positions\.weights$")
+    return replace(rewrite, facts={"note": _PADDED}) if kind == "opt" else rewrite
 
 
 def _refuse(build: Builder) -> None:

@@ -73,7 +73,7 @@ def host(model: Model, name: str = "auto") -> Rewrite:
             rewrite = build(
                 Builder(FAMILIES[model_type], FAMILIES[candidate], model.config, source.config, source.tensors)
             )
-            return replace(rewrite, facts={"before": model_type, "after": candidate})
+            return replace(rewrite, facts={"before": model_type, "after": candidate, **rewrite.facts})
         except UnsupportedError as refusal:
             refusals.append((candidate, str(refusal).removeprefix(f"{model_type}: ")))
     if len(refusals) == 1:

@@ -16,7 +16,9 @@ MIN_NEEDLE = 32
 Positive = Annotated[Count, Field(ge=1)]
 Counts = Annotated[tuple[Positive, ...], SPLIT]
 Names = Annotated[tuple[str, ...], SPLIT]
-Limits = Annotated[dict[str, float], pairs("NAME=LIMIT", "kl=0.5"), Flag(metavar="NAME=LIMIT")]
+# Of a limit that is given twice the stricter counts.
+Highest = Annotated[dict[str, float], pairs("NAME=LIMIT", "kl=0.5", min), Flag(metavar="NAME=LIMIT")]
+Lowest = Annotated[dict[str, float], pairs("NAME=LIMIT", "top1-agreement=0.9", max), Flag(metavar="NAME=LIMIT")]
 
 
 class EvaluateOptions(Options):
@@ -66,10 +68,10 @@ class EvaluateOptions(Options):
     )
     resamples: Count = Field(2000, ge=1, description="Of the bootstrap behind the intervals.")
     seed: Count = Field(0, ge=0, description="Of everything that is drawn.")
-    fail_above: Limits = Field(
+    fail_above: Highest = Field(
         {}, description="Exit with 5 where a figure is above, e.g. kl=0.5 or perplexity-ratio=1.2; repeat for more."
     )
-    fail_below: Limits = Field({}, description="The same for one below: top1-agreement=0.9.")
+    fail_below: Lowest = Field({}, description="The same for one below: top1-agreement=0.9.")
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateOptions:

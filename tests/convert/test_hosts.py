@@ -191,3 +191,20 @@ def test_inspect_names_the_hosts(tmp_path: Path) -> None:
     facts = inspect(str(tiny.save_tiny("gpt_neox", tmp_path)))
     assert facts["hosts"] == ["phi", "starcoder2", "nemotron"]
     assert facts["can_convert_to"]["2"] * 4 == facts["kv_bytes_per_token"]
+
+
+def test_what_differs_under_padding_is_said(tmp_path: Path) -> None:
+    """OPT alone counts positions by the mask: with position_ids, as ``generate`` gives them, its host agrees."""
+    for name in ("opt", "biogpt", "xglm", "gpt2", "gpt_neo"):
+        source = tiny.save_tiny(name, tmp_path / name)
+        done = convert(source, tmp_path / f"{name}-host", host="auto")
+        models = [AutoModelForCausalLM.from_pretrained(f).eval() for f in (source, tmp_path / f"{name}-host")]
+        mask = torch.ones_like(tiny.IDS)
+        mask[0, :4] = 0
+        places = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if name == "opt" else {}
+        with torch.no_grad():
+            before = models[0](tiny.IDS, attention_mask=mask).logits[mask.bool()]
+            after = models[1](tiny.IDS, attention_mask=mask, **places).logits[mask.bool()]
+        assert float((before - after).abs().max()) < 1e-4, name
+        said = "padded on the left need position_ids" in (tmp_path / f"{name}-host" / "README.md").read_text()
+        assert said == ("note" in done.as_json()["host"]) == (name == "opt")

@@ -74,7 +74,8 @@ def test_same_head_count_copies_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
-    assert old == new
+    assert old.items() <= new.items()
+    assert new.keys() - old.keys() <= {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
 
 
 @pytest.mark.parametrize("name", NAMES)

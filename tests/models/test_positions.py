@@ -46,3 +46,14 @@ def test_rotary_positions_run_on_and_are_told_of() -> None:
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "gemma2", "xglm", "gpt_oss"])
 def test_models_without_a_table_have_none(kind: str) -> None:
     assert position_rows(tiny_model(kind)) is None
+
+
+def test_a_vision_towers_table_is_not_the_decoders() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    assert position_rows(model) is None

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import rehead.models.probing as probing
 from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
-from rehead.errors import UsageError, VerificationError
+from rehead.errors import UnsupportedError, UsageError, VerificationError
 from rehead.models.tiny import randomize, tiny_model
 from rehead.patches import patch_model
 
@@ -307,3 +307,41 @@ def test_a_window_option_is_the_window_of_the_model():
     wide, narrow = (tiny_model("mistral", sliding_window=w) for w in (None, 5))
     with patch_model(wide, "tiled", window=5):
         torch.testing.assert_close(logits(wide), logits(narrow), atol=1e-5, rtol=1e-5)
+
+
+def test_an_unpatched_model_that_fails_with_a_cache_is_no_model_without_one(model, monkeypatch):
+    """What could not be compared is said, with the error; running out of memory is no reason to go on."""
+    real = model.forward
+
+    def failing(**inputs):
+        if inputs.get("past_key_values") is not None:
+            raise failure
+        return real(**inputs)
+
+    monkeypatch.setattr(model, "forward", failing)
+    failure: Exception = ValueError("no such cache")
+    with patch_model(model, "tiled") as patch:
+        proof = patch.prove()
+        assert proof.decoding is None
+        assert proof.undecided == "ValueError: no such cache"
+        assert "nothing (unpatched it fails: ValueError: no such cache)" in str(proof)
+        failure = MemoryError()
+        with pytest.raises(MemoryError):
+            patch.prove()
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "bloom", "mpt"])
+def test_a_trace_would_keep_the_padding_mask_and_is_refused(kind):
+    model = tiny_model(kind)
+    model.config.return_dict = model.config.use_cache = False
+    with patch_model(model, "tiled"), pytest.raises(UnsupportedError, match=r"torch\.jit\.trace.*torch\.export"):
+        torch.jit.trace(model, torch.arange(8)[None] + 5, strict=False, check_trace=False)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_empty_batches_and_rows_stay_empty(shape, masked):
+    model, ids = tiny_model("falcon"), torch.zeros(shape, dtype=torch.int64)
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    with torch.no_grad(), patch_model(model, "tiled"):
+        assert model(ids, **mask).logits.shape[:2] == shape

@@ -92,3 +92,12 @@ def test_a_gate_is_a_name_and_a_number(flag: str) -> None:
     assert EvaluateOptions.parse({"fail_above": (" kl = 0.5", "needle=1")}).fail_above == {"kl": 0.5, "needle": 1.0}
     with pytest.raises(UsageError, match="did you mean 'kl'"):
         check_gates({}, {"kll": 1.0})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_limit_given_twice_the_stricter_counts(order: int) -> None:
+    chosen = EvaluateOptions.parse(
+        {"fail_above": ["kl=0.5", "kl=0.1"][::order], "fail_below": ["needle=0.9", "needle=0.2"][::order]}
+    )
+    assert chosen.fail_above == {"kl": 0.1}
+    assert chosen.fail_below == {"needle": 0.9}
