@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 TRITON ?= 3.6.0
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check engines clean
 
 demo: $(READY)
 	@# Everything comes from this installation; nothing looks elsewhere.
@@ -27,6 +27,12 @@ check: $(READY)
 	cd .check && ../$(BIN)/lint-imports ../pyproject.toml --cache-dir cache --no-logo
 	cd .check && ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p rehead
 
+# Serving engines on what Rehead writes, each in an environment of its own below .engines: gigabytes and most of an hour.
+# `make engines ENGINES="llama.cpp vllm" CASES="llama qwen2"` runs a part of it.
+engines: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m rehead.benchmarks.engines \
+		$(if $(ENGINES),--engines $(ENGINES)) $(if $(CASES),--cases $(CASES))
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -40,4 +46,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .check demo-out demo-smollm2-out
+	rm -rf $(VENV) .engines build *.egg-info .pytest_cache .mypy_cache .ruff_cache .check demo-out demo-smollm2-out

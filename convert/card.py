@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain
+from rehead.models.serving import facts_of, sentences
 from rehead.version import __version__
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
             f"Code stays behind: {', '.join(map(code, left))}. A tokenizer that needs it loads from the original.",
             "",
         ]
+    engines = sentences(plan.raw_config.get("model_type", ""), facts_of(plan.raw_config))
+    lines += ["Engines, each run on a small model of this kind:", "", *(f"- {plain(line)}" for line in engines), ""]
     lines += [*code_block(command), ""]
     return "\n".join(lines)
 

@@ -1,0 +1,281 @@
+"""The small models that engines are given: one of every class that a conversion can end in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rehead.convert import convert
+from rehead.recipes.pipeline.named_models import embedded_model, write_smollm2
+
+HEADS, HEAD_DIM, HIDDEN, LAYERS = 4, 32, 128, 2
+
+# What every random model is given, of those names that its config has.
+COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+    "head_dim": HEAD_DIM, "intermediate_size": 192, "max_position_embeddings": 256, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False, "attention_dropout": 0.0,
+    "hidden_dropout": 0.0, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256,
+    "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
+PART_ROPE = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}
+ROPE = {"rope_type": "default", "rope_theta": 20000.0}
+WINDOWS = ["sliding_attention", "full_attention"]
+# Bases of other than 10000 show engines that do not read them; some classes get a case with 10000 beside.
+USUAL_PART_ROPE = {**PART_ROPE, "rope_theta": 10000.0}
+NEOX = {"hidden_act": "gelu", "rope_parameters": USUAL_PART_ROPE, "intermediate_size": 4 * HIDDEN}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "rope_parameters": ROPE, "rope_interleave": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+DENSE_LATENT = {
+    **LATENT, "first_k_dense_replace": LAYERS, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source and what is done to it.
+
+    Attributes:
+        source: a model type of transformers, built small with random weights; ``embedded`` or ``smollm2``.
+        config: fields of the random model's config.
+        convert: options of :func:`rehead.convert.convert`; None serves the source itself.
+        client: options for single engines' clients, by engine.
+        note: what the case stands for.
+        only: the engines that are given it; all, if empty.
+    """
+
+    source: str
+    config: dict[str, Any] = field(default_factory=dict)
+    convert: dict[str, Any] | None = field(default_factory=lambda: {"num_key_value_heads": 2})
+    client: dict[str, dict[str, Any]] = field(default_factory=dict)
+    note: str = ""
+    only: tuple[str, ...] = ()
+
+
+MQA = {"num_key_value_heads": 1}
+DENSE = {"contiguous_rotary": True}
+
+CASES: dict[str, Case] = {
+    "embedded": Case("embedded", note="the trained model that ships with Rehead, 8 KV heads to 2"),
+    "embedded-mqa": Case("embedded", convert=MQA),
+    "llama": Case("llama", {"rope_parameters": ROPE}),
+    "llama-mqa": Case("llama", {"rope_parameters": ROPE}, MQA),
+    "mistral": Case("mistral", {"sliding_window": None, "rope_parameters": ROPE}),
+    "mistral-window": Case("mistral", {"sliding_window": 32, "rope_parameters": ROPE}),
+    "mixtral": Case("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2": Case("qwen2", {"rope_parameters": ROPE}),
+    "qwen3": Case("qwen3", {"rope_parameters": ROPE}),
+    "gemma": Case("gemma", {"tie_word_embeddings": True}),
+    "gemma2": Case(
+        "gemma2",
+        {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]],
+            "sliding_window": 32,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-alternating": Case(
+        "gemma3_text",
+        {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+        note="every other layer with a window, where Gemma 3 has five of six",
+    ),
+    "phi": Case("phi", {"rope_parameters": PART_ROPE}),
+    "phi-usual": Case("phi", {"rope_parameters": USUAL_PART_ROPE, "intermediate_size": 4 * HIDDEN}),
+    "phi-mha": Case(
+        "phi", {"rope_parameters": USUAL_PART_ROPE, "intermediate_size": 4 * HIDDEN}, {"num_key_value_heads": HEADS}
+    ),
+    "phi3": Case("phi3", {"rope_parameters": ROPE}),
+    "gpt_neox-parallel": Case("gpt_neox", NEOX, note="re-hosted as phi"),
+    "gpt_neox-parallel-mha": Case("gpt_neox", NEOX, {"host": "phi"}, note="re-hosted as phi, as many KV heads"),
+    "gpt_neox-serial": Case("gpt_neox", {**NEOX, "use_parallel_residual": False}, note="re-hosted as nemotron"),
+    "gpt_neox-serial-full": Case(
+        "gpt_neox",
+        {**NEOX, "rope_parameters": {**USUAL_PART_ROPE, "partial_rotary_factor": 1.0}, "use_parallel_residual": False},
+        note="re-hosted as starcoder2",
+    ),
+    "gptj": Case("gptj", {"rotary_dim": 16, "n_inner": None}, note="re-hosted as phi"),
+    "codegen": Case("codegen", {"rotary_dim": 16, "n_inner": None}, note="re-hosted as phi"),
+    "gpt2": Case("gpt2", {"tie_word_embeddings": True}, MQA, note="re-hosted as gpt_bigcode"),
+    "opt": Case(
+        "opt",
+        {"ffn_dim": 512, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True},
+        MQA,
+        note="re-hosted as gpt_bigcode",
+    ),
+    "biogpt": Case("biogpt", {"intermediate_size": 512}, MQA, note="re-hosted as gpt_bigcode, head of its own"),
+    "gpt_bigcode": Case("gpt_bigcode", {"multi_query": False, "tie_word_embeddings": True}, MQA),
+    "starcoder2": Case("starcoder2", {"rope_parameters": ROPE, "sliding_window": None}),
+    "nemotron": Case("nemotron", {"rope_parameters": PART_ROPE}),
+    "falcon-mqa": Case(
+        "falcon",
+        {
+            "multi_query": False,
+            "new_decoder_architecture": False,
+            "num_kv_heads": HEADS,
+            "ffn_hidden_size": 512,
+            "tie_word_embeddings": True,
+        },
+        MQA,
+    ),
+    "falcon-gqa": Case(
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": HEADS, "ffn_hidden_size": 512, "tie_word_embeddings": True},
+    ),
+    "glm": Case("glm", {"rope_parameters": PART_ROPE}),
+    "glm-usual": Case("glm", {"rope_parameters": USUAL_PART_ROPE}),
+    "glm4": Case("glm4", {"rope_parameters": PART_ROPE}),
+    "stablelm": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": PART_ROPE}),
+    "stablelm-usual": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": USUAL_PART_ROPE}),
+    "stablelm-parallel": Case(
+        "stablelm",
+        {"rope_parameters": USUAL_PART_ROPE},
+        {"block": "parallel", "layers": "all"},
+        note="blocks made parallel",
+    ),
+    "olmo2": Case("olmo2", {"rope_parameters": ROPE}),
+    "cohere": Case("cohere", {"rope_parameters": ROPE, "tie_word_embeddings": True}),
+    "granite": Case("granite", {"rope_parameters": ROPE, "attention_multiplier": 0.2}),
+    "smollm3": Case("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "rope_parameters": ROPE}),
+    "t5": Case(
+        "t5",
+        {
+            "d_model": HIDDEN,
+            "d_kv": HEAD_DIM,
+            "d_ff": 192,
+            "num_layers": LAYERS,
+            "num_heads": HEADS,
+            "decoder_start_token_id": 0,
+        },
+        note="carries a modelling file",
+    ),
+    "granite_swa": Case(
+        "granite_swa",
+        {
+            "layer_types": WINDOWS,
+            "layer_rope_theta": [20000.0, 20000.0],
+            "rope_parameters": ROPE,
+            "sliding_window": 32,
+            "attention_multiplier": HEAD_DIM**-0.5,
+            "num_key_value_heads": 2,
+        },
+        None,
+        note="written directly: windows with sinks",
+    ),
+    "youtu": Case("youtu", LATENT, None, {"vllm": DENSE}, note="written directly: latent attention"),
+    "youtu-27": Case(
+        "youtu", {**LATENT, "num_hidden_layers": 27}, None, {"vllm": DENSE}, note="the same with 27 layers"
+    ),
+    "youtu-queries": Case(
+        "youtu", {**LATENT, "q_lora_rank": 64}, None, {"vllm": DENSE}, note="the same with a latent of the queries"
+    ),
+    "deepseek_v3": Case(
+        "deepseek_v3", DENSE_LATENT, None, {"vllm": DENSE}, note="written directly: latent attention, every layer dense"
+    ),
+    "deepseek_v3-as-shipped": Case(
+        "deepseek_v3", DENSE_LATENT, None, note="the same, vLLM's rotary op as it is shipped", only=("vllm",)
+    ),
+    "deepseek_v3-27": Case(
+        "deepseek_v3",
+        {**DENSE_LATENT, "num_hidden_layers": 27, "first_k_dense_replace": 27},
+        None,
+        {"vllm": DENSE},
+        note="the same with 27 layers",
+    ),
+    "deepseek_v3-queries": Case(
+        "deepseek_v3",
+        {**DENSE_LATENT, "q_lora_rank": 64},
+        None,
+        {"vllm": DENSE},
+        note="the same with a latent of the queries",
+    ),
+    "smollm2": Case(
+        "smollm2",
+        convert={"num_key_value_heads": 1, "method": "svd", "calibration_tokens": 2048},
+        client={"llama.cpp": {"numbered": False}},
+        note="SmolLM2-135M-Instruct, 3 KV heads to 1",
+    ),
+}
+
+
+def build(name: str, folder: Path) -> Path:
+    """Write the case's model below a folder and return where it is; made once.
+
+    Args:
+        name: a key of :data:`CASES`.
+        folder: holds all cases.
+    """
+    case = CASES[name]
+    out = folder / name / "model"
+    if (out / "config.json").is_file():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if case.convert is None:
+        _random_model(case, out)
+        return out
+    source = _SOURCES.get(case.source, _random_model)(case, folder / name / "source")
+    convert(source, out, **case.convert)
+    return out
+
+
+def _embedded(case: Case, out: Path) -> Path:
+    return embedded_model()
+
+
+def _smollm2(case: Case, out: Path) -> Path:
+    # One copy for all cases that start from it.
+    shared = out.parent.parent / "smollm2-source"
+    if not shared.is_dir():
+        write_smollm2(shared)
+    return shared
+
+
+_SOURCES: dict[str, Callable[[Case, Path], Path]] = {"embedded": _embedded, "smollm2": _smollm2}
+
+
+def _random_model(case: Case, out: Path) -> Path:
+    """A small model of the case's class with the embedded model's tokenizer, every parameter random, in float32."""
+    import inspect
+
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
+    cls: Any = CONFIG_MAPPING[case.source]
+    known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "attribute_map", {}))
+    values = {key: value for key, value in COMMON.items() if key in known} | case.config
+    config = cls(vocab_size=len(tokenizer), **values)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto.from_config(config, dtype=torch.float32)
+        randomise(model)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    return out
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Random weights that keep activations near one; norms and biases too, so that nothing hides behind ones."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * 0.8 * parameter.shape[-1] ** -0.5)
+            elif "norm" in name or "ln_" in name:
+                parameter.copy_(0.2 * noise + (0.1 if name.endswith("bias") else 1.0))
+            else:
+                parameter.copy_(0.3 * noise)

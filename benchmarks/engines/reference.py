@@ -1,0 +1,93 @@
+"""What transformers itself answers: greedy tokens, their log-probabilities and the bytes that its cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NEW_TOKENS = 24
+PROMPT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A greedy continuation by transformers, in float32.
+
+    Attributes:
+        prompt, tokens: ids.
+        logprobs: of the tokens, nats.
+        margin: the smallest lead of a token's log-probability over the next best; equal computations may part below it.
+        cache_bytes_per_token: of what the cache holds per token, over all layers that keep every token.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    margin: float
+    cache_bytes_per_token: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self)
+
+
+def prompt_of(folder: Path, length: int = PROMPT_TOKENS) -> list[int]:
+    """The start of the held-out text that ships with Rehead, in the folder's own tokens."""
+    import gzip
+    from importlib.resources import files
+
+    from transformers import AutoTokenizer
+
+    text = gzip.decompress((files("rehead.recipes.assets") / "heldout.txt.gz").read_bytes()).decode()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    return tokenizer(text[:8000], add_special_tokens=False)["input_ids"][:length]
+
+
+def continue_greedily(folder: Path, prompt: list[int], count: int = NEW_TOKENS) -> Reference:
+    """Load a folder as anybody would, in float32, and continue a prompt through the cache.
+
+    Args:
+        prompt: token ids. An encoder-decoder reads them in its encoder and starts its decoder as its config says.
+        count: new tokens.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    import rehead  # noqa: F401  (its own classes load by their names)
+
+    config = AutoConfig.from_pretrained(folder)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    margin = float("inf")
+    cache, given = None, {"input_ids": torch.tensor([prompt])}
+    if config.is_encoder_decoder:
+        encoded = model.get_encoder()(**given)
+        given = {"decoder_input_ids": torch.tensor([[config.decoder_start_token_id]])}
+    with torch.no_grad():
+        for _ in range(count):
+            if config.is_encoder_decoder:
+                given["encoder_outputs"] = encoded
+            answer = model(**given, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            best = answer.logits[0, -1].log_softmax(-1).topk(2)
+            tokens.append(int(best.indices[0]))
+            logprobs.append(float(best.values[0]))
+            margin = min(margin, float(best.values[0] - best.values[1]))
+            name = "decoder_input_ids" if config.is_encoder_decoder else "input_ids"
+            given = {name: torch.tensor([tokens[-1:]])}
+    return Reference(prompt, tokens, logprobs, margin, _bytes_per_token(cache))
+
+
+def _bytes_per_token(cache: Any) -> float:
+    """Over all layers; a windowed layer counts with what it holds per token held."""
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    return sum(
+        tensor.numel() * tensor.element_size() / tensor.shape[-2]
+        for layer in layers
+        for tensor in (layer.keys, layer.values)
+        if isinstance(tensor, torch.Tensor) and tensor.numel()
+    )

@@ -1,0 +1,126 @@
+"""Which engines give the same tokens as transformers for a class of model, as they were run.
+
+``make engines`` (``benchmarks/engines``) runs them and writes ``serving.json`` beside this file; cards and README read
+it.
+A class serves or fails by what its config says besides the type, so a run counts only for configs with equal facts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+SAME = "same"
+DIFFERENT = "different"
+REFUSED = "refused"
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_EQUAL_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one engine did with one small model.
+
+    Attributes:
+        engine, version: by the names that they report.
+        outcome: :data:`SAME`, :data:`DIFFERENT` or :data:`REFUSED`.
+        tokens, of: greedy tokens equal to transformers' before the first that differs, of so many.
+        logprob_difference: largest difference of a token's log-probability (nats) among those; None where not given.
+        cache_bytes_per_token: float32, all layers, as the engine reports them; None where it does not.
+        notes: what the client had to do, or the engine's reason for its refusal.
+        case: the model that was run, by its name in ``benchmarks/engines/cases.py``.
+    """
+
+    engine: str
+    version: str
+    outcome: str
+    tokens: int
+    of: int
+    logprob_difference: float | None
+    cache_bytes_per_token: float | None
+    notes: tuple[str, ...]
+    case: str
+
+
+def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What, besides the type, decides whether an engine's class of the same name computes the same.
+
+    Args:
+        config: a checkpoint's ``config.json``; of a config's defaults only those that it spells out are seen.
+    """
+    heads, kv = _first(config, _HEADS), _first(config, _KV_HEADS)
+    if config.get("multi_query") and config.get("model_type") in ("gpt_bigcode", "falcon"):
+        kv = kv if config.get("new_decoder_architecture") else 1
+    if config.get("kv_lora_rank"):
+        sharing = "latent"
+    elif not kv or kv == heads:
+        sharing = "MHA"
+    else:
+        sharing = "MQA" if kv == 1 else "GQA"
+    activation = _first(config, _ACTIVATIONS)
+    rope = config.get("rope_parameters") or {}
+    width = _first(config, ("hidden_size", "n_embd"))
+    context = _first(config, ("max_position_embeddings", "n_positions")) or 0
+    return {
+        "attention": sharing,
+        "activation": _EQUAL_ACTIVATIONS.get(activation, activation),
+        "custom_code": bool(config.get("auto_map")),
+        "windows": 0 < (config.get("sliding_window") or 0) < context and config.get("use_sliding_window", True),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+        "usual_rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)) == 10000.0,
+        "ffn_is_4_times_as_wide": _first(config, ("intermediate_size", "n_inner")) in (None, 4 * (width or 0)),
+        "query_latent": config.get("q_lora_rank") is not None,
+        "layers": _first(config, ("num_hidden_layers", "n_layer")) if config.get("kv_lora_rank") else None,
+    }
+
+
+# What always has to agree; other facts decide only for types whose runs differ in them.
+_DECIDING = ("attention", "activation", "custom_code", "windows")
+
+
+def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
+    """The runs that hold for a model, in the order in which engines are listed; empty where none was run.
+
+    Args:
+        model_type: as in ``config.model_type``.
+        facts: of :func:`facts_of`. Groups of any size are one kind of sharing.
+    """
+    rows = [row for row in results()["rows"] if row["model_type"] == model_type]
+    for key in dict.fromkeys([*_DECIDING, *facts]):
+        same = [row for row in rows if row["facts"].get(key) == facts.get(key)]
+        rows = same if same or key in _DECIDING else rows
+    return [Run(**{**run, "notes": tuple(run["notes"]), "case": row["case"]}) for row in rows for run in row["runs"]]
+
+
+def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
+    """What a model card says about engines: one line for each engine, or one that says that none was run."""
+    lines: dict[str, str] = {}
+    for run in served_by(model_type, facts):
+        if run.outcome == SAME:
+            text = f"{run.tokens} of {run.of} greedy tokens as transformers gives them"
+        elif run.outcome == DIFFERENT:
+            text = "loads it and computes something else: do not use it"
+        else:
+            text = f"does not take it ({'; '.join(run.notes)})"
+        extra = [note for note in run.notes if run.outcome == SAME]
+        lines.setdefault(
+            run.engine, f"{run.engine} {run.version}: {text}" + (f" ({'; '.join(extra)})" if extra else "")
+        )
+    return list(lines.values()) or ["no engine has been run on a model of this kind"]
+
+
+@cache
+def results() -> dict[str, Any]:
+    """The recorded runs: ``versions``, ``date`` and ``rows``, one for each small model."""
+    return json.loads(files("rehead.models").joinpath("serving.json").read_text(encoding="utf-8"))
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)

@@ -1,0 +1,111 @@
+"""What engines were seen to serve: facts of a config, and the runs that hold for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from rehead.convert import convert
+from rehead.models import serving
+from rehead.models.serving import DIFFERENT, REFUSED, SAME, facts_of, served_by
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_act": "silu"}
+
+
+def test_how_heads_are_shared() -> None:
+    assert facts_of(LLAMA)["attention"] == "GQA"
+    assert facts_of(LLAMA | {"num_key_value_heads": 1})["attention"] == "MQA"
+    assert facts_of(LLAMA | {"num_key_value_heads": 8})["attention"] == "MHA"
+    assert facts_of({"model_type": "gpt_bigcode", "n_head": 4, "multi_query": True})["attention"] == "MQA"
+    assert facts_of({"model_type": "gpt_bigcode", "n_head": 4, "multi_query": False})["attention"] == "MHA"
+    assert facts_of(LLAMA | {"kv_lora_rank": 64})["attention"] == "latent"
+
+
+def test_names_of_one_activation_are_one() -> None:
+    assert facts_of(LLAMA | {"hidden_act": "gelu_new"}) == facts_of(LLAMA | {"hidden_act": "gelu_pytorch_tanh"})
+    assert facts_of(LLAMA | {"hidden_act": "gelu"}) != facts_of(LLAMA | {"hidden_act": "gelu_new"})
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch):
+    """Runs of a record: (config, outcome) for each."""
+
+    def record(*rows: tuple[dict, str]) -> None:
+        run = {
+            "engine": "an engine", "version": "1", "tokens": 24, "of": 24, "logprob_difference": 0.0,
+            "cache_bytes_per_token": None, "notes": ["a note"],
+        }  # fmt: skip
+        monkeypatch.setattr(
+            serving,
+            "results",
+            lambda: {
+                "rows": [
+                    {
+                        "case": str(number),
+                        "model_type": config["model_type"],
+                        "facts": facts_of(config),
+                        "runs": [{**run, "outcome": outcome}],
+                    }
+                    for number, (config, outcome) in enumerate(rows)
+                ]
+            },
+        )
+
+    return record
+
+
+def outcomes(config: dict) -> list[str]:
+    return [run.outcome for run in served_by(config["model_type"], facts_of(config))]
+
+
+def test_a_run_counts_for_its_kind_only(recorded) -> None:
+    recorded((LLAMA, SAME), (LLAMA | {"hidden_act": "relu"}, DIFFERENT))
+    assert outcomes(LLAMA) == [SAME]
+    assert outcomes(LLAMA | {"hidden_act": "relu"}) == [DIFFERENT]
+    assert outcomes(LLAMA | {"hidden_act": "gelu"}) == []
+    assert outcomes(LLAMA | {"num_key_value_heads": 1}) == []
+    assert outcomes(LLAMA | {"model_type": "mistral"}) == []
+
+
+def test_other_facts_decide_where_runs_differ_in_them(recorded) -> None:
+    other = LLAMA | {"rope_parameters": {"rope_theta": 5e5}}
+    recorded((LLAMA, SAME))
+    assert outcomes(other) == [SAME]
+    recorded((LLAMA, SAME), (other, REFUSED))
+    assert outcomes(LLAMA) == [SAME]
+    assert outcomes(other) == [REFUSED]
+
+
+def test_what_a_card_says(recorded) -> None:
+    recorded((LLAMA, SAME))
+    assert serving.sentences("llama", facts_of(LLAMA)) == [
+        "an engine 1: 24 of 24 greedy tokens as transformers gives them (a note)"
+    ]
+    recorded((LLAMA, DIFFERENT))
+    assert "do not use it" in serving.sentences("llama", facts_of(LLAMA))[0]
+    assert "no engine" in serving.sentences("mpt", facts_of({"model_type": "mpt"}))[0]
+
+
+def test_a_converted_model_says_what_serves_it(tmp_path: Path) -> None:
+    tiny.save_tiny("llama-mha", tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=2)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    lines = serving.sentences("llama", facts_of(config))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(line.split(":")[0] in card for line in lines)
+    assert "llama.cpp" in card
+
+
+def test_the_record_that_ships() -> None:
+    rows = serving.results()["rows"]
+    assert len({row["case"] for row in rows}) == len(rows) > 30
+    for row in rows:
+        for run in row["runs"]:
+            assert run["outcome"] in (SAME, DIFFERENT, REFUSED)
+            assert (run["outcome"] == SAME) <= (run["tokens"] == run["of"] == 24)
+            assert run["version"]
+    assert "/tmp" not in json.dumps(rows)
+    assert outcomes(LLAMA)
