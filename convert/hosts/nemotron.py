@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rehead.convert.hosts.rope import rope_fields
+from rehead.convert.hosts.rope import refuse_rope, rope_fields
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
 from rehead.models.rewrite import Builder, Rewrite
 
@@ -19,6 +19,7 @@ def host(build: Builder) -> Rewrite:
         UnsupportedError: parallel blocks.
     """
     config = build.config
+    refuse_rope(build, spanning=True)
     size = build.source.head_dim(config)
     result = common_config(build, "NemotronForCausalLM") | {
         "head_dim": size,

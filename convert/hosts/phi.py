@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rehead.convert.hosts.rope import rope_fields
+from rehead.convert.hosts.rope import refuse_rope, rope_fields
 from rehead.models.equivalent_heads import as_halves, fold_bias, fold_matrix, with_biases, with_norm_folded
 from rehead.models.heads import Heads
 from rehead.models.rewrite import Builder, Read, Rewrite
@@ -49,6 +49,7 @@ def _gpt_neox(build: Builder) -> Rewrite:
     config, layers, root = build.config, build.source.layer, build.root
     if not config.use_parallel_residual:
         raise build.refuse("its blocks are serial and Phi's are parallel; use --host auto")
+    refuse_rope(build, spanning=False)
     result = _config(build) | {
         "intermediate_size": config.intermediate_size,
         "hidden_act": config.hidden_act,

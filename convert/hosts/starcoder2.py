@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rehead.convert.hosts.rope import rope_fields
+from rehead.convert.hosts.rope import refuse_rope, rope_fields
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
 from rehead.models.rewrite import Builder, Rewrite
 
@@ -14,6 +14,7 @@ def host(build: Builder) -> Rewrite:
         UnsupportedError: parallel blocks, or RoPE over a part of the head.
     """
     config = build.config
+    refuse_rope(build, spanning=True)
     size, turning = build.source.head_dim(config), build.source.rotary_dims(config, 0)
     result = common_config(build, "Starcoder2ForCausalLM")
     if turning != size:

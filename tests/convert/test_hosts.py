@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import IDS, loaded, logits
 from transformers import AutoModelForCausalLM
@@ -208,3 +210,25 @@ def test_what_differs_under_padding_is_said(tmp_path: Path) -> None:
         assert float((before - after).abs().max()) < 1e-4, name
         said = "padded on the left need position_ids" in (tmp_path / f"{name}-host" / "README.md").read_text()
         assert said == ("note" in done.as_json()["host"]) == (name == "opt")
+
+
+@settings(max_examples=14, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    host=st.sampled_from(["phi", "starcoder2", "nemotron"]),
+    kind=st.sampled_from(["default", "linear", "proportional"]),
+    factor=st.sampled_from([0.25, 0.45, 0.5, 0.9, 0.95, 1.0]),
+)  # fmt: skip
+def test_a_host_rotates_as_its_model_did_or_refuses(
+    host: str, kind: str, factor: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("neox")
+    rope = {"rope_type": kind, "rope_theta": 1e4, "partial_rotary_factor": factor, "factor": 2.0}
+    sizes = {"hidden_size": 128, "use_parallel_residual": host == "phi", "rope_parameters": rope}
+    source = tiny.save_tiny("gpt_neox", folder / "source", **sizes)
+    try:
+        convert(source, folder / "out", host=host)
+    except UnsupportedError:
+        assert factor != 1.0 or kind == "proportional"
+        return
+    before, after = (tiny.logits(AutoModelForCausalLM.from_pretrained(folder / name)) for name in ("source", "out"))
+    assert float((before - after).abs().max()) < 1e-4
