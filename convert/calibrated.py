@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
 from rehead.convert.planning import Plan
 from rehead.data.calibration import CalibrationText, load_calibration
+from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job, LayerJob
 from rehead.healing.moments import Moments
-from rehead.healing.run import heal
+from rehead.healing.run import heal, solve
 from rehead.models.by_heads import tensors_of
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
@@ -24,11 +24,17 @@ from rehead.models.rewrite import Changed, LayerForm
 from rehead.models.rewritten import cast
 
 
-def calibrate(
-    plan: Plan, work_dir: Path, device: torch.device, report: dict[int, dict[str, Any]], progress: Progress | None
-) -> tuple[Callable[[int], dict[str, Tensor]], dict[str, Any]]:
+def calibrate(plan: Plan, finished: FinishedLayers, device: torch.device, progress: Progress | None) -> dict[str, Any]:
     """Compute a plan's layers over its calibration text; as :func:`rehead.healing.run.heal`."""
-    return heal(job_of(plan), calibration_text(plan), work_dir, device, report, progress)
+    return heal(job_of(plan), calibration_text(plan), finished, device, progress)
+
+
+def calibrate_many(
+    plans: Sequence[Plan], finished: Sequence[FinishedLayers], device: torch.device, progress: Progress | None
+) -> dict[str, Any]:
+    """The same for several plans for one model that want closed forms alone, in one pass over its text; as
+    :func:`rehead.healing.run.solve`."""
+    return solve([job_of(plan) for plan in plans], calibration_text(plans[0]), finished, device, progress)
 
 
 def calibration_text(plan: Plan) -> CalibrationText:

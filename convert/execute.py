@@ -154,8 +154,11 @@ def _execute(
         details: dict[str, Any] = {}
         if plan.calibrated:
             from rehead.convert.calibrated import calibrate
+            from rehead.healing.finished import FinishedLayers
 
-            provide, details = calibrate(plan, target.work_dir, resolve_device(device), result.layers, progress)
+            provide = layers = FinishedLayers(target.work_dir)
+            details = calibrate(plan, layers, resolve_device(device), progress)
+            result.layers.update(layers.facts)
 
         def note(layer: int, facts: dict[str, Any]) -> None:
             if facts:

@@ -8,6 +8,7 @@ positions and what earlier layers hand on to later ones (shared keys and values)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ class LayerwiseModel:
         self.model, self.device = model, device
         register_probe()
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            self.module = causal_lm_class(config)(config).eval()
+            self.module = causal_lm_class(config)(copy.deepcopy(config)).eval()  # _use() writes to it
         self.module.requires_grad_(False)
         path = model.module_layer.split("{i}")[0].rstrip(".")
         self.layers: nn.ModuleList = self.module.get_submodule(path)  # type: ignore[assignment]

@@ -1,116 +1,181 @@
 """Healing a whole model: original and changed model side by side, one layer of each at a time.
 
 Both are run over the same text. Before a layer is changed, the changed prefix has already run, so a layer is fitted to
-the inputs that it will really get; what it ought to give is what the original gives on its own inputs.
+the inputs that it will really get; what it ought to give is what the original gives on its own inputs. Closed forms
+alone can also be solved on what the original itself sees: then one pass over the text serves any number of them.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rehead.checkpoints.files import whole
 from rehead.console import Progress
 from rehead.data.calibration import CalibrationText
-from rehead.errors import first_line
+from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job
 from rehead.healing.layer import Healer
 from rehead.healing.layerwise import LayerwiseModel
+from rehead.healing.moments import Moments
+from rehead.healing.rotation import rotation_of
 from rehead.healing.runner import Runner, TextState
+from rehead.healing.sight import gather_moments
+from rehead.models.heads import Heads
+from rehead.models.model import Model
 
 #: Tokens in one forward pass of a layer.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
+@torch.no_grad()
 def heal(
     job: Job,
     text: CalibrationText,
-    work_dir: Path,
+    finished: FinishedLayers,
     device: torch.device,
-    report: dict[int, dict[str, Any]],
     progress: Progress | None = None,
-) -> tuple[Callable[[int], dict[str, Tensor]], dict[str, Any]]:
-    """Change every layer of a job over calibration text and keep the results in ``work_dir``.
+) -> dict[str, Any]:
+    """Change every layer of a job over calibration text.
 
     Args:
         job: what to do.
         text: what to run the models over.
-        work_dir: one file for each finished layer, which a run that resumes does not compute again.
+        finished: where the changed layers go; those that are there are not computed again.
         device: where layers run.
-        report: filled with each layer's facts.
 
     Returns:
-        (layer -> its new tensors, facts for the manifest).
+        Facts for the manifest.
 
     Raises:
         UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
     """
+    original, before = _start(job.original, text, device)
+    changed = Runner(LayerwiseModel(job.changed, job.config, device), original.batch_tokens)
+    changed.model.calls = original.model.calls
+    healer, prefix = Healer(job, original, changed), before.clone()
+    for layer in _layers(job.original, progress):
+        original.model.load_layer(layer)
+        if layer not in job.layers:
+            original.run(layer, prefix)
+            original.run(layer, before)
+            original.model.unload_layer(layer)
+            continue
+        tensors = finished.load(layer)
+        if tensors is None:
+            tensors, facts = healer.heal(layer, before, prefix)
+            finished.save(layer, tensors, facts)
+        else:
+            original.run(layer, before)
+        original.model.unload_layer(layer)
+        changed.model.load_layer(layer, tensors)
+        changed.run(layer, prefix)
+        changed.model.unload_layer(layer)
+    return {**_text_facts(text, device), "drift": round(_distance(prefix, before), 6)}
+
+
+@torch.no_grad()
+def solve(
+    jobs: Sequence[Job],
+    text: CalibrationText,
+    finished: Sequence[FinishedLayers],
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Solve the closed forms of several jobs for one original in one pass over the text.
+
+    Moments are gathered once for each layer, as finely as any of the jobs needs them, on what the original itself sees:
+    unlike in :func:`heal`, no layer knows what those before it have drifted by.
+
+    Args:
+        jobs: without refit and fit, which follow each job's own drift.
+        finished: where each job's layers go.
+
+    Returns:
+        Facts for the manifests.
+
+    Raises:
+        ValueError: a job has more than closed forms.
+    """
+    every = [layer_job for job in jobs for layer_job in job.layers.values()]
+    if any(part.refit or part.fit or part.writers or part.closed_form is None for part in every):
+        raise ValueError("only closed forms can share one pass")
+    needs = tuple(dict.fromkeys(name for part in every for name in part.needs))
+    groups = math.lcm(*(part.groups for part in every))
+    for layer, heads, moments in moments_of(jobs[0].original, text, needs, groups, device, progress):
+        for job, folder in zip(jobs, finished):
+            form = job.layers[layer].closed_form
+            assert form is not None
+            changed = form(heads, moments)
+            weights = changed.weights
+            tensors = job.tensors(layer, weights) if isinstance(weights, Heads) else weights
+            folder.save(layer, {name: job.store(name, tensor) for name, tensor in tensors.items()}, changed.facts)
+    return _text_facts(text, device)
+
+
+@torch.no_grad()
+def moments_of(
+    model: Model,
+    text: CalibrationText,
+    needs: Sequence[str],
+    groups: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, Heads, Moments]]:
+    """Run a model over text once and give what each of its attention layers sees.
+
+    Args:
+        needs: names of moments (:data:`~rehead.healing.moments.MOMENTS`).
+        groups: of neighbouring query heads; :meth:`~rehead.healing.moments.Moments.merged` makes coarser ones of them.
+
+    Yields:
+        (layer, its heads, float32 on the device, its moments), one layer in memory at a time.
+    """
+    runner, state = _start(model, text, device)
+    for layer in _layers(model, progress):
+        runner.model.load_layer(layer)
+        if layer in model.layers:
+            heads = model.heads(layer).to(device, torch.float32)
+            inputs = runner.attention_inputs(layer, state)
+            rotation = rotation_of(runner, layer, heads, max(text.lengths))
+            yield layer, heads, gather_moments(runner, layer, heads, state, inputs, needs, groups, rotation)
+        runner.run(layer, state)
+        runner.model.unload_layer(layer)
+
+
+def _start(model: Model, text: CalibrationText, device: torch.device) -> tuple[Runner, TextState]:
+    """(a model to run layer by layer, the text before its first layer)."""
     batch_tokens = _BATCH_TOKENS.get(device.type, 4096)
-    with torch.no_grad():
-        original = Runner(LayerwiseModel(job.original, job.original.config, device), batch_tokens)
-        changed = Runner(LayerwiseModel(job.changed, job.config, device), batch_tokens)
-        hidden = _placed(original.model.embed(text.tokens, batch_tokens), device)
-        changed.model.calls = original.model.calls
-        healer, before = Healer(job, original, changed), TextState(hidden)
-        prefix = before.clone()
-        total = job.changed.config.num_hidden_layers
-        for layer in range(total):
-            if progress is not None:
-                progress("calibrating", layer, total)
-            original.model.load_layer(layer)
-            if layer in job.layers:
-                tensors = _heal_layer(healer, layer, before, prefix, work_dir, report)
-                original.model.unload_layer(layer)
-                changed.model.load_layer(layer, tensors)
-                changed.run(layer, prefix)
-                changed.model.unload_layer(layer)
-            else:
-                original.run(layer, prefix)
-                original.run(layer, before)
-                original.model.unload_layer(layer)
+    runner = Runner(LayerwiseModel(model, model.config, device), batch_tokens)
+    hidden = runner.model.embed(text.tokens, batch_tokens)
+    # Kept where the layers run, if several copies fit there.
+    if device.type == "cuda" and sum(part.nbytes for part in hidden) * 8 > torch.cuda.mem_get_info(device)[0]:
+        hidden = [part.cpu() for part in hidden]
+    return runner, TextState(hidden)
+
+
+def _layers(model: Model, progress: Progress | None) -> Iterator[int]:
+    """Every layer's index; tells how many are done."""
+    total = model.config.num_hidden_layers
+    for layer in range(total):
         if progress is not None:
-            progress("calibrating", total, total)
-    details = {
+            progress("calibrating", layer, total)
+        yield layer
+    if progress is not None:
+        progress("calibrating", total, total)
+
+
+def _text_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
+    lengths = text.lengths
+    return {
         "text": text.names,
         "tokens": text.count,
-        "length": text.lengths[0] if len(text.lengths) == 1 else text.lengths,
+        "length": lengths[0] if len(lengths) == 1 else lengths,
         "device": str(device),
-        "drift": round(_distance(prefix, before), 6),
     }
-
-    def provide(layer: int) -> dict[str, Tensor]:
-        done = _load(work_dir, layer)
-        assert done is not None, f"layer {layer} was calibrated but its file is gone"
-        return done[0]
-
-    return provide, details
-
-
-def _heal_layer(
-    healer: Healer, layer: int, before: TextState, prefix: TextState, work_dir: Path, report: dict[int, dict[str, Any]]
-) -> dict[str, Tensor]:
-    """The layer's new tensors, computed or from an earlier run; ``before`` is brought through the original's."""
-    done = _load(work_dir, layer)
-    if done is None:
-        done = healer.heal(layer, before, prefix)
-        _save(work_dir, layer, *done)
-    else:
-        healer.original.run(layer, before)
-    tensors, report[layer] = done
-    return tensors
-
-
-def _placed(hidden: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Keep the text's hidden states where the layers run, if several copies of them fit there."""
-    if device.type == "cuda" and sum(part.nbytes for part in hidden) * 8 > torch.cuda.mem_get_info(device)[0]:
-        return [part.cpu() for part in hidden]
-    return hidden
 
 
 def _distance(state: TextState, other: TextState) -> float:
@@ -121,30 +186,3 @@ def _distance(state: TextState, other: TextState) -> float:
 
     gap = size(a - b for a, b in zip(state.hidden, other.hidden))
     return (gap / max(size(iter(other.hidden)), 1e-24)) ** 0.5
-
-
-def _save(folder: Path, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write a finished layer so that a kill leaves either all of it or nothing."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with whole(folder / f"layer-{layer:05d}.safetensors") as part:
-        try:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, {"facts": json.dumps(facts)})
-        except SafetensorError as error:  # wraps what the system says
-            code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else 0
-            raise OSError(code, first_line(error)) from None
-
-
-def _load(folder: Path, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / f"layer-{layer:05d}.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as f:
-            facts = json.loads((f.metadata() or {})["facts"])
-            return {name: f.get_tensor(name) for name in f.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError):
-        return None

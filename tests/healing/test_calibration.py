@@ -21,6 +21,7 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.healing import moments as moments_module
 from rehead.healing import run as calibration_run
 from rehead.healing import sight
+from rehead.healing.finished import FinishedLayers
 from rehead.healing.layerwise import LayerwiseModel
 from rehead.healing.logits import LogitModel, LogitTargets, logit_error, refit_logits
 from rehead.healing.moments import Moments
@@ -126,32 +127,32 @@ def test_what_cannot_be_saved_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     weight = {"weight": torch.zeros(2)}
     (tmp_path / "gone").write_text("a file where the folder was")
     with pytest.raises(ResourceError, match=r"layer-00003.safetensors: cannot be written: .*(exists|[Nn]ot a dir)"):
-        calibration_run._save(tmp_path / "gone", 3, weight, {})
+        FinishedLayers(tmp_path / "gone").save(3, weight, {})
 
     def full(*arguments: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(ResourceError, match=r"layer-00003.safetensors: cannot be written: the disk is full"):
-        calibration_run._save(tmp_path, 3, weight, {})
+        FinishedLayers(tmp_path).save(3, weight, {})
 
 
 def test_a_killed_calibration_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, monkeypatch) -> None:
     options = {"num_key_value_heads": 1, "method": "svd", "refit": True, **SMALL}
     convert(llama, tmp_path / "whole", **options)
-    save = calibration_run._save
+    save = FinishedLayers.save
 
-    def stop_after_first(folder, layer, tensors, facts):
-        save(folder, layer, tensors, facts)
+    def stop_after_first(finished, layer, tensors, facts):
+        save(finished, layer, tensors, facts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration_run, "_save", stop_after_first)
+    monkeypatch.setattr(FinishedLayers, "save", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         convert(llama, tmp_path / "out", resume=True, **options)
     assert not (tmp_path / "out").exists()
     made = []
     monkeypatch.setattr(
-        calibration_run, "_save", lambda folder, layer, *rest: (made.append(layer), save(folder, layer, *rest))
+        FinishedLayers, "save", lambda finished, layer, *rest: (made.append(layer), save(finished, layer, *rest))
     )
     convert(llama, tmp_path / "out", resume=True, **options)
     assert 0 not in made

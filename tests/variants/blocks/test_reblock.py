@@ -18,7 +18,7 @@ from tiny import IDS, loaded, logits
 from rehead.convert import convert, plan, verify
 from rehead.convert.commands import convert_command
 from rehead.errors import UnsupportedError, UsageError
-from rehead.healing import run as calibration_run
+from rehead.healing.finished import FinishedLayers
 from rehead.variants.blocks.reblock import parse_layers
 
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
@@ -137,14 +137,14 @@ def test_a_killed_run_with_every_step_resumes_to_the_same_bytes(tmp_path: Path, 
         "multiple_of": 8, **CALIBRATION,
     }  # fmt: skip
     convert(source, tmp_path / "whole", **options)
-    save = calibration_run._save
+    save = FinishedLayers.save
 
     def stop_after_first(*args) -> None:
         save(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration_run, "_save", stop_after_first)
+        patched.setattr(FinishedLayers, "save", stop_after_first)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out", resume=True, **options)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,83 @@
+"""One pass over the text serves any number of closed forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from rehead.convert.calibrated import calibrate_many, calibration_text, job_of
+from rehead.convert.execute import plan
+from rehead.healing.finished import FinishedLayers
+from rehead.healing.layerwise import LayerwiseModel
+from rehead.healing.run import moments_of
+from rehead.models.families.layouts import split
+from rehead.variants.pool.regroup import POOL_MOMENTS, reconstruction_error
+
+CPU = torch.device("cpu")
+TEXT = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.save_tiny("llama-mha", tmp_path_factory.mktemp("models") / "llama-mha")
+
+
+def plans(source: Path, *counts: int, **options):
+    return [plan(source, num_key_value_heads=kv, method="svd", **TEXT, **options) for kv in counts]
+
+
+def test_moments_of_one_pass_are_those_gathered_for_each_count(source: Path) -> None:
+    asked = plans(source, 1)[0]
+    text, model = calibration_text(asked), asked.model
+    heads = model.num_kv_heads
+    fine = list(moments_of(model, text, POOL_MOMENTS, heads, CPU))
+    assert [layer for layer, _, _ in fine] == model.layers
+    for kv in (kv for kv in range(1, heads) if heads % kv == 0):
+        for (*_, finest), (*_, alone) in zip(fine, moments_of(model, text, POOL_MOMENTS, kv, CPU)):
+            size = heads // kv
+            merged = finest.merged([list(range(at, at + size)) for at in range(0, heads, size)])
+            for name in POOL_MOMENTS:
+                scale = alone[name].abs().max()
+                torch.testing.assert_close(merged[name] / scale, alone[name] / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouping", ["contiguous", "similar"])
+def test_every_count_comes_out_of_one_pass(source: Path, tmp_path: Path, monkeypatch, grouping: str) -> None:
+    counts, loads = (4, 2, 1), []
+    load = LayerwiseModel.load_layer
+
+    def counted(self: LayerwiseModel, layer: int) -> None:
+        loads.append(layer)
+        load(self, layer)
+
+    monkeypatch.setattr(LayerwiseModel, "load_layer", counted)
+    asked = plans(source, *counts, grouping=grouping)
+    for kv in counts:
+        (tmp_path / str(kv)).mkdir()
+    together = [FinishedLayers(tmp_path / str(kv)) for kv in counts]
+    facts = calibrate_many(asked, together, CPU, None)
+    assert loads == list(range(len(asked[0].model.layers)))
+    assert facts["tokens"] == 2048
+    for kv, step, finished in zip(counts, asked, together):
+        (tmp_path / f"alone-{kv}").mkdir()
+        alone = FinishedLayers(tmp_path / f"alone-{kv}")
+        calibrate_many([step], [alone], CPU, None)
+        for layer in step.model.layers:
+            assert finished.facts[layer]["groups"] == alone.facts[layer]["groups"]
+            # Singular vectors are found up to a sign, so what is compared is what queries, keys and values compute.
+            both = [
+                split(step.model.family, step.layer_config, layer, folder(layer), kv).to(torch.float32)
+                for folder in (alone, finished)
+            ]
+            assert max(reconstruction_error(*both)) < 1e-3
+            assert max(reconstruction_error(step.model.heads(layer).to(torch.float32), both[1])) > 1e-2
+
+
+def test_what_follows_its_own_drift_cannot_share_a_pass(source: Path, tmp_path: Path) -> None:
+    asked = plans(source, 2, 1, refit=True)
+    assert all(part.refit for part in job_of(asked[0]).layers.values())
+    with pytest.raises(ValueError, match="closed forms"):
+        calibrate_many(asked, [FinishedLayers(tmp_path)] * 2, CPU, None)
