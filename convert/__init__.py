@@ -15,6 +15,7 @@ from rehead.lazy import exports
 
 _EXPORTS = {
     "convert": "rehead.convert.execute",
+    "convert_many": "rehead.convert.many",
     "plan": "rehead.convert.execute",
     "inspect": "rehead.convert.inspection",
     "verify": "rehead.convert.verification",

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from rehead.models.modeling import carried_files
 from rehead.options import takes
 from rehead.variants.layer_choice import is_auto
 from rehead.version import __version__
+
+if TYPE_CHECKING:
+    from rehead.healing.finished import FinishedLayers
 
 
 @dataclass
@@ -98,7 +101,7 @@ def convert(
             from rehead.convert.prove_layout import prove_layout
 
             prove_layout(plan.model)
-        result = _execute(plan, out, device, resume, overwrite, progress, command, chosen)
+        result = execute(plan, out, device, resume, overwrite, progress, command, chosen)
     result.seconds = time.monotonic() - started
     if push_to_hub:
         from rehead.checkpoints.push import push_folder
@@ -123,16 +126,23 @@ def plan(model: str | os.PathLike[str], *, revision: str | None = None, **option
     return make_plan(open_model(model, revision), asked)
 
 
-def _execute(
+def execute(
     plan: Plan,
     out: str | os.PathLike[str],
     device: str,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress | None,
-    command: str | None,
-    chosen: dict[str, Any],
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+    chosen: dict[str, Any] | None = None,
+    solved: tuple[FinishedLayers, dict[str, Any]] | None = None,
 ) -> Conversion:
+    """Carry out a plan; as :func:`convert`.
+
+    Args:
+        chosen: how the layers were chosen, for the manifest.
+        solved: the layers of a calibrated plan and facts for the manifest, where they have been computed before.
+    """
     source, options = plan.result.source, plan.options
     result = Conversion(Path(out), plan)
     command = command or f"rehead.convert.convert(..., num_key_value_heads={plan.kv})"
@@ -152,7 +162,10 @@ def _execute(
         result.layers.update({int(layer): facts for layer, facts in target.remembered.items()})
         provide: LayerProvider | None = None
         details: dict[str, Any] = {}
-        if plan.calibrated:
+        if solved is not None:
+            provide, details = solved[0], dict(solved[1])
+            result.layers.update(solved[0].facts)
+        elif plan.calibrated:
             from rehead.convert.calibrated import calibrate
             from rehead.healing.finished import FinishedLayers
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
+from rehead.convert import convert, convert_many, verify
 from rehead.convert.calibrated import calibrate_many, calibration_text, job_of
 from rehead.convert.execute import plan
+from rehead.errors import UsageError
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.layerwise import LayerwiseModel
 from rehead.healing.run import moments_of
@@ -81,3 +84,18 @@ def test_what_follows_its_own_drift_cannot_share_a_pass(source: Path, tmp_path: 
     assert all(part.refit for part in job_of(asked[0]).layers.values())
     with pytest.raises(ValueError, match="closed forms"):
         calibrate_many(asked, [FinishedLayers(tmp_path)] * 2, CPU, None)
+
+
+def test_checkpoints_of_every_count_are_written(source: Path, tmp_path: Path) -> None:
+    done = convert_many(source, {kv: tmp_path / str(kv) for kv in (8, 4, 2)}, method="svd", **TEXT)
+    alone = convert(source, tmp_path / "alone", num_key_value_heads=2, method="svd", **TEXT)
+    for kv, conversion in done.items():
+        assert conversion.plan.kv == kv
+        assert verify(tmp_path / str(kv)).plain
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(kv))
+        assert model.config.num_key_value_heads == kv
+    assert done[2].layers[0]["value_error"] == pytest.approx(alone.layers[0]["value_error"], abs=1e-4)
+    assert done[4].layers[0]["value_error"] < done[2].layers[0]["value_error"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "8", "alone"]
+    with pytest.raises(UsageError, match="one by one"):
+        convert_many(source, {2: tmp_path / "x"}, method="svd", refit=True, **TEXT)
