@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +63,29 @@ class Distances:
     def largest(self) -> float:
         """The largest difference of two logits; 0 for no tokens."""
         return float(self.difference.max()) if len(self.difference) else 0.0
+
+
+Judgement = Literal["usable", "uptrain first", "broken"]
+#: Most nats per token and least agreement of a model that is usable as it is, and of one that uptraining recovers.
+USABLE, RECOVERABLE = (0.1, 0.85), (2.0, 0.3)
+
+
+def judged(kl: float, agreement: float | None = None) -> Judgement:
+    """What a model is good for, from how far it is from the original on running text: the one rule for it.
+
+    ``usable``: at most 0.1 nats per token, about a tenth more perplexity, and the same most likely token at 85% of
+    positions or more. ``broken``: more than 2 nats, or the same at less than 30%: little is left to recover, and a
+    better conversion costs less than training. ``uptrain first``: what lies between.
+
+    Args:
+        kl: mean divergence from the original, nats per token.
+        agreement: share of positions with the same most likely token, where it is known.
+    """
+
+    def within(limits: tuple[float, float]) -> bool:
+        return kl <= limits[0] and (agreement is None or agreement >= limits[1])
+
+    return "usable" if within(USABLE) else "uptrain first" if within(RECOVERABLE) else "broken"
 
 
 def distances(reference: Predictions | Tensor, other: Predictions | Tensor, targets: Tensor | None = None) -> Distances:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rehead.errors import UsageError
 
 #: Bytes of logits that may be whole at once, in the model's dtype, by the kind of device.
-PIECE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+PIECE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Predictions:
 
     @classmethod
     def cat(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Several of one model's predictions as rows ``[N]``, one after the other."""
-        if len({part.head is None for part in parts}) > 1:
-            parts = [cls.of(part.whole()) for part in parts]
+        """Several of one model's predictions as rows ``[N]``, one after the other; all of them with a head, or none."""
         return replace(parts[0], states=torch.cat([part.states.flatten(0, -2) for part in parts]))
 
     def __getitem__(self, rows: Any) -> Predictions:
@@ -124,15 +122,22 @@ def predict(model: nn.Module, inputs: dict[str, Any], last: int | None = None) -
 
 
 @torch.no_grad()
-def predict_step(model: nn.Module, inputs: dict[str, Any], last: int | None = None) -> tuple[Predictions, Any]:
-    """As :func:`predict`, with the model's output too (its cache, say; its logits may be those of one token only)."""
+def predict_step(
+    model: nn.Module, inputs: dict[str, Any], last: int | None = None, rows: int | None = None
+) -> tuple[Predictions, Any]:
+    """As :func:`predict`, with the model's output too (its cache, say; its logits may be those of one token only).
+
+    Args:
+        model, inputs, last: as for :func:`predict`.
+        rows: of all steps whose predictions will be joined (:meth:`Predictions.cat`), where they are more than these.
+    """
     tokens: Tensor = inputs["input_ids"]
     last = tokens.shape[1] if last is None else last
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         inputs = {**inputs, "decoder_input_ids": tokens}
     body = _body_of(model)
-    if body is not None and _is_large(model, tokens.shape[0] * last):
+    if body is not None and _is_large(model, rows or tokens.shape[0] * last):
         with _body_shortened(body) as kept:
             out = model(**inputs)
         logits = getattr(out, "logits", None)

@@ -179,7 +179,7 @@ def continued(model: nn.Module, probe: Probe) -> Predictions | None:
             continue
         step: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         step |= {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop], "use_cache": True}
-        part, out = predict_step(model, step)
+        part, out = predict_step(model, step, rows=tokens.numel())
         cache = getattr(out, "past_key_values", None)
         if cache is None or getattr(out, "logits", None) is None:
             return None

@@ -35,6 +35,7 @@ class ModelFacts(Section):
         num_key_value_heads: by attention layer; repeats that a class makes before it caches (Falcon) do not count.
         head_dim: width of a key head in the first attention layer; None without attention.
         kv_bytes_per_token: cache bytes that each further token takes, measured.
+        patches: variants put on the live model, as ``NAME:key=value``, in their order.
         conversion: what ``rehead.json`` says the conversion did (method, KV heads, refit, ...); None without one.
         uptraining: what it says of the uptraining; None without one.
     """
@@ -49,6 +50,7 @@ class ModelFacts(Section):
     head_dim: int | None = None
     kv_bytes_per_token: float | None = None
     conversion: dict[str, Any] | None = None
+    patches: list[str] = []
     uptraining: dict[str, Any] | None = None
 
 

@@ -18,7 +18,7 @@ from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import tables
 from rehead.recipes.report.facts import Entry, summarise
 from rehead.recipes.report.verdict import verdict
-from rehead.recipes.report.wording import count, figure, heads, percent, times
+from rehead.recipes.report.wording import bytes_of, count, figure, heads, percent, times
 
 #: A terminal shows the layers that matter; the report shows all.
 _WORST_LAYERS = 5
@@ -57,14 +57,16 @@ def show(found: Evaluation, report: str | None = None, console: Console | None =
 
 
 def _models(found: Evaluation) -> Table:
-    table = _table(["", "name", "parameters", "KV heads", "KV bytes a token"], left=2)
+    context = summarise(Entry("", found)).context
+    sizes = {row.who: row.bytes_at(context) for row in found.kv_cache}
+    table = _table(["", "name", "parameters", "KV heads", "KV per token", f"KV at {count(context)}"], left=2)
     table.title = "Models"
     facts = found.facts()
     for who in _ORDER:
         if who in facts:
             one = facts[who]  # type: ignore[index]
             table.add_row(who, escape(one.name), count(one.parameters), heads(one.num_key_value_heads),
-                          count(one.kv_bytes_per_token))  # fmt: skip
+                          bytes_of(one.kv_bytes_per_token), bytes_of(sizes.get(who)))  # fmt: skip
     return table
 
 

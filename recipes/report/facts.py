@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rehead.errors import UsageError
+from rehead.models.distance import judged
+from rehead.recipes.evaluation.schema import Divergence, Evaluation, Perplexity
 from rehead.recipes.evaluation_schema import Divergence, Evaluation, Perplexity
 from rehead.recipes.report.wording import heads_phrase, short
 from rehead.recipes.training.log import LOG_NAME
 
 CONVERTED, UPTRAINED = "converted", "uptrained"
+#: Tokens of context at which caches are compared, or the longest below that were measured.
+CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Summary:
     """An entry in the few figures that a decision needs.
 
     Attributes:
-        kv_bytes, baseline_kv_bytes: cache bytes a token; saving is the second over the first.
+        context: tokens at which caches are compared.
+        kv_bytes, baseline_kv_bytes: bytes of one sequence's cache at that context; saving is the second over the first.
+        kv_bytes_per_token: that one more token takes before any window is full.
         texts: by text, the most damaged first.
         speed: by phase, batch and context.
         trained_tokens: of its uptraining; None without one.
@@ -83,6 +89,8 @@ class Summary:
     entry: Entry
     kv_heads: list[int]
     baseline_kv_heads: list[int]
+    context: int
+    kv_bytes_per_token: float | None
     kv_bytes: float | None
     baseline_kv_bytes: float | None
     saving: float | None
@@ -94,6 +102,15 @@ class Summary:
     def worst(self) -> OnText | None:
         """The text on which the model is damaged most."""
         return self.texts[0] if self.texts else None
+
+    @property
+    def verdict(self) -> str:
+        """``usable``, ``uptrain first`` (``uptrain more`` where it was) or ``broken``; empty where nothing says."""
+        text = self.worst
+        if text is None or text.kl is None:
+            return ""
+        word = judged(text.kl, text.top1_agreement)
+        return "uptrain more" if word == "uptrain first" and self.trained_tokens else word
 
     @property
     def name(self) -> str:
@@ -138,13 +155,16 @@ def summarise(entry: Entry) -> Summary:
     """The figures of one entry."""
     found = entry.evaluation
     model, baseline = found.model, found.baseline
-    ours, theirs = _cache(found, "model"), _cache(found, "baseline")
+    context = _context(found)
+    ours, theirs = _cache(found, "model", context), _cache(found, "baseline", context)
     names = list(dict.fromkeys([*(p.data for p in found.perplexity), *(d.data for d in found.divergence)]))
     texts = sorted((_on_text(found, name) for name in names), key=lambda text: -(text.kl or text.ratio or 0.0))
     return Summary(
         entry=entry,
         kv_heads=model.num_key_value_heads,
         baseline_kv_heads=baseline.num_key_value_heads if baseline else [],
+        context=context,
+        kv_bytes_per_token=_cache(found, "model", 1),
         kv_bytes=ours,
         baseline_kv_bytes=theirs,
         saving=theirs / ours if ours and theirs else None,
@@ -154,13 +174,22 @@ def summarise(entry: Entry) -> Summary:
     )
 
 
-def _cache(found: Evaluation, who: str) -> float | None:
-    """KV bytes a token: measured where they were, else computed."""
+def _context(found: Evaluation) -> int:
+    """The longest context up to :data:`CONTEXT` that all caches were measured at."""
+    measured = [{size.context for size in row.sizes} for row in found.kv_cache if row.sizes]
+    shared = set.intersection(*measured) if measured else set()
+    return max((size for size in shared if size <= CONTEXT), default=min(shared, default=CONTEXT))
+
+
+def _cache(found: Evaluation, who: str, context: int) -> float | None:
+    """Bytes of a cache at a context; of one token, those that it takes before any window is full."""
     for item in found.kv_cache:
         if item.who == who:
-            return item.measured_bytes_per_token or item.computed_bytes_per_token
+            if context == 1:
+                return item.measured_bytes_per_token or item.computed_bytes_per_token
+            return item.bytes_at(context)
     facts = found.facts().get(who)  # type: ignore[call-overload]
-    return facts.kv_bytes_per_token if facts else None
+    return context * facts.kv_bytes_per_token if facts and facts.kv_bytes_per_token else None
 
 
 def _on_text(found: Evaluation, name: str) -> OnText:
@@ -255,22 +284,22 @@ def _by_tokens(events: list[dict[str, Any]], kind: str, key: str) -> dict[float,
     return dict(sorted(found.items()))
 
 
-def change(summary: Summary) -> str:
-    """``"8 KV heads to 1"``."""
-    if not summary.baseline_kv_heads:
-        return heads_phrase(summary.kv_heads)
-    after = heads_phrase(summary.kv_heads).split(" KV")[0]
-    return f"{heads_phrase(summary.baseline_kv_heads)} to {after}"
+def heads_change(summary: Summary) -> str:
+    """``"8 KV heads to 1"``; empty where the number stays or is not known."""
+    if not summary.kv_heads or not summary.baseline_kv_heads or summary.kv_heads == summary.baseline_kv_heads:
+        return ""
+    return f"{heads_phrase(summary.baseline_kv_heads)} to {heads_phrase(summary.kv_heads).split(' KV')[0]}"
 
 
 def how(summary: Summary) -> str:
-    """How a model came about: ``"svd + refit + fit 300, uptrained on 8M tokens"``."""
+    """How a model came about: ``"8 KV heads to 1, svd + refit + fit 300, uptrained on 8M tokens"``."""
     conversion = summary.entry.evaluation.model.conversion or {}
     options = conversion.get("options") if isinstance(conversion.get("options"), dict) else conversion
     parts = [str(options["method"])] if options and options.get("method") else []
     parts += ["refit"] if options and options.get("refit") else []
     parts += [f"fit {options['fit']}"] if options and options.get("fit") else []
-    text = " + ".join(parts)
-    if summary.trained_tokens:
-        text += f"{', ' if text else ''}uptrained on {short(summary.trained_tokens)} tokens"
-    return text
+    parts += [f"{options['block']} blocks"] if options and options.get("block") else []
+    steps = [heads_change(summary), " + ".join(parts)]
+    steps += [f"uptrained on {short(summary.trained_tokens)} tokens"] if summary.trained_tokens else []
+    steps += [f"patched: {patch}" for patch in summary.entry.evaluation.model.patches]
+    return ", ".join(filter(None, steps))

@@ -11,7 +11,7 @@ from typing import Any
 
 from rehead.recipes.report.facts import CONVERTED, Summary, Training
 from rehead.recipes.report.verdict import final
-from rehead.recipes.report.wording import bytes_of, figure, heads_phrase, short
+from rehead.recipes.report.wording import bytes_of, figure, short
 
 # Colours that stand for CSS variables while matplotlib draws; no others are used, so each can be found again.
 INK, FAINT, GRID = "#010203", "#020304", "#030405"
@@ -70,21 +70,22 @@ def draw_all(summaries: list[Summary], trainings: list[Training]) -> list[Plot]:
 
 
 def quality_against_cache(summaries: list[Summary]) -> Plot | None:
-    """KL to the original against KV bytes a token, a curve for each series and stage."""
+    """KL to the original against the cache's size, a curve for each series and stage."""
     return _against_cache(
         summaries, "quality", "Quality against KV size",
-        "KL divergence from the original (nats a token, on the worst text) against KV-cache bytes a token. Lower left "
-        "is better; the original lies at 0.",
+        "KL divergence from the original (nats per token, on the worst text) against the size of one KV cache. "
+        "Lower left is better; the original lies at 0.",
         "KL to the original", lambda s: s.worst.kl if s.worst else None,
     )  # fmt: skip
 
 
 def perplexity_against_cache(summaries: list[Summary]) -> Plot | None:
     """Perplexity over the original's, with original and control beside it."""
+    control = any(s.worst and s.worst.control and s.worst.baseline for s in summaries)
     return _against_cache(
         summaries, "perplexity", "Perplexity against KV size",
-        "Perplexity divided by the original's, on the worst text. The original is the line at 1; below it lies the "
-        "control, which is the original uptrained on the same tokens.",
+        "Perplexity divided by the original's, on the worst text. The original is the line at 1"
+        + ("; the broken line is the control, the original uptrained on the same tokens." if control else "."),
         "perplexity, × original", lambda s: s.worst.ratio if s.worst else None, reference=True,
     )  # fmt: skip
 
@@ -103,7 +104,8 @@ def _against_cache(
         y = value(s)
         if y is not None and y > 0 and s.kv_bytes:
             curves.setdefault((s.entry.series or s.name, s.entry.stage), []).append((s.kv_bytes, y))
-    if not curves:
+    # One dot on axes of its own says less than its figures do.
+    if sum(map(len, curves.values())) < 2:
         return None
     names = list(dict.fromkeys(series for series, _ in curves))
     keys, words = [], []
@@ -135,7 +137,7 @@ def _against_cache(
                 ax.axhline(min(ratios), color=FAINT, linewidth=0.9, linestyle=DASHES[1])
                 words.append(f"control: {figure(min(ratios))}")
                 keys.append(Key("control", -1, "", False, 1))
-        ax.set_xlabel("KV cache a token")
+        ax.set_xlabel(f"KV cache at {summaries[0].context:,} tokens")
         ax.set_ylabel(label)
         return Plot(name, title, caption, _svg(fig, name), keys, f"{title}. {'; '.join(words)}.")
 
@@ -225,7 +227,7 @@ def damage(summaries: list[Summary]) -> Plot | None:
         ax.set_xlabel("layer")
         ax.set_ylabel("KL to the original")
         return Plot("damage", "Damage by layer",
-                    "Each converted layer alone in the original: KL divergence from the original, in nats a token.",
+                    "Each converted layer alone in the original: KL divergence from the original, in nats per token.",
                     _svg(fig, "damage"), keys, f"Damage by layer. {'; '.join(words)}.")  # fmt: skip
 
 
@@ -235,15 +237,15 @@ def decode_speed(summaries: list[Summary]) -> Plot | None:
     if not shown:
         return None
     batch = max(item.batch for s in shown for item in s.speed if item.phase == "decode")
-    # Models of one shape run at one speed: a line for each number of KV heads, not for each way to get there.
-    by_shape = {tuple(s.kv_heads): s for s in shown}
+    # Models of one shape run at one speed: a line for each size of the cache, not for each way to get there.
+    by_shape = {s.kv_bytes: s for s in shown}
     keys, words = [], []
     with _figure() as (fig, ax):
         lines: dict[str, list[tuple[float, float]]] = {}
         for s in by_shape.values():
             for item in s.speed:
                 if item.phase == "decode" and item.batch == batch:
-                    lines.setdefault(heads_phrase(s.kv_heads), []).append((item.context, item.model))
+                    lines.setdefault(_sized(s), []).append((item.context, item.model))
                     if item.baseline:
                         lines.setdefault("original", []).append((item.context, item.baseline))
         for at, (name, points) in enumerate(sorted(lines.items(), key=lambda pair: pair[0] == "original")):
@@ -266,6 +268,12 @@ def decode_speed(summaries: list[Summary]) -> Plot | None:
         ax.set_ylabel("tokens a second")
         return Plot("speed", "Decode speed", f"Decoded tokens a second at batch {batch}, against context.",
                     _svg(fig, "speed"), keys, f"Decode speed at batch {batch}. {'; '.join(words)}.")  # fmt: skip
+
+
+def _sized(summary: Summary) -> str:
+    """A model by the size of its cache."""
+    size = summary.kv_bytes
+    return summary.name if size is None else f"cache of {bytes_of(size)} at {summary.context:,} tokens"
 
 
 def _median(values: list[float]) -> float:

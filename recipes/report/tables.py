@@ -30,21 +30,22 @@ class Table:
 
 def overview(summaries: list[Summary]) -> Table:
     """A row for each model: what it saves and what it costs on the text where it costs most."""
-    head = ["model", "KV a token", "× original", "KL", "top-1", "× control", "perplexity", "decode", "KV heads"]
+    at = f"KV at {count(summaries[0].context)} tokens"
+    head = ["model", at, "× original", "KL", "top-1", "× control", "perplexity", "decode", "KV heads", "verdict"]
     table = Table("overview", "Overview", head)
     first = next((s for s in summaries if s.baseline_kv_heads), None)
     if first is not None:
         base = next((s.worst for s in summaries if s.worst and s.worst.control is not None), first.worst)
         table.rows.append([
             "original", bytes_of(first.baseline_kv_bytes), times(1.0), "0", percent(1.0), "–",
-            figure(base.baseline if base else None), times(1.0), heads(first.baseline_kv_heads),
+            figure(base.baseline if base else None), times(1.0), heads(first.baseline_kv_heads), "–",
         ])  # fmt: skip
         if base and base.control is not None:
             table.rows.append([
                 "control", bytes_of(first.baseline_kv_bytes),
                 times(base.control / base.baseline if base.baseline else None), figure(base.control_kl),
                 percent(base.control_top1), times(1.0), figure(base.control), times(1.0),
-                heads(first.baseline_kv_heads),
+                heads(first.baseline_kv_heads), "–",
             ])  # fmt: skip
     for s in summaries:
         text = s.worst
@@ -54,16 +55,17 @@ def overview(summaries: list[Summary]) -> Table:
             s.name, bytes_of(s.kv_bytes), times(text.ratio if text else None), figure(text.kl if text else None),
             percent(text.top1_agreement if text else None), times(text.against_control if text else None),
             figure(text.perplexity if text else None), times(fastest.factor if fastest else None), heads(s.kv_heads),
+            s.verdict or "–",
         ])  # fmt: skip
     texts = {s.worst.name for s in summaries if s.worst}
     table.note = (
         f"On {next(iter(texts))}. " if len(texts) == 1 else "Each on the text where it loses most. "
-    ) + "KL in nats a token; top-1: positions at which both find the same token most likely."
+    ) + "KL in nats per token; top-1: positions at which both find the same token most likely."
     # Columns that were measured for none would only take room.
     keep = [
         i
         for i in range(len(head))
-        if i in (0, 1, len(head) - 1) or any(row[i] not in ("–", "0", "×1.00") for row in table.rows[1:])
+        if i in (0, 1, len(head) - 2) or any(row[i] not in ("–", "0", "×1.00") for row in table.rows[1:])
     ]
     table.head = [head[i] for i in keep]
     table.rows = [[row[i] for i in keep] for row in table.rows]
@@ -105,7 +107,7 @@ def _divergence(found: Evaluation) -> Table:
         for d in found.divergence
     ]  # fmt: skip
     return Table("divergence", "Divergence from the original", head, rows,
-                 "KL in nats a token; Δp: change of the right token's probability.")  # fmt: skip
+                 "KL in nats per token; Δp: change of the right token's probability.")  # fmt: skip
 
 
 def _damage(found: Evaluation) -> Table:
@@ -131,9 +133,13 @@ def _tasks(found: Evaluation) -> Table:
 
 
 def _cache(found: Evaluation) -> Table:
-    rows = [[c.who, count(c.computed_bytes_per_token), count(c.measured_bytes_per_token), c.dtype]
-            for c in found.kv_cache]  # fmt: skip
-    return Table("cache", "KV cache, bytes a token", ["of", "computed", "measured", "dtype"], rows)
+    rows = []
+    for c in found.kv_cache:
+        rows.append([c.who, "per token", count(c.computed_bytes_per_token), count(c.measured_bytes_per_token), c.dtype])
+        rows += [[c.who, count(size.context), count(size.computed_bytes), count(size.measured_bytes), c.dtype]
+                 for size in c.sizes]  # fmt: skip
+    return Table("cache", "KV cache, bytes of one sequence", ["of", "tokens", "computed", "measured", "dtype"], rows,
+                 "Computed from the config; measured on transformers' cache. Per token: no full window.")  # fmt: skip
 
 
 def _speed(found: Evaluation) -> Table:
@@ -210,6 +216,6 @@ def caveats(summaries: list[Summary]) -> list[str]:
     if not any(s.entry.evaluation.tasks for s in summaries):
         found.append("No downstream task was run: perplexity and KL can miss the loss of an ability.")
     if not any(s.entry.evaluation.needle for s in summaries):
-        found.append("Retrieval over long contexts was not tested, where fewer KV heads tend to cost most.")
+        found.append("Retrieval over long contexts was not tested, where a smaller cache tends to cost most.")
     notes = dict.fromkeys(note for s in summaries for note in s.entry.evaluation.notes)
     return found + list(notes)

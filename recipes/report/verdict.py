@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rehead.recipes.report.facts import CONVERTED, UPTRAINED, Faster, OnText, Summary, change, how
-from rehead.recipes.report.wording import bytes_of, count, figure, heads, heads_phrase, listed, percent, times
+from rehead.recipes.report.facts import CONVERTED, UPTRAINED, Faster, OnText, Summary, how
+from rehead.recipes.report.wording import bytes_of, count, figure, listed, percent, times
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,18 @@ def _one(summary: Summary, everything: list[Summary]) -> Verdict:
     points += [("uptraining", worse(summary, item)) for item in before if _harmed(item, summary)]
     points += gates([summary])
     made = how(summary)
-    return Verdict(f"{change(summary)}{f' ({made})' if made else ''}: {_bargain(summary)}.", points)
+    word = f"{summary.verdict.capitalize()}: " if summary.verdict else ""
+    bargain = f"{word}{_bargain(summary)}{f' ({made})' if made else ''}."
+    return Verdict(bargain[:1].upper() + bargain[1:], points)
 
 
 def _bargain(summary: Summary) -> str:
     """What is got and what is paid, without a full stop."""
-    got = "a KV cache of unknown size" if not summary.saving else f"a KV cache {_smaller(summary.saving)}"
+    got = "a KV cache of unknown size"
+    if summary.saving:
+        got = f"a KV cache {_smaller(summary.saving)} at {count(summary.context)} tokens"
+    elif summary.kv_bytes:
+        got = f"a KV cache of {bytes_of(summary.kv_bytes)} at {count(summary.context)} tokens"
     text = summary.worst
     if text is None:
         return f"{got}; what it costs was not measured"
@@ -75,7 +81,8 @@ def saves(summary: Summary) -> str:
     parts = []
     if summary.kv_bytes and summary.baseline_kv_bytes:
         parts.append(
-            f"{bytes_of(summary.baseline_kv_bytes)} of KV cache a token become {bytes_of(summary.kv_bytes)}"
+            f"{bytes_of(summary.baseline_kv_bytes)} of KV cache at {count(summary.context)} tokens become "
+            f"{bytes_of(summary.kv_bytes)}"
             + (f" ({summary.saving:.3g} times less)" if summary.saving and summary.saving > 1.005 else "")
         )
     fastest = headline_speed(summary)
@@ -150,35 +157,34 @@ def gates(summaries: list[Summary]) -> list[tuple[str, str]]:
 
 def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
     """One point for each size of the cache: the best of its models, and the others beside it."""
-    sizes: dict[tuple[int, ...], list[Summary]] = {}
+    sizes: dict[float | None, list[Summary]] = {}
     for summary in sorted(finals, key=lambda s: -(s.kv_bytes or 0)):
-        sizes.setdefault(tuple(summary.kv_heads), []).append(summary)
+        sizes.setdefault(summary.kv_bytes, []).append(summary)
     points: list[tuple[str, str]] = []
     offers: list[str] = []
-    for group in sizes.values():
+    for size, group in sizes.items():
         best = min(group, key=_badness)
-        points.append((heads_phrase(best.kv_heads), _point(best, group, everything)))
+        points.append((f"cache of {bytes_of(size)}", _point(best, group, everything)))
         text = best.worst
         price = f" at {times(text.ratio)} the perplexity" if text is not None and text.ratio is not None else ""
-        offers.append(
-            f"to {heads(best.kv_heads)}: {'a KV cache ' if not offers else ''}{_smaller(best.saving or 1.0)}{price}"
-        )
+        offers.append(_smaller(best.saving or 1.0) + price + (f" ({best.verdict})" if best.verdict else ""))
     points += gates(finals)
     worst = finals[0].worst
     if worst is not None:
         more = f", the worst of {len(finals[0].texts)} texts" if len(finals[0].texts) > 1 else ""
         points.append(("text", f"measured on {worst.name}{more}."))
-    original = heads_phrase(finals[0].baseline_kv_heads) if finals[0].baseline_kv_heads else "The original"
-    if len(sizes) == 1 and finals[0].kv_heads == finals[0].baseline_kv_heads:  # blocks were changed, no heads shared
-        best = min(finals, key=_badness)
+    best = min(finals, key=_badness)
+    if len(sizes) == 1 and best.saving is not None and 0.995 < best.saving < 1.005:  # what was changed is no cache
         text = best.worst
         price = f"{times(text.ratio)} the perplexity, " if text is not None and text.ratio is not None else ""
-        return Verdict(f"{best.entry.series or best.name}: {price}with the KV cache as it was.", points)
-    return Verdict(f"{original} {'; '.join(offers)}.", points)
+        word = f" ({best.verdict})" if best.verdict else ""
+        return Verdict(f"{best.entry.series or best.name}: {price}with the KV cache as it was{word}.", points)
+    return Verdict(f"A KV cache, at {count(finals[0].context)} tokens, {'; '.join(offers)}.", points)
 
 
 def _point(best: Summary, group: list[Summary], everything: list[Summary]) -> str:
-    parts = [f"{best.entry.series or best.name}: {_figures(best)}."]
+    word = f"{best.verdict}, " if best.verdict else ""
+    parts = [f"{best.entry.series or best.name}: {word}{_figures(best)}."]
     text = best.worst
     if text is not None and text.control is not None:
         parts.append(
@@ -194,7 +200,7 @@ def _point(best: Summary, group: list[Summary], everything: list[Summary]) -> st
     others = [f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(group, key=_badness) if s is not best]
     if others:
         parts.append(f"Not as near: {listed(others)}.")
-    before = [s for s in everything if s.entry.stage == CONVERTED and s.kv_heads == best.kv_heads and s not in group]
+    before = [s for s in everything if s.entry.stage == CONVERTED and s.kv_bytes == best.kv_bytes and s not in group]
     if before:
         starts = [f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(before, key=_badness)]
         parts.append(f"Before uptraining: {listed(starts)}.")
@@ -213,7 +219,7 @@ def _figures(summary: Summary) -> str:
         beside = f" where the original has {figure(text.baseline)} ({times(text.ratio)}{_interval(text)})"
         parts.append(f"perplexity {figure(text.perplexity)}" + (beside if text.baseline is not None else ""))
     if text.kl is not None:
-        parts.append(f"KL {figure(text.kl)} nats a token")
+        parts.append(f"KL {figure(text.kl)} nats per token")
     if text.top1_agreement is not None:
         parts.append(f"the same most likely token at {percent(text.top1_agreement)} of positions")
     return ", ".join(parts)

@@ -63,7 +63,7 @@ def test_the_demo_runs(tmp_path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith("8 KV heads to 2: a KV cache 4 times smaller")
+    assert done.stdout.strip().startswith("A KV cache, at 1,024 tokens, 4 times smaller")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     kl = {entry["label"]: entry["texts"][0]["kl"] for entry in report["entries"]}
     assert len(kl) == 8

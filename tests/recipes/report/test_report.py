@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,8 @@ import made
 import pytest
 
 from rehead.errors import UsageError
+from rehead.models.distance import judged
+from rehead.recipes.evaluation.schema import CacheSize, Evaluation, KVCache
 from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import Entry, write_report
 from rehead.recipes.report.facts import read_training, summarise
@@ -114,17 +117,17 @@ def test_every_plot_has_words_and_a_legend(sweep_report) -> None:
 
 def test_verdict_opens_the_page_and_gives_the_figures(sweep_report) -> None:
     said = sweep_report.verdict
-    assert said.headline.startswith("8 KV heads to 4: a KV cache 2 times smaller at ×")
-    assert [name for name, _ in said.points[:3]] == ["4 KV heads", "2 KV heads", "1 KV head"]
+    assert said.headline.startswith("A KV cache, at 8,192 tokens, 2 times smaller at ×")
+    assert [name for name, _ in said.points[:3]] == ["cache of 20 MiB", "cache of 10 MiB", "cache of 5 MiB"]
     best = summarise(next(e for e in made.sweep() if e.label == "1 KV head, svd, uptrained"))
-    point = dict(said.points)["1 KV head"]
-    assert point.startswith("svd: perplexity")
+    point = dict(said.points)["cache of 5 MiB"]
+    assert point.startswith(f"svd: {best.verdict}, perplexity")
     assert figure(best.worst.perplexity) in point
     assert f"KL {figure(best.worst.kl)}" in point
     assert times(best.worst.against_control) in point
     assert "mean (KL" in point
     text = sweep_report.html.read_text(encoding="utf-8")
-    assert text.index("KV cache 2 times smaller") < text.index("Overview") < text.index("Conditions")
+    assert text.index("2 times smaller") < text.index("Overview") < text.index("Conditions")
     assert "Not all cells." in text
 
 
@@ -137,7 +140,8 @@ def test_the_three_files_agree(sweep_report) -> None:
     for entry in table["entries"]:
         again = Evaluation.model_validate(entry["evaluation"])
         summary = summarise(Entry(entry["label"], again))
-        assert summary.kv_bytes == entry["kv_bytes_per_token"]
+        assert summary.kv_bytes == entry["kv_bytes"] == 8192 * entry["kv_bytes_per_token"]
+        assert summary.context == entry["context"] == 8192
         assert figure(summary.worst.kl) in text
     assert table["trainings"][0]["kl"][0] > table["trainings"][0]["kl"][-1]
 
@@ -183,9 +187,12 @@ def test_one_model_with_and_without_what_may_be_missing(tmp_path) -> None:
 
     single = write_report(tmp_path / "one", [("m", made.evaluation(0.2, 1, tokens=8e6))])
     points = dict(single.verdict.points)
-    assert single.verdict.headline.startswith(
-        "8 KV heads to 1 (svd + refit, uptrained on 8M tokens): a KV cache 8 times"
-    )
+    assert single.verdict.headline.startswith("Uptrain more: a KV cache 8 times smaller at 8,192 tokens at ×1.22")
+    assert single.verdict.headline.endswith("(8 KV heads to 1, svd + refit, uptrained on 8M tokens).")
+    # No plot of one dot, and no word of a control that there is not.
+    page = single.html.read_text()
+    assert "against KV size" not in page
+    assert "the broken line is the control" not in page
     assert "none was trained" in points["control"]
     assert "There is no control" in single.markdown.read_text()
     assert "decoding speed was not measured" in points["saves"]
@@ -204,8 +211,8 @@ def test_an_uptraining_that_did_harm_is_called_so() -> None:
     more = [Entry("c", made.evaluation(0.1, 2), "a", "converted"),
             Entry("d", made.evaluation(0.05, 2, tokens=1e6), "a", "uptrained")]  # fmt: skip
     points = dict(verdict([summarise(entry) for entry in (*pair, *more)]).points)
-    assert "has made it worse" in points["1 KV head"]
-    assert "has made it worse" not in points["2 KV heads"]
+    assert "has made it worse" in points["cache of 5 MiB"]
+    assert "has made it worse" not in points["cache of 10 MiB"]
 
 
 def test_failed_gates_are_said_and_shown(tmp_path) -> None:
@@ -231,10 +238,11 @@ def test_many_models_still_make_readable_plots(tmp_path) -> None:
 
 @pytest.mark.parametrize("kl", [17.0, 2.03, 0.3, 1e-7])
 def test_ticks_of_an_axis_are_told_apart(tmp_path, kl: float) -> None:
-    page = write_report(tmp_path, [Entry("one", made.evaluation(kl, 1))]).html.read_text()
+    entries = [Entry(str(heads), made.evaluation(kl, heads), "one") for heads in (1, 2)]
+    page = write_report(tmp_path, entries).html.read_text()
     drawing = page[page.index("Quality against KV size") :]
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawing[: drawing.index("KL to the original</text>")])
-    ticks = texts[texts.index("KV cache a token") + 1 :]
+    ticks = texts[texts.index("KV cache at 8,192 tokens") + 1 :]
     assert len(ticks) >= 3
     assert len(set(ticks)) == len(ticks), ticks
 
@@ -280,6 +288,29 @@ def test_wording(text, expected) -> None:
     assert text == expected
 
 
+def test_sizes_are_compared_where_they_were_measured() -> None:
+    """A window that is full at 8,192 tokens, in a model whose KV heads stayed."""
+    found = made.evaluation(0.02, 8)
+    found.kv_cache = [
+        KVCache(who=who, computed_bytes_per_token=100, measured_bytes_per_token=100, dtype="bfloat16",
+                sizes=[CacheSize(context=n, computed_bytes=None, measured_bytes=100 * min(n, kept)) for n in contexts])
+        for who, kept, contexts in (("model", 512, (1024, 8192, 32768)), ("baseline", 10**6, (1024, 8192)))
+    ]  # fmt: skip
+    summary = summarise(Entry("m", found))
+    assert (summary.context, summary.saving, summary.kv_bytes_per_token) == (8192, 16, 100)
+    assert verdict([summary]).headline.startswith("Usable: a KV cache 16 times smaller at 8,192 tokens at ×1.02")
+
+
+@pytest.mark.parametrize(
+    ("kl", "agreement", "word"),
+    [(0.0, 1.0, "usable"), (0.1, 0.85, "usable"), (0.1, 0.8, "uptrain first"), (0.2, 0.9, "uptrain first"),
+     (1.9, 0.4, "uptrain first"), (1.9, 0.2, "broken"), (2.1, 0.9, "broken"), (math.nan, 0.9, "broken"),
+     (0.05, None, "usable")],
+)  # fmt: skip
+def test_one_rule_says_what_a_model_is_good_for(kl, agreement, word) -> None:
+    assert judged(kl, agreement) == word
+
+
 def test_changed_blocks_are_not_told_as_a_smaller_cache() -> None:
     entries = [
         Entry(
@@ -290,4 +321,4 @@ def test_changed_blocks_are_not_told_as_a_smaller_cache() -> None:
     ]
     said = verdict([summarise(entry) for entry in entries])
     assert said.headline.startswith("layers 4-7: ×1.11 the perplexity")
-    assert said.headline.endswith("with the KV cache as it was.")
+    assert said.headline.endswith("with the KV cache as it was (uptrain first).")
