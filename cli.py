@@ -15,7 +15,7 @@ from importlib import import_module
 import click
 
 from rehead.console import LazyGroup, echo, print_json, print_warnings
-from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError
+from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError, forget_outputs, outputs_written
 from rehead.version import __version__
 
 # command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     print_warnings()
+    forget_outputs()
     try:
         cli.main(args=argv, prog_name="rehead", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -86,7 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     except ReheadError as error:
         _fail(str(error), error.exit_code, "--json" in argv)
     except (KeyboardInterrupt, click.Abort):
-        _fail(f"interrupted{LEAVES.get(argv[0] if argv else '', '')}", EXIT_INTERRUPTED, "--json" in argv)
+        command, written = argv[0] if argv else "", outputs_written()
+        # A recipe keeps whatever its stages wrote, and says so.
+        left = f"; {', '.join(written)} was written" if written and command != "run" else LEAVES.get(command, "")
+        _fail(f"interrupted{left}", EXIT_INTERRUPTED, "--json" in argv)
     except OSError as error:
         # Commands name their own files; what is left is standard output, or a place that nobody may look into.
         where = error.filename if error.filename is not None else "standard output"

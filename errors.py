@@ -7,6 +7,7 @@ callers catch :class:`ReheadError`; the CLI prints the line without a traceback.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -45,6 +46,32 @@ class QualityError(ReheadError):
     """A quality gate that the user set was not met: exit code 5."""
 
     exit_code = EXIT_QUALITY
+
+
+_OUTPUTS: dict[str, tuple[int, int] | None] = {}
+
+
+def output_expected(path: str | os.PathLike[str]) -> None:
+    """Note what lies at a place that is about to be written, so that an interruption tells the truth about it."""
+    _OUTPUTS.setdefault(os.fspath(path), _state_of(os.fspath(path)))
+
+
+def forget_outputs() -> None:
+    """A command begins: what was written before it is not its output."""
+    _OUTPUTS.clear()
+
+
+def outputs_written() -> list[str]:
+    """The noted places at which something else lies now: what has been written, whatever came after."""
+    return [path for path, before in _OUTPUTS.items() if (now := _state_of(path)) is not None and now != before]
+
+
+def _state_of(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

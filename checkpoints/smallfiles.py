@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 
 MANIFEST_NAME = "rehead.json"
@@ -40,3 +41,21 @@ def travels(name: str) -> bool:
         text_like = path.suffix.lower() in (".gz", ".data")
         return text_like and any(word in low for word in _VOCABULARY_WORDS)
     return True
+
+
+#: What a checkpoint's folder holds besides weights, as model hubs and training libraries name it.
+_CHECKPOINT_FILES = re.compile(
+    r"(config|generation_config|quantize_config|adapter_config|params|model_index|modules)\.json|rehead.*\.json"
+    r"|[\w.-]*\.index\.json|(tokenizer|vocab|merges|special_tokens|added_tokens|spiece|sentencepiece|tekken)[\w.-]*"
+    r"|(preprocessor|processor|video_preprocessor|image_processor|feature_extractor|chat_template|sentence_bert)[\w.-]*"
+    r"|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja|[\w.-]*\.(safetensors|gguf|bin|model|tiktoken)"
+    r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py|training-log\.jsonl"
+    r"|(README|LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[\w.-]*|\.gitattributes|\.gitignore"
+    r"|\.cache/huggingface/.*|evaluation\.json|trainer_state\.json|training_args\.bin|model\.safetensors\..*",
+    re.IGNORECASE,
+)
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file (POSIX path relative to the folder) is what a checkpoint's folder holds, by its name."""
+    return _CHECKPOINT_FILES.fullmatch(name) is not None

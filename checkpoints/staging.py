@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rehead.checkpoints.files import remove
-from rehead.checkpoints.smallfiles import CONFIG_NAME, MANIFEST_NAME
+from rehead.checkpoints.smallfiles import CONFIG_NAME, MANIFEST_NAME, is_checkpoint_file
 from rehead.checkpoints.stream import sync_dir, write_error
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UnsupportedError, UsageError, output_expected
 
 try:
     import fcntl
@@ -61,6 +61,33 @@ def check_out(out: Path, source_folder: Path | None, overwrite: bool) -> None:
     names = os.listdir(out)
     if names and MANIFEST_NAME not in names and CONFIG_NAME not in names:
         raise UsageError(f"{out}: holds files but no checkpoint, so it will not be overwritten; choose another OUT")
+    foreign = foreign_file(out)
+    if foreign is not None:
+        raise UsageError(
+            f"{out}: holds {foreign}, which is no part of a checkpoint and would be lost; move it away or choose "
+            "another OUT"
+        )
+
+
+def foreign_file(folder: Path) -> str | None:
+    """The first file or folder in a checkpoint's folder, by name, that no checkpoint is made of; None for none.
+
+    What Rehead's manifest names belongs to it, and everything that model hubs and training libraries put into a
+    checkpoint's folder. A link is foreign: what it leads to is not seen.
+    """
+    try:
+        listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        own = set(listed) if isinstance(listed, dict) else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        inside = Path(place).relative_to(folder)
+        for name in sorted([*files, *(one for one in folders if (Path(place) / one).is_symlink())]):
+            path = (inside / name).as_posix()
+            if path not in own and not is_checkpoint_file(path):
+                return path
+    return None
 
 
 def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]:
@@ -315,6 +342,7 @@ class Staging:
             UsageError: OUT has appeared meanwhile.
             ResourceError: a rename failed; OUT is as it was.
         """
+        output_expected(self.out)
         try:
             # The journal goes first: without it the manifest, complete by now, says what is there.
             (self.private / _JOURNAL).unlink(missing_ok=True)

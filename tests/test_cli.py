@@ -267,6 +267,17 @@ def test_interrupted_says_what_is_left(run, monkeypatch) -> None:
     assert set(LEAVES) <= set(COMMANDS)
 
 
+def test_interrupted_after_the_output_says_so(run, llama, tmp_path, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rehead.checkpoints.staging.Staging._unlock", stop)
+    code, _, err = run("convert", llama, tmp_path / "out", "--kv-heads", 1, "--method", "mean")
+    assert code == 130
+    assert err.strip().endswith(f"error: interrupted; {tmp_path / 'out'} was written")
+    assert (tmp_path / "out" / "rehead.json").is_file()
+
+
 def test_long_work_leaves_lines_in_a_log(capsys, monkeypatch) -> None:
     """Where standard error is no terminal: nothing for short work, a line now and then for long, none when quiet."""
     clock = [0.0]

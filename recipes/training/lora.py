@@ -26,6 +26,10 @@ class Adapters:
 
     modules: dict[str, Any]
 
+    def bases(self) -> dict[str, Tensor]:
+        """The adapted weights as they were."""
+        return {name: module.base_layer.weight for name, module in self.modules.items()}
+
     def changed(self) -> dict[str, Callable[[], Tensor]]:
         """What gives each adapted weight with its adapter merged, float32 and whole, on the CPU."""
         return {name: (lambda module=module: _merged(module)) for name, module in self.modules.items()}  # type: ignore[misc]

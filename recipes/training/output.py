@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ def changed_tensors(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     }
 
 
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What trains, under every name that the model has for it."""
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def sketched(changed: Mapping[str, Tensor]) -> Changed:
+    """The same tensors as shapes without data: enough for :func:`plan_output` to find their places."""
+    return {
+        name: lambda tensor=tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in changed.items()
+    }
+
+
 def plan_output(model: Any, source: Source, changed: Changed) -> tuple[list[OutputTensor], dict[str, Callable]]:
     """Every tensor of the output, and what gives those that changed, by the checkpoint's names.
 
@@ -64,9 +78,20 @@ def plan_output(model: Any, source: Source, changed: Changed) -> tuple[list[Outp
         if inside is not None:
             givers[name] = changed[inside]
             placed.add(inside)
-    left = [name for name in changed if name not in placed and not _tied_to(model, name, placed)]
-    if left:
-        givers |= _reverted(model, source, {name: changed[name] for name in left})
+    left = [names for names in _aliases(model, changed) if not placed & set(names)]
+    single = {names[0]: changed[names[0]] for names in left if len(names) == 1}
+    reverted = _reverted(model, single)
+    for names in left:
+        if len(names) > 1:  # tied: one of the names has a place
+            tried = [_reverted(model, {name: changed[name]}) for name in names]
+            reverted |= next((one for one in tried if not _unplaced(one, source)), tried[0])
+    places = _places(reverted, source)
+    lost = next((name for name in reverted if name not in places), None)
+    if lost is not None:
+        raise UnsupportedError(
+            f"{source.id}: {lost} was trained but the checkpoint has no such tensor; train other parts (--train)"
+        )
+    givers |= {places[name]: (lambda tensor=tensor: tensor) for name, tensor in reverted.items()}  # type: ignore[misc]
     entries = [
         OutputTensor(info.name, info.dtype, info.shape, None if info.name in givers else info.name)
         for info in source.tensors.values()
@@ -74,23 +99,64 @@ def plan_output(model: Any, source: Source, changed: Changed) -> tuple[list[Outp
     return entries, givers
 
 
-def _tied_to(model: nn.Module, name: str, placed: set[str]) -> bool:
-    """Whether a name is another one for a parameter that has its place."""
+def _aliases(model: nn.Module, changed: Changed) -> list[list[str]]:
+    """The names of ``changed``, those of one parameter together."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    mine = parameters.get(name)
-    return mine is not None and any(parameters.get(other) is mine for other in placed)
+    groups: dict[int | str, list[str]] = {}
+    for name in changed:
+        groups.setdefault(id(parameters[name]) if name in parameters else name, []).append(name)
+    return list(groups.values())
 
 
-def _reverted(model: Any, source: Source, changed: Changed) -> dict[str, Callable[[], Tensor]]:
+def _reverted(model: Any, changed: Changed) -> dict[str, Tensor]:
+    """Tensors in the form and under the names that transformers saves them with."""
+    if not changed:
+        return {}
     from transformers.core_model_loading import revert_weight_conversion
 
-    found = revert_weight_conversion(model, {name: give() for name, give in changed.items()})
-    for name, tensor in found.items():
-        if name not in source.tensors or tuple(tensor.shape) != tuple(source.tensors[name].shape):
-            raise UnsupportedError(
-                f"{source.id}: {name} was trained but the checkpoint has no such tensor; train other parts (--train)"
-            )
-    return {name: (lambda tensor=tensor: tensor) for name, tensor in found.items()}  # type: ignore[misc]
+    return dict(revert_weight_conversion(model, {name: give() for name, give in changed.items()}))
+
+
+def _unplaced(tensors: Mapping[str, Tensor], source: Source) -> bool:
+    return len(_places(tensors, source)) < len(tensors)
+
+
+def _places(tensors: Mapping[str, Tensor], source: Source) -> dict[str, str]:
+    """The checkpoint's name of each tensor, where it has one of that shape.
+
+    Checkpoints of one class differ in what stands before a name (``model.``, ``model.language_model.``, nothing), and
+    loaders take them all. So the longest end of a name decides that a single tensor shares; where several do (a vision
+    tower's, say), what stood before the others.
+    """
+    ends: dict[str, list[str]] = {}
+    for name in source.tensors:
+        parts = name.split(".")
+        for at in range(len(parts) - 1):
+            ends.setdefault(".".join(parts[at:]), []).append(name)
+    found: dict[str, str] = {}
+    several: dict[str, list[str]] = {}
+    before: Counter[tuple[str, str]] = Counter()
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        tails = (".".join(parts[at:]) for at in range(len(parts) - 1))
+        tail = next((tail for tail in tails if tail in ends), None)
+        fitting = [other for other in ends.get(tail or "", []) if _fits(tensor, source, other)]
+        if tail is not None and len(fitting) == 1:
+            found[name] = fitting[0]
+            before[name.removesuffix(tail), fitting[0].removesuffix(tail)] += 1
+        elif fitting:
+            several[name] = fitting
+    for name, fitting in several.items():
+        for (mine, other), _ in before.most_common():
+            if name.startswith(mine) and other + name.removeprefix(mine) in fitting:
+                found[name] = other + name.removeprefix(mine)
+                break
+    taken = Counter(found.values())
+    return {name: place for name, place in found.items() if taken[place] == 1}
+
+
+def _fits(tensor: Tensor, source: Source, name: str) -> bool:
+    return tuple(tensor.shape) == tuple(source.tensors[name].shape)
 
 
 def write_output(

@@ -38,7 +38,7 @@ from rehead.recipes.training.models import (
 )
 from rehead.recipes.training.optimizer import Optimizer
 from rehead.recipes.training.options import UptrainOptions
-from rehead.recipes.training.output import changed_tensors, write_output
+from rehead.recipes.training.output import changed_tensors, plan_output, sketched, trained_tensors, write_output
 from rehead.recipes.training.processes import Processes, join_processes
 from rehead.recipes.training.selection import choose
 from rehead.recipes.training.sharding import shard
@@ -195,6 +195,9 @@ class _Run:
         model, mentor, attention = self._load(student, teacher, dtype)
         names = choose(model, options.train)
         adapters = lora.add(model, names, options) if options.lora_rank else None
+        # Before anything is trained: what could not be written in the end.
+        changes = adapters.bases() if adapters else trained_tensors(model)
+        plan_output(model, student.source, sketched(changes))
         shared = share_frozen(model, mentor) if mentor is not None and not run.sharded else 0
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         facts = start_facts(options, run, student, teacher, store, attention, dtype, trained)

@@ -53,6 +53,36 @@ def test_places_where_out_may_not_be(tmp_path, model):
     assert only(tmp_path) == {"m", "link", "file", "photos"}
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "notes/chapter.md", "data.csv", "link"])
+def test_nothing_foreign_is_lost_with_an_old_output(tmp_path, model, name):
+    """A folder with a config.json is not for that alone a checkpoint's: what no checkpoint is made of stays."""
+    convert(model, tmp_path / "out")
+    place = tmp_path / "out" / name
+    place.parent.mkdir(exist_ok=True)
+    if name == "link":
+        place.symlink_to(tmp_path / "m")
+    else:
+        place.write_text("three years of work")
+    before = hashes(tmp_path / "out")
+    with pytest.raises(UsageError, match=f"holds {name}, which is no part of a checkpoint"):
+        convert(model, tmp_path / "out", overwrite=True)
+    assert hashes(tmp_path / "out") == before
+
+
+def test_checkpoints_of_others_are_known_by_their_files(tmp_path, model):
+    out = tmp_path / "out"
+    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+             "merges.txt", "README.md", "LICENSE", ".gitattributes", "chat_template.jinja", "modeling_own.py",
+             "pytorch_model.bin",
+             ".cache/huggingface/download/config.json.metadata", "generation_config.json"]  # fmt: skip
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    assert staging.foreign_file(out) is None
+    convert(model, out, overwrite=True)
+    assert verify_files(out)
+
+
 @pytest.mark.parametrize("swap", [True, False])
 def test_overwriting_replaces_the_old_output_at_the_very_end(tmp_path, model, monkeypatch, swap):
     """In one step where the system can exchange two folders, in two renames elsewhere."""

@@ -81,6 +81,25 @@ def test_the_report_is_written_before_a_gate_fails(run, original, converted, tex
     assert read(out).gates == []
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html", "evaluation.json"])
+def test_nobody_elses_report_is_replaced(run, original, text, tmp_path, name):
+    (tmp_path / name).write_text('{"mine": true}')
+    code, _, err = run("evaluate", original, "--data", text, *SMALL, "--out", tmp_path)
+    assert code == 2
+    assert f"{name} there is not of an evaluation, and would be replaced" in err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": true}']
+
+
+def test_an_interruption_while_the_report_is_written_says_what_is_there(run, original, text, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rehead.recipes.report.write_report", stop)
+    code, _, err = run("evaluate", original, "--data", text, *SMALL, "--out", tmp_path / "out")
+    assert code == 130
+    assert err.strip() == f"error: interrupted; {tmp_path / 'out' / 'evaluation.json'} was written"
+
+
 def test_json_has_the_same_facts(run, original, converted, text):
     code, out, _ = run("evaluate", converted, "--baseline", original, "--data", text, *SMALL, "--json")
     assert code == 0

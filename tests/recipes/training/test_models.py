@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -24,8 +24,10 @@ from transformers import (
 from rehead.checkpoints.manifest import verify_files
 from rehead.data.tokens import load_tokenizer
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.tiny import tiny_model
 from rehead.recipes import uptrain
 from rehead.recipes.training.models import load, open_checkpoint
+from rehead.recipes.training.output import changed_tensors, plan_output, sketched, trained_tensors
 from rehead.recipes.training.selection import choose
 
 _SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -212,3 +214,47 @@ def test_data_that_is_seen_over_and_over_is_warned_of(tiny, tmp_path: Path) -> N
     assert not warned(64)
     (line,) = warned(2048)
     assert "give more data or fewer --tokens" in line
+
+
+RENAMED = {
+    # As released: the decoder of a vision-language checkpoint, read by the class for text alone.
+    "qwen3_5_text": lambda name: name.replace("model.", "model.language_model.", 1),
+    # A base model's names, where memory holds experts merged.
+    "mixtral": lambda name: name.removeprefix("model."),
+    # The class for images and text, whose head is tied to an embedding that is loaded under another name.
+    "gemma3": lambda name: name,
+}
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_tied_heads_whose_names_change_on_load_are_written(tiny, tmp_path: Path, kind: str) -> None:
+    model = tiny_model(kind, vocab_size=300, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = {RENAMED[kind](name): w for name, w in load_file(file).items() if name != "lm_head.weight"}
+    save_file(weights, file, metadata={"format": "pt"})
+    opened = open_checkpoint(str(tmp_path / "model"))
+    student = load(opened, torch.float32, torch.device("cpu"))
+    names = choose(student, "attention,embeddings" if kind == "gemma3" else "all")
+    planned, givers = plan_output(student, opened.source, sketched(trained_tensors(student)))
+    assert {entry.name for entry in planned} == set(weights)
+    for name, give in givers.items():
+        assert give().shape == weights[name].shape, name
+    trained = {name: p.detach() + 1 for name, p in student.named_parameters() if name in names}
+    _, givers = plan_output(student, opened.source, changed_tensors(student, trained))
+    for name, give in givers.items():
+        torch.testing.assert_close(give(), weights[name].float() + 1, msg=name)
+    if kind != "gemma3":
+        assert set(givers) == set(weights)
+
+
+def test_what_could_not_be_written_is_refused_before_the_first_step(tiny, tmp_path: Path, monkeypatch) -> None:
+    events: list[dict] = []
+    monkeypatch.setattr("rehead.recipes.training.output._places", lambda tensors, source: {})
+    model = tiny_model("mixtral", vocab_size=300)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(tiny.teacher).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="the checkpoint has no such tensor"):
+        uptrain(tmp_path / "model", tmp_path / "out", **tiny.options(loss="ce"), on_event=events.append)
+    assert not [event for event in events if event["event"] in ("start", "step")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
