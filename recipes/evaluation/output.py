@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from rehead.errors import UsageError, output_expected
-from rehead.recipes.evaluation.schema import Evaluation
 from rehead.recipes.evaluation_schema import Evaluation
 
 FILE = "evaluation.json"

@@ -10,7 +10,6 @@ from typing import Any
 
 from rehead.errors import UsageError
 from rehead.models.distance import judged
-from rehead.recipes.evaluation.schema import Divergence, Evaluation, Perplexity
 from rehead.recipes.evaluation_schema import Divergence, Evaluation, Perplexity
 from rehead.recipes.report.wording import heads_phrase, short
 from rehead.recipes.training.log import LOG_NAME

@@ -55,10 +55,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def sketched(changed: Mapping[str, Tensor]) -> Changed:
     """The same tensors as shapes without data: enough for :func:`plan_output` to find their places."""
-    return {
-        name: lambda tensor=tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in changed.items()
-    }
+
+    def giver(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return {name: giver(tensor) for name, tensor in changed.items()}
 
 
 def plan_output(model: Any, source: Source, changed: Changed) -> tuple[list[OutputTensor], dict[str, Callable]]:

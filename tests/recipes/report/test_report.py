@@ -14,8 +14,7 @@ import pytest
 
 from rehead.errors import UsageError
 from rehead.models.distance import judged
-from rehead.recipes.evaluation.schema import CacheSize, Evaluation, KVCache
-from rehead.recipes.evaluation_schema import Evaluation
+from rehead.recipes.evaluation_schema import CacheSize, Evaluation, KVCache
 from rehead.recipes.report import Entry, write_report
 from rehead.recipes.report.facts import read_training, summarise
 from rehead.recipes.report.plots import MOST_LINES, draw_all
