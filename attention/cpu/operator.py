@@ -126,7 +126,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     elif dim > value_dim:
         value = F.pad(value, (0, dim - value_dim))
     query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
-    out, lse = cpu_attention(*CALL.flatten(call.with_(query=query, key=key, value=value, scale=scale)))
+    if scale != call.scale or query is not call.query or key is not call.key or value is not call.value:
+        call = call.with_(query=query, key=key, value=value, scale=scale)
+    out, lse = cpu_attention(*CALL.flatten(call))
     return (out[..., :value_dim] if dim > value_dim else out), lse
 
 

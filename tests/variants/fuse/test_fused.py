@@ -202,8 +202,9 @@ def test_half_precision():
 
 
 def test_compiled_whole():
+    """A block in its other form, and one that is fused besides, in one graph."""
     model = tiny_model("llama")
-    with patch_model(model, "parallel", fused=True):
+    with patch_model(model, "parallel"), patch_model(model, "fuse", layers=[1]):
         want = logits(model)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(logits(compiled), want, atol=1e-5, rtol=1e-5)
