@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("rehead.convert.commands", "Convert a checkpoint to fewer KV heads."),
     "verify": ("rehead.convert.commands", "Check a converted checkpoint: files, loading, logits."),
     "families": ("rehead.convert.commands", "List every supported architecture with its layout."),
+    "variants": ("rehead.convert.commands", "List every variant of attention and blocks, live and saved."),
     "evaluate": ("rehead.recipes.evaluation.commands", "Measure a model beside the one that it was made from."),
     "run": ("rehead.recipes.commands", "Run a recipe: convert, uptrain, evaluate, report."),
     "recipes": ("rehead.recipes.commands", "List, show, copy and check recipes."),

@@ -44,6 +44,9 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     extras += ["least-squares refit"] if options["refit"] else []
     extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
     rows = []
+    for name, facts in table.get("variants", {}).items():
+        told = ", ".join(f"{key} {plain(str(value))}" for key, value in facts["options"].items())
+        rows.append(f"| {name} | | {told} |")
     if "host" in table:
         rows.append(f"| class | {table['host']['before']} | {table['host']['after']} |")
     if "block" in table:
@@ -55,6 +58,8 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     title = f"with {heads}"
     if not pooled and "block" in table:
         title = f"with {options['block']} blocks"
+    elif not pooled and "variants" in table:
+        title = f"with {' and '.join(table['variants'])}"
     elif not pooled and "host" in table:
         title = f"as {table['host']['after']}"
     lines = [
@@ -84,6 +89,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     if not table["exact"]:
         changes = ["Sharing KV heads"] if pooled else []
         changes += ["another form of its blocks"] if "block" in table else []
+        changes += [f"the variant {name}" for name in table.get("variants", ())]
         what = " and ".join(changes)
         lines += [
             f"{what[0].upper()}{what[1:]} change{'s' if len(changes) == 1 else ''} what the model computes. Uptrain it "

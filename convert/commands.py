@@ -184,6 +184,22 @@ def families_command(as_json: bool) -> None:
     print_columns([[row[key] for key in ("model_type", "packing", "key_norm", "positions", "notes")] for row in rows])
 
 
+@click.command("variants")
+@JSON
+def variants_command(as_json: bool) -> None:
+    """List every variant of attention and blocks: what it is and where it can go."""
+    from rehead.convert.variants import describe_variants
+
+    rows = describe_variants()
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        where = " and ".join(word for word, there in (("live", row["live"]), ("saved", row["saved"])) if there)
+        row["where"] = f"{'exact' if row['exact'] else 'approximate'}, {where}"
+    print_columns([[row[key] for key in ("name", "where", "summary", "source")] for row in rows])
+
+
 def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     kv, cache, size = facts["num_key_value_heads"], facts["kv_bytes_per_token"], facts["parameters"]
     options = facts["options"]
@@ -207,6 +223,8 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         form = facts["block"]
         carried = "" if form["plain"] else "; carries its modelling file"
         rows.append(("blocks", f"{form['before']} -> {form['after']} ({len(form['layers'])} layers change{carried})"))
+    for name, told in facts.get("variants", {}).items():
+        rows.append((name, ", ".join(f"{key} {value}" for key, value in told["options"].items())))
     if "reinvest" in facts:
         spent = facts["reinvest"]
         rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))

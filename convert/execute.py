@@ -199,8 +199,8 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         **made_by(command),
         **{key: table[key] for key in (
             "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
-            "kv_bytes_per_token", "cache_bytes", "parameters", "reinvest", "block", "exact", "rounded", "options",
-            "config_changes",
+            "kv_bytes_per_token", "cache_bytes", "parameters", "reinvest", "block", "variants", "exact", "rounded",
+            "options", "config_changes",
         ) if key in table},
         "calibration": details,
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},

@@ -9,9 +9,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.options import Count, Flag, Names, Options, parse_count
+from rehead.variants.contract import saved_variant
 from rehead.variants.layer_choice import AUTO, is_auto
 from rehead.variants.pool.methods.registry import get_method
 
+_BLOCKS = ("parallel", "serial")
 _STEPS = ("host", "reinvest", "block")
 _OF_STEPS = {"multiple_of": "reinvest", "layers": "block", "kl_budget": "block", "plain": "block"}
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -94,6 +96,33 @@ class ConvertOptions(Options):
     )
     plain: bool = Field(False, description="Refuse blocks for which the result needs a modelling file of Rehead's.")
 
+    variants: Annotated[Names, Flag("--variant", metavar="NAME:KEY=VALUE", default="none")] = Field(
+        (), description="Give the model a variant of attention or blocks, with its options; repeat for more."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flags_of_variants(cls, values: Any) -> Any:
+        """``pool`` and the forms of blocks have flags of their own: what they are told is put there."""
+        texts = values.get("variants") or () if isinstance(values, dict) else ()
+        texts = (texts,) if isinstance(texts, str) else texts
+        own = [text for text in texts if text.partition(":")[0] in ("pool", *_BLOCKS)]
+        if not own:
+            return values
+        values = values | {"variants": tuple(text for text in texts if text not in own)}
+        for text in own:
+            variant, options = saved_variant(text)
+            said = options.model_dump(exclude_unset=True)
+            if variant.name in _BLOCKS:
+                said |= {"block": variant.name}
+            for name, value in said.items():
+                if name not in cls.model_fields:
+                    raise UsageError(f"--variant {variant.name}: {name} is for live models; leave it out")
+                if values.get(name) not in (None, cls.model_fields[name].default, value):
+                    raise UsageError(f"--variant {variant.name}: {name} is given twice; give it once")
+                values[name] = value
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> ConvertOptions:
         get_method(self.method)
@@ -102,11 +131,12 @@ class ConvertOptions(Options):
                 raise UsageError(
                     f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads"
                 )
-            if not self.steps:
+            if not self.steps and not self.variants:
                 raise UsageError(
-                    "nothing to do; say --kv-heads N, --block FORM, or --host for another class with the same heads"
+                    "nothing to do; say --kv-heads N, --block FORM, --variant NAME, or --host for another class with "
+                    "the same heads"
                 )
-            if (self.refit or self.fit) and self.block is None:
+            if (self.refit or self.fit) and self.block is None and not self.variants:
                 raise UsageError("--refit: recovers from shared KV heads or changed blocks; give --kv-heads or --block")
         for option, step in _OF_STEPS.items():
             if getattr(self, option) not in (None, False) and getattr(self, step) is None:
@@ -123,6 +153,8 @@ class ConvertOptions(Options):
         for length in self.calibration_lengths:
             if length < 16:
                 raise UsageError(f"--calibration-length {length}: must be 16 or more tokens")
+        for text in self.variants:
+            saved_variant(text)
         parse_size(self.max_shard_size)
         return self
 
@@ -142,7 +174,9 @@ class ConvertOptions(Options):
     @property
     def needs_calibration(self) -> bool:
         """Whether the model has to be run over text."""
-        return get_method(self.method).needs_calibration or self.refit or self.fit > 0
+        asked = [saved_variant(text) for text in self.variants]
+        reads = any(variant.needs(options) for variant, options in asked)
+        return get_method(self.method).needs_calibration or reads or self.refit or self.fit > 0
 
     def lengths_within(self, positions: int | None) -> tuple[int, ...]:
         """The calibration lengths of a model that has so many positions; None for any number."""
@@ -155,8 +189,8 @@ class ConvertOptions(Options):
         allow them.
         """
         table = super().as_json()
-        for name in (*_STEPS, *_OF_STEPS):
-            if table[name] in (None, False):
+        for name in (*_STEPS, *_OF_STEPS, "variants"):
+            if table[name] in (None, False, []):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):
             for name in ("calibration", "calibration_tokens", "calibration_length"):

@@ -16,6 +16,7 @@ from rehead.checkpoints.shards import OutputTensor
 from rehead.checkpoints.source import Source
 from rehead.convert.hosts import host
 from rehead.convert.options import DTYPES, ConvertOptions
+from rehead.convert.variants import variant_rewrite
 from rehead.errors import UnsupportedError
 from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
@@ -28,6 +29,8 @@ from rehead.variants.pool.rewrite import check_count, pool
 LayerProvider = Callable[[int], dict[str, Tensor]]
 """Gives the new tensors of a layer that was computed over calibration text; may be asked for a layer twice."""
 
+#: Steps whose facts stand in a plan under their own names.
+_TOLD = ("host", "block", "reinvest")
 #: Where classes whose blocks can change keep the FFN's output matrix.
 _FFN_WRITERS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2")
 
@@ -150,7 +153,9 @@ class Plan:
     @property
     def reblocked(self) -> tuple[int, ...]:
         """Layers whose block has another form than in the source."""
-        return tuple(sorted({layer for rewrite in self.model.rewrites for layer in rewrite.layers}))
+        return tuple(
+            sorted({layer for rewrite in self.model.rewrites if not rewrite.exact for layer in rewrite.layers})
+        )
 
     @property
     def original(self) -> Model:
@@ -197,7 +202,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
         source, raw = self.source.source, self.raw_config
-        facts = {rewrite.name: rewrite.facts for rewrite in self.rewrites if rewrite.facts}
+        facts = {rewrite.name: rewrite.facts for rewrite in self.rewrites if rewrite.name in _TOLD}
+        variants = {rewrite.name: rewrite.facts for rewrite in self.rewrites if "options" in rewrite.facts}
         outputs, before, after = self.outputs, self.source.layouts, self.layouts
         return {
             "source": source.id,
@@ -212,6 +218,7 @@ class Plan:
             "cache_bytes": {"before": sizes(before), "after": sizes(after)},
             "parameters": {"before": self.source.parameters(), "after": self.result.parameters()},
             **facts,
+            **({"variants": variants} if variants else {}),
             "missing": sorted(self.strays.missing) if self.strays else [],
             "unexpected": self._unexpected(),
             "drafts": draft_layers(source),
@@ -268,9 +275,13 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 
 def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
     """A model with its layers computed: pooled, then given each variant, in the dtype that is written."""
-    source, rewrites = model.source, []
+    source, rewrites, current = model.source, [], model
     if kv != model.num_kv_heads:
         rewrites.append(pool(model, kv, options.method, options.grouping, options.seed))
+        current = rewritten(model, rewrites[0])
+    for text in options.variants:
+        rewrites.append(variant_rewrite(current, text))
+        current = rewritten(current, rewrites[-1])
     reblocked = {layer for before in model.rewrites for layer in before.layers}
     recovers = options.refit or options.fit > 0
     changed = {layer for rewrite in rewrites for layer in rewrite.layers}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from rehead.options import Options
+from rehead.errors import UsageError
+from rehead.options import Options, named_options
 from rehead.registry import Registry
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Variant:
 VARIANTS: Registry[Variant] = Registry(
     "variant",
     {
+        "pool": "rehead.variants.pool.variant",
         "tiled": "rehead.variants.tiled",
         "window": "rehead.variants.window",
         "parallel": "rehead.variants.blocks.variant",
@@ -125,3 +127,19 @@ def register(variant: Variant) -> Variant:
     """
     VARIANTS.add(variant.name, variant)
     return variant
+
+
+def saved_variant(text: str) -> tuple[Variant, VariantOptions]:
+    """A variant that a checkpoint can hold and its options, out of ``"NAME:key=value,key=value"``.
+
+    Raises:
+        UsageError: no such variant or option, an invalid value, or a variant that no checkpoint can hold.
+    """
+    name, options = named_options(text, lambda name: VARIANTS.get(name).options, "--variant")
+    variant = VARIANTS.get(name)
+    if variant.rewrite is None and variant.weights is None:
+        raise UsageError(
+            f"--variant {name}: changes live models only, so no checkpoint can hold it; use patch_model, or evaluate "
+            f"--patch {name}"
+        )
+    return variant, options

@@ -12,6 +12,7 @@ from rehead.errors import UsageError
 from rehead.models.live import LayerState
 from rehead.models.undo import UndoLog
 from rehead.variants.blocks.anatomy import PARALLEL, SERIAL, check_live, find_blocks
+from rehead.variants.blocks.forms import reblock
 from rehead.variants.blocks.redirect import BLOCK, redirect
 from rehead.variants.contract import Variant, VariantOptions, register
 from rehead.variants.layer_choice import check_known
@@ -21,6 +22,7 @@ class BlockOptions(VariantOptions):
     """Options of both block variants."""
 
     fused: bool = Field(False, description="Also compute the blocks in few products: the variant fuse.")
+    plain: bool = Field(False, description="Refuse a checkpoint that needs a modelling file of Rehead's.")
 
 
 def _redirected(form: str) -> Callable[..., list[LayerState]]:
@@ -58,6 +60,7 @@ def _variant(form: str, summary: str) -> Variant:
             exact=lambda options: False,
             off=lambda options: options,
             redirect=_redirected(form),
+            rewrite=lambda model, options: reblock(model, form, options.layers, options.plain),
             also=lambda options: [("fuse", {"layers": options.layers})] if options.fused else [],
         )
     )

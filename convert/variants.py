@@ -1,0 +1,68 @@
+"""A variant as a step of a conversion: what ``--variant NAME:key=value`` asks for, as a Rewrite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rehead.errors import UsageError
+from rehead.models.by_heads import rewrite_heads
+from rehead.models.heads import Heads
+from rehead.models.model import Model
+from rehead.models.rewrite import Changed, LayerForm, Rewrite
+from rehead.variants.contract import VARIANTS, Variant, saved_variant
+from rehead.variants.layer_choice import is_auto, parse_layers
+
+
+def variant_rewrite(model: Model, text: str) -> Rewrite:
+    """A model with a variant; no weight is read.
+
+    Raises:
+        UsageError: as :func:`~rehead.variants.contract.saved_variant`.
+        UnsupportedError: the model cannot have it.
+    """
+    variant, options = saved_variant(text)
+    rewrite = variant.rewrite(model, options) if variant.rewrite else by_weights(model, variant, options)
+    return replace(rewrite, name=variant.name, facts=rewrite.facts | {"options": options.as_json()})
+
+
+def by_weights(model: Model, variant: Variant, options: Any) -> Rewrite:
+    """A variant that its ``weights`` alone put into the model's own class."""
+    change, needs = variant.weights, variant.needs(options)
+    assert change is not None
+    if is_auto(options.layers):
+        raise UsageError(f"--variant {variant.name}: layers=auto is for live models; name the layers, e.g. layers=0-3")
+
+    def closed(layer: int, heads: Heads, moments: Any) -> Changed:
+        return Changed(change(heads, options, moments))
+
+    layers = set(parse_layers(options.layers, int(model.config.num_hidden_layers))) & set(model.layers)
+    rewrite = rewrite_heads(
+        variant.name,
+        model,
+        model.source.config,
+        LayerForm(closed, needs, model.num_kv_heads, bool(needs)),
+        sorted(layers),
+        lambda layer, heads: change(heads, options, None),
+    )
+    return replace(rewrite, exact=variant.exact(options), rounds=True)
+
+
+def describe_variants() -> list[dict[str, Any]]:
+    """Every variant: its name, what it is, where it comes from, its options, and where it can go."""
+    rows = []
+    for name in VARIANTS.names():
+        variant = VARIANTS.get(name)
+        fields = variant.options.model_fields
+        rows.append(
+            {
+                "name": name,
+                "summary": variant.summary,
+                "source": variant.source,
+                "exact": bool(variant.exact(variant.options())),
+                "live": variant.attend is not None or variant.redirect is not None,
+                "saved": variant.weights is not None or variant.rewrite is not None,
+                "options": {key: field.description or "" for key, field in fields.items()},
+            }
+        )
+    return rows
