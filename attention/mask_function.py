@@ -43,7 +43,7 @@ def _say_dense(config: Any, reason: str) -> None:
 
 
 @dataclass
-class _Rules:
+class _Closures:
     """What the closures of one mask say, in absolute positions."""
 
     causal: bool = False
@@ -58,7 +58,7 @@ def _free(function: Callable) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
-def _read(function: Callable, rules: _Rules, positions: Tensor | None = None) -> bool:
+def _read(function: Callable, rules: _Closures, positions: Tensor | None = None) -> bool:
     """Add what ``function`` says to ``rules``; False where it is not one of the known closures."""
     if function is masking_utils.bidirectional_mask_function:
         return True
@@ -149,7 +149,7 @@ def _snapshot(offset: int | Tensor, q_length: int) -> int | Tensor:
 
 def _describe(mask: TiledMask, function: Callable, padding: Tensor | None, kv_offset: int) -> TiledMask | None:
     """Fill in ``mask`` from the closures, or return None where they are not known."""
-    rules = _Rules()
+    rules = _Closures()
     if not _read(function, rules):
         return None
     q_start = mask.q_offset + kv_offset

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rehead.console import quiet_transformers
 from rehead.models.config import causal_lm_class
+from rehead.models.live import decoder_layers
 from rehead.models.tiny import LAYERS, LISTS, SIZES, randomize
 
 #: An epsilon large enough that a norm which gets it wrong shows.
@@ -71,7 +72,7 @@ def states(model: nn.Module) -> tuple[Tensor, Tensor]:
     """(what the first layer is called with, logits) on a few tokens."""
     tokens = torch.arange(24).view(2, 12) * 7 % _VOCAB
     seen: list[Tensor] = []
-    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers = decoder_layers(model)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
