@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rehead.checkpoints.source import open_source
+from rehead.checkpoints.opening import open_source
 from rehead.cli import cli
 from rehead.convert import convert, inspect, plan, verify
 from rehead.errors import UnsupportedError
