@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rehead.checkpoints.manifest_schema import FORMAT, broken_field
 from rehead.checkpoints.safetensors_io import check_shard_name, loads_strict, shown
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.checkpoints.stream import CHUNK, hash_file
@@ -25,7 +26,6 @@ __all__ = [
     "versions",
 ]
 
-FORMAT = 1
 _MAX_BYTES = 256_000_000
 _REPEAT = "convert again or fetch it again"
 
@@ -51,7 +51,7 @@ def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, st
     """The manifest's bytes; equal input gives equal bytes.
 
     Args:
-        content: what the conversion wants recorded; JSON types only.
+        content: what the conversion wants recorded: fields of :class:`~rehead.checkpoints.manifest_schema.Manifest`.
         files: (size in bytes, SHA-256 in hex) by name, the manifest itself left out.
         fingerprint: hash of all that determined the output.
     """
@@ -65,7 +65,7 @@ def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, st
 
 
 def read_manifest(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a folder's manifest and check its form, not its files.
+    """Read a folder's manifest and check its form, which is that of the schema, but not its files.
 
     Raises:
         UsageError: the folder or the manifest is missing.
@@ -100,6 +100,8 @@ def read_manifest(out: str | os.PathLike[str]) -> dict[str, Any]:
             ok = False
         if not ok:
             raise VerificationError(f"{folder}/{MANIFEST_NAME}: bad entry for {shown(name)}; {_REPEAT}")
+    if wrong := broken_field(table):
+        raise VerificationError(f"{folder}/{MANIFEST_NAME}: bad {shown(wrong)}; {_REPEAT}")
     return table
 
 

@@ -1,0 +1,98 @@
+"""The form of ``rehead.json``: one schema for what is written now and what earlier versions wrote.
+
+Fields have been added over time, so most may be absent, and a reader keeps fields that it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+T = TypeVar("T")
+
+FORMAT = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class Change(_Part, Generic[T]):
+    """A figure of the source and of the result."""
+
+    before: T
+    after: T
+
+
+class Tool(_Part):
+    """What wrote the manifest."""
+
+    name: str
+    version: str
+
+
+class FileEntry(_Part):
+    """One file of the folder."""
+
+    size: int = Field(ge=0, description="Bytes.")
+    sha256: str
+
+
+class Manifest(_Part):
+    """What a conversion or an uptraining did, and the size and SHA-256 of every file that it wrote.
+
+    Attributes:
+        command: the command line or Python call.
+        source: what was converted: a folder or a Hub id, at ``revision``.
+        model_type: of the source.
+        host, block, reinvest, variants: steps besides pooling, as far as there were any.
+        kv_bytes_per_token: KV-cache bytes that a token adds over all layers while no window is full.
+        cache_bytes: bytes of the whole cache by context, since version 0.2.
+        exact: the result computes what the source does; ``rounded``: up to the rounding of 16 bits.
+        calibration: the text that layers were computed over, or nothing.
+        layers: groups and errors by layer.
+        changed_tensors: tensors whose numbers are not the source's.
+        conversion, uptraining, uptraining_before: of an uptrained checkpoint.
+        fingerprint: hash of all that determined the output.
+    """
+
+    format: Literal[1]
+    tool: Tool | None = None
+    versions: dict[str, str] = {}
+    command: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    model_type: str | None = None
+    host: Change[str] | None = None
+    block: dict[str, Any] | None = None
+    reinvest: dict[str, Any] | None = None
+    variants: dict[str, dict[str, Any]] | None = None
+    num_attention_heads: int | None = None
+    head_dim: int | None = None
+    num_key_value_heads: Change[int] | None = None
+    kv_bytes_per_token: Change[int] | None = None
+    cache_bytes: Change[dict[str, int]] | None = None
+    parameters: Change[int] | None = None
+    exact: bool | None = None
+    rounded: bool | None = None
+    options: dict[str, Any] | None = None
+    config_changes: dict[str, Change[Any]] = {}
+    calibration: dict[str, Any] | None = None
+    layers: dict[str, dict[str, Any]] = {}
+    changed_tensors: list[str] = []
+    conversion: dict[str, Any] | None = None
+    uptraining: dict[str, Any] | None = None
+    uptraining_before: dict[str, Any] | None = None
+    fingerprint: str | None = None
+    files: dict[str, FileEntry]
+
+
+def broken_field(table: Any) -> str | None:
+    """The first field of a manifest that is not of the schema's form, and why; None where all are."""
+    try:
+        Manifest.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return None
