@@ -19,7 +19,8 @@ from rehead.recipes.evaluation.options import EvaluateOptions
     "--data",
     multiple=True,
     metavar="TEXT",
-    help="Text file (.txt, .md, .rst, also .gz; .jsonl, .parquet), folder or Hub dataset; repeat for more.",
+    help="Text file (.txt, .md, .rst, also .gz; .jsonl, .parquet), folder or Hub dataset; repeat for more. "
+    "Without one: built-in:heldout.",
 )
 @flags(EvaluateOptions)
 @click.option("--out", metavar="DIR", help="Write evaluation.json and the report there.")
@@ -37,8 +38,8 @@ def evaluate_command(
 ) -> None:
     """Measure MODEL (a folder or Hub id) beside the BASELINE that it was made from.
 
-    Perplexity under named conventions with intervals, divergence from the baseline's predictions, KV-cache bytes a
-    token; damage by layer, retrieval, tasks and speed when asked for.
+    Perplexity under named conventions with intervals, divergence from the baseline's predictions, the KV cache's size;
+    damage by layer, retrieval, tasks and speed when asked for. With --patch, MODEL is measured beside itself.
     """
     from rehead.recipes.evaluation.gates import enforce
     from rehead.recipes.evaluation.output import check_folder, write

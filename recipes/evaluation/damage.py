@@ -6,8 +6,8 @@ architecture; the baseline gets its own layer back however the measurement ends,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,62 @@ from rehead.recipes.evaluation.windows import batches, cut
 
 
 def layer_damage(
+    baseline: Any, model: Any, tokens: Tensor, window: int = 512, *, name: str = "the model", **options: Any
+) -> list[schema.LayerDamage]:
+    """KL(baseline || baseline with one layer of ``model``), for each layer that differs.
+
+    Args:
+        baseline, model: transformers causal language models on one device, whose layers are of the same class or of one
+            derived from it.
+        tokens: int64 [T], a sample of text; one pass over it for each layer.
+        window: tokens in a window; the windows are disjoint.
+        name: of the model, for messages.
+        **options: as for :func:`damage_of`.
+
+    Raises:
+        UnsupportedError: layers cannot be found or are of another class or width.
+        UsageError: the text is shorter than one window.
+    """
+    ours, theirs = decoder_layers(model), decoder_layers(baseline)
+    _require_alike(theirs, ours, name)
+    _require_width(baseline, model, name)
+    changed = [i for i, pair in enumerate(zip(theirs, ours)) if _differ(*pair)]
+
+    def alone(layer: int) -> AbstractContextManager[None]:
+        return borrowed(theirs, layer, ours[layer])
+
+    return damage_of(changed, alone, baseline, baseline, tokens, window, name=name, **options)
+
+
+def patch_damage(
+    baseline: Any, model: Any, patches: Sequence[Any], tokens: Tensor, window: int = 512, **options: Any
+) -> list[schema.LayerDamage]:
+    """KL(baseline || model with its patches on one layer alone), for each layer that they change.
+
+    Args:
+        baseline: the model as it is.
+        model: the same with patches, which stay.
+        patches: that are applied to it (:class:`rehead.patches.Patch`).
+        tokens: int64 [T], a sample of text; one pass over it for each layer.
+        window: tokens in a window; the windows are disjoint.
+        **options: as for :func:`damage_of`.
+    """
+    parts = [part for patch in patches for part in patch.parts]
+    changed = sorted({state.index for part in parts for state in part.states if state.index is not None})
+
+    @contextmanager
+    def alone(layer: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.only([layer]))
+            yield
+
+    return damage_of(changed, alone, baseline, model, tokens, window, **options)
+
+
+def damage_of(
+    changed: Sequence[int],
+    alone: Callable[[int], AbstractContextManager[None]],
     baseline: Any,
     model: Any,
     tokens: Tensor,
@@ -34,11 +90,13 @@ def layer_damage(
     name: str = "the model",
     progress: Callable[[float, float], None] | None = None,
 ) -> list[schema.LayerDamage]:
-    """KL(baseline || baseline with one layer of ``model``), for each layer that differs.
+    """KL(baseline || model with one layer changed), for each of several layers.
 
     Args:
-        baseline, model: transformers causal language models on one device, whose layers are of the same class or of one
-            derived from it.
+        changed: indices of the layers.
+        alone: gives a block in which ``model`` has that one layer changed.
+        baseline: as it is outside such blocks.
+        model: that is run inside them; may be ``baseline`` itself.
         tokens: int64 [T], a sample of text; one pass over it for each layer.
         window: tokens in a window; the windows are disjoint.
         start: int64 [p], how the tokenizer begins a text (:func:`rehead.data.beginning.text_start`).
@@ -47,13 +105,9 @@ def layer_damage(
         progress: called with (passes done, passes).
 
     Raises:
-        UnsupportedError: layers cannot be found or are of another class or width.
         UsageError: the text is shorter than one window.
+        UnsupportedError: a token is given no finite probability.
     """
-    ours, theirs = decoder_layers(model), decoder_layers(baseline)
-    _require_alike(theirs, ours, name)
-    _require_width(baseline, model, name)
-    changed = [i for i, pair in enumerate(zip(theirs, ours)) if _differ(*pair)]
     windows = cut("disjoint", len(tokens), window)
     kl = torch.zeros(len(changed), dtype=torch.float64)
     agree = torch.zeros(len(changed), dtype=torch.float64)
@@ -64,8 +118,8 @@ def layer_damage(
             kept = (targets != IGNORED).flatten()
             counted += int(kept.sum())
             for at, layer in enumerate(changed):
-                with borrowed(theirs, layer, ours[layer]):
-                    part = distances(whole, predict_last(baseline, inputs, targets.shape[1]))[kept]
+                with alone(layer):
+                    part = distances(whole, predict_last(model, inputs, targets.shape[1]))[kept]
                 kl[at] += require_finite(part.kl, f"{name}, layer {layer}").sum()
                 agree[at] += part.agree.sum()
             done += len(inputs)

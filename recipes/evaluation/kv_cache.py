@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from rehead.models import layout
-from rehead.models.cache_layouts import config_layouts
-from rehead.models.layout import CONTEXTS
+from rehead.models.layout import CONTEXTS, LayerLayout
 from rehead.models.modes import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import vocabulary
@@ -121,18 +120,24 @@ def contexts_of(model: Any) -> list[int]:
     return [context for context in CONTEXTS if context <= limit] or [limit]
 
 
-def cache_row(who: schema.Who, model: Any, dtype: torch.dtype, contexts: Sequence[int] | None = None) -> schema.KVCache:
+def cache_row(
+    who: schema.Who,
+    model: Any,
+    dtype: torch.dtype,
+    layers: Sequence[LayerLayout] | None = None,
+    contexts: Sequence[int] | None = None,
+) -> schema.KVCache:
     """Both figures side by side, at several contexts.
 
     Args:
         who: the model's part in the comparison.
         model: a transformers causal language model.
         dtype: that a served cache would have, whatever the model is evaluated in: what is counted are its numbers.
+        layers: what each layer caches, where that is known.
         contexts: tokens; :func:`contexts_of` the model when None.
     """
     measured = measure_cache(model)
     scale = dtype.itemsize / next(model.parameters()).element_size()
-    layers = config_layouts(model.config, dtype.itemsize)
     sizes = [
         schema.CacheSize(
             context=context,
@@ -151,13 +156,21 @@ def cache_row(who: schema.Who, model: Any, dtype: torch.dtype, contexts: Sequenc
 
 
 def cache_note(row: schema.KVCache, model_type: str) -> str | None:
-    """One line where transformers caches more than the KV heads; None where both figures agree.
+    """One line where transformers caches more than the layers need; None where both figures agree.
 
     Falcon's class repeats its KV heads for the query heads before it caches them, so sharing heads saves nothing there.
     """
     computed, measured = row.computed_bytes_per_token, row.measured_bytes_per_token
-    if not computed or not measured or measured <= computed * 1.005:
+    if not computed or not measured:
         return None
+    if measured <= computed * 1.005:
+        last = row.sizes[-1] if row.sizes else None
+        if last is None or not last.computed_bytes or (last.measured_bytes or 0) <= last.computed_bytes * 1.005:
+            return None
+        return (
+            f"the {row.who}'s cache in transformers keeps what its layers no longer read: {last.measured_bytes:,.0f} "
+            f"bytes at {last.context:,} tokens, where a cache made for them holds {last.computed_bytes:,.0f}"
+        )
     return (
         f"transformers' {model_type} caches {measured / computed:.3g} times the {row.who}'s KV heads, since it repeats "
         f"them first; an engine that caches them as they are holds {computed:,.0f} bytes per token, not {measured:,.0f}"

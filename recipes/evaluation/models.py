@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from rehead.checkpoints.opening import open_source, split_revision
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.cache_layouts import config_layouts
+from rehead.models.layout import LayerLayout
 from rehead.models.probing import config_value
+from rehead.options import named_options
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
 
@@ -31,7 +35,8 @@ class Loaded:
         dtype: of the checkpoint's weights.
         weight_bytes: of its tensors.
         tokenizer: None where the checkpoint has none.
-        patch: keeps an applied patch alive.
+        patches: that are applied, in their order.
+        patched_with: what they were asked for as, ``NAME:key=value``.
     """
 
     who: schema.Who
@@ -40,7 +45,18 @@ class Loaded:
     dtype: torch.dtype
     weight_bytes: int
     tokenizer: Any = None
-    patch: Any = field(default=None, repr=False)
+    patches: list[Any] = field(default_factory=list, repr=False)
+    patched_with: tuple[str, ...] = ()
+
+    def layouts(self) -> list[LayerLayout] | None:
+        """What each layer caches, by the config and the variants on top; None where the config does not say."""
+        layers = config_layouts(self.model.config, self.dtype.itemsize)
+        for part in (part for patch in self.patches for part in patch.parts):
+            changed = {state.index for state in part.states}
+            layers = layers and [
+                part.variant.layout(layer, part.options) if layer.index in changed else layer for layer in layers
+            ]
+        return layers
 
     def facts(self) -> schema.ModelFacts:
         """What the document says of it."""
@@ -59,15 +75,22 @@ class Loaded:
             num_key_value_heads=stated_heads(self.model.config, cache.heads) if cache else [],
             head_dim=cache.head_dim if cache else None,
             kv_bytes_per_token=scale * cache.bytes_per_token if cache else None,
+            patches=list(self.patched_with),
             conversion=_conversion(manifest),
             uptraining=manifest.get("uptraining") if isinstance(manifest.get("uptraining"), dict) else None,
         )
 
 
 def load_model(
-    who: schema.Who, name: str, *, device: torch.device, dtype: str = "auto", attention: str | None = None
+    who: schema.Who,
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    attention: str | None = None,
+    patches: Sequence[str] = (),
 ) -> Loaded:
-    """Load a checkpoint for evaluation.
+    """Load a checkpoint for evaluation, and patch it.
 
     Args:
         who: its part in the comparison.
@@ -75,6 +98,7 @@ def load_model(
         device: where it goes.
         dtype: ``auto`` is float32 on a CPU and the checkpoint's own elsewhere.
         attention: transformers' attention implementation, or ``tiled`` for Rehead's; its own choice when None.
+        patches: variants that are put on it, each on top of those before, as ``NAME`` or ``NAME:key=value,...``.
 
     Raises:
         UsageError: no such model, or an attention implementation that it does not have.
@@ -122,12 +146,36 @@ def load_model(
         raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")
     size = sum(info.nbytes for info in source.tensors.values())
     loaded = Loaded(who, name, model, _dtype_of(source), size, tokenizer_of(source))
-    if attention == TILED:
-        from rehead.patches import patch_model
+    return patched(loaded, [*((TILED,) if attention == TILED else ()), *patches])
 
-        loaded.patch = patch_model(model, TILED)
-        loaded.patch.apply()
+
+def patched(loaded: Loaded, patches: Sequence[str]) -> Loaded:
+    """The same model with variants on top of each other.
+
+    Raises:
+        UsageError: an unknown variant or option.
+        UnsupportedError: the model cannot be patched so.
+    """
+    if not patches:
+        return loaded
+    from rehead.patches import patch_model
+
+    for name, options in map(patch_options, patches):
+        loaded.patches.append(patch_model(loaded.model, name, **options).apply())
+    loaded.patched_with = tuple(patches)
     return loaded
+
+
+def patch_options(text: str) -> tuple[str, dict[str, Any]]:
+    """``"window:size=1k"`` as the variant's name and what :func:`rehead.patches.patch_model` takes.
+
+    Raises:
+        UsageError: an unknown variant or option (the nearest is suggested), or an invalid value.
+    """
+    from rehead.variants.contract import VARIANTS
+
+    name, options = named_options(text, lambda name: VARIANTS.get(name).options, "--patch")
+    return name, dict(options)
 
 
 def open_named(name: str) -> Source:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
 from rehead.options import SPLIT, Count, Flag, Options, pairs
+from rehead.options import Names as Texts
 from rehead.recipes.evaluation.gates import check_gates
 
 #: A needle, its line ends and its repeated key take about half of this.
@@ -58,6 +59,9 @@ class EvaluateOptions(Options):
     speed_repeats: Count = Field(5, ge=1, description="Runs of which medians are taken.")
     batch_tokens: Annotated[Count | None, Flag(default="by the device")] = Field(
         None, ge=1, description="Tokens in a forward pass."
+    )
+    patches: Annotated[Texts, Flag("--patch", metavar="NAME:key=value")] = Field(
+        (), description="Variant put on MODEL, beside MODEL as it is, e.g. window:size=1k; repeat to stack more."
     )
     attention: Annotated[str | None, Flag(default="the model's own")] = Field(
         None, description="Implementation: sdpa, eager, ... or tiled for Rehead's."

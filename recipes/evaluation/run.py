@@ -21,18 +21,23 @@ from rehead.models.predictions import vocabulary
 from rehead.options import takes
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation import divergence, gates, perplexity
-from rehead.recipes.evaluation.damage import layer_damage
+from rehead.recipes.evaluation.damage import layer_damage, patch_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
 from rehead.recipes.evaluation.models import (
     Loaded,
     load_model,
     open_named,
+    patch_options,
     require_same_tokenizer,
+    tokenizer_of,
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.speed import speed_rows
 from rehead.version import __version__
+
+#: What is read where no text is named.
+HELD_OUT = "built-in:heldout"
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,17 @@ def evaluate(
 
         found = evaluate("llama-2-7b-gqa8", baseline="meta-llama/Llama-2-7b-hf", data=["speeches.txt"], damage=True)
         found.divergence[0].mean, found.perplexity[0].ratio
+        evaluate("Qwen/Qwen3-0.6B", patches=["window:size=1k,sinks=4"])
 
     With a baseline and data: perplexity under each convention with the ratio to the baseline's, and the divergence from
-    the baseline's predictions. With data alone: perplexity. KV-cache bytes a token always; the rest when asked for.
+    the baseline's predictions. With data alone: perplexity. The KV cache's size always; the rest when asked for.
 
     Args:
         model: the model that is judged: a folder, a Hub id, or ``id@revision``.
-        baseline: what it was made from.
+        baseline: what it was made from; of a model that is patched, the model as it is unless another is named.
         control: the baseline trained on the same tokens, so that what a text taught does not pass for what was healed.
-        data: texts, as ``rehead.data.sources.read_documents`` takes them.
+        data: texts, as ``rehead.data.sources.read_documents`` takes them; ``built-in:heldout`` where none is named and
+            the model has a tokenizer.
         progress: called with (stage, done, total).
 
     Raises:
@@ -84,7 +91,16 @@ def evaluate(
         UnsupportedError: a model that does not load or whose logits are not finite.
     """
     chosen = EvaluateOptions.parse(options)
-    _check_request(chosen, baseline, data)
+    if chosen.patches:
+        for text in chosen.patches:
+            patch_options(text)
+        baseline = baseline or model
+    notes = []
+    if not data and tokenizer_of(open_named(baseline or model)) is not None:
+        data = (HELD_OUT,)
+    elif not data:
+        notes.append("perplexity and divergence left out: the model has no tokenizer to read a text with")
+    _check_request(chosen, model, baseline, data)
     manager = None
     if chosen.tasks:
         from rehead.recipes.evaluation.tasks import require_harness, task_manager
@@ -103,9 +119,9 @@ def evaluate(
         baseline=facts.get("baseline"),
         control=facts.get("control"),
         conditions=_conditions(device, loaded[0], texts, chosen),
-        kv_cache=[cache_row(item.who, item.model, item.dtype) for item in loaded],
+        kv_cache=[cache_row(item.who, item.model, item.dtype, item.layouts()) for item in loaded],
     )
-    found.notes += run.notes(found)
+    found.notes += [*notes, *run.notes(found)]
     if texts:
         run.quality(found)
     if chosen.damage:
@@ -120,12 +136,14 @@ def evaluate(
     return found
 
 
-def _check_request(chosen: EvaluateOptions, baseline: str | None, data: Sequence[str]) -> None:
+def _check_request(chosen: EvaluateOptions, model: str, baseline: str | None, data: Sequence[str]) -> None:
     """Refuse what cannot be measured before anything is loaded."""
     asked = [("--damage", chosen.damage), ("--needle", bool(chosen.needle))]
     for flag, wanted in asked:
         if wanted and not data:
             raise UsageError(f"{flag}: is measured on a text; give --data")
+    if chosen.damage and chosen.patches and baseline != model:
+        raise UsageError("--damage: takes the layers of a checkpoint or of a patch; leave out --baseline or --patch")
     if chosen.damage and baseline is None:
         raise UsageError("--damage: puts layers into the baseline; give --baseline")
     measured = {word for word, there in (
@@ -144,7 +162,10 @@ def _load(
     for done, (who, name) in enumerate(wanted.items()):
         if progress is not None:
             progress("loading", done, len(wanted))
-        loaded.append(load_model(who, name, device=device, dtype=chosen.dtype, attention=chosen.attention))
+        patches = chosen.patches if who == "model" else ()
+        loaded.append(
+            load_model(who, name, device=device, dtype=chosen.dtype, attention=chosen.attention, patches=patches)
+        )
         require_same_tokenizer(loaded[0], loaded[-1])
     if progress is not None:
         progress("loading", len(wanted), len(wanted))
@@ -288,16 +309,18 @@ class _Run:
         models = self._by_who()
         sample = self.texts[0].tokens[: max(self.chosen.damage_tokens, self.chosen.window)]
         try:
-            found.damage = layer_damage(
-                models["baseline"].model,
-                models["model"].model,
-                sample,
-                self.chosen.window,
-                start=self.texts[0].start,
-                batch_tokens=self.chosen.batch_tokens,
-                name=models["model"].name,
-                progress=self._stage("damage"),
-            )
+            options: dict[str, Any] = {
+                "start": self.texts[0].start,
+                "batch_tokens": self.chosen.batch_tokens,
+                "name": models["model"].name,
+                "progress": self._stage("damage"),
+            }
+            both = models["baseline"].model, models["model"].model
+            if self.chosen.patches and models["model"].name == models["baseline"].name:
+                patches = models["model"].patches
+                found.damage = patch_damage(*both, patches, sample, self.chosen.window, **options)
+            else:
+                found.damage = layer_damage(*both, sample, self.chosen.window, **options)
         except UnsupportedError as error:
             if self._gated("damage"):
                 raise

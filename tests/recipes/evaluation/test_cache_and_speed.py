@@ -52,7 +52,7 @@ def test_a_window_is_measured_as_what_it_is_at_long_contexts():
     model = tiny_model("gemma3_text", num_hidden_layers=6, layer_types=pattern, sliding_window=512,
                        max_position_embeddings=32768)  # fmt: skip
     assert [layer_window(model.config, i) for i in range(6)] == [512] * 5 + [None]
-    row = cache_row("model", model, torch.bfloat16)
+    row = cache_row("model", model, torch.bfloat16, config_layouts(model.config))
     each = bytes_per_token(config_layouts(model.config)) / 6
     assert [size.context for size in row.sizes] == [1024, 8192, 32768]
     for size in row.sizes:
@@ -136,14 +136,14 @@ def test_running_out_of_memory_is_noted(load, original, monkeypatch):
 def test_heads_that_are_repeated_before_they_are_cached_are_told_of():
     shape = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
     model = FalconForCausalLM(FalconConfig(**shape, num_kv_heads=2, new_decoder_architecture=True)).eval()
-    row = cache_row("model", model, torch.bfloat16)
+    row = cache_row("model", model, torch.bfloat16, config_layouts(model.config))
     assert row.measured_bytes_per_token == 4 * row.computed_bytes_per_token
     assert stated_heads(model.config, measure_cache(model).heads) == [2, 2]
     note = cache_note(row, "falcon")
     assert "caches 4 times the model's KV heads" in note
     assert "holds 128 bytes per token, not 512" in note
     plain = tiny_model("llama")
-    assert cache_note(cache_row("model", plain, torch.bfloat16), "llama") is None
+    assert cache_note(cache_row("model", plain, torch.bfloat16, config_layouts(plain.config)), "llama") is None
     assert stated_heads(plain.config, [2, 2]) == [2, 2]
 
 

@@ -14,6 +14,8 @@ from rehead.recipes.evaluation.commands import evaluate_command
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.output import read
 from rehead.recipes.evaluation_schema import Evaluation
+from rehead.recipes.report.facts import Entry, summarise
+from rehead.recipes.report.verdict import verdict
 from rehead.recipes.scratch import NewModel, new_model
 
 SMALL = ("--window", 64, "--tokens", 1024)
@@ -115,9 +117,43 @@ def test_a_model_alone(run, original, text):
     assert code == 0
     assert not facts.divergence
     assert facts.perplexity[0].ratio is None
-    code, out, _ = run("evaluate", original, "--json")  # cache size needs no text
-    assert json.loads(out)["kv_cache"][0]["measured_bytes_per_token"] == 768
+    code, out, _ = run("evaluate", original, *SMALL, "--json")
+    facts = json.loads(out)
+    assert facts["kv_cache"][0]["measured_bytes_per_token"] == 768
+    assert facts["conditions"]["data"][0]["name"] == "built-in:heldout"
     assert run("evaluate", original, "--data", text, *SMALL)[0] == 0
+
+
+def test_a_model_without_a_tokenizer_is_still_measured(run, original, tmp_path):
+    """Its cache needs no text."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(original / name, tmp_path)
+    code, out, _ = run("evaluate", tmp_path, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["kv_cache"][0]["sizes"] == [{"context": 512, "computed_bytes": 393216, "measured_bytes": 393216}]
+    assert "no tokenizer to read a text" in facts["notes"][0]
+
+
+def test_patches_are_measured_as_checkpoints_are(original, text):
+    """Stacked, beside the model as it is; layer by layer; and what a window would leave of the cache."""
+    found = evaluate(
+        str(original), data=[str(text)], window=64, tokens=1024, damage=True, damage_tokens=256,
+        patches=["tiled", "window:size=8,sinks=2"],
+    )  # fmt: skip
+    assert found.model.patches == ["tiled", "window:size=8,sinks=2"]
+    assert found.baseline.name == found.model.name
+    assert found.baseline.patches == []
+    assert found.divergence[0].mean > 1e-4
+    assert [row.layer for row in found.damage] == [0, 1, 2]
+    assert all(row.kl > 0 for row in found.damage)
+    after, before = ({row.who: row for row in found.kv_cache}[who].sizes[0] for who in ("model", "baseline"))
+    assert after.computed_bytes == before.computed_bytes / 512 * (8 - 1 + 2)
+    assert any("where a cache made for them holds 6,912" in note for note in found.notes)
+    summary = summarise(Entry("m", found))
+    assert "patched: window:size=8,sinks=2" in verdict([summary]).headline
+    exact = evaluate(str(original), data=[str(text)], window=64, tokens=512, patches=["tiled"])
+    assert exact.divergence[0].max < 1e-6
 
 
 def test_a_model_is_at_no_distance_from_itself(run, original, text):
@@ -153,8 +189,11 @@ BAD = [
     (["MODEL", "--data", "SHORT"], 2, "less than one window of 512"),
     (["MODEL", "--data", "BINARY"], 2, "is not"),
     (["MODEL", "--data", "TEXT", "--damage"], 2, "give --baseline"),
-    (["MODEL", "--baseline", "MODEL", "--damage"], 2, "give --data"),
-    (["MODEL", "--needle", "64"], 2, "give --data"),
+    (["MODEL", "--patch", "windw:size=8"], 2, "did you mean 'window'"),
+    (["MODEL", "--patch", "window:sise=8"], 2, "did you mean 'size'"),
+    (["MODEL", "--patch", "window:size=none"], 2, "--patch window"),
+    (["MODEL", "--patch", "window", "--patch", "window"], 2, "already applied"),
+    (["MODEL", "--baseline", "OTHER", "--patch", "window", "--damage"], 2, "leave out --baseline or --patch"),
     (["MODEL", "--data", "TEXT", "--needle", "64,x"], 2, "--needle"),
     (["MODEL", "--data", "TEXT", "--needle", "8"], 2, "32 or more"),
     (["MODEL", "--data", "TEXT", "--fail-above", "KL=0.5"], 2, "needs --baseline"),

@@ -102,7 +102,7 @@ def test_from_the_command_line(folder, original, converted, capsys):
     pytest.importorskip("lm_eval")
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", str(converted), "--baseline", str(original), "--tasks", "years_local", "--tasks-dir",
-              str(folder), "--json"])  # fmt: skip
+              str(folder), "--json", "--quiet", "--tokens", "512"])  # fmt: skip
     out, err = capsys.readouterr()
     assert (stop.value.code, err) == (0, "")
     assert [(row["who"], row["task"]) for row in json.loads(out)["tasks"] if row["metric"] == "acc"] == [
