@@ -58,14 +58,16 @@ def calibration_text(plan: Plan) -> CalibrationText:
 def job_of(plan: Plan) -> Job:
     """What a plan asks of healing."""
     model, infos = plan.model, plan.pooled.source.tensors
+    modules = [rewrite.form.module for rewrite in plan.layer_rewrites if rewrite.form and rewrite.form.module]
     return Job(
         original=plan.original,
-        changed=model,
+        changed=plan.pooled if modules else model,
         config=plan.layer_config,
         layers={layer: _layer_job(plan, layer) for layer in model.layers if layer in plan.computed_layers},
         tensors=lambda layer, heads: tensors_of(model.family, layer, heads, model.source.tensors),
         store=lambda name, tensor: cast(name, tensor, torch_dtype(infos[name].dtype)),
         seed=plan.options.seed,
+        module=modules[0] if modules else None,
     )
 
 
@@ -78,6 +80,9 @@ def _layer_job(plan: Plan, layer: int) -> LayerJob:
         ffn = plan.ffn_writer(layer)
         assert ffn is not None, "the plan has refused a layer without one"
         writers = (model.family.attention + names.output, ffn) if layer in plan.parallel_layers else (ffn,)
+    style = forms[-1] if forms else LayerForm(lambda layer, heads, moments: Changed(heads))
+    if style.module is not None:
+        writers = style.writers
     return LayerJob(
         closed_form=_closed_form(forms, layer) if forms else None,
         needs=forms[0].needs if forms else (),
@@ -85,7 +90,10 @@ def _layer_job(plan: Plan, layer: int) -> LayerJob:
         refit=options.refit and (bool(forms) or layer not in plan.parallel_layers),
         writers=writers,
         fit=options.fit,
-        trains=lambda attention: _projections(model.family, attention),
+        trains=(lambda attention: attention.parameters())
+        if style.module is not None
+        else lambda attention: _projections(model.family, attention),
+        healing=style.healing,
     )
 
 

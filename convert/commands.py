@@ -64,7 +64,8 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
     if as_json:
         print_json(facts)
         return
-    print_facts(f"{facts['source']} -> {facts['num_key_value_heads']['after']} KV heads", _plan_rows(facts))
+    after = f"{facts['num_key_value_heads']['after']} KV heads" if "latent" not in facts else "latent attention"
+    print_facts(f"{facts['source']} -> {after}", _plan_rows(facts))
     shown: dict[str, list[str]] = {}
     for change in facts["changes"]:
         kind = re.sub(r"\.\d+\.", ".{i}.", change["name"], count=1)
@@ -104,6 +105,8 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
             keys = sum(entry["key_error"] for entry in errors) / len(errors)
             values = sum(entry["value_error"] for entry in errors) / len(errors)
             rows.append(("relative error", f"keys {keys:.3f}, values {values:.3f} (mean over layers)"))
+        if "latent" in facts:
+            rows += _latent_errors(facts["layer_errors"])
         rows.append(("time", f"{facts['seconds']:.1f} s"))
         print_facts(f"wrote {out}", rows)
 
@@ -132,6 +135,24 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
                                        f"{against['top1_agreement']:.1%}, largest logit difference "
                                        f"{against['max_difference']:.3g}"))  # fmt: skip
     print_facts(f"{out} verifies", rows)
+
+
+def _latent_errors(layers: dict[int, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the layers lose, in closed form and after they were fitted: mean and worst."""
+    told = (
+        ("lost", "closed form", "of what heads read of keys and values"),
+        ("output_error", "attention error", "of the attention's output, refitted"),
+        ("block_error", "block error", "of what attention and FFN write, refitted"),
+    )
+    rows = []
+    for key, name, what in told:
+        errors = {layer: facts[key] for layer, facts in layers.items() if key in facts}
+        errors = {layer: error[-1] if isinstance(error, list) else error for layer, error in errors.items()}
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            mean = sum(errors.values()) / len(errors)
+            rows.append((name, f"{mean:.3f} {what} (mean over layers; {errors[worst]:.3f} in layer {worst})"))
+    return rows
 
 
 def _strays(facts: dict[str, Any]) -> str:
@@ -206,7 +227,9 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     how = [options["method"], f"{options['grouping']} groups"]
     how += ["refit"] if options["refit"] else []
     how += [f"fit of {options['fit']} steps a layer"] if options["fit"] else []
-    rows = []
+    rows: list[tuple[str, str]] = []
+    if "latent" in facts:
+        return _latent_rows(facts, how[2:])
     if "host" in facts:
         note = f"; {facts['host']['note']}" if "note" in facts["host"] else ""
         rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same{note}"))
@@ -228,12 +251,38 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if "reinvest" in facts:
         spent = facts["reinvest"]
         rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))
-    if "calibration" in options:
-        source = ", ".join(options["calibration"])
-        length = options["calibration_length"]
-        lengths = " and ".join(map(str, length)) if isinstance(length, list) else length
-        rows.append(("calibration", f"{options['calibration_tokens']:,} tokens of {source}, sequences of {lengths}"))
-    return rows
+    return rows + _calibration_row(options)
+
+
+def _calibration_row(options: dict[str, Any]) -> list[tuple[str, str]]:
+    if "calibration" not in options:
+        return []
+    source = ", ".join(options["calibration"])
+    length = options["calibration_length"]
+    lengths = " and ".join(map(str, length)) if isinstance(length, list) else length
+    return [("calibration", f"{options['calibration_tokens']:,} tokens of {source}, sequences of {lengths}")]
+
+
+def _latent_rows(facts: dict[str, Any], healing: list[str]) -> list[tuple[str, str]]:
+    """A plan of latent attention: what it is, what it costs, and what tensor parallelism makes of it."""
+    latent, cache, size, options = facts["latent"], facts["kv_bytes_per_token"], facts["parameters"], facts["options"]
+    numbers, flops, (kept, pairs) = latent["numbers_per_token"], latent["attention_flops"], latent["pairs"]
+    chosen = "" if "rope_dims" in options else "; convert lets the text choose how many"
+    at = f"at {flops['context']:,} tokens"
+    return [
+        ("class", f"{facts['model_type']} -> {latent['host']}, with latent attention in every layer"),
+        ("method", ", ".join(["closed form on calibration text", *healing])),
+        ("latent", f"{latent['rank']} numbers and a rotated key of {latent['rope_dims']}"),
+        ("rotary pairs", f"{kept} of {pairs} keep turning{chosen}"),
+        ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes per token, {numbers['before']} -> "
+                     f"{numbers['after']} numbers per layer"),
+        ("tensor parallel", "every rank holds the whole latent, so ranks do not divide the cache"),
+        ("parameters", f"{size['before']:,} -> {size['after']:,}"),
+        ("attention", f"{flops['before']:,} -> {flops['after']:,} FLOPs for one token {at}; {flops['expanded']:,} "
+                      "where heads are expanded"),
+        *([("tensors", strays)] if (strays := _strays(facts)) else []),
+        *_calibration_row(options),
+    ]  # fmt: skip
 
 
 def _unpooled(facts: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from rehead.checkpoints.manifest import made_by
 from rehead.checkpoints.target import Target, finish_commit
 from rehead.console import Progress
 from rehead.convert.card import model_card
+from rehead.convert.latent import choose_sizes
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import LayerProvider, Plan, make_plan
 from rehead.errors import UsageError
@@ -95,7 +96,11 @@ def convert(
         if is_auto(asked.layers):
             from rehead.convert.auto_layers import choose
 
-            asked, chosen = choose(opened, asked, resolve_device(device), progress)
+            asked, measured = choose(opened, asked, resolve_device(device), progress)
+            chosen["chosen_layers"] = measured
+        if asked.is_latent:
+            asked, measured = choose_sizes(opened, asked, resolve_device(device), progress)
+            chosen |= measured
         plan = make_plan(opened, asked)
         if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
             from rehead.convert.prove_layout import prove_layout
@@ -185,8 +190,7 @@ def execute(
         target.write_text("config.json", json.dumps(plan.raw_config, indent=2, ensure_ascii=False) + "\n")
         for name, text in carried_files(plan.raw_config).items():
             target.write_text(name, text)
-        if chosen:
-            details["chosen_layers"] = chosen
+        details |= chosen
         target.write_text("README.md", model_card(plan, result.layers, command, details))
         target.commit(manifest(plan, result.layers, command, details))
     return result
@@ -199,7 +203,8 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
         **made_by(command),
         **{key: table[key] for key in (
             "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
-            "kv_bytes_per_token", "cache_bytes", "parameters", "reinvest", "block", "variants", "exact", "rounded",
+            "kv_bytes_per_token", "cache_bytes", "parameters", "reinvest", "block", "variants", "latent",
+            "exact", "rounded",
             "options", "config_changes",
         ) if key in table},
         "calibration": details,

@@ -10,6 +10,7 @@ from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.options import Count, Flag, Names, Options, parse_count
 from rehead.variants.contract import saved_variant
+from rehead.variants.latent.options import LatentOptions
 from rehead.variants.layer_choice import AUTO, is_auto
 from rehead.variants.pool.methods.registry import get_method
 
@@ -95,6 +96,16 @@ class ConvertOptions(Options):
         None, gt=0, description="What --layers auto may cost per token; the whole model is loaded to measure it."
     )
     plain: bool = Field(False, description="Refuse blocks for which the result needs a modelling file of Rehead's.")
+    latent: Annotated[Count | None, Flag(metavar="R")] = Field(
+        None, ge=1, description="Latent attention (MLA): one latent of R numbers per token and layer for all heads."
+    )
+    rope_dims: Annotated[Count | None, Flag(metavar="D", default="what the text shows")] = Field(
+        None, ge=2, description="Of latent attention: numbers of the rotated key that all heads share; even."
+    )
+    kv_cache: Annotated[str | None, Flag(metavar="SIZE")] = Field(
+        None,
+        description="Latent attention by the size of its cache: a share such as 33%, or numbers per token and layer.",
+    )
 
     variants: Annotated[Names, Flag("--variant", metavar="NAME:KEY=VALUE", default="none")] = Field(
         (), description="Give the model a variant of attention or blocks, with its options; repeat for more."
@@ -106,7 +117,7 @@ class ConvertOptions(Options):
         """``pool`` and the forms of blocks have flags of their own: what they are told is put there."""
         texts = values.get("variants") or () if isinstance(values, dict) else ()
         texts = (texts,) if isinstance(texts, str) else texts
-        own = [text for text in texts if text.partition(":")[0] in ("pool", *_BLOCKS)]
+        own = [text for text in texts if text.partition(":")[0] in ("pool", "latent", *_BLOCKS)]
         if not own:
             return values
         values = values | {"variants": tuple(text for text in texts if text not in own)}
@@ -115,6 +126,10 @@ class ConvertOptions(Options):
             said = options.model_dump(exclude_unset=True)
             if variant.name in _BLOCKS:
                 said |= {"block": variant.name}
+            if variant.name == "latent":
+                said = {{"rank": "latent"}.get(name, name): value for name, value in said.items()}
+                if not said.keys() & {"latent", "kv_cache"}:
+                    raise UsageError("--variant latent: needs a size; give latent:rank=R or latent:kv_cache=33%")
             for name, value in said.items():
                 if name not in cls.model_fields:
                     raise UsageError(f"--variant {variant.name}: {name} is for live models; leave it out")
@@ -131,13 +146,14 @@ class ConvertOptions(Options):
                 raise UsageError(
                     f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads"
                 )
-            if not self.steps and not self.variants:
+            if not (self.steps or self.variants or self.is_latent):
                 raise UsageError(
                     "nothing to do; say --kv-heads N, --block FORM, --variant NAME, or --host for another class with "
                     "the same heads"
                 )
-            if (self.refit or self.fit) and self.block is None and not self.variants:
+            if (self.refit or self.fit) and not (self.block or self.variants or self.is_latent):
                 raise UsageError("--refit: recovers from shared KV heads or changed blocks; give --kv-heads or --block")
+        self._check_latent()
         for option, step in _OF_STEPS.items():
             if getattr(self, option) not in (None, False) and getattr(self, step) is None:
                 flag = option.replace("_", "-")
@@ -158,6 +174,21 @@ class ConvertOptions(Options):
         parse_size(self.max_shard_size)
         return self
 
+    def _check_latent(self) -> None:
+        if not self.is_latent:
+            if self.rope_dims is not None:
+                raise UsageError("--rope-dims: says nothing without --latent or --kv-cache; give one or leave it out")
+            return
+        others = {"--kv-heads": self.num_key_value_heads, "--block": self.block, "--reinvest": self.reinvest}
+        if both := [flag for flag, value in others.items() if value is not None]:
+            raise UsageError(f"{both[0]}: does not go together with latent attention; give one of them")
+        LatentOptions.parse({"rank": self.latent, "rope_dims": self.rope_dims, "kv_cache": self.kv_cache})
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether latent attention is asked for."""
+        return self.latent is not None or self.kv_cache is not None
+
     @property
     def steps(self) -> list[str]:
         """Which steps besides pooling are asked for, by the names of their options."""
@@ -176,7 +207,7 @@ class ConvertOptions(Options):
         """Whether the model has to be run over text."""
         asked = [saved_variant(text) for text in self.variants]
         reads = any(variant.needs(options) for variant, options in asked)
-        return get_method(self.method).needs_calibration or reads or self.refit or self.fit > 0
+        return self.is_latent or get_method(self.method).needs_calibration or reads or self.refit or self.fit > 0
 
     def lengths_within(self, positions: int | None) -> tuple[int, ...]:
         """The calibration lengths of a model that has so many positions; None for any number."""
@@ -189,7 +220,7 @@ class ConvertOptions(Options):
         allow them.
         """
         table = super().as_json()
-        for name in (*_STEPS, *_OF_STEPS, "variants"):
+        for name in (*_STEPS, *_OF_STEPS, "variants", "latent", "rope_dims", "kv_cache"):
             if table[name] in (None, False, []):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):

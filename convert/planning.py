@@ -15,6 +15,7 @@ from torch import Tensor
 from rehead.checkpoints.shards import OutputTensor
 from rehead.checkpoints.source import Source
 from rehead.convert.hosts import host
+from rehead.convert.latent import with_latent
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.convert.variants import variant_rewrite
 from rehead.errors import UnsupportedError
@@ -249,6 +250,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         UnsupportedError: the class cannot express the result, or would not load it.
     """
     source, old = model, model.num_kv_heads
+    if options.is_latent:
+        return _checked(Plan(source, model, *with_latent(model, options, DTYPES[options.dtype]), options))
     kv = options.num_key_value_heads or old
     options = options.but(num_key_value_heads=kv)
     check_count(model, kv)
@@ -264,7 +267,12 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         from rehead.convert.reinvest import widen
 
         result = rewritten(pooled, widen(pooled, old, options.reinvest, options.multiple_of, options.seed))
-    plan = Plan(source, model, pooled, result, options)
+    return _checked(Plan(source, model, pooled, result, options))
+
+
+def _checked(plan: Plan) -> Plan:
+    """A plan whose result its class would load; raises UnsupportedError."""
+    source, model, result = plan.source, plan.model, plan.result
     # A stray tensor is no fault of the plan's where the model it was renamed from has it too.
     named_alike = model if any(rewrite.renames for rewrite in model.rewrites) else source
     plan.strays = check_loads(

@@ -27,6 +27,7 @@ def fit_attention(
     steps: int,
     batches: Sequence[tuple[int, int]],
     seed: int,
+    relative_rate: float = RELATIVE_RATE,
 ) -> float:
     """Fit an attention module in place.
 
@@ -37,12 +38,13 @@ def fit_attention(
         steps: optimiser steps.
         batches: (sequences, sequences in a step) for each length.
         seed: of the order of the sequences.
+        relative_rate: Adam's step relative to each weight's own root mean square.
 
     Returns:
         The last steps' mean squared error.
     """
     groups = [
-        {"params": [weight], "lr": RELATIVE_RATE * max(float(weight.detach().square().mean().sqrt()), 1e-4)}
+        {"params": [weight], "lr": relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4)}
         for weight in parameters.values()
     ]
     for parameter in parameters.values():

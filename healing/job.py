@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rehead.healing.moments import Moments
 from rehead.models.heads import Heads
 from rehead.models.model import Model
-from rehead.models.rewrite import Changed
+from rehead.models.rewrite import Changed, Healing
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LayerJob:
         writers: matrices, below the layer's prefix, to refit together to the original block's output at the end.
         fit: optimiser steps of the layer-wise fit.
         trains: attention module -> the parameters that the fit moves.
+        healing: how, where not as usual.
     """
 
     closed_form: Callable[[Heads, Moments | None], Changed] | None
@@ -37,6 +38,7 @@ class LayerJob:
     writers: tuple[str, ...] = ()
     fit: int = 0
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = lambda attention: attention.parameters()
+    healing: Healing = field(default_factory=Healing)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Job:
         tensors: (layer, heads) -> that layer's tensors by the checkpoint's names.
         store: (name, tensor) -> the tensor as it is written.
         seed: of everything drawn.
+        module: makes the attention module that takes the place of the class's own in the changed model, as shapes; its
+            closed form starts from the original's heads. None where the class's own stays.
     """
 
     original: Model
@@ -60,6 +64,7 @@ class Job:
     tensors: Callable[[int, Heads], dict[str, Tensor]]
     store: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     seed: int = 0
+    module: Callable[[], nn.Module] | None = None
 
 
 def query_order(groups: Iterable[Iterable[int]], group_size: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.healing.fit import DRIFT, fit_attention
+from rehead.healing.fit import DRIFT, RELATIVE_RATE, fit_attention
 from rehead.healing.job import Changed, Job, LayerJob
 from rehead.healing.logits import LogitModel, logit_error, refit_logits
 from rehead.healing.moments import Moments
@@ -17,7 +17,11 @@ from rehead.healing.runner import Rows, Runner, TextState
 from rehead.healing.sight import gather_moments, geometry, logit_targets
 from rehead.healing.writers import OutputTarget, refit_output, refit_writers, run_original
 from rehead.models.heads import Heads
+from rehead.models.linalg import sqrt_pair
 from rehead.models.watch import hooked, until
+
+#: Of the inputs' second moment before its root is taken, relative to its largest eigenvalue.
+_DAMPING = 1e-4
 
 
 @dataclass
@@ -47,32 +51,45 @@ class Healer:
             (new tensors by the checkpoint's names, as they are written; facts for the manifest).
         """
         job = self.job.layers[layer]
-        heads = self.job.changed.heads(layer).to(self.original.device, torch.float32)
+        source = self.job.changed if self.job.module is None else self.job.original
+        heads = source.heads(layer).to(self.original.device, torch.float32)
         changed, inputs = Changed(heads), None
         if job.closed_form is not None:
             changed, inputs = self._closed_form(layer, job, heads, before, prefix, moments)
         weights, facts = changed.weights, changed.facts
         tensors = self.job.tensors(layer, weights) if isinstance(weights, Heads) else weights
+        if self.job.module is not None:  # the changed checkpoint computes these too
+            tensors |= self._writers(layer, job)
         if not (job.refit or job.fit or job.writers):
             self.original.run(layer, before)
             return self._stored(tensors), facts
         target = run_original(self.original, layer, before, prefix)
         self.changed.model.load_layer(layer, tensors)
-        if job.refit:
-            tensors |= self._load(layer, refit_output(self.changed, layer, prefix, target))
-        if job.fit and inputs is not None:
+        fits = job.fit > 0 and inputs is not None
+        if job.refit and (job.healing.refit_first or not fits):
+            tensors |= self._refit(layer, prefix, target, facts)
+        if fits and inputs is not None:
             moved, facts["fit_loss"] = self._fit(layer, job, inputs, prefix, target)
             tensors |= moved
             if job.refit:
-                tensors |= self._load(layer, refit_output(self.changed, layer, prefix, target))
+                tensors |= self._refit(layer, prefix, target, facts)
         if job.writers:
-            refitted, errors = refit_writers(self.changed, layer, job.writers, prefix, before)
+            refitted, errors = refit_writers(self.changed, layer, job.writers, prefix, before, job.healing.ridge)
             tensors |= refitted
             facts["block_error"] = [round(error, 6) for error in errors]
         return self._stored(tensors), facts
 
-    def _load(self, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _writers(self, layer: int, job: LayerJob) -> dict[str, Tensor]:
+        """The original's matrices that a refit will change."""
+        prefix, original = self.job.original.family.layer.format(i=layer), self.job.original
+        names = [f"{prefix}{stem}.{part}" for stem in job.writers for part in ("weight", "bias")]
+        return {name: original.read(name, layer) for name in names if name in original.source.tensors}
+
+    def _refit(self, layer: int, prefix: TextState, target: OutputTarget, facts: dict[str, Any]) -> dict[str, Tensor]:
+        tensors, (_, error) = refit_output(self.changed, layer, prefix, target)
         self.changed.model.load_layer(layer, tensors)
+        if self.job.module is not None:  # the other forms say what they lose in keys and values
+            facts["output_error"] = round(error, 6)
         return tensors
 
     def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +105,10 @@ class Healer:
         rotation, scaling = geometry(self.original, layer, heads, before)
         inputs = self.original.attention_inputs(layer, prefix)
         if moments is None and (job.needs or job.refit):
-            moments = gather_moments(self.original, layer, heads, prefix, inputs, job.needs, job.groups, rotation)
+            state, read = prefix, inputs
+            if job.healing.on_original:
+                state, read = before, self.original.attention_inputs(layer, before)
+            moments = gather_moments(self.original, layer, heads, state, read, job.needs, job.groups, rotation)
         changed = job.closed_form(heads, moments)
         if job.refit and moments is not None and isinstance(changed.weights, Heads):
             if rotation is None or scaling is None:
@@ -109,17 +129,44 @@ class Healer:
         attention, _, _ = self.changed.modules(layer)
         trained = {id(parameter) for parameter in job.trains(attention)}
         moved = {name: parameter for name, parameter in attention.named_parameters() if id(parameter) in trained}
+        healing = job.healing
+        drift = DRIFT if healing.drift is None else healing.drift
+        back = self._whiten([moved[name] for name in healing.reads if name in moved], inputs)
         forwards = [self._attention(layer, prefix, index) for index in range(len(inputs))]
         loss = fit_attention(
             moved,
             lambda index, rows: forwards[index](inputs[index][rows].to(self.changed.device), rows),
-            lambda index, rows: target.at(index, rows, DRIFT, self.changed.device),
+            lambda index, rows: target.at(index, rows, drift, self.changed.device),
             job.fit,
-            [(len(part), self.changed.batch_rows(part)) for part in inputs],
+            [(len(part), self._fit_rows(part, healing.tokens)) for part in inputs],
             self.job.seed + layer,
+            RELATIVE_RATE if healing.rate is None else healing.rate,
         )
+        for name in healing.reads if back is not None else ():
+            if name in moved:
+                moved[name].data = (moved[name].data.double() @ back).float()
         stem = self.changed.family.prefix(layer)
         return {stem + name: parameter.detach().clone() for name, parameter in moved.items()}, round(loss, 6)
+
+    def _fit_rows(self, part: Tensor, tokens: int | None) -> int:
+        rows = self.changed.batch_rows(part)
+        return rows if tokens is None else max(1, min(rows, tokens // part.shape[1]))
+
+    def _whiten(self, weights: list[nn.Parameter], inputs: list[Tensor]) -> Tensor | None:
+        """Inputs, in place, and weights that read them in coordinates in which the inputs vary alike; the way back."""
+        if not weights:
+            return None
+        gram = torch.zeros(inputs[0].shape[-1], inputs[0].shape[-1], dtype=torch.float64, device=self.changed.device)
+        for index, rows in self.changed.every_batch(inputs):
+            flat = inputs[index][rows].to(gram.device).flatten(0, 1)
+            gram += flat.T @ flat
+        root, unroot = sqrt_pair(gram / sum(part.shape[0] * part.shape[1] for part in inputs), _DAMPING)
+        for weight in weights:
+            weight.data = (weight.data.double() @ root).float()
+        for index, rows in self.changed.every_batch(inputs):
+            part = inputs[index]
+            part[rows] = (part[rows].to(gram.device) @ unroot.float()).to(part.device)
+        return unroot
 
     def _attention(self, layer: int, prefix: TextState, index: int) -> Callable[[Tensor, Rows], Tensor]:
         """The attention module as a function of its input and the sequences that it is of, called as the layer does."""

@@ -86,9 +86,13 @@ class LayerwiseModel:
         model: the open checkpoint whose weights are streamed.
         config: the config to build the class from: the source's, or the converted one's.
         device: where layers run.
+        attention: makes, as shapes, the attention module that takes the place of the class's own in every layer with
+            attention; None to leave them.
     """
 
-    def __init__(self, model: Model, config: Any, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, config: Any, device: torch.device, attention: Callable[[], nn.Module] | None = None
+    ) -> None:
         from accelerate import init_empty_weights
 
         self.model, self.device = model, device
@@ -98,6 +102,8 @@ class LayerwiseModel:
         self.module.requires_grad_(False)
         path = model.module_layer.split("{i}")[0].rstrip(".")
         self.layers: nn.ModuleList = self.module.get_submodule(path)  # type: ignore[assignment]
+        for layer in model.layers if attention is not None else ():
+            self.layers[layer].set_submodule(model.family.attention.rstrip("."), attention())
         #: By attention implementation and length of the sequences.
         self.calls: dict[tuple[str, int], list[Call]] = {}
         self._loaded: set[int] = set()

@@ -54,7 +54,7 @@ def heal(
         UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
     """
     original, before = _start(job.original, text, device)
-    changed = Runner(LayerwiseModel(job.changed, job.config, device), original.batch_tokens)
+    changed = Runner(LayerwiseModel(job.changed, job.config, device, job.module), original.batch_tokens)
     changed.model.calls = original.model.calls
     healer, prefix = Healer(job, original, changed), before.clone()
     for layer in _layers(job.original, progress):

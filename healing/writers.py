@@ -57,9 +57,9 @@ class LeastSquares:
         lost = size - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
         return max(float(lost) / max(size, 1e-30), 0.0) ** 0.5
 
-    def solve(self) -> tuple[list[Tensor], Tensor | None, list[float]]:
+    def solve(self, strength: float = RIDGE) -> tuple[list[Tensor], Tensor | None, list[float]]:
         """(the weights, their biases' sum, relative error before and after)."""
-        best = ridge(self.gram, self.cross, self.prior, RIDGE).to(self.prior)
+        best = ridge(self.gram, self.cross, self.prior, strength).to(self.prior)
         parts = list(best[:, : sum(self.widths)].split(self.widths, 1))
         return parts, best[:, -1] if self.bias else None, [self.error(self.prior), self.error(best)]
 
@@ -106,7 +106,9 @@ def run_original(runner: Runner, layer: int, original: TextState, changed: TextS
     return OutputTarget([torch.cat(parts) for parts in clean], drift)
 
 
-def refit_output(runner: Runner, layer: int, state: TextState, target: OutputTarget) -> dict[str, Tensor]:
+def refit_output(
+    runner: Runner, layer: int, state: TextState, target: OutputTarget
+) -> tuple[dict[str, Tensor], list[float]]:
     """Refit a loaded layer's attention output projection.
 
     Args:
@@ -114,7 +116,8 @@ def refit_output(runner: Runner, layer: int, state: TextState, target: OutputTar
         target: from :func:`run_original`.
 
     Returns:
-        The new matrix, and its bias if there is one, by the checkpoint's names.
+        (the new matrix, and its bias if there is one, by the checkpoint's names; relative error of the attention's
+        output before and after).
     """
     _, _, output = runner.modules(layer)
     problem = _problem(runner, [output])
@@ -126,12 +129,12 @@ def refit_output(runner: Runner, layer: int, state: TextState, target: OutputTar
 
         with until(output, count):
             runner.call(layer, state, index, rows)
-    weights, bias, _ = problem.solve()
-    return _named(runner, layer, [output], weights, bias)
+    weights, bias, errors = problem.solve()
+    return _named(runner, layer, [output], weights, bias), errors
 
 
 def refit_writers(
-    runner: Runner, layer: int, stems: Sequence[str], state: TextState, after: TextState
+    runner: Runner, layer: int, stems: Sequence[str], state: TextState, after: TextState, strength: float | None = None
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Refit, together, what a loaded layer's block writes.
 
@@ -139,6 +142,7 @@ def refit_writers(
         stems: the matrices below the layer's prefix; their inputs must not depend on one another's outputs.
         state: the changed prefix's text before the layer.
         after: the original's after it.
+        strength: pull towards the matrices as they are; :data:`RIDGE` when None.
 
     Returns:
         (new matrices and biases by the checkpoint's names, relative error of what they give before and after).
@@ -161,7 +165,7 @@ def refit_writers(
         flat = [(x.reshape(*out.shape[:2], -1), y.reshape(out.shape)) for x, y in (seen[m] for m in modules)]
         target = (after.hidden[index][rows].to(runner.device) - out) / scale + sum(y for _, y in flat)
         problem.add([x for x, _ in flat], target)
-    weights, bias, errors = problem.solve()
+    weights, bias, errors = problem.solve(RIDGE if strength is None else strength)
     return _named(runner, layer, modules, weights, bias), errors
 
 

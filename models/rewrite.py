@@ -85,6 +85,30 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Healing:
+    """How layers in a form heal where it is not as attention usually does; None for the usual.
+
+    Attributes:
+        rate: the fit's step relative to each weight's root mean square.
+        tokens: in one step of the fit, at most.
+        drift: share of the prefix's drift that the fit takes back.
+        reads: parameters of the attention module that read its input, [..., n]: they are fitted in coordinates in which
+            inputs vary alike in every direction.
+        ridge: pull of the refit of the matrices that write to the residual stream.
+        on_original: the moments are of what the original's layer gets, not of what the changed prefix gives it.
+        refit_first: the output is refitted before the fit too.
+    """
+
+    rate: float | None = None
+    tokens: int | None = None
+    drift: float | None = None
+    reads: tuple[str, ...] = ()
+    ridge: float | None = None
+    on_original: bool = False
+    refit_first: bool = True
+
+
+@dataclass(frozen=True)
 class LayerForm:
     """What becomes of one layer's heads, as a closed form that weights alone or calibration text can feed.
 
@@ -93,12 +117,19 @@ class LayerForm:
         needs: names of the moments that it reads where the layer is calibrated.
         groups: groups of neighbouring query heads that it reads them for.
         calibrated: it cannot do without them.
+        module: the attention module that has ``closed``'s tensors for parameters, as shapes; it takes the place of the
+            class's own while layers heal. None where the class's own computes the form.
+        writers: matrices, below the layer's prefix, that a refit fits at the end to what the original block writes.
+        healing: how such layers heal.
     """
 
     closed: Callable[[int, Heads, Any], Changed]
     needs: tuple[str, ...] = ()
     groups: int = 1
     calibrated: bool = False
+    module: Callable[[], Any] | None = None
+    writers: tuple[str, ...] = ()
+    healing: Healing = field(default_factory=Healing)
 
 
 @dataclass(frozen=True)

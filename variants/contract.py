@@ -108,6 +108,7 @@ VARIANTS: Registry[Variant] = Registry(
     "variant",
     {
         "pool": "rehead.variants.pool.variant",
+        "latent": "rehead.variants.latent.variant",
         "tiled": "rehead.variants.tiled",
         "window": "rehead.variants.window",
         "parallel": "rehead.variants.blocks.variant",

@@ -201,7 +201,7 @@ def is_biased(latent: LatentHeads) -> bool:
 
 def _query_bias(latent: LatentHeads) -> tuple[Tensor, Tensor] | None:
     still, turning = latent.q_nope_bias, latent.q_rope_bias
-    if still is None or turning is None or not bool(still.any() or turning.any()):
+    if still is None or turning is None:
         return None
     return still, turning
 

@@ -1,0 +1,101 @@
+"""Latent attention as a step of a conversion: its sizes, which the text may decide, and its two changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rehead.console import Progress
+from rehead.data.calibration import CalibrationText, load_calibration
+from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.healing.run import moments_of
+from rehead.models.model import Model
+from rehead.models.rewritten import rewritten
+from rehead.variants.latent.angles import angles_of
+from rehead.variants.latent.export import HOSTS
+from rehead.variants.latent.options import LatentOptions
+from rehead.variants.latent.pairs import enough_pairs, turning_energy, undecided
+from rehead.variants.latent.rewrite import check_source, latent, span, stored
+from rehead.variants.latent.seen import NEEDS
+from rehead.variants.latent.settle import settle
+
+if TYPE_CHECKING:
+    from rehead.convert.options import ConvertOptions
+
+#: Tokens on which the pairs that keep turning are chosen, and how far back they must have been seen to turn.
+_TOKENS, _REACH = 32768, 512
+#: Pairs are kept in multiples of this many: kernels want whole blocks of dimensions.
+_MULTIPLE = 4
+
+
+def with_latent(model: Model, options: ConvertOptions, code: str | None) -> tuple[Model, Model]:
+    """(the model with latent layers at their natural scale, the same in its host); no weight is read.
+
+    Args:
+        code: safetensors dtype to write, or None for the source's.
+
+    Raises:
+        UsageError: a size is out of range.
+        UnsupportedError: the host cannot hold the model.
+    """
+    asked, angles = _asked(model, options), angles_of(model)
+    asked = settle(asked, angles, *span(model))
+    live = rewritten(model, latent(model, asked, angles, options.refit))
+    return live, rewritten(live, stored(live, model, asked, angles, code))
+
+
+def choose_sizes(
+    model: Model, options: ConvertOptions, device: torch.device, progress: Progress | None = None
+) -> tuple[ConvertOptions, dict[str, Any]]:
+    """Fill in what the options leave to the text: how many rotary pairs keep turning.
+
+    Returns:
+        (the options with all sizes as numbers, what was measured, for the manifest).
+
+    Raises:
+        UsageError: a size is out of range, or the text is too short to tell.
+        UnsupportedError: the host cannot hold the model.
+    """
+    asked, angles = _asked(model, options), angles_of(model)
+    with_latent(model, options, None)  # refuses before the model is run
+    positions = getattr(model.config, "max_position_embeddings", None)
+    lengths = options.lengths_within(positions)
+    facts: dict[str, Any] = {}
+    pairs = None
+    if asked.rope_dims is None:
+        text = _text(model, options, lengths)
+        energies = [
+            turning_energy(heads, moments) for _, heads, moments in moments_of(model, text, NEEDS, 1, device, progress)
+        ]
+        pairs = enough_pairs(energies, angles.to(energies[0].device), multiple=_MULTIPLE)
+        mean = torch.stack([energy.cpu() for energy in energies]).mean(0)
+        facts = {"turning": [round(float(share), 5) for share in mean], "tokens": text.count, "text": text.names}
+    settled = settle(asked, angles, *span(model), pairs)
+    kept = torch.arange((settled.rope_dims or 0) // 2)
+    if asked.rope_dims is None:
+        reach = min(_REACH, positions or _REACH)
+        if short := undecided(angles, kept, max(lengths), reach):
+            raise UsageError(
+                f"--calibration-length {max(lengths)}: too short to tell whether {len(short)} rotary pairs may stop "
+                f"turning, which they hardly do within it; give {reach} or more, or name --rope-dims"
+            )
+    unseen = undecided(angles, kept, max(lengths), positions or max(lengths))
+    facts |= {"rank": settled.rank, "rope_dims": settled.rope_dims, "pairs_not_seen_to_turn": unseen}
+    return options.but(latent=settled.rank, rope_dims=settled.rope_dims, kv_cache=None), {"latent": facts}
+
+
+def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
+    check_source(model)
+    host = options.host or "deepseek_v3"
+    if host not in HOSTS:
+        raise UnsupportedError(unknown_name("host of latent attention", host, HOSTS))
+    return LatentOptions.parse(
+        {"rank": options.latent, "rope_dims": options.rope_dims, "kv_cache": options.kv_cache, "host": host}
+    )
+
+
+def _text(model: Model, options: ConvertOptions, lengths: tuple[int, ...]) -> CalibrationText:
+    tokens = min(options.calibration_tokens, max(_TOKENS, *lengths))
+    vocabulary = int(model.config.vocab_size)
+    return load_calibration(options.calibration, model.source, vocabulary, tokens, lengths, options.seed)

@@ -1,0 +1,250 @@
+"""Latent attention as changes of a checkpoint: first every layer at its natural scale, then as its host stores it.
+
+Between the two stands the model in its own class with :class:`~rehead.variants.latent.module.LatentAttention` in the
+place of each attention, which is what heals; the second step is exact, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.checkpoints.source import torch_dtype
+from rehead.errors import UnsupportedError
+from rehead.models.families.latent import LATENT
+from rehead.models.families.layouts import tensor_names
+from rehead.models.families.spec import rope_parameters
+from rehead.models.heads import Heads
+from rehead.models.model import Model
+from rehead.models.rewrite import Changed, Derived, LayerForm, Read, Rewrite
+from rehead.variants.latent.export import latent_config, layer_tensors, stream_scale
+from rehead.variants.latent.heads import LatentHeads
+from rehead.variants.latent.module import HEALING, LatentAttention, module_weights, with_module_weights
+from rehead.variants.latent.options import LatentOptions
+from rehead.variants.latent.seen import NEEDS
+from rehead.variants.latent.settle import kept_pairs
+from rehead.variants.latent.sizes import LatentSizes
+from rehead.variants.latent.solve import solve
+
+#: Classes that compute what the hosts do around the attention: pre-norm blocks, RMSNorm with plain weights, gated FFNs,
+#: no multipliers. Each is proved by a test of its own.
+SOURCES = ("llama", "mistral", "qwen2")
+
+#: A source's tensors below a layer that have the same place in the hosts.
+_FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_WRITER = "mlp.down_proj"
+
+#: Context for which arithmetic is counted.
+CONTEXT = 8192
+
+
+def check_source(model: Model) -> None:
+    """Refuse a model that no latent host holds.
+
+    Raises:
+        UnsupportedError: with the reason and what can be done instead.
+    """
+    kind, norm = model.config.model_type, model.family.norm_of(model.config)
+    if norm != "none":
+        raise UnsupportedError(
+            f"{kind}: a norm stands on each head's keys, so they are not linear in what a latent caches; share KV "
+            "heads instead (--kv-heads)"
+        )
+    if kind not in SOURCES:
+        raise UnsupportedError(
+            f"{kind}: its blocks compute what {' and '.join(LATENT)} have no place for; latents are for "
+            f"{', '.join(SOURCES)}; share KV heads instead (--kv-heads)"
+        )
+
+
+def span(model: Model) -> tuple[int, int]:
+    """(numbers that a model caches per token and layer, the largest rank that has a use)."""
+    numbers = 2 * model.num_kv_heads * model.head_dim
+    return numbers, min(numbers, int(model.config.hidden_size))
+
+
+def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool) -> Rewrite:
+    """Every layer's attention as latent attention at its natural scale, computed over calibration text.
+
+    Args:
+        options: with rank and rotary dimensions; see :func:`~rehead.variants.latent.settle.settle`.
+        angles: of :func:`~rehead.variants.latent.angles.angles_of`.
+        refits: the FFN's output is refitted too.
+
+    Raises:
+        UnsupportedError: a tensor has no place in the host.
+    """
+    check_source(model)
+    assert options.rank is not None
+    headers, family, rank = model.source.tensors, model.family, options.rank
+    kept = kept_pairs(options, angles)
+    like = _shapes(model, options, angles, kept)
+    named = module_weights(like)
+    tensors: dict[str, Derived] = {}
+    for name, info in headers.items():
+        layer = _layer_of(model, name)
+        if layer is None:
+            tensors[name] = Derived((name,), info.shape)
+            continue
+        old = tuple(tensor_names(family, model.config, layer, headers))
+        below = name.removeprefix(family.layer.format(i=layer))
+        if name in old:
+            for new, weight in named.items():
+                place = family.prefix(layer) + new
+                tensors.setdefault(place, Derived(old, tuple(weight.shape), layer=layer, dtype="F32"))
+        elif below == f"{_WRITER}.weight" and refits:
+            tensors[name] = Derived((name,), info.shape, layer=layer, dtype="F32")
+        elif below in (*_FFN, *_NORMS, f"{_WRITER}.weight"):
+            tensors[name] = Derived((name,), info.shape)
+        else:
+            raise UnsupportedError(
+                f"{name}: has no place in {options.host}, its host; give a plain {model.config.model_type}"
+            )
+
+    def closed(layer: int, heads: Heads, moments: Any) -> Changed:
+        solution = solve(heads, moments, angles, kept, rank)
+        whole = float(solution.spectrum.sum()) + solution.rotary_loss
+        weights = module_weights(solution.latent.to(torch.float32))
+        facts = {"lost": round(solution.loss(rank) / max(whole, 1e-30), 6)}
+        return Changed({family.prefix(layer) + name: weight for name, weight in weights.items()}, facts)
+
+    form = LayerForm(
+        closed,
+        needs=NEEDS,
+        groups=1,
+        calibrated=True,
+        module=lambda: LatentAttention(like),
+        writers=(_WRITER,) if refits else (),
+        healing=HEALING,
+    )
+    source = model.source.config
+    facts = _facts(model, options, angles)
+    layers = tuple(model.layers)
+    # While layers heal, what reads the attention's input is the attention module itself.
+    target = replace(family, names=replace(family.names, query=""))
+    return Rewrite("latent", dict(source), target, tensors, None, exact=False, layers=layers, facts=facts, form=form)
+
+
+def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, code: str | None) -> Rewrite:
+    """The same in its host's class.
+
+    Args:
+        live: the model as :func:`latent` leaves it.
+        source: the model that it was made of.
+        code: safetensors dtype of all floating-point tensors, or None for the source's.
+
+    Raises:
+        UnsupportedError: the host has no place for something of the model, or the dtype no room for the latent's scale.
+    """
+    config, headers = source.config, source.source.tensors
+    kept = kept_pairs(options, angles)
+    like = _shapes(source, options, angles, kept)
+    raw = {**config.to_dict(), **source.source.config}
+    tied = bool(config.tie_word_embeddings)
+    scale = stream_scale(float(config.rms_norm_eps), tied)
+    rope = rope_parameters(config, source.layers[0]) if len(kept) == len(angles) else None
+    result = latent_config(raw, options.host, like, rope=rope)
+    family = source.family
+    tensors: dict[str, Derived] = {}
+    rounds = scale.writers != 1
+    first = tensor_names(family, config, source.layers[0], headers)[0]
+    stored_as = code or headers[first].dtype
+    if stored_as == "F16":
+        raise UnsupportedError(
+            f"{source.source.id}: float16 has no room for the scale at which {options.host} must store a latent "
+            "(its rows would underflow); give --dtype bfloat16 or float32"
+        )
+    dtype = torch_dtype(stored_as)
+    names = list(module_weights(like))
+    shapes = layer_tensors(like, "", dtype, writers=scale.writers)
+    for name, derived in live.source.tensors.items():
+        at = _layer_of(source, name)
+        kind = code or (headers[name].dtype if name in headers else stored_as)
+        if at is not None and name.startswith(family.prefix(at)):
+            sources = tuple(family.prefix(at) + each for each in names)
+            for new, tensor in shapes.items():
+                place = family.prefix(at) + new
+                tensors.setdefault(place, Derived(sources, tuple(tensor.shape), layer=at, dtype=stored_as))
+        else:
+            compute: Callable[..., Tensor] | None = None
+            if (at is not None and _WRITER in name) or name.endswith("embed_tokens.weight"):
+                compute = _times(scale.writers) if scale.writers != 1 else None
+            elif at is None and name.endswith("norm.weight"):
+                compute = _times(scale.final_norm) if scale.final_norm != 1 else None
+            tensors[name] = Derived((name,), derived.shape, compute, dtype=kind)
+
+    def step(layer: int, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        prefix = family.prefix(layer)
+        weights = with_module_weights(like, {name: read(prefix + name).double() for name in names})
+        return layer_tensors(weights, prefix, dtype, writers=scale.writers), {}
+
+    if code is not None:
+        result["dtype"] = str(dtype).removeprefix("torch.")
+        result.pop("torch_dtype", None)
+    facts = {"before": config.model_type, "after": options.host}
+    return Rewrite("stored", result, LATENT[options.host], tensors, step, rounds=rounds, facts=facts, dtype=code)
+
+
+def _times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: weight.double() * factor
+
+
+def _layer_of(model: Model, name: str) -> int | None:
+    start, _, end = model.family.layer.partition("{i}")
+    index = name.removeprefix(start).partition(end)[0]
+    return int(index) if name.startswith(start) and index.isdigit() else None
+
+
+def _shapes(model: Model, options: LatentOptions, angles: Tensor, kept: Tensor) -> LatentHeads:
+    """A layer of the result as shapes alone."""
+    assert options.rank is not None
+    assert options.rope_dims is not None
+    heads = model.layer_on_meta(model.layers[0])
+    count, size, rank, turning = heads.num_heads, heads.head_dim, options.rank, options.rope_dims
+    width = heads.q.shape[-1]
+    make = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
+    biased = heads.q_bias is not None or heads.k_bias is not None
+    return LatentHeads(
+        down=make(rank, width),
+        rope=make(turning, width),
+        q_nope=make(count, size, width),
+        q_rope=make(count, turning, width),
+        key_up=make(count, size, rank),
+        value_up=make(count, size, rank),
+        o=make(heads.o.shape[0], count, size),
+        frequencies=angles.double()[kept],
+        scaling=size**-0.5,
+        down_bias=make(rank) if biased else None,
+        rope_bias=make(turning) if heads.k_bias is not None else None,
+        q_nope_bias=make(count, size) if heads.q_bias is not None else None,
+        q_rope_bias=make(count, turning) if heads.q_bias is not None else None,
+        o_bias=make(heads.o.shape[0]) if heads.v_bias is not None or heads.o_bias is not None else None,
+    )
+
+
+def _facts(model: Model, options: LatentOptions, angles: Tensor) -> dict[str, Any]:
+    """Sizes and arithmetic for the plan and the manifest."""
+    assert options.rank is not None
+    assert options.rope_dims is not None
+    heads, size, kv = model.num_heads, model.head_dim, model.num_kv_heads
+    width = int(model.config.hidden_size)
+    sizes = LatentSizes(width, heads, options.rank, options.rope_dims, size, size)
+    plain = 2 * (width * size * (2 * heads + 2 * kv) + CONTEXT * heads * 2 * size)
+    return {
+        "rank": options.rank,
+        "rope_dims": options.rope_dims,
+        "pairs": [options.rope_dims // 2, len(angles)],
+        "host": options.host,
+        "numbers_per_token": {"before": 2 * kv * size, "after": sizes.numbers_per_token},
+        "attention_flops": {
+            "context": CONTEXT,
+            "before": plain * len(model.layers),
+            "after": sizes.decode_flops(CONTEXT) * len(model.layers),
+            "expanded": sizes.decode_flops(CONTEXT, absorbed=False) * len(model.layers),
+        },
+    }
