@@ -24,6 +24,8 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     kinds = (
         []
         if plan.kv == plan.model.num_heads
+        else ["multi-head-latent-attention"]
+        if "latent" in table
         else ["multi-query-attention" if plan.kv == 1 else "grouped-query-attention"]
     )
     metadata: dict[str, Any] = {key: inherited[key] for key in _INHERITED if key in inherited}
@@ -44,6 +46,14 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
     extras += ["least-squares refit"] if options["refit"] else []
     extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
     rows = []
+    if latent := table.get("latent"):
+        extras = ["latent attention", *(extra for extra in extras if not extra.startswith(("method ", "contiguous")))]
+        numbers = latent["numbers_per_token"]
+        rows += [
+            f"| class | {table['model_type']} | {latent['host']} |",
+            f"| cached numbers per token and layer | {numbers['before']} | {latent['rank']} and a rotated key of "
+            f"{latent['rope_dims']} |",
+        ]
     for name, facts in table.get("variants", {}).items():
         told = ", ".join(f"{key} {plain(str(value))}" for key, value in facts["options"].items())
         rows.append(f"| {name} | | {told} |")
@@ -56,7 +66,9 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         rows.append(f"| {spent['key']} | {spent['before']:,} | {spent['after']:,} |")
     heads = f"{kv['after']} KV head{'s' if kv['after'] != 1 else ''}"
     title = f"with {heads}"
-    if not pooled and "block" in table:
+    if "latent" in table:
+        title = "with latent attention"
+    elif not pooled and "block" in table:
         title = f"with {options['block']} blocks"
     elif not pooled and "variants" in table:
         title = f"with {' and '.join(table['variants'])}"
@@ -87,7 +99,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         "",
     ]
     if not table["exact"]:
-        changes = ["Sharing KV heads"] if pooled else []
+        changes = ["One latent for all heads" if "latent" in table else "Sharing KV heads"] if pooled else []
         changes += ["another form of its blocks"] if "block" in table else []
         changes += [f"the variant {name}" for name in table.get("variants", ())]
         what = " and ".join(changes)

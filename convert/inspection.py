@@ -6,12 +6,15 @@ import os
 from collections import Counter
 from typing import Any
 
+from rehead.checkpoints.opening import open_source
 from rehead.convert.hosts import hosts_of
-from rehead.models.families import FAMILIES
+from rehead.models.config import resolve_config
+from rehead.models.families import FAMILIES, REFUSALS
+from rehead.models.families.latent import LATENT
 from rehead.models.families.seq2seq import SEQ2SEQ
 from rehead.models.layout import bytes_per_token, sizes, windows
 from rehead.models.meta import draft_layers
-from rehead.models.model import open_model
+from rehead.models.model import model_of, open_model
 
 
 def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
@@ -31,19 +34,32 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         UsageError: no such model.
         UnsupportedError: it cannot be converted; the line says why.
     """
-    opened = open_model(model, revision)
-    config, family, source = opened.config, opened.family, opened.source
+    source = open_source(model, revision)
+    config = resolve_config(source.config, source.id)
+    latent = config.model_type in LATENT
+    opened = model_of(source, config, LATENT[config.model_type]) if latent else open_model(source)
+    config, family = opened.config, opened.family
     kv, layouts = opened.num_kv_heads, opened.layouts
     first = opened.layers[0] if opened.layers else 0
     rotary = [family.rotary_dims(config, layer) for layer in opened.layers]
     choices, refusals = {}, set()
+    if latent:
+        refusals.add(REFUSALS[config.model_type].reason)
     for count in (n for n in range(1, kv) if kv % n == 0):
         reason = family.refusal(config, count)
         if reason:
             refusals.add(reason)
         else:
             choices[str(count)] = bytes_per_token([layer.with_heads(count) for layer in layouts])
-    kind = "multi-head" if kv == opened.num_heads else "multi-query" if kv == 1 else "grouped-query"
+    kind = (
+        "multi-head latent"
+        if latent
+        else "multi-head"
+        if kv == opened.num_heads
+        else "multi-query"
+        if kv == 1
+        else "grouped-query"
+    )
     if kv == 1 and opened.num_heads == 1:
         kind = "single-head"
     dtypes = Counter(info.dtype for info in source.stored.values())

@@ -141,6 +141,7 @@ class ConvertOptions(Options):
     @model_validator(mode="after")
     def _consistent(self) -> ConvertOptions:
         get_method(self.method)
+        self._check_latent()
         if self.num_key_value_heads is None:
             if self.reinvest is not None:
                 raise UsageError(
@@ -153,7 +154,6 @@ class ConvertOptions(Options):
                 )
             if (self.refit or self.fit) and not (self.block or self.variants or self.is_latent):
                 raise UsageError("--refit: recovers from shared KV heads or changed blocks; give --kv-heads or --block")
-        self._check_latent()
         for option, step in _OF_STEPS.items():
             if getattr(self, option) not in (None, False) and getattr(self, step) is None:
                 flag = option.replace("_", "-")

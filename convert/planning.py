@@ -31,7 +31,7 @@ LayerProvider = Callable[[int], dict[str, Tensor]]
 """Gives the new tensors of a layer that was computed over calibration text; may be asked for a layer twice."""
 
 #: Steps whose facts stand in a plan under their own names.
-_TOLD = ("host", "block", "reinvest")
+_TOLD = ("host", "block", "reinvest", "latent")
 #: Where classes whose blocks can change keep the FFN's output matrix.
 _FFN_WRITERS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2")
 

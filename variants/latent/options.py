@@ -25,10 +25,8 @@ class LatentOptions(VariantOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> LatentOptions:
-        if (self.rank is None) == (self.kv_cache is None):
-            raise UsageError(
-                "latent: needs its size once: a rank, or a share of the cache (--latent R or --kv-cache 33%)"
-            )
+        if self.rank is not None and self.kv_cache is not None:
+            raise UsageError("--latent: its size is also given by --kv-cache; give one of them")
         if self.rank is not None and self.rank % 2:
             raise UsageError(f"--latent {self.rank}: engines take even ranks only; give an even number")
         if self.rope_dims is not None and self.rope_dims % 2:

@@ -13,7 +13,7 @@ from latent_layers import latent_moments, planted
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.heads import Heads
 from rehead.variants.latent.gauge import head_ranks, resized
-from rehead.variants.latent.module import LatentAttention
+from rehead.variants.latent.module import LatentAttention, module_weights, with_module_weights
 from rehead.variants.latent.pairs import enough_pairs, fastest, rope_fields, turning_energy
 from rehead.variants.latent.solve import cut_rank, solve
 
@@ -168,10 +168,12 @@ def test_a_module_computes_what_its_heads_compute_and_every_weight_learns() -> N
     heads, x = planted("half", SIZE, 6, bias=True), inputs().float()[None]
     latent = whole(heads, 6).latent
     module = LatentAttention(latent)
-    assert torch.allclose(module(x), latent.attend(x.double()).float(), atol=1e-4)
-    module(x).square().sum().backward()
+    assert torch.allclose(module(x)[0], latent.attend(x.double()).float(), atol=1e-4)
+    module(x)[0].square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
-    assert set(dict(module.named_parameters())) == set(latent.weights())
+    weights = module_weights(latent)
+    assert set(dict(module.named_parameters())) == set(weights)
+    assert torch.equal(with_module_weights(latent, weights).attend(x.double()), latent.attend(x.double()))
 
 
 def test_what_cannot_be_converted_is_refused() -> None:

@@ -1,0 +1,143 @@
+"""Latent attention as a conversion: what is written computes what was fitted, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import IDS, loaded, logits
+
+from rehead.convert import convert, inspect, plan, verify
+from rehead.convert.commands import convert_command, plan_command
+from rehead.errors import ReheadError, UnsupportedError, UsageError
+from rehead.models.distance import distances
+from rehead.variants.latent import rewrite
+from rehead.variants.latent.module import LatentAttention
+
+CALIBRATION: dict[str, Any] = {"calibration": ["random"], "calibration_tokens": 1024, "calibration_length": 32}
+
+
+def live(source: Path, latents: dict[str, Any]) -> torch.Tensor:
+    """Logits of the original with its attentions replaced, each at its natural scale."""
+    model = loaded(source)
+    for prefix, latent in latents.items():
+        model.set_submodule(prefix.rstrip("."), LatentAttention(latent))
+    return logits(model)
+
+
+@pytest.mark.parametrize("host", ["deepseek_v3", "youtu"])
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("qwen2", {"fit": 3}), ("mistral", {})])
+def test_saved_equals_live(kind: str, options: dict, host: str, tmp_path: Path, monkeypatch) -> None:
+    extra = {"sliding_window": None} if kind == "mistral" else {}
+    source = tiny.save_tiny(kind, tmp_path / "source", **extra)
+    latents, real = {}, rewrite.layer_tensors
+
+    def note(latent: Any, prefix: str, *args: Any, **more: Any) -> Any:
+        latents.update({prefix: latent} if prefix else {})
+        return real(latent, prefix, *args, **more)
+
+    monkeypatch.setattr(rewrite, "layer_tensors", note)
+    convert(source, tmp_path / "out", latent=24, rope_dims=8, host=host, **options, **CALIBRATION)
+    want = live(source, latents)
+    got = logits(loaded(tmp_path / "out"))
+    assert len(latents) == tiny.LAYERS
+    assert float((got - want).abs().max()) <= 1e-4 * max(1.0, float(want.abs().max()))
+    assert verify(tmp_path / "out", str(source)).cache_error < 1e-5
+
+
+def test_one_kv_head_is_exact_at_full_size_and_more_rank_is_never_worse(tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source", num_key_value_heads=1)
+    want, lost = logits(loaded(source)), []
+    for rank in (4, 8, 18):
+        out = tmp_path / str(rank)
+        convert(source, out, latent=rank, rope_dims=16, **CALIBRATION)
+        lost.append(distances(want.flatten(0, 1), logits(loaded(out)).flatten(0, 1)).mean_kl)
+    assert lost[0] > lost[1] > lost[2]
+    assert lost[2] < 1e-6
+
+
+def test_refit_and_fit_recover_and_the_summary_says_what_is_lost(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    line = [str(source), str(tmp_path / "out"), "--kv-cache", "25%", "--rope-dims", "8", "--refit", "--fit", "20"]
+    line += ["--calibration", "random", "--calibration-tokens", "2048", "--calibration-length", "32"]
+    done = CliRunner().invoke(convert_command, line)
+    assert done.exit_code == 0, done.output
+    for word in ("closed form", "attention error", "block error", "deepseek_v3", "FLOPs", "every rank"):
+        assert word in done.output
+    manifest = json.loads((tmp_path / "out" / "rehead.json").read_text())
+    assert manifest["latent"]["numbers_per_token"] == {"before": 128, "after": 32}
+    assert set(manifest["layers"]["0"]) == {"lost", "output_error", "fit_loss", "block_error"}
+    convert(source, tmp_path / "plain", kv_cache="25%", rope_dims=8, **CALIBRATION)
+    apart = [verify(tmp_path / name, str(source)).against_source["mean_kl"] for name in ("out", "plain")]
+    assert apart[0] < apart[1]
+    assert "latent attention" in (tmp_path / "out" / "README.md").read_text()
+    assert inspect(tmp_path / "out")["kv_bytes_per_token"] == tiny.LAYERS * 32 * 4
+    with pytest.raises(UnsupportedError, match="latent"):
+        convert(tmp_path / "out", tmp_path / "again", num_key_value_heads=1)
+
+
+def test_the_text_chooses_the_pairs_that_keep_turning(tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    text = CALIBRATION | {"calibration_length": 128, "calibration_tokens": 2048}
+    done = convert(source, tmp_path / "out", kv_cache="50%", **text)
+    facts = done.as_json()["latent"]
+    assert facts["rope_dims"] % 8 == 0
+    assert facts["rank"] + facts["rope_dims"] == 64
+    kept = json.loads((tmp_path / "out" / "rehead.json").read_text())["calibration"]["latent"]
+    assert sum(kept["turning"]) == pytest.approx(1, abs=1e-3)
+    assert IDS.shape[1] > 0
+    with pytest.raises(UsageError, match="too short to tell"):
+        convert(source, tmp_path / "short", kv_cache="50%", **text | {"calibration_length": 16})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"latent": 7}, UsageError, "even"),
+        ({"latent": 200}, UsageError, "span 64"),
+        ({"latent": 8, "rope_dims": 5}, UsageError, "even"),
+        ({"latent": 8, "rope_dims": 18}, UsageError, "rotate 16"),
+        ({"latent": 8, "kv_cache": "33%"}, UsageError, "give one"),
+        ({"kv_cache": "a third"}, UsageError, "33%"),
+        ({"kv_cache": "100%"}, UsageError, "below 100%"),
+        ({"kv_cache": "8", "rope_dims": 8}, UsageError, "nothing for the latent"),
+        ({"rope_dims": 8}, UsageError, "--latent"),
+        ({"latent": 8, "num_key_value_heads": 1}, UsageError, "one of them"),
+        ({"latent": 8, "host": "gemma"}, UnsupportedError, "deepseek_v3"),
+        ({"latent": 8, "dtype": "float16"}, UnsupportedError, "bfloat16"),
+        ({"variants": ["latent"]}, UsageError, "rank=R"),
+        ({"variants": ["latent:rank=9"]}, UsageError, "even"),
+    ],
+)
+def test_sizes_and_targets_that_cannot_be_are_refused_in_one_line(options, error, said, tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    with pytest.raises(error) as caught:
+        plan(source, **options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("qwen3", "norm"), ("gemma2", "no place"), ("mistral", "windows"), ("gpt2", "no place")]
+)
+def test_models_that_no_host_holds_are_refused_with_the_reason(kind: str, said: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny(kind, tmp_path / "source")
+    with pytest.raises(ReheadError, match=said):
+        plan(source, latent=16, rope_dims=8)
+
+
+def test_a_plan_reads_no_weights_and_prints_the_costs(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    done = CliRunner().invoke(plan_command, [str(source), "--kv-cache", "50%"])
+    assert done.exit_code == 0, done.output
+    assert "128 -> 64 numbers per layer" in done.output
+    facts = plan(source, kv_cache="50%").as_json()
+    assert facts["kv_bytes_per_token"]["after"] * 2 == facts["kv_bytes_per_token"]["before"]
