@@ -99,7 +99,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         "",
     ]
     if not table["exact"]:
-        changes = ["One latent for all heads" if "latent" in table else "Sharing KV heads"] if pooled else []
+        changes = ["One latent for all heads"] if "latent" in table else ["Sharing KV heads"] if pooled else []
         changes += ["another form of its blocks"] if "block" in table else []
         changes += [f"the variant {name}" for name in table.get("variants", ())]
         what = " and ".join(changes)

@@ -51,17 +51,10 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
             refusals.add(reason)
         else:
             choices[str(count)] = bytes_per_token([layer.with_heads(count) for layer in layouts])
-    kind = (
-        "multi-head latent"
-        if latent
-        else "multi-head"
-        if kv == opened.num_heads
-        else "multi-query"
-        if kv == 1
-        else "grouped-query"
-    )
+    kind = "multi-head" if kv == opened.num_heads else "multi-query" if kv == 1 else "grouped-query"
     if kv == 1 and opened.num_heads == 1:
         kind = "single-head"
+    kind = "multi-head latent" if latent else kind
     dtypes = Counter(info.dtype for info in source.stored.values())
     return {
         "model": source.id,
