@@ -46,7 +46,7 @@ class Manifest(_Part):
         command: the command line or Python call.
         source: what was converted: a folder or a Hub id, at ``revision``.
         model_type: of the source.
-        host, block, reinvest, variants: steps besides pooling, as far as there were any.
+        host, block, reinvest, variants, latent: steps besides pooling, as far as there were any.
         kv_bytes_per_token: KV-cache bytes that a token adds over all layers while no window is full.
         cache_bytes: bytes of the whole cache by context, since version 0.2.
         exact: the result computes what the source does; ``rounded``: up to the rounding of 16 bits.
@@ -68,6 +68,7 @@ class Manifest(_Part):
     block: dict[str, Any] | None = None
     reinvest: dict[str, Any] | None = None
     variants: dict[str, dict[str, Any]] | None = None
+    latent: dict[str, Any] | None = None
     num_attention_heads: int | None = None
     head_dim: int | None = None
     num_key_value_heads: Change[int] | None = None

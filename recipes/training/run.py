@@ -31,6 +31,7 @@ from rehead.recipes.training.models import (
     checkpoint_activations,
     load,
     open_checkpoint,
+    refuse_latent,
     same_tokens,
     set_attention,
     share_frozen,
@@ -141,6 +142,7 @@ class _Run:
                 f"be shared evenly by {run.world} processes; give a multiple of {run.world * options.seq_length}"
             )
         student = open_checkpoint(self.student)
+        refuse_latent(student)
         name = teacher_name(student, options)
         teacher = None if name is None else open_checkpoint(name)
         if not self.overwrite or not os.path.lexists(self.out):
