@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from rehead.options import flag_of
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions
 from rehead.version import __version__
+
+#: ``from a.b import c, d``, its names in parentheses or not, and ``import a.b``, wherever they stand.
+_IMPORTS = re.compile(r"^[ \t]*(?:from ([\w.]+) import (\([^)]*\)|[^\n]*)|import ([\w.]+))", re.MULTILINE)
 
 
 def run_identity(options: UptrainOptions, student: Opened, teacher: Opened | None, data: str) -> dict[str, Any]:
@@ -45,18 +49,41 @@ def checkpoint_identity(opened: Opened) -> str:
 
 @cache
 def code_version() -> dict[str, str]:
-    """Versions of what computes, with a hash of the training code's own text."""
+    """Versions of what computes, with a hash of the text of all of Rehead that training imports."""
     import transformers
 
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     digest = hashlib.sha256()
-    for path in sorted([*here.rglob("*.py"), *(root / "data").rglob("*.py"), root / "models/live.py"]):
+    for path in imported_files(Path(__file__).parent.rglob("*.py"), root):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {
         "rehead": f"{__version__}+{digest.hexdigest()[:12]}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def imported_files(files: Iterable[Path], root: Path) -> list[Path]:
+    """Files of this package, with those that they import and those import in turn, late imports too; sorted.
+
+    Args:
+        files: to begin with.
+        root: the package's folder.
+    """
+    found: set[Path] = set()
+    left = list(files)
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for module, several, alone in _IMPORTS.findall(path.read_text(encoding="utf-8")):
+            for name in (alone or module, *(f"{module}.{part}" for part in re.findall(r"\w+", several))):
+                package, *parts = name.split(".")
+                if package == root.name and parts:
+                    place = root.joinpath(*parts)
+                    left += [one for one in (place.with_suffix(".py"), place / "__init__.py") if one.is_file()]
+    return sorted(found)
 
 
 def require_same(noted: Mapping[str, Any], identity: Mapping[str, Any], out: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rehead.checkpoints.stream import ResourceError
 from rehead.errors import UnsupportedError, UsageError
 from rehead.options import flag_of, parse_count
+from rehead.recipes.training import identity
 from rehead.recipes.training.balance import LIMIT, measure, warn_if_unbalanced
 from rehead.recipes.training.isolation import prove_isolation
 from rehead.recipes.training.log import RunLog
@@ -338,3 +339,13 @@ def test_the_log_is_json_whatever_the_figures(tmp_path: Path) -> None:
     log.close()
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["start", "resume"]
+
+
+def test_code_that_decides_a_run_is_found_by_its_imports() -> None:
+    """No list to forget: a change anywhere below training is another run."""
+    root = Path(identity.__file__).parents[2]
+    names = {path.relative_to(root).as_posix() for path in identity.imported_files([Path(identity.__file__)], root)}
+    assert {"recipes/training/identity.py", "recipes/training/options.py", "options.py", "errors.py"} <= names
+    whole = identity.imported_files(Path(identity.__file__).parent.rglob("*.py"), root)
+    assert {root / "data/beginning.py", root / "data/store.py", root / "models/live.py"} <= set(whole)
+    assert not [path for path in whole if path.is_relative_to(root / "tests")]
