@@ -19,7 +19,12 @@ SPECIAL = "its converter wrote no special tokens for a tokenizer that lacks them
 def handle(job: dict[str, Any]) -> dict[str, Any]:
     """Continue the prompt greedily."""
     converted = Path(job["work"]) / "ctranslate2"
-    TransformersConverter(job["model"]).convert(str(converted), force=True)
+    try:
+        TransformersConverter(job["model"]).convert(str(converted), force=True)
+    except ValueError as error:
+        if "No conversion is registered" in str(error):
+            raise ValueError("its converter has no class for this architecture") from None
+        raise
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     notes = _fill_special_tokens(converted / "config.json", tokenizer.eos_token)
     generator = ctranslate2.Generator(str(converted), device="cpu", compute_type="float32", intra_threads=1)
