@@ -69,6 +69,9 @@ def bigcode_refusal(config: Config, kv: int) -> str | None:
 def set_bigcode_kv(raw: dict[str, Any], kv: int) -> None:
     """``multi_query`` for one head, off for all of them."""
     raw["multi_query"] = kv == 1
+    # Newer configs write the count beside the switch; transformers ignores it, vLLM reads it.
+    if "num_key_value_heads" in raw:
+        raw["num_key_value_heads"] = kv
 
 
 # ---- Classes without a KV head count: others stand in for them.

@@ -149,6 +149,16 @@ def pooled(family, model, converted, method: str, grouping: str = "contiguous"):
     return converted
 
 
+def test_one_head_is_said_wherever_a_config_counts_heads(tmp_path: Path) -> None:
+    """transformers reads GPT-BigCode's switch and vLLM the count that newer configs write beside it."""
+    tiny.save_tiny("gpt_bigcode", tmp_path / "source")
+    assert json.loads((tmp_path / "source" / "config.json").read_text())["num_key_value_heads"] > 1
+    convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["multi_query"] is True
+    assert config["num_key_value_heads"] == 1
+
+
 def as_hosted(family, model):
     """(family, config, tensors) of a live model as it is pooled: under the class that stands in for its own, if any."""
     if not family.hosted:
