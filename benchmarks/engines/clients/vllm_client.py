@@ -34,7 +34,7 @@ CONTIGUOUS = "the CPU rotary op was handed contiguous tensors: as shipped it mis
 
 
 def contiguous_rotary() -> None:
-    """Hand vLLM's CPU rotary op contiguous tensors, and copy back what it wrote in place.
+    """Hand vLLM's CPU rotary op contiguous tensors, and its callers what the op made of them.
 
     The op takes the query's and key's memory to be dense. DeepSeek's classes pass views of wider tensors.
     """
@@ -43,12 +43,7 @@ def contiguous_rotary() -> None:
     def forward_cpu(
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dense = query.contiguous(), None if key is None else key.contiguous()
-        rotated = shipped(self, positions, *dense)
-        query.copy_(rotated[0].view_as(query))
-        if key is not None and rotated[1] is not None:
-            key.copy_(rotated[1].view_as(key))
-        return query, key
+        return shipped(self, positions, query.contiguous(), None if key is None else key.contiguous())
 
     RotaryEmbedding.forward_cpu = forward_cpu
 
