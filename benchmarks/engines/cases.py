@@ -61,7 +61,7 @@ class Case:
 
 
 MQA = {"num_key_value_heads": 1}
-DENSE = {"contiguous_rotary": True}
+FLAT = {"flat_rotary": True}
 
 CASES: dict[str, Case] = {
     "embedded": Case("embedded", note="the trained model that ships with Rehead, 8 KV heads to 2"),
@@ -175,15 +175,15 @@ CASES: dict[str, Case] = {
         None,
         note="written directly: windows with sinks",
     ),
-    "youtu": Case("youtu", LATENT, None, {"vllm": DENSE}, note="written directly: latent attention"),
+    "youtu": Case("youtu", LATENT, None, {"vllm": FLAT}, note="written directly: latent attention"),
     "youtu-27": Case(
-        "youtu", {**LATENT, "num_hidden_layers": 27}, None, {"vllm": DENSE}, note="the same with 27 layers"
+        "youtu", {**LATENT, "num_hidden_layers": 27}, None, {"vllm": FLAT}, note="the same with 27 layers"
     ),
     "youtu-queries": Case(
-        "youtu", {**LATENT, "q_lora_rank": 64}, None, {"vllm": DENSE}, note="the same with a latent of the queries"
+        "youtu", {**LATENT, "q_lora_rank": 64}, None, {"vllm": FLAT}, note="the same with a latent of the queries"
     ),
     "deepseek_v3": Case(
-        "deepseek_v3", DENSE_LATENT, None, {"vllm": DENSE}, note="written directly: latent attention, every layer dense"
+        "deepseek_v3", DENSE_LATENT, None, {"vllm": FLAT}, note="written directly: latent attention, every layer dense"
     ),
     "deepseek_v3-as-shipped": Case(
         "deepseek_v3", DENSE_LATENT, None, note="the same, vLLM's rotary op as it is shipped", only=("vllm",)
@@ -192,14 +192,14 @@ CASES: dict[str, Case] = {
         "deepseek_v3",
         {**DENSE_LATENT, "num_hidden_layers": 27, "first_k_dense_replace": 27},
         None,
-        {"vllm": DENSE},
+        {"vllm": FLAT},
         note="the same with 27 layers",
     ),
     "deepseek_v3-queries": Case(
         "deepseek_v3",
         {**DENSE_LATENT, "q_lora_rank": 64},
         None,
-        {"vllm": DENSE},
+        {"vllm": FLAT},
         note="the same with a latent of the queries",
     ),
     "smollm2": Case(

@@ -30,20 +30,23 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 # vLLM looks at a model class in a new process, which has to import everything again. A job's process is one already.
 vllm.model_executor.models.registry._run_in_subprocess = lambda look: look()
 
-CONTIGUOUS = "the CPU rotary op was handed contiguous tensors: as shipped it misreads strided views"
+FLAT = "the CPU rotary op was handed flat tensors: as shipped it misreads queries of [tokens, heads, size]"
 
 
-def contiguous_rotary() -> None:
-    """Hand vLLM's CPU rotary op contiguous tensors, and its callers what the op made of them.
+def flat_rotary() -> None:
+    """Hand vLLM's CPU rotary op contiguous tensors of [tokens, heads x size], which it reads rightly.
 
-    The op takes the query's and key's memory to be dense. DeepSeek's classes pass views of wider tensors.
+    DeepSeek's classes hand it queries of [tokens, heads, size], contiguous or not: all heads but the first come out wrong.
     """
     shipped = RotaryEmbedding.forward_cpu
 
     def forward_cpu(
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return shipped(self, positions, query.contiguous(), None if key is None else key.contiguous())
+        tokens = positions.numel()
+        flat_key = None if key is None else key.reshape(tokens, -1).contiguous()
+        rotated = shipped(self, positions, query.reshape(tokens, -1).contiguous(), flat_key)
+        return rotated[0].view(query.shape), None if key is None else rotated[1].view(key.shape)
 
     RotaryEmbedding.forward_cpu = forward_cpu
 
@@ -51,9 +54,9 @@ def contiguous_rotary() -> None:
 def handle(job: dict[str, Any]) -> dict[str, Any]:
     """Continue the prompt greedily."""
     notes = []
-    if job["options"].get("contiguous_rotary"):
-        contiguous_rotary()
-        notes.append(CONTIGUOUS)
+    if job["options"].get("flat_rotary"):
+        flat_rotary()
+        notes.append(FLAT)
     engine = vllm.LLM(
         job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1,
         enable_prefix_caching=False, disable_log_stats=True,
