@@ -175,13 +175,9 @@ CASES: dict[str, Case] = {
         None,
         note="written directly: windows with sinks",
     ),
-    "youtu": Case("youtu", LATENT, None, {"vllm": FLAT}, note="written directly: latent attention"),
-    "youtu-27": Case(
-        "youtu", {**LATENT, "num_hidden_layers": 27}, None, {"vllm": FLAT}, note="the same with 27 layers"
-    ),
-    "youtu-queries": Case(
-        "youtu", {**LATENT, "q_lora_rank": 64}, None, {"vllm": FLAT}, note="the same with a latent of the queries"
-    ),
+    "youtu": Case("youtu", LATENT, None, note="written directly: latent attention"),
+    "youtu-27": Case("youtu", {**LATENT, "num_hidden_layers": 27}, None, note="the same with 27 layers"),
+    "youtu-queries": Case("youtu", {**LATENT, "q_lora_rank": 64}, None, note="the same with a latent of the queries"),
     "deepseek_v3": Case(
         "deepseek_v3", DENSE_LATENT, None, {"vllm": FLAT}, note="written directly: latent attention, every layer dense"
     ),

@@ -36,7 +36,7 @@ FLAT = "the CPU rotary op was handed flat tensors: as shipped it misreads querie
 def flat_rotary() -> None:
     """Hand vLLM's CPU rotary op contiguous tensors of [tokens, heads x size], which it reads rightly.
 
-    DeepSeek's classes hand it queries of [tokens, heads, size], contiguous or not: all heads but the first come out wrong.
+    DeepSeek's classes hand it queries of [tokens, heads, size], which it reads wrongly, contiguous or not.
     """
     shipped = RotaryEmbedding.forward_cpu
 
