@@ -8,7 +8,7 @@ A class serves or fails by what its config says besides the type, so a run count
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -77,7 +77,8 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "usual_rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)) == 10000.0,
         "ffn_is_4_times_as_wide": _first(config, ("intermediate_size", "n_inner")) in (None, 4 * (width or 0)),
         "query_latent": config.get("q_lora_rank") is not None,
-        "layers": _first(config, ("num_hidden_layers", "n_layer")) if config.get("kv_lora_rank") else None,
+        "has_26_or_27_layers": bool(config.get("kv_lora_rank")) and config.get("num_hidden_layers") in (26, 27),
+        "window_period": _window_period(config.get("layer_types") or ()),
     }
 
 
@@ -94,8 +95,8 @@ def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
     """
     rows = [row for row in results()["rows"] if row["model_type"] == model_type]
     for key in dict.fromkeys([*_DECIDING, *facts]):
-        same = [row for row in rows if row["facts"].get(key) == facts.get(key)]
-        rows = same if same or key in _DECIDING else rows
+        if key in _DECIDING or len({row["facts"].get(key) for row in rows}) > 1:
+            rows = [row for row in rows if row["facts"].get(key) == facts.get(key)]
     return [Run(**{**run, "notes": tuple(run["notes"]), "case": row["case"]}) for row in rows for run in row["runs"]]
 
 
@@ -120,6 +121,11 @@ def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
 def results() -> dict[str, Any]:
     """The recorded runs: ``versions``, ``date`` and ``rows``, one for each small model."""
     return json.loads(files("rehead.models").joinpath("serving.json").read_text(encoding="utf-8"))
+
+
+def _window_period(kinds: Sequence[str]) -> int | None:
+    """Layers from one that sees everything to the next; None without windows."""
+    return kinds.index("full_attention") + 1 if {"full_attention", "sliding_attention"} <= set(kinds) else None
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -101,7 +101,7 @@ def judge(name: str, outcome: dict[str, Any], answer: dict[str, Any]) -> dict[st
         "of": len(answer["tokens"]),
         "logprob_difference": None,
         "cache_bytes_per_token": None,
-        "notes": [outcome["error"]] if "error" in outcome else outcome["notes"],
+        "notes": [_short(outcome["error"])] if "error" in outcome else outcome["notes"],
     }
     if "error" in outcome:
         return row
@@ -118,6 +118,12 @@ def judge(name: str, outcome: dict[str, Any], answer: dict[str, Any]) -> dict[st
     close = not differences or max(differences) <= CLOSE
     row["outcome"] = SAME if same == row["of"] and close else DIFFERENT
     return row
+
+
+def _short(reason: str) -> str:
+    """The start of an engine's reason, without the lists of names that some end in."""
+    reason = reason.split(": {", 1)[0]
+    return reason if len(reason) <= 150 else f"{reason[:150].rsplit(' ', 1)[0]} ..."
 
 
 def merge(

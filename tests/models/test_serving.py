@@ -77,6 +77,9 @@ def test_other_facts_decide_where_runs_differ_in_them(recorded) -> None:
     recorded((LLAMA, SAME), (other, REFUSED))
     assert outcomes(LLAMA) == [SAME]
     assert outcomes(other) == [REFUSED]
+    windowed = [LLAMA | {"layer_types": [*["sliding_attention"] * n, "full_attention"]} for n in (1, 2, 5)]
+    recorded((windowed[0], DIFFERENT), (windowed[2], SAME))
+    assert [outcomes(config) for config in windowed] == [[DIFFERENT], [], [SAME]]
 
 
 def test_what_a_card_says(recorded) -> None:

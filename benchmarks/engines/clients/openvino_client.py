@@ -47,4 +47,4 @@ def _cache_bytes(model: Any, length: int) -> float | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve(f"{version('optimum-intel')} (OpenVINO {openvino.__version__.split('-')[0]})", handle)
+    serve(f"{openvino.__version__.split('-')[0]} (optimum-intel {version('optimum-intel')})", handle)
