@@ -12,12 +12,13 @@ from torch import Tensor
 
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
+from rehead.checkpoints.source import Source
 from rehead.console import quiet_transformers
 from rehead.errors import VerificationError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
 from rehead.models.distance import distances
 from rehead.models.meta import draft_layers, load_report
-from rehead.models.modeling import carried_files
+from rehead.models.modeling import carried_modules, needed_modules
 
 _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
@@ -90,8 +91,7 @@ def verify(
     manifest = verify_files(out)
     folder = open_source(str(out))
     config = resolve_config(folder.config, str(out))
-    absent = carried_files(folder.config).keys() - set(folder.list_files())
-    if absent:
+    if absent := _absent_code(folder):
         raise VerificationError(f"{out}: its config.json names {min(absent)}, which is not there; make it again")
     shapes = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
     report = load_report(config, shapes)
@@ -125,6 +125,18 @@ def verify(
     folder.ignore(report.ignored)
     drafts = tuple(draft_layers(folder))
     return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs)
+
+
+def _absent_code(folder: Source) -> set[str]:
+    """Modelling files that the config names, or that one of them imports, and that are not there."""
+    present, absent = set(folder.list_files()), set()
+    for module in carried_modules(folder.config):
+        names = [f"{module}.py"]
+        if names[0] in present:
+            text = folder.small_path(names[0]).read_text(encoding="utf-8")
+            names += [f"{needed}.py" for needed in needed_modules(text)]
+        absent |= set(names) - present
+    return absent
 
 
 def _report_of(source: str, revision: str | None) -> Any:

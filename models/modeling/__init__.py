@@ -1,14 +1,15 @@
 """Model classes of ours, for checkpoints that no class of transformers can express.
 
-A checkpoint carries its modelling file and names it in ``auto_map``; whoever imports ``rehead`` can load it without
-trusting remote code, since the same classes are registered here. :func:`install` does that when transformers' auto
-classes are imported, so that importing ``rehead`` alone stays cheap.
+A checkpoint carries its modelling file, with the core that it is made with, and names it in ``auto_map``; whoever
+imports ``rehead`` can load it without trusting remote code, since the same classes are registered here.
+:func:`install` does that when transformers' auto classes are imported, so that importing ``rehead`` alone stays cheap.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -22,6 +23,7 @@ from rehead.errors import UnsupportedError, UsageError
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 PREFIX = "modeling_rehead_"
 PARALLEL = PREFIX + "parallel"
+CORE = PREFIX + "core"
 
 
 def modeling_file(name: str = PARALLEL) -> Path:
@@ -47,8 +49,19 @@ def without_remote_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def carried_files(config: Mapping[str, Any]) -> dict[str, str]:
-    """The text of the modelling files of ours that a ``config.json`` names, by their names beside it."""
-    return {f"{name}.py": modeling_file(name).read_text(encoding="utf-8") for name in carried_modules(config)}
+    """The text of the modelling files of ours that a ``config.json`` needs, by their names beside it."""
+    texts: dict[str, str] = {}
+    waiting = carried_modules(config)
+    while waiting:
+        name = waiting.pop()
+        texts[f"{name}.py"] = text = modeling_file(name).read_text(encoding="utf-8")
+        waiting += [other for other in needed_modules(text) if f"{other}.py" not in texts]
+    return dict(sorted(texts.items()))
+
+
+def needed_modules(text: str) -> list[str]:
+    """The modules beside it that a modelling file imports."""
+    return sorted(set(re.findall(rf"^from \.({PREFIX}\w+) import ", text, re.MULTILINE)))
 
 
 def parallel_families() -> dict[str, str]:
@@ -111,8 +124,9 @@ def serial_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def register() -> None:
     """Make the classes of every modelling file here known to transformers' auto classes; more than once is fine."""
-    for path in sorted(Path(__file__).parent.glob("modeling_rehead_*.py")):
-        importlib.import_module(f"{__name__}.{path.stem}").register()
+    for path in sorted(Path(__file__).parent.glob(f"{PREFIX}*.py")):
+        if path.stem != CORE:
+            importlib.import_module(f"{__name__}.{path.stem}").register()
 
 
 class _AfterImport(MetaPathFinder):

@@ -1,6 +1,6 @@
 """Decoders whose blocks run attention and FFN in parallel: ``z = x + Attn(N1 x) + MLP(N2 x)``.
 
-One self-contained file, so that it can travel beside a checkpoint. Every class is its serial counterpart in
+The file travels beside a checkpoint, with ``modeling_rehead_core.py``. Every class is its serial counterpart in
 transformers with the same parameters under the same names; only the decoder layers listed in ``config.parallel_layers``
 (all of them, if it is None) read the block's input in both halves. The form is that of GPT-J and PaLM
 (arXiv 2204.02311), with the norms of the serial model kept apart.
@@ -11,12 +11,13 @@ are made from the installed transformers when they are first asked for.
 
 import functools
 import importlib
-import sys
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+from .modeling_rehead_core import Derived, named
 
 FAMILIES = {
     "arcee": "Arcee",
@@ -104,105 +105,53 @@ def _make_parallel(model: nn.Module, layers: nn.ModuleList) -> None:
             module._no_split_modules = {*(module._no_split_modules or ()), *names}
 
 
-def _config_class(model_type: str) -> type:
-    serial = getattr(transformers, f"{FAMILIES[model_type]}Config")
-    name = f"Parallel{FAMILIES[model_type]}Config"
+class ParallelModel:
+    """Mixed into a model: the parallel form of the layers that its config names."""
 
-    def __post_init__(self, **kwargs: Any) -> None:  # noqa: N807
-        serial.__post_init__(self, **kwargs)
-        parallel_layers(self)
-        _register_models(model_type)
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        _make_parallel(self, self.base_model.layers)  # type: ignore[arg-type, attr-defined]
 
-    return type(
-        name,
-        (serial,),
-        {
-            "__module__": __name__,
-            "__doc__": f"{serial.__name__} and ``parallel_layers``: indices of the parallel layers, or None for all.",
-            "__annotations__": {"parallel_layers": list[int] | None},
-            "__post_init__": __post_init__,
-            "model_type": TYPE_PREFIX + model_type,
-            "parallel_layers": None,
-            "_auto_class": "AutoConfig",
-        },
+
+def _derived(model_type: str, prefix: str) -> Derived:
+    def share_weight_conversion() -> None:
+        """Mixtures of experts store one tensor an expert and stack them on loading; that goes by model type."""
+        from transformers import conversion_mapping
+
+        ours = TYPE_PREFIX + model_type
+        theirs = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+        if theirs is not None and conversion_mapping.get_checkpoint_conversion_mapping(ours) is None:
+            conversion_mapping.register_checkpoint_conversion_mapping(ours, theirs)
+
+    def models(suffix: str) -> tuple[str, Any]:
+        return f"Parallel{prefix}{suffix}", lambda: (ParallelModel, getattr(transformers, prefix + suffix))
+
+    return Derived(
+        module=__name__,
+        model_type=TYPE_PREFIX + model_type,
+        config=f"Parallel{prefix}Config",
+        base=lambda: getattr(transformers, f"{prefix}Config"),
+        fields={"parallel_layers": list[int] | None},
+        check=parallel_layers,
+        models={"AutoModel": models("Model"), "AutoModelForCausalLM": models("ForCausalLM")},
+        also=share_weight_conversion,
     )
 
 
-def _model_class(model_type: str, suffix: str) -> type:
-    serial = getattr(transformers, FAMILIES[model_type] + suffix)
-    config_class = getattr(sys.modules[__name__], f"Parallel{FAMILIES[model_type]}Config")
-
-    def __init__(self, config: Any) -> None:  # noqa: N807
-        serial.__init__(self, config)
-        _make_parallel(self, self.base_model.layers)
-
-    namespace = {
-        "__module__": __name__,
-        "__doc__": f"{serial.__name__} with parallel blocks in ``config.parallel_layers``.",
-        "__init__": __init__,
-        "__annotations__": {"config": config_class},
-        "config_class": config_class,
-        "_auto_class": "AutoModel" if suffix == "Model" else "AutoModelForCausalLM",
-    }
-    return type(f"Parallel{FAMILIES[model_type]}{suffix}", (serial,), namespace)
-
-
-def _register_models(model_type: str) -> None:
-    """Tell the auto classes which models go with a config that now exists; importing a model waits until then."""
-    module, prefix = sys.modules[__name__], f"Parallel{FAMILIES[model_type]}"
-    config_class = getattr(module, f"{prefix}Config")
-    for auto, suffix in ((transformers.AutoModel, "Model"), (transformers.AutoModelForCausalLM, "ForCausalLM")):
-        if config_class not in auto._model_mapping:
-            auto.register(config_class, getattr(module, prefix + suffix))
-    _share_weight_conversion(model_type)
-
-
-def _share_weight_conversion(model_type: str) -> None:
-    """Mixtures of experts store one tensor an expert and stack them on loading; that goes by model type."""
-    from transformers import conversion_mapping
-
-    ours = TYPE_PREFIX + model_type
-    theirs = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
-    if theirs is not None and conversion_mapping.get_checkpoint_conversion_mapping(ours) is None:
-        conversion_mapping.register_checkpoint_conversion_mapping(ours, theirs)
+DERIVED = [_derived(model_type, prefix) for model_type, prefix in FAMILIES.items()]
 
 
 def __getattr__(name: str) -> Any:
-    """Make ``Parallel<Prefix>Config``, ``...Model`` or ``...ForCausalLM`` when it is first used (PEP 562).
-
-    So with ``...DecoderLayer``, by which a pickled model finds the classes of its layers.
-    """
+    """A config or model class, made when it is first used; a layer's, by which a pickled model finds it."""
     for model_type, prefix in FAMILIES.items():
         if name == f"Parallel{prefix}DecoderLayer":
             serial = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
             return _parallel_layer_class(getattr(serial, f"{prefix}DecoderLayer"))
-        for suffix in ("Config", "Model", "ForCausalLM"):
-            if name == f"Parallel{prefix}{suffix}":
-                made = _config_class(model_type) if suffix == "Config" else _model_class(model_type, suffix)
-                return globals().setdefault(name, made)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _OnDemand(type):
-    """Type of what stands for a config class until it is used: importing every serial config would take a second."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(cls._made(), name)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._made()(*args, **kwargs)
-
-    def _made(cls) -> Any:
-        config_class = getattr(sys.modules[__name__], cls.__name__)
-        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        return config_class
+    return named(DERIVED, name)
 
 
 def register() -> None:
     """Make every config known to ``AutoConfig``; the models follow when a config of theirs is made."""
-    for model_type, prefix in FAMILIES.items():
+    for model_type, derived in zip(FAMILIES, DERIVED):
         if model_type in transformers.CONFIG_MAPPING:
-            stand_in = _OnDemand(f"Parallel{prefix}Config", (), {"__module__": __name__})
-            transformers.AutoConfig.register(TYPE_PREFIX + model_type, stand_in, exist_ok=True)
+            derived.register()

@@ -1,6 +1,6 @@
 """T5 whose decoder shares KV heads: self- and cross-attention alike, the encoder left alone (arXiv 2305.13245).
 
-One self-contained file, so that it can travel beside a checkpoint. Everything but the width of the decoder's keys and
+The file travels beside a checkpoint, with ``modeling_rehead_core.py``. Everything but the width of the decoder's keys and
 values is transformers' own T5, in both of its versions; the relative position bias is added per query head as before.
 
 ``ReheadT5Config``, ``ReheadT5ForConditionalGeneration`` and ``GroupedT5Attention`` are made from the installed
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+from .modeling_rehead_core import Derived, named
 
 MODEL_TYPE = "rehead_t5"
 
@@ -141,81 +143,35 @@ def _grouped_attention() -> Any:
     return type("GroupedT5Attention", (Grouped, T5Attention), {"__module__": __name__})
 
 
-@functools.cache
-def _config_class() -> Any:
-    serial: Any = transformers.T5Config
-
-    def __post_init__(self: Any, **kwargs: Any) -> None:  # noqa: N807
-        serial.__post_init__(self, **kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_heads
-        if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide num_heads {self.num_heads}")
-        _register_model()
-
-    namespace = {
-        "__module__": __name__,
-        "__doc__": "T5Config and ``num_key_value_heads``: KV heads of the decoder, one for each query head if None.",
-        "__annotations__": {"num_key_value_heads": int | None},
-        "__post_init__": __post_init__,
-        "model_type": MODEL_TYPE,
-        "num_key_value_heads": None,
-        "_auto_class": "AutoConfig",
-    }
-    return type("ReheadT5Config", (serial,), namespace)
+def _complete(config: Any) -> None:
+    """One KV head for each query head unless the config says otherwise."""
+    if config.num_key_value_heads is None:
+        config.num_key_value_heads = config.num_heads
+    if config.num_key_value_heads < 1 or config.num_heads % config.num_key_value_heads:
+        raise ValueError(f"num_key_value_heads {config.num_key_value_heads} must divide num_heads {config.num_heads}")
 
 
-@functools.cache
-def _model_class() -> Any:
-    namespace = {
-        "__module__": __name__,
-        "__doc__": "T5 for text to text whose decoder shares KV heads.",
-        "__annotations__": {"config": _config_class()},
-        "config_class": _config_class(),
-        "_auto_class": "AutoModelForSeq2SeqLM",
-    }
-    return type("ReheadT5ForConditionalGeneration", (SharedDecoder, transformers.T5ForConditionalGeneration), namespace)
-
-
-_MADE = {
-    "ReheadT5Config": _config_class,
-    "ReheadT5ForConditionalGeneration": _model_class,
-    "GroupedT5Attention": _grouped_attention,
-}
+DERIVED = Derived(
+    module=__name__,
+    model_type=MODEL_TYPE,
+    config="ReheadT5Config",
+    base=lambda: transformers.T5Config,
+    fields={"num_key_value_heads": int | None},
+    check=_complete,
+    models={
+        "AutoModelForSeq2SeqLM": (
+            "ReheadT5ForConditionalGeneration",
+            lambda: (SharedDecoder, transformers.T5ForConditionalGeneration),
+        )
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     """Make a class when it is first used (PEP 562)."""
-    if name in _MADE:
-        return _MADE[name]()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _register_model() -> None:
-    """Tell the auto class which model goes with the config; importing it waits until a config is made."""
-    if _config_class() not in transformers.AutoModelForSeq2SeqLM._model_mapping:
-        transformers.AutoModelForSeq2SeqLM.register(_config_class(), _model_class())
-
-
-class _OnDemand(type):
-    """Type of what stands for the config class until it is used."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(_made_config(), name)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return _made_config()(*args, **kwargs)
-
-
-def _made_config() -> Any:
-    transformers.AutoConfig.register(MODEL_TYPE, _config_class(), exist_ok=True)
-    return _config_class()
+    return _grouped_attention() if name == "GroupedT5Attention" else named([DERIVED], name)
 
 
 def register() -> None:
     """Make the config known to ``AutoConfig``; the model follows when one is made."""
-    transformers.AutoConfig.register(
-        MODEL_TYPE, _OnDemand("ReheadT5Config", (), {"__module__": __name__}), exist_ok=True
-    )
+    DERIVED.register()

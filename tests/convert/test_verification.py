@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -187,3 +188,27 @@ def test_what_a_method_leaves_alone_is_not_read(llama: Path, tmp_path: Path, mon
     convert(llama, tmp_path / "out", num_key_value_heads=1, method=method)
     assert {name.split(".")[-2][0] for name in seen if "_proj" in name and "mlp" not in name} == set(read)
     assert not any("mlp" in name for name in seen)
+
+
+def test_a_carried_file_needs_what_it_imports_and_no_more(llama: Path, tmp_path: Path) -> None:
+    """A checkpoint of an earlier version carries a single file, which imports nothing beside it."""
+    convert(llama, tmp_path / "out", block="parallel")
+    core, file = (tmp_path / "out" / f"modeling_rehead_{name}.py" for name in ("core", "parallel"))
+    core.unlink()
+    forget(tmp_path / "out", core.name)
+    with pytest.raises(VerificationError, match=r"modeling_rehead_core\.py, which is not there"):
+        verify(tmp_path / "out")
+    file.write_text(file.read_text().replace("from .modeling_rehead_core import", "# from"))
+    forget(tmp_path / "out", file.name, hash_again=True)
+    verify(tmp_path / "out")
+
+
+def forget(folder: Path, name: str, hash_again: bool = False) -> None:
+    """Take a file out of the manifest, or put what it has become there."""
+    path = folder / "rehead.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"][name]
+    if hash_again:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(manifest))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.modeling import modeling_file, parallel_config, parallel_families, serial_config
+from rehead.models.modeling import carried_files, modeling_file, parallel_config, parallel_families, serial_config
 from rehead.models.modeling import modeling_rehead_parallel as modeling
 from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
@@ -28,7 +27,8 @@ def checkpoint(folder: Path, model_type: str, layers: list[int], **config) -> to
     model.save_pretrained(folder)
     given = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(parallel_config(given, layers)))
-    shutil.copy(modeling_file(), folder)
+    for name, text in carried_files(parallel_config(given, layers)).items():
+        (folder / name).write_text(text)
     return model
 
 
@@ -72,7 +72,8 @@ def test_trains_saves_and_loads_again(tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
     model.eval().save_pretrained(tmp_path / "two")
-    assert (tmp_path / "two" / modeling_file().name).read_bytes() == modeling_file().read_bytes()
+    for file in (modeling_file(), modeling_file("modeling_rehead_core")):
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_rehead_parallel.ParallelLlamaForCausalLM"
     assert config["parallel_layers"] == [0, 1]
