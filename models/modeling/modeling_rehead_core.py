@@ -23,7 +23,7 @@ class Derived:
         config: name of the config class.
         base: gives transformers' own config class.
         fields: name -> annotation of what our config has besides; None by default.
-        check: (config) -> None; completes a config that was read, and raises ValueError for an invalid one.
+        check: completes a config that was read; raises ValueError for an invalid one.
         models: name of an auto class -> (name of the model class, gives its bases).
         also: called once the models are registered.
     """
@@ -33,7 +33,7 @@ class Derived:
     config: str
     base: Callable[[], Any]
     fields: dict[str, Any]
-    check: Callable[[Any], None]
+    check: Callable[[Any], object]
     models: dict[str, tuple[str, Callable[[], tuple[type, ...]]]]
     also: Callable[[], None] = lambda: None
     made: dict[str, type] = field(default_factory=dict)
