@@ -190,7 +190,7 @@ def execute(
         target.write_text("config.json", json.dumps(plan.raw_config, indent=2, ensure_ascii=False) + "\n")
         for name, text in carried_files(plan.raw_config).items():
             target.write_text(name, text)
-        details |= chosen
+        details |= chosen or {}
         target.write_text("README.md", model_card(plan, result.layers, command, details))
         target.commit(manifest(plan, result.layers, command, details))
     return result

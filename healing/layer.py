@@ -142,8 +142,8 @@ class Healer:
             self.job.seed + layer,
             RELATIVE_RATE if healing.rate is None else healing.rate,
         )
-        for name in healing.reads if back is not None else ():
-            if name in moved:
+        if back is not None:
+            for name in set(healing.reads) & set(moved):
                 moved[name].data = (moved[name].data.double() @ back).float()
         stem = self.changed.family.prefix(layer)
         return {stem + name: parameter.detach().clone() for name, parameter in moved.items()}, round(loss, 6)

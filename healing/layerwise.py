@@ -102,8 +102,9 @@ class LayerwiseModel:
         self.module.requires_grad_(False)
         path = model.module_layer.split("{i}")[0].rstrip(".")
         self.layers: nn.ModuleList = self.module.get_submodule(path)  # type: ignore[assignment]
-        for layer in model.layers if attention is not None else ():
-            self.layers[layer].set_submodule(model.family.attention.rstrip("."), attention())
+        if attention is not None:
+            for layer in model.layers:
+                self.layers[layer].set_submodule(model.family.attention.rstrip("."), attention())
         #: By attention implementation and length of the sequences.
         self.calls: dict[tuple[str, int], list[Call]] = {}
         self._loaded: set[int] = set()

@@ -35,7 +35,7 @@ def angles_of(model: Model) -> Tensor:
             f"shared key cannot do; convert a model with {', '.join(_FIXED)}"
         )
     if kind == "default":
-        theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+        theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
         return theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
