@@ -13,8 +13,6 @@ from ctranslate2.converters import TransformersConverter
 from protocol import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (loaded once, before jobs are forked)
 
-SPECIAL = "its converter wrote no special tokens for a tokenizer that lacks them: set to the end of text"
-
 
 def handle(job: dict[str, Any]) -> dict[str, Any]:
     """Continue the prompt greedily."""
@@ -26,7 +24,7 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("its converter has no class for this architecture") from None
         raise
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    notes = _fill_special_tokens(converted / "config.json", tokenizer.eos_token)
+    _fill_special_tokens(converted / "config.json", tokenizer.eos_token)
     generator = ctranslate2.Generator(str(converted), device="cpu", compute_type="float32", intra_threads=1)
     answer = generator.generate_batch(
         [tokenizer.convert_ids_to_tokens(job["prompt"])], max_length=job["new_tokens"], min_length=job["new_tokens"],
@@ -35,14 +33,14 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
     tokens = [int(token) for token in answer.sequences_ids[0]]
     rows = [torch.from_numpy(numpy.array(row)).float().flatten().log_softmax(-1) for row in answer.logits[0]]
     logprobs = [float(row[token]) for token, row in zip(tokens, rows, strict=True)]
-    return {"tokens": tokens, "logprobs": logprobs, "cache_bytes_per_token": None, "notes": notes}
+    return {"tokens": tokens, "logprobs": logprobs, "cache_bytes_per_token": None, "notes": []}
 
 
-def _fill_special_tokens(config: Path, end: str) -> list[str]:
+def _fill_special_tokens(config: Path, end: str) -> None:
+    """Its converter writes null for special tokens that a tokenizer lacks, and its engine refuses that."""
     values = json.loads(config.read_text())
     missing = [key for key, value in values.items() if key.endswith("_token") and value is None]
     config.write_text(json.dumps({**values, **dict.fromkeys(missing, end)}))
-    return [SPECIAL] if missing else []
 
 
 if __name__ == "__main__":

@@ -21,11 +21,9 @@ from conversion.base import TextModel
 from protocol import serve
 
 CELLS = 4096
-NUMBERS = "token ids in and out: the converter does not know the tokenizer of the small models"
-NO_FLASH = "flash attention off: on the CPU it computes in half precision"
 
 
-def convert(model: str, gguf_file: str, numbered: bool) -> list[str]:
+def convert(model: str, gguf_file: str, numbered: bool) -> None:
     """Run the converter on a folder.
 
     Args:
@@ -46,7 +44,6 @@ def convert(model: str, gguf_file: str, numbered: bool) -> list[str]:
     except SystemExit as stop:
         if stop.code:
             raise RuntimeError("the converter has no class for this architecture") from None
-    return [NUMBERS] if numbered else []
 
 
 def _set_numbered_vocabulary(self: Any) -> None:
@@ -65,13 +62,14 @@ def _set_numbered_vocabulary(self: Any) -> None:
 def handle(job: dict[str, Any]) -> dict[str, Any]:
     """Continue the prompt greedily."""
     gguf_file = str(Path(job["work"]) / "model.gguf")
-    notes = convert(job["model"], gguf_file, job["options"].get("numbered", True))
+    convert(job["model"], gguf_file, job["options"].get("numbered", True))
     parameters = xllamacpp.CommonParams()
     parameters.model.path = gguf_file
     parameters.n_ctx = CELLS
     parameters.n_parallel = 1
     parameters.n_gpu_layers = 0
     parameters.warmup = False
+    # On the CPU it computes in half precision.
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.cpuparams.n_threads = 1
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -97,7 +95,7 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
         "tokens": [step["id"] for step in steps],
         "logprobs": [step["logprob"] for step in steps],
         "cache_bytes_per_token": _cache_bytes(_log(job)),
-        "notes": [*notes, NO_FLASH],
+        "notes": [],
     }
 
 

@@ -91,4 +91,4 @@ def _peft(folder: str, ids: torch.Tensor) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve(version("transformers"), handle)
+    serve(f"transformers {version('transformers')}", handle)
