@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from rehead.checkpoints.markdown import plain
 from rehead.convert import convert
 from rehead.models import serving
 from rehead.models.serving import DIFFERENT, REFUSED, SAME, facts_of, served_by
@@ -98,7 +99,7 @@ def test_a_converted_model_says_what_serves_it(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     lines = serving.sentences("llama", facts_of(config))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(line.split(":")[0] in card for line in lines)
+    assert all(f"- {plain(line)}" in card for line in lines)
     assert "llama.cpp" in card
 
 
