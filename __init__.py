@@ -24,5 +24,5 @@ __all__ = ["__version__", *_EXPORTS, *_PARTS]
 
 __getattr__ = exports(__name__, _EXPORTS, _PARTS)
 
-# Checkpoints with blocks of ours load by name; what this needs of transformers waits until that is imported.
+# Makes checkpoints that use Rehead's own model classes load; does nothing until transformers is imported.
 _install_models()

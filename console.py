@@ -33,7 +33,7 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing 
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, not when they are listed.
+    """A click group that imports a command when it is called, not when it is listed.
 
     Args:
         table: name -> (module, one line of help).
@@ -67,7 +67,7 @@ class LazyGroup(click.Group):
 
 
 def printable(text: object, newlines: bool = False) -> str:
-    r"""A text with its control, format and other invisible characters spelled out: ``\x1b``, ``\u202e``, ``\n``.
+    r"""A text that is safe to print: control and other invisible characters become escapes such as ``\x1b``.
 
     Args:
         text: anything; its ``str``.
@@ -91,7 +91,7 @@ def echo(line: object = "", *, err: bool = False, newlines: bool = False) -> Non
 
 
 def print_json(facts: Any) -> None:
-    """Print JSON for programs; what a terminal would obey is escaped as JSON escapes it."""
+    """Print JSON for programs; control characters become JSON escapes."""
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     if not text.replace("\n", "").isprintable():
         text = "".join(
@@ -110,7 +110,7 @@ def print_facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_columns(rows: Sequence[Sequence[object]]) -> None:
-    """Print rows of as many cells each, aligned; the last cell is as long as it is."""
+    """Print rows, each with the same number of cells, in aligned columns."""
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)][:-1]
     for row in cells:
@@ -126,7 +126,7 @@ def print_wrapped(text: str, lead: str = "") -> None:
 
 
 def rich_console(*, err: bool = False, **settings: Any) -> Console:
-    """A console of rich's, for tables and bars, which prints every text as :func:`printable` leaves it."""
+    """A rich console for tables and bars, which makes every text :func:`printable`."""
     from rich.console import Console
     from rich.text import Text
 
@@ -151,7 +151,7 @@ class ProgressBar(Protocol):
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[ProgressBar | None]:
-    """Progress on standard error: a bar for each stage on a terminal, a line now and then in a log; None when quiet."""
+    """Progress on standard error: bars on a terminal, a line now and then in a log; None when quiet."""
     if quiet or not sys.stderr.isatty():
         yield None if quiet else LogLines()
         return
@@ -176,7 +176,7 @@ class _Bars:
 
     def __call__(self, stage: str, done: float, total: float) -> None:
         if stage not in self._tasks:
-            # What an earlier run had done is where the bar starts, and no part of this run's pace.
+            # A resumed run starts its bar where the earlier run stopped; that work does not count in its speed.
             self._tasks[stage] = self._bars.add_task(printable(stage), total=total or None, completed=done, figures="")
         figures = printable(self.figures)
         self._bars.update(self._tasks[stage], completed=done, total=total or None, figures=figures)
@@ -224,7 +224,7 @@ class _Warnings(logging.Handler):
 
 
 def print_warnings() -> None:
-    """Print what Rehead logs as lines on standard error, as commands do; a library's caller decides that itself."""
+    """Print Rehead's log records on standard error. Commands call this; a library's caller sets up its own logging."""
     logger = logging.getLogger("rehead")
     if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
         logger.addHandler(_Warnings())

@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 class ReheadError(Exception):
-    """Base of all errors that are the input's or the environment's fault rather than Rehead's."""
+    """Base of all errors caused by the input or the environment rather than by Rehead."""
 
     exit_code = EXIT_UNSUPPORTED
 
@@ -75,7 +75,7 @@ def _state_of(path: str) -> tuple[int, int] | None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line for a name that is not registered, with the nearest known one suggested.
+    """The message for a name that is not registered; suggests the nearest known one.
 
     Args:
         kind: what is being named, e.g. ``"method"``.
@@ -93,11 +93,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """What another library's error says, for a message of one line: its first line with text, or its type's name.
-
-    Args:
-        error: as it was caught.
-        most: characters that are kept.
-    """
+    """The first line with text of another library's error, at most ``most`` characters, or the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:most] if lines else type(error).__name__

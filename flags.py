@@ -15,13 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def flags(options: type[Options], without: Collection[str] = ()) -> Callable[[F], F]:
-    """A decorator that gives a click command one flag for each field.
+    """A decorator that gives a click command one flag for each field of ``options``, except those in ``without``.
 
-    The command receives what was written, unchecked, under the fields' names; :func:`given` drops the rest.
-
-    Args:
-        options: whose fields.
-        without: fields that the command takes in another way.
+    The command receives the unchecked values under the fields' names; :func:`set_by_user` drops unused flags.
     """
 
     def decorate(command: F) -> F:
@@ -33,8 +29,8 @@ def flags(options: type[Options], without: Collection[str] = ()) -> Callable[[F]
     return decorate
 
 
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were on the command line, out of what click hands over."""
+def set_by_user(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that the user wrote, from all the values that click passes."""
     return {name: value for name, value in values.items() if value not in (None, (), False)}
 
 
@@ -66,7 +62,7 @@ def _metavar(kinds: list[Any]) -> str:
 
 
 def _default(entry: FieldInfo) -> str:
-    """What the help says of a field's default."""
+    """The end of a flag's help: ``[default: ...]``, or nothing for a required flag."""
     if entry.is_required():
         return ""
     value = entry.get_default(call_default_factory=True)

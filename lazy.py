@@ -1,4 +1,4 @@
-"""Names of a package that are loaded on first use, so that listing commands never imports torch (PEP 562)."""
+"""Load a package's names on first use, so that listing commands never imports torch (PEP 562)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def exports(package: str, names: Mapping[str, str], parts: Sequence[str] = ()) -
     Args:
         package: the package's ``__name__``.
         names: public name -> module that defines it.
-        parts: modules of the package that are names of it themselves.
+        parts: submodules that are public names too.
     """
     module = sys.modules[package]
 

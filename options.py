@@ -1,6 +1,6 @@
-"""Options stated once: a class of fields that gives keyword arguments, flags, a YAML section and the manifest's JSON.
+"""Options stated once: one class of fields gives keyword arguments, flags, a YAML section and the manifest's JSON.
 
-A field's description is its help, its bounds are its checks, and what a user gets wrong is one line::
+A field's description is its help, its bounds are its checks, and a user's mistake becomes an error of one line::
 
     class WindowOptions(Options):
         size: Count = Field(4096, ge=1, description="Keys that a query sees.")
@@ -35,17 +35,17 @@ _FACTORS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 def parse_count(value: Any) -> Any:
-    """``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; what is no text as it is.
+    """Read ``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; other types are returned unchanged.
 
     Raises:
-        ValueError: a text that is no whole number.
+        ValueError: the text is not a whole number.
     """
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([a-z]*)", value.strip().replace("_", "").replace(",", "").lower())
     number = Fraction(match[1]) * _FACTORS[match[2]] if match and match[2] in _FACTORS else None
     if number is None or number.denominator != 1:
-        raise ValueError("is no whole number; write 8000000, 8M or 32Ki")
+        raise ValueError("is not a whole number; write 8000000, 8M or 32Ki")
     return int(number)
 
 
@@ -64,12 +64,12 @@ def _split(value: Any) -> Any:
 
 
 def pairs(form: str, example: str, keep: Callable[[float, float], float] | None = None) -> BeforeValidator:
-    """For a dict of numbers: ``["k_proj=2"]`` as ``{"k_proj": 2.0}``.
+    """A pydantic validator that reads ``["k_proj=2"]`` as ``{"k_proj": 2.0}``.
 
     Args:
         form: what a pair is called, e.g. ``"PATTERN=FACTOR"``.
         example: one, for messages.
-        keep: what becomes of two numbers for one name, e.g. ``min``; the last stays when None.
+        keep: combines two numbers for the same name, e.g. ``min``; None keeps the last.
     """
 
     def read(value: Any) -> Any:
@@ -93,19 +93,19 @@ def pairs(form: str, example: str, keep: Callable[[float, float], float] | None 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number as people write it: 8M, 32k, 32Ki."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
-"""Texts, one or more; each as it stands, commas and all."""
+"""One or more texts; commas do not split them."""
 SPLIT = BeforeValidator(_split)
-"""In ``Annotated[tuple[T, ...], SPLIT]``: several values, also as one text with commas, or a single value."""
+"""For ``Annotated[tuple[T, ...], SPLIT]``: accepts several values, one text with commas, or a single value."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """How the command line shows a field, where the field's own name and type do not say it.
+    """How the command line shows a field, where its own name and type are not enough.
 
     Attributes:
-        name: of the flag, e.g. ``"--lr"``; the field's name is accepted as well.
-        metavar: what stands for the value in the help.
-        default: what the help says of a default of None.
+        name: the flag, e.g. ``"--lr"``; the field's name is accepted as well.
+        metavar: the placeholder for the value in the help.
+        default: the default's text in the help.
     """
 
     name: str | None = None
@@ -114,9 +114,9 @@ class Flag:
 
 
 class Options(BaseModel):
-    """Base of all options: frozen, no unknown field, no infinity or NaN.
+    """Base class of all options: frozen, no unknown field, no infinity or NaN.
 
-    :meth:`parse` is the door for everything that a user wrote; the constructor raises pydantic's own errors.
+    Use :meth:`parse` for anything a user wrote: it raises :class:`UsageError`, the constructor pydantic's own errors.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -124,7 +124,7 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """``true`` is not 1."""
+        """Refuse true and false where a number belongs; Python would read ``true`` as 1."""
         kinds = leaves(cls.model_fields[str(info.field_name)].annotation)
         inside = (
             value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
@@ -135,7 +135,7 @@ class Options(BaseModel):
 
     @classmethod
     def parse(cls, values: Any, where: str = "") -> Self:
-        """Options out of keyword arguments, flags or a YAML section.
+        """Options from keyword arguments, flags or a YAML section.
 
         Args:
             values: a mapping; texts are converted.
@@ -155,8 +155,10 @@ class Options(BaseModel):
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Self:
-        """Options out of ``"size=4k,layers=0,4-7"``: a part without ``=`` continues the value before it, or switches on
-        the field that it names; ``none`` is None.
+        """Options from a text such as ``"size=4k,layers=0,4-7"``.
+
+        A part without ``=`` continues the value before it, or switches on the bool field that it names; ``none`` is
+        None.
 
         Raises:
             UsageError: as :meth:`parse`.
@@ -173,7 +175,7 @@ class Options(BaseModel):
             elif last:
                 values[last] += f",{name}"
             else:
-                raise UsageError(f"{where}: {part!r} is no key=value; {suggestion(part, cls.model_fields)}")
+                raise UsageError(f"{where}: {part!r} is not key=value; {suggestion(part, cls.model_fields)}")
         for name, value in values.items():
             entry = cls.model_fields.get(name)
             kinds = alternatives(entry.annotation) if entry else []
@@ -184,7 +186,7 @@ class Options(BaseModel):
         return cls.parse(values, where)
 
     def but(self, **changes: Any) -> Self:
-        """The same options with some changed, checked again.
+        """A copy with some options changed, checked again.
 
         Raises:
             UsageError: as :meth:`parse`.
@@ -192,7 +194,7 @@ class Options(BaseModel):
         return self.parse({**dict(self), **changes})
 
     def as_json(self) -> dict[str, Any]:
-        """For manifests and ``--json``."""
+        """The options as JSON types, for manifests and ``--json``."""
         return self.model_dump(mode="json")
 
 
@@ -200,11 +202,11 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 def named_options(text: str, options_of: Callable[[str], type[O]], where: str) -> tuple[str, O]:
-    """``"window:size=4k"`` as its name and its options.
+    """Split ``"window:size=4k"`` into its name and its options.
 
     Args:
         text: ``NAME`` or ``NAME:key=value,key=value``.
-        options_of: the options of a name; raises UsageError for one that is not known.
+        options_of: returns the options class for a name; raises UsageError for an unknown name.
         where: the flag, for messages.
 
     Raises:
@@ -215,14 +217,14 @@ def named_options(text: str, options_of: Callable[[str], type[O]], where: str) -
 
 
 def flag_of(options: type[Options], name: str) -> str:
-    """The command line's name of a field."""
+    """A field's flag on the command line, e.g. ``--max-tokens``."""
     entry = options.model_fields.get(name)
     spelled = flag_note(entry).name if entry else None
     return spelled or "--" + name.replace("_", "-")
 
 
 def takes(options: type[Options]) -> Callable[[F], F]:
-    """A decorator for a function with ``**options``: its signature and docstring list the fields."""
+    """A decorator for a function with ``**options``: lists the fields in its signature and docstring."""
 
     def decorate(function: F) -> F:
         own, types_of = inspect.signature(function), typing.get_type_hints(options)
@@ -248,11 +250,11 @@ def takes(options: type[Options]) -> Callable[[F], F]:
 
 
 def explained(error: ValidationError, options: type[BaseModel], where: str = "") -> str:
-    """One line for pydantic's first complaint: what is named, what was written, what to write instead.
+    """pydantic's first complaint as one line: the field, what was written, what to write instead.
 
     Args:
-        error: as it was caught.
-        options: the class that was asked for.
+        error: pydantic's error.
+        options: the class that was being made.
         where: the file and section; without it fields are named as flags.
     """
     first = error.errors(include_url=False)[0]
@@ -282,14 +284,14 @@ def _reason(first: Any, options: type[BaseModel], steps: list[str]) -> str:
     limit = next((context[key] for key in ("ge", "gt", "le", "lt") if key in context), "")
     bound = f"{limit:g}" if isinstance(limit, float) else str(limit)
     plain = {
-        "int_parsing": "is no whole number; write one such as 8",
-        "int_type": "is no whole number; write one such as 8",
-        "int_from_float": "is no whole number; write one such as 8",
-        "float_parsing": "is no number; write one such as 0.5",
-        "float_type": "is no number; write one such as 0.5",
+        "int_parsing": "is not a whole number; write one such as 8",
+        "int_type": "is not a whole number; write one such as 8",
+        "int_from_float": "is not a whole number; write one such as 8",
+        "float_parsing": "is not a number; write one such as 0.5",
+        "float_type": "is not a number; write one such as 0.5",
         "bool_parsing": "is neither true nor false; write one of them",
         "bool_type": "is neither true nor false; write one of them",
-        "string_type": "is no text; write one",
+        "string_type": "is not text; write text",
         "finite_number": "must be finite",
         "greater_than_equal": f"must be {bound} or more",
         "greater_than": f"must be more than {bound}",
@@ -301,7 +303,7 @@ def _reason(first: Any, options: type[BaseModel], steps: list[str]) -> str:
 
 
 def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
-    """The model that stands at a place within another."""
+    """The model nested at the path ``steps`` in another."""
     for step in steps:
         entry = model.model_fields.get(step)
         inner = [
@@ -316,7 +318,7 @@ def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
 
 
 def leaves(annotation: Any) -> set[Any]:
-    """Every type that an annotation names, in unions, tuples and mappings too."""
+    """Every type named in an annotation, including those inside unions, tuples and mappings."""
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) in (Annotated, Literal):
         parts = parts[:1] if typing.get_origin(annotation) is Annotated else ()
@@ -338,7 +340,7 @@ def is_tuple(kind: Any) -> bool:
 
 
 def choices(annotation: Any) -> list[str]:
-    """The names that a field of fixed names accepts."""
+    """The values that a ``Literal`` annotation accepts, as text."""
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return list(map(str, parts))

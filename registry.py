@@ -1,4 +1,4 @@
-"""Things registered by name: those that ship are imported when they are asked for, a user's own beside them."""
+"""Tables of things registered by name; those that ship with Rehead are imported on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of named things of one kind.
+    """A table of named things of one kind: those that ship and those that a user adds.
 
     Args:
         kind: what they are called in messages, e.g. ``"method"``.
@@ -35,11 +35,11 @@ class Registry(Generic[T]):
         self._known[name] = thing
 
     def remove(self, name: str) -> None:
-        """Forget what was registered as ``name``, if anything was."""
+        """Remove ``name`` if it is registered."""
         self._known.pop(name, None)
 
     def names(self) -> list[str]:
-        """Every name that can be asked for, those that ship and those that a user registered."""
+        """Every known name: first those that ship, then those that a user added."""
         return [*self._modules, *(name for name in self._known if name not in self._modules)]
 
     def get(self, name: str) -> T:

@@ -1,1 +1,1 @@
-"""A folder in, a folder out: reading checkpoints from disk or the Hub, and writing them whole or not at all."""
+"""Read checkpoints from disk or the Hub, and write them completely or not at all."""

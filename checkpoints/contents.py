@@ -20,7 +20,7 @@ _OTHER_FORMATS = (
     (".h5", "TensorFlow", "save it from transformers as safetensors first"),
     (".msgpack", "Flax", "save it from transformers as safetensors first"),
 )
-#: Keys of a config that say with which kernels somebody ran the model, and nothing of the model.
+#: Keys of a config that record which kernels somebody ran the model with; they say nothing about the model.
 _PREFERENCES = frozenset(
     f"{prefix}{part}_implementation{suffix}"
     for part in ("attn", "experts")
@@ -34,10 +34,10 @@ def parse_config(raw: bytes, file: str) -> dict[str, Any]:
     """Parse a ``config.json``.
 
     Raises:
-        UnsupportedError: it is no JSON object or unreasonably large.
+        UnsupportedError: it is not a JSON object, or unreasonably large.
     """
     if len(raw) > MAX_CONFIG_BYTES:
-        raise UnsupportedError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; that is no model configuration")
+        raise UnsupportedError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; that is not a model configuration")
     try:
         config = loads_strict(raw, file)
     except UnsupportedError:
@@ -50,7 +50,7 @@ def parse_config(raw: bytes, file: str) -> dict[str, Any]:
 
 
 def _without_preferences(config: dict[str, Any]) -> dict[str, Any]:
-    """A config, and those of its parts, without what one machine preferred to compute it with."""
+    """A config without its kernel choices (:data:`_PREFERENCES`), nested configs included."""
     return {
         key: _without_preferences(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -66,10 +66,10 @@ def _lenient_config(raw: bytes) -> Any:
 
 
 def pick_layout(names: set[str], id: str) -> str:
-    """``model.safetensors`` or its index, whichever transformers would load from a checkpoint with these files.
+    """The weight file that transformers would load: ``model.safetensors`` or its index.
 
     Raises:
-        UnsupportedError: there are no safetensors weights; the message says what to do about what there is.
+        UnsupportedError: there are no safetensors weights; the message says what to do with other formats.
     """
     for known in (SINGLE_FILE, INDEX_FILE):
         if known in names:
@@ -94,9 +94,9 @@ def pick_layout(names: set[str], id: str) -> str:
             f"{id}: has only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, save "
             "them as safetensors with AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER) and give FOLDER"
         )
-    for suffix, kind, mend in _OTHER_FORMATS:
+    for suffix, kind, remedy in _OTHER_FORMATS:
         if any(n.endswith(suffix) for n in names):
-            raise UnsupportedError(f"{id}: has only {kind} weights; {mend}")
+            raise UnsupportedError(f"{id}: has only {kind} weights; {remedy}")
     raise UnsupportedError(f"{id}: has no weights; it needs {SINGLE_FILE} or {INDEX_FILE}")
 
 
@@ -130,7 +130,7 @@ def gather(
             elif t.name not in weight_map:
                 raise UnsupportedError(
                     f"{id}: tensor {shown(t.name)} is in both {listed} and {shard}, and not in the index; "
-                    "save the checkpoint anew"
+                    "save the checkpoint again"
                 )
     for name, shard in weight_map.items():
         if name not in tensors:

@@ -1,4 +1,4 @@
-"""From the source's bytes and a step's tensors to the bytes of an output file."""
+"""Fill an output file: copy unchanged tensors from the source, and add the bytes of computed ones."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rehead.errors import UnsupportedError, VerificationError
 if TYPE_CHECKING:
     import torch
 
-#: The bits of the exponent, by dtype, and numpy's name of an unsigned integer as wide.
+#: By dtype: numpy's unsigned integer of the same width, and the mask of the exponent's bits.
 _EXPONENTS = {
     "BF16": ("<u2", 0x7F80),
     "F16": ("<u2", 0x7C00),
     "F32": ("<u4", 0x7F800000),
     "F64": ("<u8", 0x7FF0000000000000),
 }
-_LOOK = 1 << 17  # numbers looked at together, so that the intermediate result stays in the cache
+_LOOK = 1 << 17  # numbers checked together, so that the intermediate result stays in the cache
 _AHEAD = 16 << 20
 _DROP = 64 << 20
 
 
 def runs(tensors: Sequence[OutputTensor], source: Source) -> Iterator[OutputTensor | list[TensorInfo]]:
-    """Computed tensors, and lists of unchanged ones that follow each other in the source as they do in the output."""
+    """Group the output: each computed tensor alone, and lists of copied tensors that are adjacent in the source."""
     run: list[TensorInfo] = []
     for t in tensors:
         info = source.info(t.origin) if t.origin is not None else None
@@ -47,15 +47,18 @@ def runs(tensors: Sequence[OutputTensor], source: Source) -> Iterator[OutputTens
 def copy_run(
     run: Sequence[TensorInfo], source: Source, writer: HashingWriter, tick: Callable[[int], None], check: bool = True
 ) -> None:
-    """Stream neighbouring tensors from the source to a file.
+    """Stream adjacent tensors from the source to a file.
 
     Args:
-        run: tensors that follow each other in one file.
-        check: look at every number on the way.
+        run: tensors that are adjacent in one file.
+        source: the checkpoint that holds them.
+        writer: the output file.
+        tick: called with the number of bytes of each piece copied.
+        check: refuse NaN and infinity.
 
     Raises:
         UnsupportedError: a tensor holds a NaN or an infinity, or the source ends early.
-        ResourceError: the disk does not take the data.
+        ResourceError: the disk is full or fails.
     """
     file, start, end = run[0].file, run[0].start, run[-1].end
     fd = source.weight_fd(file)
@@ -80,11 +83,11 @@ def copy_run(
 
 
 def _check_piece(info: TensorInfo, space: memoryview, start: int, stop: int) -> None:
-    """Raise if the part of a tensor in a buffer that holds the file's bytes [start, stop) has a NaN or an infinity.
+    """Raise if a tensor has a NaN or an infinity in ``space``, which holds the file's bytes [start, stop).
 
-    A number is never cut in two: the output's layout puts each at a multiple of its size, as the buffers' ends are. A
-    float is infinite or NaN exactly when all bits of its exponent are set; numpy tests that in one thread, where torch
-    would wake its pool for every piece, to the cost of the threads that hash and write.
+    No number is split between two buffers: the output's layout aligns each to its size, and so are the buffers' ends.
+    A float is infinite or NaN exactly when all bits of its exponent are set. numpy tests that in one thread; torch
+    would start its thread pool for every piece and slow down the threads that hash and write.
     """
     low, high = max(info.start, start), min(info.end, stop)
     if info.dtype not in _EXPONENTS or low >= high:
@@ -107,7 +110,7 @@ def _check_piece(info: TensorInfo, space: memoryview, start: int, stop: int) -> 
     layer = re.search(r"\.(\d+)\.", info.name)
     where = f" (layer {layer[1]})" if layer else ""
     raise UnsupportedError(
-        f"{info.name}{where}: element {index[::-1]} is not finite; fetch the checkpoint again or mend the weight"
+        f"{info.name}{where}: element {index[::-1]} is not finite; fetch the checkpoint again or fix the weight"
     )
 
 
@@ -115,7 +118,7 @@ def raw_bytes(tensor: torch.Tensor, planned: OutputTensor) -> memoryview:
     """A computed tensor's bytes.
 
     Raises:
-        VerificationError: it is not of the planned dtype and shape.
+        VerificationError: its dtype or shape is not the planned one.
     """
     import torch
 

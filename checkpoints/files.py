@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, synced, renamed last."""
+"""Write files and folders completely or not at all: to a temporary name beside the target, synced, renamed last."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rehead.checkpoints.stream import sync_dir, write_error
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write a file or a folder to, which replaces what is at ``path`` when the block ends.
+    """A temporary path for a file or a folder, which replaces ``path`` when the block ends without an error.
 
     Args:
-        path: where it goes; its parent is made where it is missing.
+        path: the final place; a missing parent folder is created.
 
     Raises:
-        ResourceError: the disk is full or fails. After this and any other error, what was at ``path`` stays.
+        ResourceError: the disk is full or fails. After any error, ``path`` is unchanged.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -45,18 +45,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Write a small file; see :func:`whole`.
-
-    Args:
-        path: the file.
-        data: its content; text becomes UTF-8.
-    """
+    """Write a small file completely or not at all; text is encoded as UTF-8. Raises as :func:`whole`."""
     with whole(path) as part:
         part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link itself, or a folder with all that is in it, if it is there."""
+    """Remove a file, a link (not its target) or a folder with its contents, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

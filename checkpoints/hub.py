@@ -1,7 +1,7 @@
-"""Checkpoints on the Hugging Face Hub: read by header, fetched when a weight is asked for.
+"""Checkpoints on the Hugging Face Hub: headers are read at once, weights downloaded when one is needed.
 
-Opening a repository moves its file list, ``config.json``, the index and the shards' headers (by HTTP ranges), so
-planning a 70B model costs well under a megabyte. All of it goes through ``huggingface_hub``: cache, endpoint, token.
+Opening a repository downloads its file list, ``config.json``, the index and the shards' headers (by HTTP ranges), so
+planning a 70B model costs well under a megabyte. Cache, endpoint and token are those of ``huggingface_hub``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class HubSource(Source):
         self.shards, self.tensors, self.metadata = gather(index, repo_id, headers.__getitem__)
 
     def _open_cached(self, revision: str | None) -> None:
-        """Offline (``HF_HUB_OFFLINE``): what the cache holds of the repository, which must be complete."""
+        """Offline (``HF_HUB_OFFLINE``): open the repository's copy in the cache, which must be complete."""
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(self.id, revision=revision, token=self._token, local_files_only=True))
@@ -95,8 +95,8 @@ class HubSource(Source):
                 raise UnsupportedError(f"{self.id}: shard {shown(shard)} is missing on the Hub; tell its owner")
         with ThreadPoolExecutor(min(8, len(counts))) as pool:
             guess = {shard: min(_FIRST_GUESS, 600 + n * _BYTES_PER_TENSOR) for shard, n in counts.items()}
-            found = pool.map(lambda shard: self._header(shard, guess[shard]), guess)
-            return dict(zip(guess, found, strict=True))
+            headers = pool.map(lambda shard: self._header(shard, guess[shard]), guess)
+            return dict(zip(guess, headers, strict=True))
 
     def _header(self, shard: str, guess: int) -> Header:
         size = self._siblings[shard].size
@@ -112,7 +112,7 @@ class HubSource(Source):
         return parse_header(raw[8 : 8 + length], size, shard)
 
     def _range(self, shard: str, start: int, end: int) -> tuple[bytes, int]:
-        """Bytes [start, end) of a remote file, and the whole file's size; never more is read, whatever is sent."""
+        """Bytes [start, end) of a remote file, and the file's size. Reads no more, even if the server sends more."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -139,7 +139,7 @@ class HubSource(Source):
     # ---- files
 
     def _fetch(self, name: str) -> Path:
-        """A file in the local cache, fetched if it is not there; an interrupted fetch goes on where it stopped."""
+        """A file's path in the local cache; downloads it if missing and resumes an interrupted download."""
         if self._cached is not None:
             return self._cached.small_path(name)
         if name not in self._done:

@@ -1,4 +1,4 @@
-"""Trouble with the Hub: what is worth another try, and each of ``huggingface_hub``'s exceptions as one line of ours."""
+"""Errors of the Hub: which requests to retry, and a one-line error for each of ``huggingface_hub``'s exceptions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WAIT_S = 0.5
 
 
 def retried(call: Callable[[], _T], attempts: int = _ATTEMPTS) -> _T:
-    """``call()``, tried again after a dropped connection; whatever else fails is not."""
+    """The result of ``call()``, retried after dropped connections only."""
     for attempt in range(attempts):
         try:
             return call()
@@ -30,17 +30,17 @@ def retried(call: Callable[[], _T], attempts: int = _ATTEMPTS) -> _T:
 
 
 def chain(err: BaseException) -> Iterator[BaseException]:
-    """An exception and what it came from, as far as matters here."""
-    seen: BaseException | None = err
+    """An exception and its causes, eight at most."""
+    link: BaseException | None = err
     for _ in range(8):
-        if seen is None:
+        if link is None:
             return
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def _is_dropped(err: BaseException) -> bool:
-    """Whether a connection was lost or refused, as against an answer that says no."""
+    """Whether a connection was lost or refused; False if the server answered with a refusal."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(err, ReheadError):
@@ -70,13 +70,13 @@ def translated(repo_id: str, revision: str | None, file: str | None = None) -> I
         if mapped is None:
             raise
         if file is None and _is_dropped(err):
-            # Whoever meant a folder and mistyped it is not helped by words about the network alone.
+            # The user may have mistyped a local folder's name, which a message about the network would hide.
             raise ResourceError(f"{mapped}; no local folder has this name") from None
         raise mapped from None
 
 
 def hub_error(err: BaseException, repo_id: str, revision: str | None, file: str | None = None) -> ReheadError | None:
-    """The one-line error for an exception of ``huggingface_hub``; None if it is no trouble with the Hub."""
+    """The one-line error for an exception of ``huggingface_hub``; None if it does not come from the Hub."""
     from huggingface_hub import constants, errors
 
     where = f"{repo_id}/{file}" if file else repo_id

@@ -31,7 +31,7 @@ _REPEAT = "convert again or fetch it again"
 
 
 def versions() -> dict[str, str]:
-    """Of what computes: Python, torch and transformers."""
+    """The versions of Python, torch and transformers."""
     import torch
     import transformers
 
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def made_by(command: str) -> dict[str, Any]:
-    """How every manifest begins: the tool, the versions and the command."""
+    """The first entries of every manifest: the tool, the versions and the command."""
     return {"tool": {"name": "rehead", "version": __version__}, "versions": versions(), "command": command}
 
 
@@ -51,9 +51,9 @@ def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, st
     """The manifest's bytes; equal input gives equal bytes.
 
     Args:
-        content: what the conversion wants recorded: fields of :class:`~rehead.checkpoints.manifest_schema.Manifest`.
-        files: (size in bytes, SHA-256 in hex) by name, the manifest itself left out.
-        fingerprint: hash of all that determined the output.
+        content: the conversion's own entries: fields of :class:`~rehead.checkpoints.manifest_schema.Manifest`.
+        files: (size in bytes, SHA-256 in hex) by name, without the manifest itself.
+        fingerprint: hash of everything that determines the output.
     """
     table = {
         "format": FORMAT,
@@ -65,7 +65,7 @@ def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, st
 
 
 def read_manifest(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a folder's manifest and check its form, which is that of the schema, but not its files.
+    """A folder's manifest; its form is checked against the schema, the files are not.
 
     Raises:
         UsageError: the folder or the manifest is missing.
@@ -111,7 +111,7 @@ def verify_files(
     """Check every file of a converted folder against its manifest and return the manifest.
 
     Args:
-        out: the folder.
+        out: the converted folder.
         progress: called with (bytes hashed, bytes in all).
         allow_extra: accept files that the manifest does not name.
 
@@ -150,13 +150,13 @@ def verify_files(
 
 
 def _walk(folder: Path) -> list[str]:
-    """Files below a folder, without what the Hub's client and git keep in hidden folders and `.gitattributes`."""
-    found = []
+    """Files below a folder, without those of git and of the Hub's client (`.git`, `.cache`, `.gitattributes`)."""
+    files = []
     for base, folders, names in os.walk(folder):
         here = Path(base).relative_to(folder)
         folders[:] = [f for f in folders if not (here == Path(".") and f in (".cache", ".git"))]
-        found += [(here / name).as_posix() for name in names if (here / name).as_posix() != ".gitattributes"]
-    return found
+        files += [(here / name).as_posix() for name in names if (here / name).as_posix() != ".gitattributes"]
+    return files
 
 
 def _named(names: list[str]) -> str:
@@ -165,10 +165,10 @@ def _named(names: list[str]) -> str:
 
 
 def completed(out: str | os.PathLike[str], fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of ``out`` if that folder is the complete result of the conversion with this fingerprint, else None.
+    """The manifest of ``out`` if it is the complete result of the conversion with this fingerprint, else None.
 
-    A run killed right after its rename leaves such a folder, so a resumed run has nothing more to do. Files are
-    compared by size; :func:`verify_files` reads them.
+    A run killed right after its rename leaves such a folder, and a resumed run has nothing more to do. Only sizes are
+    compared; :func:`verify_files` reads the files.
     """
     folder = Path(out)
     try:

@@ -1,4 +1,4 @@
-"""Texts of strangers in Markdown: what they hold is shown, never obeyed; and the plain values at a card's head."""
+"""Escape untrusted text for Markdown, and read the metadata at the head of a model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAD = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE
 
 
 def code(text: object) -> str:
-    """A text as a code span on one line, whatever backticks it holds."""
+    """A text as a Markdown code span on one line; backticks in it are safe."""
     line = printable(text)
     fence = "`" * (_longest_run(line) + 1)
     space = " " if line.startswith("`") or line.endswith("`") or not line.strip() else ""
@@ -24,14 +24,14 @@ def code(text: object) -> str:
 
 
 def code_block(text: object) -> list[str]:
-    """A text as the lines of a code block, whatever backticks it holds."""
+    """A text as the lines of a Markdown code block; backticks in it are safe."""
     lines = printable(text, newlines=True)
     fence = "`" * max(3, _longest_run(lines) + 1)
     return [fence, lines, fence]
 
 
 def plain(text: object) -> str:
-    """A text in a paragraph, a heading or a table's cell, without a mark-up of its own: HTML, links, emphasis."""
+    """A text for a paragraph, heading or table cell, with HTML, links and emphasis escaped."""
     line = printable(" ".join(str(text).split()))
     return re.sub(r"([\\`*_\[\]<>|~#&])", r"\\\1", line)
 
@@ -41,7 +41,7 @@ def _longest_run(text: str) -> int:
 
 
 def front_matter(card: str) -> dict[str, str | list[str]]:
-    """The metadata at the head of a model card, of it what is a short text or a list of some; empty without any."""
+    """The metadata at the head of a model card: only short texts and lists of them; empty without any."""
     match = _HEAD.match(card)
     if match is None:
         return {}

@@ -1,4 +1,4 @@
-"""Facts that a run keeps beside its work, so that a run that goes on from it can still say them."""
+"""Facts that a run saves as it works, so that a resumed run can still report them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rehead.checkpoints.stream import write_error
 
 
 class Notes:
-    """Facts by key, each on disk as soon as it is noted.
+    """Facts by key, each saved to disk at once.
 
     Args:
-        path: the file; what an earlier run noted there is read back.
-        name: what an error names.
+        path: the file; facts of an earlier run in it are read back.
+        name: the output folder, for error messages.
 
     Attributes:
-        facts: everything noted, by key.
+        facts: every fact, by key.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -27,10 +27,10 @@ class Notes:
         self.facts: dict[str, Any] = self._read()
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a fact (JSON types).
+        """Save a fact (JSON types).
 
         Raises:
-            ResourceError: the disk does not take it.
+            ResourceError: the disk is full or fails.
         """
         self.facts[key] = value
         try:
@@ -42,13 +42,13 @@ class Notes:
             raise write_error(err, self._name) from None
 
     def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError):
-            return found
+            return facts
         for line in filter(None, lines):
-            with contextlib.suppress(ValueError, TypeError):  # what a kill cut short is computed again
+            with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill: its fact is computed again
                 key, value = json.loads(line)
-                found[key] = value
-        return found
+                facts[key] = value
+        return facts

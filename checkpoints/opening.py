@@ -1,4 +1,4 @@
-"""Opening a checkpoint by the name that a user gives: a folder, a Hub id, or ``id@revision``."""
+"""Open a checkpoint by name: a folder, a Hub id, or ``id@revision``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rehead.errors import UsageError
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """``owner/name@revision`` as (id, revision), for a model or a dataset on the Hub; a revision may hold slashes.
+    """Split ``owner/name@revision`` of the Hub into (id, revision); a revision may contain slashes.
 
-    A path, and an id that names no revision, stay as they are: (name, None).
+    A path, or an id without a revision, gives (name, None).
     """
     place, _, revision = name.partition("@")
     if not place or not revision or name.startswith((".", "/", "~")) or os.path.exists(name):
@@ -21,7 +21,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
-    """Open a checkpoint: a local folder if there is one of that name, a Hub repository otherwise. No weight is read.
+    """Open a checkpoint without reading weights: a local folder if one has this name, else a Hub repository.
 
     Args:
         model: a folder, or a Hub id such as ``"meta-llama/Llama-2-7b-hf"``.

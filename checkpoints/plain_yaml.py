@@ -1,7 +1,7 @@
-"""YAML from strangers as plain values: texts, numbers, switches, lists and mappings, of a size that is known first.
+"""Read untrusted YAML as plain values: text, numbers, true and false, lists and mappings, with limits on size.
 
-Dates stay texts, ``yes`` and ``no`` too; nothing refers to itself, and aliases cannot multiply a small file into a
-large value.
+Dates stay text, ``yes`` and ``no`` too. A value cannot contain itself, and aliases cannot expand a small file into a
+huge value.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def read_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or holds a key that is no text or stands twice, an alias of itself, or more than
-            :data:`MAX_NODES` values with its aliases written out; with ``problem`` and mostly ``problem_mark``.
+        yaml.YAMLError: invalid YAML, a key that is not text or appears twice, an alias of itself, or more than
+            :data:`MAX_NODES` values with its aliases expanded; has ``problem`` and mostly ``problem_mark``.
     """
     _check_depth(text)
     loader = _Loader(text)
@@ -36,7 +36,7 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without dates, sexagesimal numbers and words for switches, and without duplicate keys."""
+    """PyYAML's safe loader without dates, base-60 numbers, ``yes``/``no`` as booleans, and duplicate keys."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
@@ -45,9 +45,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, str):
-                raise _problem(f"key {str(key)[:40]} is no text", key_node)
+                raise _problem(f"key {str(key)[:40]} is not text", key_node)
             if key in seen:
-                raise _problem(f"key {key!r} stands twice", key_node)
+                raise _problem(f"key {key!r} appears twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return int(text) if node.tag.endswith(":int") else float(re.sub(r"\.(?=[iInN])", "", text))
         except ValueError:
-            raise _problem(f"{text!r} is no number", node) from None
+            raise _problem(f"{text!r} is not a number", node) from None
 
 
 for _tag, _pattern, _first in (
@@ -80,7 +80,7 @@ def _problem(what: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
 
 
 def _check_depth(text: str) -> None:
-    """Raise before anything recursive sees a text that is nested deep; the parser itself is not."""
+    """Raise if a text is nested too deep for the recursive steps that follow; this check itself is not recursive."""
     depth = 0
     for event in yaml.parse(text, _Loader):  # type: ignore[no-untyped-call]
         if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
@@ -92,7 +92,7 @@ def _check_depth(text: str) -> None:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Values below a node with every alias written out."""
+    """Number of values below a node with every alias expanded; ``sizes`` remembers them by the node's id."""
     known = sizes.get(id(node))
     if known is not None:
         if not known:
@@ -103,6 +103,6 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
     total = 1 + sum(_size(part, sizes) for part in parts)
     if total > MAX_NODES:
-        raise _problem(f"holds more than {MAX_NODES} values once its aliases are written out", node)
+        raise _problem(f"has more than {MAX_NODES} values once its aliases are expanded", node)
     sizes[id(node)] = total
     return total

@@ -1,4 +1,4 @@
-"""A converted folder to the Hub: verified first, sent in one commit, compared with what arrived."""
+"""Upload a converted folder to the Hub: verified first, sent in one commit, and checked after the upload."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def push_folder(
     message: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """Upload a converted folder to a model repository, made if need be, in one commit.
+    """Upload a converted folder to a model repository in one commit; a missing repository is created.
 
     The folder is verified first and exactly the manifest's files are sent, so a fresh download verifies too. Files of
-    an earlier Rehead upload that are no longer part of it are deleted in the same commit; a repository that holds
-    anything else is left alone.
+    an earlier Rehead upload that are no longer part of it are deleted in the same commit; a repository with any other
+    file is refused.
 
     Args:
-        out: what a conversion wrote.
+        out: the converted folder.
         repo_id: ``"owner/name"``.
         private: for a new repository; the account's default when None.
         revision: an existing branch to commit to; the default branch when None.
@@ -47,7 +47,7 @@ def push_folder(
 
     Raises:
         UsageError: the repository holds files that are not Rehead's, or the id is not valid.
-        VerificationError: the folder does not match its manifest, or the Hub ended up with something else.
+        VerificationError: the folder does not match its manifest, or the uploaded files do not.
         UnsupportedError: the Hub refuses.
         ResourceError: the connection was lost; pushing again sends only what is missing.
     """
@@ -64,7 +64,7 @@ def push_folder(
         strays = sorted(there - set(names))
         if strays and MANIFEST_NAME not in there:
             raise UsageError(
-                f"{repo_id}: holds files that Rehead did not write ({shown(strays[0])}); choose another repository"
+                f"{repo_id}: has files that Rehead did not write ({shown(strays[0])}); choose another repository"
             )
         operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
         operations += [CommitOperationDelete(name) for name in strays]
@@ -93,21 +93,21 @@ def _push_translated(repo_id: str) -> Iterator[None]:
                 f"{repo_id}: the Hub refuses the upload ({status}); log in with a writing token (`hf auth login`)"
             ) from None
         if status in (409, 412):
-            raise UnsupportedError(f"{repo_id}: was changed by somebody else meanwhile; push again") from None
+            raise UnsupportedError(f"{repo_id}: somebody else changed it during the upload; push again") from None
         mapped = hub_error(err, repo_id, None)
         if isinstance(mapped, ResourceError):
             raise ResourceError(
                 f"{repo_id}: the connection to the Hub failed during the upload; push again, what arrived is not resent"
             ) from None
         if mapped is None and isinstance(err, ValueError):
-            raise UnsupportedError(f"{repo_id}: the Hub refuses the upload ({first_line(err)}); mend that") from None
+            raise UnsupportedError(f"{repo_id}: the Hub refuses the upload ({first_line(err)}); fix that") from None
         if mapped is None:
             raise
         raise mapped from None
 
 
 def _check_upload(repo_id: str, files: dict[str, Any], remote: dict[str, Any]) -> None:
-    """Compare what the Hub says it holds with the manifest: sizes, and SHA-256 where it keeps one (LFS files)."""
+    """Compare the Hub's list of files with the manifest: sizes, and SHA-256 where the Hub has one (LFS files)."""
     for name, entry in files.items():
         there = remote.get(name)
         lfs = getattr(there, "lfs", None)
@@ -116,4 +116,4 @@ def _check_upload(repo_id: str, files: dict[str, Any], remote: dict[str, Any]) -
             or (there.size is not None and there.size != entry["size"])
             or (lfs is not None and lfs.sha256 != entry["sha256"])
         ):
-            raise VerificationError(f"{repo_id}/{name}: the Hub holds something else than was sent; push again")
+            raise VerificationError(f"{repo_id}/{name}: the file on the Hub differs from the one sent; push again")

@@ -1,4 +1,4 @@
-"""What ``--resume`` does before anything is computed: see whether an earlier run was as good as done."""
+"""The first step of ``--resume``: check whether the earlier run was complete but for its final rename."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rehead.errors import ReheadError
 
 
 def finish_commit(out: str | os.PathLike[str], fingerprint: str | Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is left to do for a run that resumes one killed in its very last step: at most the rename, done here.
+    """Finish a run that was killed in its very last step: do the rename if it is missing.
 
     Args:
         out: the output folder.
         fingerprint: as for :class:`Target`.
 
     Returns:
-        The manifest when ``out`` is complete now; None when there is work left, for :class:`Target` to go on with.
+        The manifest when ``out`` is complete now; None when work is left, which :class:`Target` resumes.
 
     Raises:
         UsageError: another run is writing ``out``.

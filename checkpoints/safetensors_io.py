@@ -1,8 +1,8 @@
 """Safetensors headers and indexes, read strictly and written deterministically, with the standard library alone.
 
-A header is input from strangers: every offset is checked against the file's size before anything is read through it,
-and whatever is wrong ends in an :class:`~rehead.errors.UnsupportedError` that names the file. Nothing here imports
-torch, so inspecting a checkpoint costs its headers and no more.
+A header is untrusted input: every offset is checked against the file's size before it is used, and any mistake raises
+an :class:`~rehead.errors.UnsupportedError` that names the file. Nothing here imports torch, so inspecting a checkpoint
+costs no more than reading its headers.
 
 Format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -30,17 +30,17 @@ DTYPE_BITS: dict[str, int] = {
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 
-_REFETCH = "fetch the file again or save the checkpoint anew"
+_REFETCH = "fetch the file again or save the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """One tensor of a checkpoint: its dtype and shape, and where its bytes are.
 
     Attributes:
         name: the tensor's name in the checkpoint.
         dtype: the format's code, e.g. ``"BF16"``.
-        shape: its shape.
+        shape: number of elements in each dimension.
         file: the weight file that holds it, relative to the checkpoint.
         start: absolute offset in ``file`` of its first byte.
         end: absolute offset in ``file`` one past its last byte.
@@ -61,7 +61,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One safetensors header: ``tensors`` in the order of their bytes, ``metadata`` and where the data begins."""
+    """One safetensors header: ``tensors`` in the order of their bytes, ``metadata``, and the data's offset."""
 
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str]
@@ -69,7 +69,7 @@ class Header:
 
 
 def shown(name: str, limit: int = 120) -> str:
-    """A name out of a file, quoted and cut so that it stays on one line of an error message."""
+    """A name read from a file, quoted, escaped and shortened for an error message of one line."""
     text = ascii(name) if any(not c.isprintable() for c in name[:limit]) else repr(name)
     return text if len(text) <= limit else text[: limit - 4] + "...'"
 
@@ -92,10 +92,10 @@ def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
 
 
 def loads_strict(raw: bytes, file: str) -> Any:
-    """Parse JSON that must be UTF-8 and must not name a key twice.
+    """The value of a JSON text.
 
     Raises:
-        UnsupportedError: it is neither, or is nested too deep.
+        UnsupportedError: it is not UTF-8 or not JSON, has a key twice, or is nested too deep.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def header_length(first8: bytes, file_size: int, file: str) -> int:
         UnsupportedError: the file is too short, or the length passes the file's end or the format's limit.
     """
     if file_size < 8 or len(first8) < 8:
-        raise UnsupportedError(f"{file}: truncated, {file_size} bytes are no safetensors file; {_REFETCH}")
+        raise UnsupportedError(f"{file}: truncated, {file_size} bytes are too few for a safetensors file; {_REFETCH}")
     (length,) = _LENGTH.unpack(first8[:8])
     if length > MAX_HEADER_BYTES:
         raise UnsupportedError(f"{file}: header of {length} bytes is over the format's 100 MB; {_REFETCH}")
@@ -160,7 +160,7 @@ def parse_header(raw: bytes, file_size: int, file: str) -> Header:
         file: the file's name, for messages and :attr:`TensorInfo.file`.
 
     Raises:
-        UnsupportedError: the header is no JSON object, a tensor's dtype, shape and offsets disagree, or the tensors
+        UnsupportedError: the header is not a JSON object, a tensor's dtype, shape and offsets disagree, or the tensors
             overlap, leave holes, or do not end where the file does.
     """
     table = loads_strict(raw, file)
@@ -216,14 +216,14 @@ def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
 
 
 def read_header(path: Path, file: str | None = None) -> Header:
-    """Read and check the header of a local file; no tensor is touched.
+    """The checked header of a local file; no tensor is read.
 
     Args:
         path: the file.
         file: the name to use in messages and :attr:`TensorInfo.file`; its base name when not given.
 
     Raises:
-        UnsupportedError: the file cannot be read, is truncated, or its header lies.
+        UnsupportedError: the file cannot be read, is truncated, or its header is wrong.
     """
     file = path.name if file is None else file
     try:
@@ -285,7 +285,7 @@ def parse_index(raw: bytes, file: str) -> dict[str, str]:
 
 
 def check_shard_name(shard: str, file: str) -> None:
-    """Refuse a shard name that could reach outside the checkpoint's folder.
+    """Refuse the name of a shard that could be outside the checkpoint's folder.
 
     Raises:
         UnsupportedError: it is absolute, has ``..``, a backslash, a colon or a control character, or another ending.
@@ -301,9 +301,9 @@ def check_shard_name(shard: str, file: str) -> None:
     )
     if bad:
         raise UnsupportedError(
-            f"{file}: shard {shown(shard)} would be read outside the checkpoint; put it beside the index and mend that"
+            f"{file}: shard {shown(shard)} would be read outside the checkpoint; put it beside the index and rename it"
         )
     if pure.suffix != ".safetensors" or len(shard) > 255:
         raise UnsupportedError(
-            f"{file}: shard {shown(shard)} is no .safetensors file; save the checkpoint as safetensors"
+            f"{file}: shard {shown(shard)} is not a .safetensors file; save the checkpoint as safetensors"
         )

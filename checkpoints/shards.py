@@ -1,4 +1,4 @@
-"""Which tensor goes into which output file: the source's sharding kept, split only where a shard grows too large."""
+"""Plan which tensor goes into which output file: as in the source, split only where a file grows too large."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class OutputTensor:
     """One tensor of the output.
 
     Attributes:
-        name: its name.
+        name: the tensor's name in the output.
         dtype: safetensors dtype code.
-        shape: its shape.
-        origin: the source tensor whose bytes it is, copied unread; None for one that is computed.
-        after: the source tensor beside which it is stored when neither ``origin`` nor ``name`` is one (a fused tensor's
-            parts, say).
+        shape: number of elements in each dimension.
+        origin: the source tensor that it is a copy of; None if it is computed.
+        after: the source tensor that it is stored next to, if the source has neither ``origin`` nor ``name`` (the
+            parts of a fused tensor, say).
     """
 
     name: str
@@ -60,7 +60,7 @@ class Shard:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes meant by ``"5GB"``, ``"500 MB"``, ``"2GiB"`` or a plain number (KB is 1000 bytes, KiB 1024).
+    """Number of bytes of ``"5GB"``, ``"500 MB"``, ``"2GiB"`` or a plain number (KB is 1000 bytes, KiB 1024).
 
     Raises:
         UsageError: not a size, or not positive.
@@ -70,7 +70,7 @@ def parse_size(text: str | int) -> int:
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
         if match is None or match.group(2).upper() not in _UNITS or len(match.group(1)) > 30:
-            raise UsageError(f"max shard size {str(text)[:40]!r} is no size; write it like 5GB or 500MB")
+            raise UsageError(f"max shard size {str(text)[:40]!r} is not a size; write it like 5GB or 500MB")
         size = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
     if size <= 0:
         raise UsageError(f"max shard size {str(text)[:40]!r} must be positive; write it like 5GB or 500MB")
@@ -83,10 +83,10 @@ def plan_shards(
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Shard]:
-    """Lay the output out in files.
+    """Assign the output's tensors to files.
 
-    Tensors stay in the file, and in the place in it, of the source tensor they come from; a file that would pass
-    ``max_shard_size`` is split at tensor boundaries (a single larger tensor gets a file of its own).
+    Tensors keep the file and the order of the source tensors they come from; a file larger than ``max_shard_size`` is
+    split between tensors (a single larger tensor gets a file of its own).
 
     Args:
         entries: every tensor of the output.
@@ -102,7 +102,7 @@ def plan_shards(
     if len({e.name for e in entries}) != len(entries):
         seen: set[str] = set()
         twice = next(e.name for e in entries if e.name in seen or seen.add(e.name))  # type: ignore[func-returns-value]
-        raise UsageError(f"tensor {twice!r} is planned twice; mend the plan")
+        raise UsageError(f"tensor {twice!r} is planned twice; please report this plan")
     files = {info.file: i for i, info in enumerate({t.file: t for t in source.values()}.values())}
     keyed: list[tuple[int, int, int, OutputTensor]] = []
     place = (0, 0)
@@ -134,7 +134,7 @@ def plan_shards(
 
 
 def _aligned(group: list[OutputTensor]) -> list[OutputTensor]:
-    """The tensors in an order that puts each at a multiple of its element size: as given, or widest dtype first."""
+    """The tensors in an order that aligns each to its element size: unchanged if it does, else widest dtype first."""
     at = 0
     for t in group:
         if at % max(1, DTYPE_BITS[t.dtype] // 8):

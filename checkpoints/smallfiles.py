@@ -1,4 +1,4 @@
-"""Which files travel with a converted checkpoint unchanged, and which must not."""
+"""Which files of a checkpoint are copied unchanged into the converted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHT_SUFFIXES = frozenset({
     ".data", ".pb", ".llamafile", ".mar", ".ptl", ".pte", ".zip", ".tar", ".gz", ".7z", ".rar", ".zst", ".xz",
     ".part", ".incomplete", ".lock", ".tmp",
 })  # fmt: skip
-#: Files that describe weights or code which do not travel along, or that a conversion writes anew.
+#: Files about weights or code that are not copied, and files that a conversion writes itself.
 _REWRITTEN = frozenset({MANIFEST_NAME, CONFIG_NAME, CARD_NAME, "adapter_config.json", "quantize_config.json"})
 #: Vocabularies that some tokenizers keep under a name that looks like a weight file's.
 _VOCABULARY_WORDS = ("vocab", "tokenizer", "sentencepiece", "spiece", "merges", "tekken")
@@ -26,8 +26,8 @@ _VOCABULARY_WORDS = ("vocab", "tokenizer", "sentencepiece", "spiece", "merges", 
 def travels(name: str) -> bool:
     """Whether the file ``name`` (POSIX path relative to the checkpoint) is copied byte for byte into the output.
 
-    Everything does (tokenizer, chat template, generation config, vocabulary, licence) except weights of any format and
-    their indexes, Python code (remote code is never carried on), hidden files, and what the conversion writes itself.
+    Every file is (tokenizer, chat template, generation config, vocabulary, licence) except weights of any format and
+    their indexes, Python code (remote code is never copied), hidden files, and what the conversion writes itself.
     """
     path = PurePosixPath(name)
     if any(part.startswith(".") or part == "__pycache__" for part in path.parts):

@@ -1,7 +1,7 @@
-"""Where a checkpoint is read from: a local folder or a Hub repository, one tensor at a time.
+"""Read a checkpoint from a local folder or a Hub repository, one tensor at a time.
 
-A source knows names, shapes and dtypes from the safetensors headers alone; a weight is read only when it is asked for,
-into memory of its own, so nothing larger than the largest tensor is ever held.
+A source knows names, shapes and dtypes from the safetensors headers alone. A weight is read only on request, into
+memory of its own, so no more than one tensor is ever held.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rehead.errors import UnsupportedError, UsageError
 if TYPE_CHECKING:
     import torch
 
-#: Of a model card that is looked at; longer ones are cut.
+#: Bytes of a model card that are read; longer ones are cut.
 MAX_CARD_BYTES = 1_000_000
 
 __all__ = ["DTYPE_NAMES", "LocalSource", "Source", "TensorInfo", "torch_dtype"]
@@ -57,7 +57,7 @@ class Source:
         revision: the commit hash of a Hub source; None for a folder.
         config: the raw ``config.json``.
         tensors: every tensor by name, in the order of the shards and of the bytes in each, without ``ignored``.
-        ignored: tensors that no class reads (see :meth:`ignore`): they can be copied, and are no part of the model.
+        ignored: tensors that no class reads (see :meth:`ignore`): they can be copied but are not part of the model.
         metadata: the safetensors ``__metadata__`` of the first shard.
         shards: the weight files, in order.
     """
@@ -71,7 +71,7 @@ class Source:
     shards: list[str]
 
     def weight_path(self, shard: str) -> Path:
-        """The local file of a shard, fetched first where it is remote."""
+        """The local path of a shard, downloaded first if it is remote."""
         raise NotImplementedError
 
     def list_files(self) -> list[str]:
@@ -79,15 +79,15 @@ class Source:
         raise NotImplementedError
 
     def small_path(self, name: str) -> Path:
-        """The local path of a file that is no weight, fetched first where it is remote."""
+        """The local path of a file without weights, downloaded first if it is remote."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, str]:
-        """What tells this content from any other, file by file, without reading the weights."""
+        """A value per file that changes with its content (size and time, or the commit); weights are not read."""
         raise NotImplementedError
 
     def materialise(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Make every weight file local. Reading a tensor does this by itself, shard by shard."""
+        """Download every weight file now; otherwise each is downloaded when one of its tensors is first read."""
 
     def close(self) -> None:
         """Release open files; the source can still be used and opens them again."""
@@ -114,11 +114,11 @@ class Source:
 
     @property
     def stored(self) -> dict[str, TensorInfo]:
-        """Every tensor in the files by name, those that are ignored last."""
+        """Every tensor in the files by name, ignored ones last."""
         return self.tensors | self.ignored
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Take tensors out of the model: from here on its layout is read without them."""
+        """Move tensors from ``tensors`` to ``ignored``: from now on they are not part of the model."""
         for name in names:
             self.ignored[name] = self.tensors.pop(name)
 
@@ -196,11 +196,11 @@ class Source:
     # ---- small files
 
     def small_files(self) -> list[str]:
-        """The files that travel unchanged (see :func:`~rehead.checkpoints.smallfiles.travels`), sorted."""
+        """The files to copy unchanged (see :func:`~rehead.checkpoints.smallfiles.travels`), sorted."""
         return [name for name in self.list_files() if travels(name)]
 
     def code_left_out(self) -> list[str]:
-        """Python files, which never travel: whatever needs one (a tokenizer, say) has to get it from the source."""
+        """Python files, which are never copied: a tokenizer that needs one must get it from the source."""
         return [name for name in self.list_files() if name.endswith(".py") and not name.startswith("modeling_rehead_")]
 
     def open_small(self, name: str) -> BinaryIO:
@@ -211,7 +211,7 @@ class Source:
             raise UnsupportedError(f"{name}: cannot be read ({err.strerror}); check the file") from None
 
     def model_card(self) -> str | None:
-        """The text of the source's README.md, or None; it is rewritten rather than copied."""
+        """The text of the source's README.md, or None. It is not copied: the output gets a card of its own."""
         if CARD_NAME not in self.list_files():
             return None
         with self.open_small(CARD_NAME) as f:
@@ -234,7 +234,7 @@ def _pread_into(fd: int, out: memoryview, offset: int) -> int:
 
 
 def drop_cache(fd: int, offset: int, length: int) -> None:
-    """Tell the system that a range will not be read again, so that streaming evicts nobody else's pages."""
+    """Tell the system that a range will not be read again, so that it need not evict other files from the cache."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
@@ -291,12 +291,12 @@ class LocalSource(Source):
         return self._shard(shard)
 
     def list_files(self) -> list[str]:
-        found = []
+        names = []
         for base, folders, files in os.walk(self.folder):
             folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
             here = Path(base).relative_to(self.folder)
-            found += [(here / name).as_posix() for name in files if (Path(base) / name).is_file()]
-        return sorted(found)
+            names += [(here / name).as_posix() for name in files if (Path(base) / name).is_file()]
+        return sorted(names)
 
     def small_path(self, name: str) -> Path:
         path = self.folder / name

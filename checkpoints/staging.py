@@ -1,4 +1,4 @@
-"""The staging folder beside OUT: one writer at a time, a journal of what is finished, one rename at the end."""
+"""The staging folder beside OUT: one writer at a time, a journal of finished files, one rename at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OWNER = "owner.json"
 
 
 def check_out(out: Path, source_folder: Path | None, overwrite: bool) -> None:
-    """Refuse an OUT that cannot be meant.
+    """Refuse an invalid OUT.
 
     Args:
         out: the folder to be written.
@@ -38,11 +38,11 @@ def check_out(out: Path, source_folder: Path | None, overwrite: bool) -> None:
         overwrite: whether an existing OUT may be replaced.
 
     Raises:
-        UsageError: OUT equals the source, lies inside it or around it; exists without ``overwrite``; or exists and is
-            no checkpoint, so that replacing it would lose something else.
+        UsageError: OUT is the source, inside it or around it; exists without ``overwrite``; or exists and is not a
+            checkpoint, so that replacing it would delete foreign files.
     """
     if out.name in ("", ".", ".."):
-        raise UsageError(f"{out}: is no folder name; give a new folder as OUT")
+        raise UsageError(f"{out}: is not a folder name; give a new folder as OUT")
     real = out.resolve()
     if source_folder is not None:
         src = source_folder.resolve()
@@ -60,20 +60,20 @@ def check_out(out: Path, source_folder: Path | None, overwrite: bool) -> None:
         raise UsageError(f"{out}: is a file or a link, not a folder; choose another OUT")
     names = os.listdir(out)
     if names and MANIFEST_NAME not in names and CONFIG_NAME not in names:
-        raise UsageError(f"{out}: holds files but no checkpoint, so it will not be overwritten; choose another OUT")
+        raise UsageError(f"{out}: has files but no checkpoint, so it will not be overwritten; choose another OUT")
     foreign = foreign_file(out)
     if foreign is not None:
         raise UsageError(
-            f"{out}: holds {foreign}, which is no part of a checkpoint and would be lost; move it away or choose "
+            f"{out}: has {foreign}, which is not part of a checkpoint and would be lost; move it away or choose "
             "another OUT"
         )
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first file or folder in a checkpoint's folder, by name, that no checkpoint is made of; None for none.
+    """The first file or folder, by name, that is not part of the checkpoint in a folder; None if there is none.
 
-    What Rehead's manifest names belongs to it, and everything that model hubs and training libraries put into a
-    checkpoint's folder. A link is foreign: what it leads to is not seen.
+    Files in Rehead's manifest are part of it, and all that model hubs and training libraries put into a checkpoint's
+    folder. A link is foreign, since its target is not checked.
     """
     try:
         listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
@@ -91,7 +91,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """One hash, and one per named part, of everything that determines the output."""
+    """(a hash of everything that determines the output, a hash of each named part of it)."""
     if isinstance(parts, str):
         return parts, {}
     hashes = {
@@ -103,12 +103,12 @@ def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]
 
 
 def staging_path(out: Path) -> Path:
-    """The staging folder of an output folder: beside it, so on the same file system, and always the same."""
+    """The staging folder of an output folder: beside it, so on the same file system, and always of the same name."""
     return out.parent / f".{out.name}.rehead-staging"
 
 
 def only_unpublished(out: Path) -> bool:
-    """Whether a killed run left a staging folder that lacks nothing but the rename."""
+    """Whether a killed run left a staging folder that is complete but for the rename."""
     path = staging_path(out)
     return (path / MANIFEST_NAME).is_file() and not (path / PRIVATE / _JOURNAL).exists()
 
@@ -119,17 +119,17 @@ class Staging:
     Args:
         out: the folder that will appear at the end.
         fingerprint: hash of what determines the output.
-        parts: hash of each named part of it, to say what differs.
-        resume: go on from what an earlier run left; otherwise that is removed.
+        parts: hash of each named part of it, so that an error can name the part that differs.
+        resume: keep the finished files of an interrupted run; otherwise they are removed.
 
     Attributes:
         path: the staging folder.
         files: (size, SHA-256) of every finished file.
-        resumed: whether there was something to go on from.
+        resumed: whether an interrupted run's files were kept.
 
     Raises:
-        UsageError: another run is writing OUT, or the leftover is of another conversion.
-        ResourceError: the folder cannot be made.
+        UsageError: another run is writing OUT, or the files to resume from belong to another conversion.
+        ResourceError: the folder cannot be created.
     """
 
     def __init__(self, out: Path, fingerprint: str, parts: Mapping[str, str], *, resume: bool) -> None:
@@ -168,7 +168,7 @@ class Staging:
             missing.append(parent)
             parent = parent.parent
         if not parent.is_dir():
-            raise UsageError(f"{self.out}: {parent} is no folder; choose another OUT")
+            raise UsageError(f"{self.out}: {parent} is not a folder; choose another OUT")
         for folder in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
@@ -177,8 +177,8 @@ class Staging:
     def _lock(self) -> None:
         """Lock the staging folder itself, so that no lock file is left to clean up.
 
-        The folder may be renamed or removed between opening and locking it; then the path no longer leads to what is
-        locked, and the next round makes a new one.
+        Another run may rename or remove the folder between opening and locking it. The path then no longer leads to
+        the locked folder, and the loop tries again.
         """
         while True:
             with contextlib.suppress(FileExistsError):
@@ -236,7 +236,7 @@ class Staging:
     # ---- what an earlier run left
 
     def _recover(self) -> None:
-        """Put a replaced OUT back if a run was killed between the two renames of an overwrite; drop it otherwise."""
+        """Put the old OUT back if a run was killed between the two renames of an overwrite; else remove it."""
         if os.path.lexists(self.retired):
             if os.path.lexists(self.out):
                 remove(self.retired)
@@ -244,7 +244,7 @@ class Staging:
                 os.rename(self.retired, self.out)
 
     def _load(self, parts: Mapping[str, str]) -> bool:
-        """Take over the journal of an earlier run; False when there is nothing to take over."""
+        """Read the journal of an earlier run; False when there is none."""
         head, files = self._read_journal()
         if not head:
             head, files = self._read_manifest()
@@ -252,9 +252,9 @@ class Staging:
             return False
         if head.get("fingerprint") != self.fingerprint:
             noted = head.get("parts")
-            theirs: dict[str, str] = noted if isinstance(noted, dict) else {}
-            differ = sorted(k for k in {*parts, *theirs} if parts.get(k) != theirs.get(k))
-            what = ", ".join(differ) if parts and theirs and differ else "the source or the options"
+            earlier: dict[str, str] = noted if isinstance(noted, dict) else {}
+            differ = sorted(k for k in {*parts, *earlier} if parts.get(k) != earlier.get(k))
+            what = ", ".join(differ) if parts and earlier and differ else "the source or the options"
             raise UsageError(
                 f"{self.out}: cannot resume, since {what} changed after the interrupted run; run again without --resume"
             )
@@ -282,7 +282,7 @@ class Staging:
         return head, files
 
     def _read_manifest(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
-        """A run killed just before the rename has dropped its journal, but then its manifest names every file."""
+        """(fingerprint, files) of a run killed just before the rename: its journal is gone, its manifest complete."""
         try:
             table = json.loads((self.path / MANIFEST_NAME).read_bytes())
             files = {k: (int(v["size"]), str(v["sha256"])) for k, v in table["files"].items()}
@@ -322,7 +322,7 @@ class Staging:
         os.fsync(self._journal_fd)
 
     def record(self, name: str, size: int, sha256: str) -> None:
-        """Note that a file is complete and on disk.
+        """Record in the journal that a file is complete and on disk.
 
         Raises:
             ResourceError: the journal cannot be written.
@@ -339,18 +339,18 @@ class Staging:
         """Make the staging folder OUT: drop the private part, sync, rename, sync.
 
         Raises:
-            UsageError: OUT has appeared meanwhile.
-            ResourceError: a rename failed; OUT is as it was.
+            UsageError: OUT has been created since this run began.
+            ResourceError: a rename failed; OUT is unchanged.
         """
         output_expected(self.out)
         try:
-            # The journal goes first: without it the manifest, complete by now, says what is there.
+            # The journal goes first: from here on the complete manifest lists the files (see _read_manifest).
             (self.private / _JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(self.private)
             sync_dir(self.path)
             if os.path.lexists(self.out):
                 if not overwrite:
-                    raise UsageError(f"{self.out}: has appeared meanwhile; move it away or give --overwrite")
+                    raise UsageError(f"{self.out}: was created during this run; move it away or give --overwrite")
                 self._replace()
             else:
                 os.rename(self.path, self.out)
@@ -364,7 +364,7 @@ class Staging:
                 remove(self.retired)
 
     def _replace(self) -> None:
-        """Put the staging folder in the place of OUT and OUT aside, in one step where the system can."""
+        """Rename the staging folder to OUT and the old OUT to ``retired``, atomically where the system can."""
         if _exchange(self.path, self.out):
             os.rename(self.path, self.retired)
             return
@@ -376,7 +376,7 @@ class Staging:
             raise
 
     def discard(self) -> None:
-        """Remove the staging folder, and the parents of OUT that this run made."""
+        """Remove the staging folder, and the parents of OUT that this run created."""
         with contextlib.suppress(OSError, UnsupportedError):
             remove(self.path)
         self._unlock()
@@ -385,7 +385,7 @@ class Staging:
                 folder.rmdir()
 
     def keep(self) -> None:
-        """Leave the staging folder for a later run that resumes."""
+        """Keep the staging folder, so that a later run can resume."""
         self._unlock()
 
 

@@ -1,7 +1,7 @@
-"""Write a file while its SHA-256 is computed: reading, hashing and writing overlap in three threads.
+"""Write a file and compute its SHA-256 on the way: reading, hashing and writing overlap in three threads.
 
-Python's file and hash calls release the interpreter lock on large buffers, so the slowest of the three sets the pace.
-The buffers come from a small fixed pool, which bounds the memory whatever the size of the file.
+Python's file and hash calls release the interpreter lock on large buffers, so the slowest of the three sets the speed.
+The buffers come from a small fixed pool, so memory does not grow with the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from rehead.checkpoints.source import drop_cache
 from rehead.errors import UnsupportedError
 
-CHUNK = 4 << 20  # large enough that Python's share is nothing, small enough to stay near the cache
+CHUNK = 4 << 20  # bytes; large enough that Python's overhead is negligible, small enough for the processor's cache
 POOL = 6
 _WRITEBACK = 64 << 20
 
@@ -37,22 +37,22 @@ _FULL = {
 
 
 class ResourceError(UnsupportedError):
-    """A disk or a connection gave out: what was done so far is still good, so a resumed run may go on from it."""
+    """A disk or a connection failed; finished files are still good, so the run can be resumed."""
 
 
 def is_full(err: OSError) -> bool:
-    """Whether an error says that a disk, a quota or a file's size limit is used up."""
+    """Whether an error means that a disk, a quota or a file's size limit is used up."""
     return err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_error(err: OSError, what: str) -> ResourceError:
     """The one-line error for a failed write of ``what``."""
-    mend = _FULL.get(err.errno or 0, f"{err.strerror or err}; check the disk or choose another OUT")
-    return ResourceError(f"{what}: cannot be written: {mend}")
+    reason = _FULL.get(err.errno or 0, f"{err.strerror or err}; check the disk or choose another OUT")
+    return ResourceError(f"{what}: cannot be written: {reason}")
 
 
 class _Chunk:
-    """A filled buffer on its way through the hashing and the writing thread, back to the pool after both."""
+    """A filled buffer for the hashing and the writing thread; it returns to the pool after both."""
 
     __slots__ = ("_left", "_lock", "buffer", "offset", "view")
 
@@ -63,25 +63,26 @@ class _Chunk:
         self._lock = threading.Lock()
 
     def done(self) -> bool:
-        """Whether this was the second of the two."""
+        """Mark one thread as done; True when both are."""
         with self._lock:
             self._left -= 1
             return self._left == 0
 
 
 class HashingWriter:
-    """One output file: feed it with :meth:`space` and :meth:`advance`, or :meth:`write`; then :meth:`finish` or
-    :meth:`abort`.
+    """One output file, hashed as it is written: :meth:`write` to it, then :meth:`finish` or :meth:`abort`.
+
+    To avoid a copy, fill what :meth:`space` gives and call :meth:`advance` instead of :meth:`write`.
 
     Full buffers bypass the page cache where the file system allows it (``O_DIRECT``): a copy into the cache costs more
-    processor time than the hash does, and evicts what others keep there. The rest goes through the cache.
+    processor time than the hash does, and evicts other files from it. The rest goes through the cache.
 
     Args:
         path: the file, created or emptied.
         pool: free buffers of ``CHUNK`` bytes, shared between files (see :func:`new_pool`).
 
     Raises:
-        ResourceError: from any method, when the disk does not take the data.
+        ResourceError: from any method, when the disk is full or fails.
     """
 
     def __init__(self, path: Path, pool: Pool) -> None:
@@ -136,7 +137,7 @@ class HashingWriter:
             try:
                 done = os.pwrite(self._direct, chunk.view, chunk.offset)
             except OSError as err:
-                if err.errno != errno.EINVAL:  # what a file system says that opens so but cannot write so
+                if err.errno != errno.EINVAL:  # the file system allows opening with O_DIRECT but not writing
                     raise
             if done < CHUNK:
                 os.close(self._direct)
@@ -145,22 +146,21 @@ class HashingWriter:
             done += os.pwrite(self.fd, chunk.view[done:], chunk.offset + done)
         end = chunk.offset + done
         if self._direct < 0 and end % _WRITEBACK < CHUNK:
-            # Starts the write-back of what is dirty, so that the final fsync has little left to wait for.
+            # Makes the system write dirty pages to the disk now, so that the final fsync has little left to do.
             start = max(0, end - 4 * _WRITEBACK)
             drop_cache(self.fd, start, end - start)
 
     # ---- the caller's side
 
     def space(self) -> memoryview:
-        """Free space for the bytes that come next, one or more, waiting for a buffer; :meth:`advance` says how much was
-        filled."""
+        """A buffer to fill with the next bytes, at least one; then call :meth:`advance`. Waits for a free one."""
         self._check()
         if self._buffer is None:
             self._buffer = self._pool.get()
         return memoryview(self._buffer)[self._filled :]
 
     def advance(self, length: int) -> None:
-        """Append the first ``length`` bytes of what :meth:`space` gave."""
+        """Append the first ``length`` bytes of the buffer from :meth:`space`."""
         self._filled += length
         if self._filled == CHUNK:
             self._flush()
@@ -213,14 +213,14 @@ class HashingWriter:
         return self.size, self.sha256
 
     def abort(self) -> None:
-        """Stop the threads and close the file, whatever state it is in."""
+        """Stop the threads and close the unfinished file."""
         self._error = self._error or RuntimeError("aborted")
         self._stop()
         os.close(self.fd)
 
 
 def new_pool(buffers: int = POOL) -> Pool:
-    """The free buffers that the files written one after the other share; page-aligned, as direct writes need them."""
+    """Free buffers, shared by the files of one run; page-aligned, as direct writes require."""
     pool: Pool = queue.SimpleQueue()
     for _ in range(buffers):
         pool.put(mmap.mmap(-1, CHUNK))
@@ -231,7 +231,7 @@ def sync_close(fd: int, what: str) -> None:
     """fsync and close.
 
     Raises:
-        ResourceError: the disk did not take the data.
+        ResourceError: the disk is full or fails.
     """
     try:
         os.fsync(fd)
@@ -252,13 +252,13 @@ def sync_dir(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError:
-        pass  # some network file systems refuse it, and there is nothing further to ask of them
+        pass  # some network file systems refuse it; nothing more can be done there
     finally:
         os.close(fd)
 
 
 def hash_file(path: Path, *, buffer: bytearray | None = None) -> tuple[int, str]:
-    """Size in bytes and SHA-256 in hex of a file, read once in large pieces that are dropped from the page cache."""
+    """(size in bytes, SHA-256 in hex) of a file, read once and not kept in the page cache."""
     buffer = bytearray(CHUNK) if buffer is None else buffer
     view = memoryview(buffer)
     sha = hashlib.sha256()

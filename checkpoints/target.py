@@ -1,7 +1,7 @@
-"""Where a checkpoint is written to: all or nothing, hashed on the way, and resumable after a kill.
+"""Write a checkpoint: completely or not at all, hashed on the way, and resumable after a kill.
 
-Everything goes into a staging folder beside OUT; when the last file is on disk and the manifest with every SHA-256
-written, one rename makes it OUT. Until then OUT does not exist (or, with ``overwrite``, is what it was).
+Everything goes into a staging folder beside OUT; when all files and the manifest with every SHA-256 are on disk, one
+rename makes it OUT. Until then OUT does not exist (or, with ``overwrite``, is unchanged).
 """
 
 from __future__ import annotations
@@ -63,25 +63,25 @@ class Target:
             target.write_text("config.json", text)
             target.commit({"method": "mean"})
 
-    Leaving the block without :meth:`commit` (an exception, Ctrl-C, SIGTERM) leaves OUT as it was and removes the
-    staging folder; with ``resume`` the folder stays after an interruption, a full disk or a lost connection, and a
-    killed run's always does.
+    Leaving the block without :meth:`commit` (an exception, Ctrl-C, SIGTERM) leaves OUT unchanged and removes the
+    staging folder; with ``resume`` the folder stays after an interruption, a full disk or a lost connection. A killed
+    run always leaves it.
 
     Attributes:
-        remembered: what this and the runs it goes on from were told to :meth:`remember`, by key.
+        remembered: facts by key from :meth:`remember`, of this run and the runs that it resumes.
 
     Args:
         out: the folder to write.
         source: the checkpoint that unchanged tensors and small files come from.
         overwrite: replace an existing checkpoint at ``out``, at the very end.
-        resume: go on from what an interrupted run with the same fingerprint left.
+        resume: keep the finished files of an interrupted run with the same fingerprint.
         fingerprint: hash of everything that determines the output, or a mapping of named parts (source, plan, options),
             which lets an error name the part that changed.
 
     Raises:
-        UsageError: OUT exists, is the source or nested with it, is being written by another run, or what is to be
-            resumed belongs to another conversion.
-        ResourceError: the staging folder cannot be made.
+        UsageError: OUT exists, is the source or nested with it, is being written by another run, or the run to resume
+            belongs to another conversion.
+        ResourceError: the staging folder cannot be created.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Target:
 
     @property
     def resumed(self) -> bool:
-        """Whether an interrupted run's work is being gone on from."""
+        """Whether this run resumes an interrupted one."""
         return self._staging.resumed
 
     @property
@@ -133,15 +133,15 @@ class Target:
 
     @property
     def work_dir(self) -> Path:
-        """A folder for intermediate results; survives a kill, seen again by a run that resumes, gone at commit."""
+        """A folder for intermediate results; it survives a kill for the resumed run, and is removed at commit."""
         path = self._staging.private / "work"
         path.mkdir(exist_ok=True)
         return path
 
     def remember(self, key: str, value: Any) -> None:
-        """Keep a fact (JSON types) for the manifest even if this run is killed and another one finishes.
+        """Save a fact (JSON types) for the manifest, for a resumed run too.
 
-        A resumed run does not recompute the layers of finished files, so what is to be said of them must be kept.
+        A resumed run does not recompute the layers of finished files, so it needs their facts from here.
         """
         self._notes.note(key, value)
 
@@ -183,12 +183,12 @@ class Target:
     ) -> list[str]:
         """Write every weight file, and the index when there is more than one.
 
-        Tensors with an ``origin`` are copied as bytes; the others are asked of ``fetch`` in the order in which they are
-        stored (the source's order), each once, and none of a file that an earlier run finished.
+        Tensors with an ``origin`` are copied as bytes. ``fetch`` is called once for each of the others, in the order
+        in which they are stored (the source's), and not for files that an earlier run finished.
 
         Args:
             entries: every tensor of the output.
-            fetch: gives a computed tensor by name, of the planned dtype and shape, on any device.
+            fetch: returns a computed tensor by name, of the planned dtype and shape, on any device.
             max_shard_size: bytes of tensor data in one file, or text such as ``"5GB"``.
             progress: called with (bytes of weights done, bytes in all).
             check_finite: refuse a NaN or an infinity among the copied weights as well; costs a tenth of the hashing.
@@ -197,9 +197,9 @@ class Target:
             The weight files' names in order.
 
         Raises:
-            UsageError: the plan names a tensor twice, or the size makes no sense.
+            UsageError: the plan names a tensor twice, or the size is invalid.
             UnsupportedError: a copied weight is not finite, or the source ends early.
-            VerificationError: ``fetch`` gave another dtype or shape than planned.
+            VerificationError: ``fetch`` returned another dtype or shape than planned.
             ResourceError: the disk is full or fails.
         """
         shards = plan_shards(entries, self.source.stored, parse_size(max_shard_size), self.source.metadata)
@@ -241,7 +241,7 @@ class Target:
             )
 
     def _still_good(self, shard: Shard) -> bool:
-        """Whether an earlier run's file is there, of the planned size, and still has the hash that was journalled."""
+        """Whether an earlier run's file exists with the planned size and the hash in the journal."""
         noted = self._staging.files.get(shard.file)
         if noted is None or noted[0] != shard.nbytes:
             return False
@@ -293,8 +293,10 @@ class Target:
     # ---- other files
 
     def copy_small_files(self, skip: Sequence[str] = ()) -> list[str]:
-        """Copy the source's tokenizer, chat template and other small files byte for byte, except those in ``skip`` and
-        those already written; returns their names."""
+        """Copy the tokenizer, chat template and other small files byte for byte; returns their names.
+
+        Files in ``skip`` and files already written are left out.
+        """
         copied = []
         for name in self.source.small_files():
             if name in skip or name in self._written:
@@ -322,7 +324,7 @@ class Target:
     def _write_stream(self, name: str, pieces: Iterator[bytes]) -> None:
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):
-            raise UnsupportedError(f"{name}: would be written outside OUT; mend the name")
+            raise UnsupportedError(f"{name}: would be written outside OUT; fix the name")
         sha, size = hashlib.sha256(), 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,11 +346,11 @@ class Target:
         """Write the manifest with the SHA-256 of every file, sync, and rename the staging folder to OUT.
 
         Args:
-            manifest: what to record of the conversion (JSON types); files, fingerprint and format are added.
+            manifest: the conversion's own entries (JSON types); files, fingerprint and format are added.
 
         Raises:
-            UsageError: OUT has appeared meanwhile.
-            ResourceError: the disk is full or fails; OUT is as it was.
+            UsageError: OUT has been created since this run began.
+            ResourceError: the disk is full or fails; OUT is unchanged.
         """
         self._drop_strays()
         files = {name: self._staging.files[name] for name in self._written}
@@ -360,7 +362,7 @@ class Target:
         self._committed = True
 
     def _drop_strays(self) -> None:
-        """Remove files of an interrupted run that this one did not write, such as shards of another split."""
+        """Remove an interrupted run's files that this run did not write, such as shards of another split."""
         for path in [p for p in self.path.rglob("*") if p.is_file() or p.is_symlink()]:
             name = path.relative_to(self.path).as_posix()
             if name not in self._written and not path.is_relative_to(self._staging.private):

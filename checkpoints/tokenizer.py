@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, for whatever reads text with it."""
+"""Load a checkpoint's own tokenizer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from rehead.checkpoints.source import Source
 
 
 def open_tokenizer(place: Source | str | os.PathLike[str]) -> Any:
-    """Load a tokenizer with plain transformers: without its limit on the length of a text, and without remote code.
+    """A checkpoint's tokenizer, without its limit on the length of a text and without remote code.
 
     Args:
-        place: an open checkpoint, whose small files are fetched first, or a folder.
+        place: an open checkpoint, whose small files are downloaded first, or a folder.
 
     Raises:
-        Whatever transformers raises for files that are missing or broken, or that want code of their own; callers know
-        what the tokenizer was wanted for.
+        Exception: as transformers raises it, for missing or broken files or a tokenizer that needs remote code.
     """
     from transformers import AutoTokenizer
 
@@ -25,7 +24,7 @@ def open_tokenizer(place: Source | str | os.PathLike[str]) -> Any:
 
     folder = _folder(place) if isinstance(place, Source) else Path(place)
     with quiet_transformers():
-        # Said, since transformers would ask whoever sits before the terminal.
+        # False, since by default transformers would ask the user at the terminal.
         return AutoTokenizer.from_pretrained(str(folder), model_max_length=10**9, trust_remote_code=False)
 
 

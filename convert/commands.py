@@ -12,7 +12,7 @@ import click
 
 from rehead.console import JSON, OVERWRITE, QUIET, REVISION, echo, print_columns, print_facts, print_json, progress_bar
 from rehead.convert.options import ConvertOptions
-from rehead.flags import flags, given
+from rehead.flags import flags, set_by_user
 
 
 @click.command("inspect")
@@ -60,7 +60,7 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
     """Show exactly what a conversion of MODEL would change; reads config and headers only."""
     from rehead.convert import plan
 
-    facts = plan(model, revision=revision, **given(values)).as_json()
+    facts = plan(model, revision=revision, **set_by_user(values)).as_json()
     if as_json:
         print_json(facts)
         return
@@ -94,7 +94,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
         ["rehead", *(flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite", "--quiet", "-q"))]
     )
     with progress_bar(quiet) as progress:
-        result = convert(model, out, progress=progress, command=line, **given(values))
+        result = convert(model, out, progress=progress, command=line, **set_by_user(values))
     facts = result.as_json()
     if as_json:
         print_json(facts)

@@ -1,4 +1,4 @@
-"""A Rewrite that changes the heads of layers in a class that keeps its names: pooling, and variants made of weights."""
+"""A Rewrite that changes the heads of some layers and keeps its class: pooling, and variants made of weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def rewrite_heads(
     on_meta: Callable[[int, Heads], Heads],
     lean: bool = False,
 ) -> Rewrite:
-    """A model of which some layers' heads are changed; no weight is read.
+    """The Rewrite that changes the heads of some layers; no weight is read.
 
     Args:
+        name: the Rewrite's name.
+        model: the model to change.
         config: raw ``config.json`` of the result.
-        form: what becomes of a layer; it gives heads.
-        on_meta: (layer, heads as shapes) -> heads of the result's shapes; fields that stay are the same objects.
-        lean: ``form`` does not look at the fields that stay, so that they need not be read.
+        form: computes a layer's new heads.
+        layers: the layers to change.
+        on_meta: (layer, heads as shapes) -> heads of the result's shapes; unchanged fields are the same objects.
+        lean: ``form`` does not use the unchanged fields, so they need not be read.
     """
     tensors = {key: Derived((key,), info.shape) for key, info in model.source.tensors.items()}
     for layer in layers:
@@ -40,7 +43,7 @@ def rewrite_heads(
         prefix = model.family.prefix(layer)
         for key in model.meta_layer(layer):
             if key not in written:
-                if key in model.layer_tensors(layer):  # it belonged to a head that is gone
+                if key in model.layer_tensors(layer):  # it belonged to a head that was removed
                     del tensors[key]
             elif any(key.startswith(f"{prefix}{stem}") for stem in stems) or written[key].shape != tensors[key].shape:
                 tensors[key] = Derived((key,), tuple(written[key].shape), layer=layer)
@@ -49,10 +52,12 @@ def rewrite_heads(
 
 
 def tensors_of(family: Family, layer: int, heads: Heads, like: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A layer's tensors by the checkpoint's names: :func:`~rehead.models.families.layouts.merge`, and the norm weights
-    that all heads share.
+    """A layer's tensors by the checkpoint's names, with the norm weights that all heads share.
 
     Args:
+        family: the names and packing to use.
+        layer: the layer's index.
+        heads: the layer's heads.
         like: the checkpoint's tensors or their headers by name.
     """
     tensors = merge(family, layer, heads, like)
@@ -65,7 +70,7 @@ def tensors_of(family: Family, layer: int, heads: Heads, like: Mapping[str, Any]
 
 
 def _changed_stems(family: Family, before: Heads, after: Heads) -> set[str]:
-    """What the names of tensors that change begin with, below the attention module."""
+    """First parts of the names, below the attention module, of the tensors that differ between two sets of heads."""
     names, apart = family.names, family.packing == "separate"
     stems = {
         "q": names.query,

@@ -1,4 +1,4 @@
-"""What each layer of a checkpoint caches, read off its config."""
+"""What each layer of a model caches, read from its config."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rehead.models.layout import LayerLayout
 
 
 def config_layouts(config: Any, itemsize: int = 2, family: Family | None = None) -> list[LayerLayout] | None:
-    """The layout of every layer with attention that keeps its own keys and values.
+    """The layout of every attention layer that caches its own keys and values.
 
     Args:
         config: a transformers config.
-        itemsize: bytes of a cached number.
-        family: the family that reads it, where that is known; the table's when None.
+        itemsize: bytes per cached number.
+        family: the model's family; looked up in the table when None.
 
     Returns:
-        None where the config does not say enough: unknown kinds of layers, layers that differ.
+        None where the config is not enough to tell: unknown kinds of layers, layers that differ.
     """
     config = config.get_text_config(decoder=True)
     if getattr(config, "per_layer_attributes", None) or getattr(config, "num_kv_shared_layers", None):
@@ -36,13 +36,13 @@ def config_layouts(config: Any, itemsize: int = 2, family: Family | None = None)
 
 
 def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> LayerLayout:
-    """What one layer with attention caches.
+    """What one attention layer caches.
 
     Args:
-        family: reads the config's numbers.
-        config: of the decoder.
+        family: reads the numbers of heads and their size from the config.
+        config: the decoder's config.
         layer: an index of :meth:`Family.attention_layers`.
-        itemsize: bytes of a cached number.
+        itemsize: bytes per cached number.
     """
     rank = getattr(config, "kv_lora_rank", None)
     if rank:  # multi-head latent attention: the latent as keys, the rotated key that all heads share as values
@@ -55,7 +55,7 @@ def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> 
 
 
 def layer_window(config: Any, index: int) -> int | None:
-    """How many tokens back a layer sees, itself included, by its config; None for all."""
+    """The layer's window by the config: how many tokens a query sees, its own included; None for all."""
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)

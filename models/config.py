@@ -1,4 +1,4 @@
-"""A raw ``config.json`` as transformers reads it: which config class, which model class, without remote code."""
+"""Read a raw ``config.json`` as transformers does: find its config class and model class, without remote code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
-    """A raw ``config.json`` as transformers' config object, without remote code.
+    """transformers' config object for a raw ``config.json``, without remote code.
 
     Raises:
         UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
@@ -39,7 +39,7 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
         return CONFIG_MAPPING[model_type].from_dict(_plain_floats({**raw, "model_type": model_type}))
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); mend it") from None
+        raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); fix it") from None
 
 
 def _plain_floats(value: Any) -> Any:
@@ -52,30 +52,30 @@ def _plain_floats(value: Any) -> Any:
 
 
 def with_older_rope(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A raw config that also has RoPE under the names of transformers 4 and of other engines: ``rope_theta``,
-    ``rope_scaling``, ``partial_rotary_factor`` and, where windows rotate otherwise, ``rope_local_base_freq``.
+    """A raw config that also has RoPE under its older names, for transformers 4 and other engines.
 
-    Without them such a reader takes its default theta, unsaid. They are left out where the class would no longer read
-    the same out of the config, or where the older names cannot say it.
+    The names are ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor`` and, where sliding-window layers rotate
+    differently, ``rope_local_base_freq``. Without them such a reader silently uses its default theta. They are left out
+    where the config would then be read differently, or where they cannot express the parameters.
     """
-    given = raw.get("rope_parameters")
-    if not isinstance(given, dict):
+    rope = raw.get("rope_parameters")
+    if not isinstance(rope, dict):
         return dict(raw)
     older: dict[str, Any] = {}
-    kinds = {kind for kind, value in given.items() if isinstance(value, dict)}
+    kinds = {kind for kind, value in rope.items() if isinstance(value, dict)}
     if kinds:
-        full, windows = (given.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
+        full, windows = (rope.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
         split = raw.get("model_type") == "gemma3_text"
         same = raw.get("model_type") == "olmo3" and full.get("rope_theta") == windows.get("rope_theta")
         if not (split or same) or windows.get("rope_type", "default") != "default":
             return dict(raw)
         older = {"rope_local_base_freq": windows.get("rope_theta")} if split else {}
-        given = full
-    scaling = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        rope = full
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if scaling.get("rope_type") == "longrope":  # whose older form has three fields, not four
         older["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings", None)
         scaling = {"type": "longrope", **{k: v for k, v in scaling.items() if k != "rope_type"}}
-    older |= {key: given[key] for key in ("rope_theta", "partial_rotary_factor") if given.get(key) is not None}
+    older |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         older["rope_scaling"] = scaling
     result = {**raw, **{key: value for key, value in older.items() if value is not None and raw.get(key) is None}}
@@ -104,10 +104,10 @@ def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-    found = auto._model_mapping.get(type(config), None)
-    if found is None:
+    classes = auto._model_mapping.get(type(config), None)
+    if classes is None:
         raise UnsupportedError(f"model type {config.model_type!r} has no causal language model class in transformers")
-    if not isinstance(found, (tuple, list)):
-        return found  # type: ignore[no-any-return]
-    named = {choice.__name__: choice for choice in found}
-    return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), found[0])
+    if not isinstance(classes, (tuple, list)):
+        return classes  # type: ignore[no-any-return]
+    named = {each.__name__: each for each in classes}
+    return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), classes[0])

@@ -1,4 +1,4 @@
-"""Where a model runs."""
+"""The device that a model runs on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rehead.errors import UsageError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
+    """The torch device of a name; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
         UsageError: no such device.

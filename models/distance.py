@@ -1,8 +1,8 @@
 """How far two models' predictions are from each other: the one place where logits are compared.
 
-Softmax and sums are in float64, whatever the models compute in: beside a forward pass they cost little, and divergences
-of 1e-6 nats, which a careful conversion or another attention kernel leaves, are then figures and not rounding. Logits
-are taken a few rows at a time (see :mod:`rehead.models.predictions`), so no vocabulary and no text is too large.
+Softmax and sums are in float64, whatever the models compute in. They cost little beside a forward pass, and divergences
+of 1e-6 nats, as a careful conversion or another attention kernel leaves, are then measurements rather than rounding.
+Logits are taken a few rows at a time (see :mod:`rehead.models.predictions`), so memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _STEP_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 
 @dataclass(frozen=True)
 class Distances:
-    """What two models say of the same tokens; each field [N], on the CPU.
+    """How two models differ on N tokens; each field [N], on the CPU.
 
     Attributes:
         kl: float64, KL(reference || other) in nats, the direction in which a student learns from a teacher.
-        agree: bool, whether both find the same token most likely.
-        difference: float64, the largest difference of two logits; infinite where one is not a number.
-        reference_nll, nll: float64, negative log-likelihood of the right token under each in nats; empty where no right
-            tokens were named.
+        agree: bool, whether both predict the same most likely token.
+        difference: float64, the largest difference of two logits; infinite where one is NaN.
+        reference_nll, nll: float64, negative log-likelihood of the target token under each in nats; empty without
+            targets.
     """
 
     kl: Tensor
@@ -56,7 +56,7 @@ class Distances:
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens at which both find the same token most likely."""
+        """Share of tokens at which both predict the same most likely token."""
         return float(self.agree.double().mean())
 
     @property
@@ -92,15 +92,15 @@ def distances(reference: Predictions | Tensor, other: Predictions | Tensor, targ
     """Compare two models' next-token distributions; equal logits give a divergence of exactly 0.
 
     Args:
-        reference: of the original model, N tokens with V logits each, in any dtype and in any leading dimensions.
-        other: of the model that is judged, of the same shape.
-        targets: the N right tokens, int64 in any dimensions.
+        reference: the original model's logits, N tokens with V each, in any dtype and any leading dimensions.
+        other: the changed model's logits, of the same shape.
+        targets: the N true next tokens, int64 in any dimensions.
     """
     kl, agree, difference, first, second = [], [], [], [], []
     right = None if targets is None else targets.flatten()
     at = 0
-    for mine, theirs in _steps(reference, other):
-        a, b = _wide(mine), _wide(theirs)
+    for a, b in _steps(reference, other):
+        a, b = _wide(a), _wide(b)
         log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
         agree.append(a.argmax(-1) == b.argmax(-1))
         difference.append(_gap(a, b))
@@ -110,7 +110,7 @@ def distances(reference: Predictions | Tensor, other: Predictions | Tensor, targ
             second.append(-log_q.gather(-1, index)[:, 0])
         p = log_p.exp()
         terms = log_p.sub_(log_q).mul_(p)
-        # Entries that both rule out (logits of minus infinity) weigh nothing; rounding must not go below nothing.
+        # Tokens that both rule out (logits of minus infinity) count as 0, and rounding must not make a sum negative.
         kl.append(torch.where(p == 0, 0.0, terms).sum(-1).clamp_min(0))
         at += len(a)
     wide = [_joined(part).double() for part in (kl, difference, first, second)]
@@ -118,9 +118,9 @@ def distances(reference: Predictions | Tensor, other: Predictions | Tensor, targ
 
 
 def difference(a: Predictions | Tensor, b: Predictions | Tensor) -> float:
-    """The largest difference of two tensors or predictions of one shape; infinite where one is not a number."""
+    """The largest difference of two tensors or predictions of the same shape; infinite where one is NaN."""
     gaps = [_gap(_wide(x), _wide(y)).max() for x, y in _steps(a, b) if x.numel()]
-    # A maximum of Python's would pass over what is not a number.
+    # Python's max() would ignore NaN.
     return float(torch.stack(gaps).max()) if gaps else 0.0
 
 
@@ -131,11 +131,11 @@ def largest(predictions: Predictions | Tensor) -> float:
 
 
 def token_nll(predictions: Predictions | Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods of the right tokens in nats, float64 [N] on the CPU.
+    """Negative log-likelihoods of the target tokens in nats, float64 [N] on the CPU.
 
     Args:
         predictions: N tokens with V logits each.
-        targets: int64, N in any dimensions.
+        targets: the N true next tokens, int64 in any dimensions.
     """
     right, losses, at = targets.flatten(), [], 0
     for (piece,) in _steps(predictions):
@@ -146,7 +146,7 @@ def token_nll(predictions: Predictions | Tensor, targets: Tensor) -> Tensor:
 
 
 def _steps(*sides: Predictions | Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of several sides next to each other, ``[n, V]`` each, on the first one's device."""
+    """Matching rows of several predictions, ``[n, V]`` each, on the device of the first."""
     parts = [Predictions.of(side if isinstance(side, Predictions) else torch.atleast_2d(side)) for side in sides]
     if len({(part.rows, part.vocabulary) for part in parts}) > 1:
         raise ValueError(f"predictions of different shapes: {[(part.rows, part.vocabulary) for part in parts]}")

@@ -1,4 +1,4 @@
-"""Changes of a layer's heads that leave its function alone and give it the form that another class wants."""
+"""Change a layer's heads to the form that another class needs, without changing what the layer computes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rehead.models.heads import Heads, rotary_pairs
 
 
 def as_halves(heads: Heads) -> Heads:
-    """The same heads with each rotary pair (i, i + r/2): dimensions of queries and keys change places.
+    """The same heads with the dimensions of queries and keys reordered so that rotary pairs are (i, i + r/2).
 
-    A dot product does not care in which order its terms stand, and the pair at place i still turns with frequency i.
+    The order of the terms does not change a dot product, and pair i keeps its frequency.
     """
     pairs = heads.pairs
     if pairs is None or not len(pairs):
@@ -28,7 +28,7 @@ def as_halves(heads: Heads) -> Heads:
 
 
 def with_norm_folded(heads: Heads, weight: Tensor, bias: Tensor | None) -> Heads:
-    """Heads that read a norm's output before its weight and bias [n], which fold into the projections, in float32."""
+    """Heads with a norm's weight and bias [n] folded into the projections, in float32; they read the norm without."""
     result = heads
     for name in "qkv":
         rows = getattr(heads, name).float()
@@ -60,11 +60,11 @@ def with_queries_scaled(heads: Heads, factor: float) -> Heads:
 
 
 def fold_matrix(weight: Tensor, norm: Tensor) -> Tensor:
-    """A matrix [out, n] that reads a norm's output before its weight [n]."""
+    """A matrix [out, n] with the weight [n] of the norm before it folded in."""
     return (weight.float() * norm.float()).to(weight.dtype)
 
 
 def fold_bias(weight: Tensor, norm_bias: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What a norm's bias [n] gives behind the matrix [out, n] that reads it, added to the matrix's own bias [out]."""
+    """A matrix's bias [out] with the bias [n] of the norm before it folded in: ``weight @ norm_bias + bias``."""
     shift = weight.float() @ norm_bias.float()
     return (shift if bias is None else shift + bias.float()).to(weight.dtype)

@@ -1,13 +1,13 @@
-"""Which changes of a key head's basis leave the function alone: the freedom that procrustes and svd may use.
+"""Which changes of a key head's basis leave the layer's function unchanged: procrustes and svd may use these.
 
-A key may be changed by A if the queries that read it are changed by A^-T, provided A commutes with whatever stands
+A key may be multiplied by A if the queries that read it are multiplied by A^-T, provided A commutes with everything
 between the projection and the dot product: the rotary rotation of each pair, and the query/key norm.
 
 - RoPE: one non-zero complex number for each rotary pair. No RoPE: any invertible matrix over those dimensions.
 - RMS norm over a head (Qwen3, Gemma 3): lengths must stay, so rotations only, and only where the norm's weights are
-  equal; one positive scale for the whole head, which the norm divides out.
-- RMS norm over all heads (OLMo 2): as above, without the scale of a head.
-- LayerNorm: subtracts the mean, which no rotation keeps: nothing.
+  equal; and one positive scale for the whole head, which the norm divides out.
+- RMS norm over all heads (OLMo 2): as above, without a scale per head.
+- LayerNorm: nothing, since it subtracts the mean, which rotations change.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Free = Literal["any", "orthogonal", "none"]
 
 @dataclass(frozen=True)
 class KeyFreedom:
-    """What may be done to the keys of one layer.
+    """Which changes of basis the keys of one layer allow.
 
     Attributes:
-        pair_rotates: bool [P], pairs that may be rotated.
-        pair_scales: bool [P], pairs that may be scaled too.
-        rest: what may be done to the dimensions that no pair covers.
-        head_scale: a head as a whole may be scaled, since a norm divides the scale out.
+        pair_rotates: bool [P], rotary pairs that may be rotated.
+        pair_scales: bool [P], rotary pairs that may also be scaled.
+        rest: matrices allowed on the dimensions outside all pairs.
+        head_scale: a whole head may be scaled, since a norm divides the scale out.
     """
 
     pair_rotates: Tensor
@@ -41,7 +41,7 @@ class KeyFreedom:
 
 
 def key_freedom(heads: Heads) -> KeyFreedom:
-    """The freedom of a layer's keys, read off its norm and the norm's weights."""
+    """The changes of basis that a layer's keys allow, by its key norm and the norm's weights."""
     pairs = heads.pairs if heads.pairs is not None else torch.empty(0, 2, dtype=torch.int64)
     yes, no = torch.ones(len(pairs), dtype=torch.bool), torch.zeros(len(pairs), dtype=torch.bool)
     norm = heads.key_norm

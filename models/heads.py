@@ -1,4 +1,4 @@
-"""One layer's attention weights, by head: the form every method works on, whatever the checkpoint's layout."""
+"""One layer's attention weights by head: the common form that every method works on, for all checkpoint layouts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Heads:
             [D] that all heads share; or None.
         pairs: int64 [P, 2], the two dimensions of each rotary pair, real part first.
         key_norm: the family's key norm (see :data:`rehead.models.families.spec.KeyNorm`).
-        fixed_values: the basis of V must stay: a gate or norm acts on its channels before ``o`` reads them.
-        extras: tensors [H, ...] that belong to the query heads and only change places with them (sinks, output gates),
-            by the name they have below the attention module.
+        fixed_values: the basis of V must not change, since a gate or norm acts on its channels before ``o``.
+        extras: tensors [H, ...] that belong to query heads and are only reordered with them (sinks, output gates), by
+            their names below the attention module.
     """
 
     q: Tensor
@@ -55,11 +55,11 @@ class Heads:
 
     @property
     def group_size(self) -> int:
-        """Query heads that read one KV head."""
+        """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every weight that is there, by field name (``pairs`` is layout, not a weight)."""
+        """Every weight that is not None, by field name (``pairs`` is layout, not a weight)."""
         fields = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
         return {name: tensor for name in fields if (tensor := getattr(self, name)) is not None}
 
@@ -75,9 +75,9 @@ class Heads:
         return moved
 
     def permute_queries(self, order: Tensor) -> Heads:
-        """A copy with the query heads in another order, ``order`` int64 [H]: old index of each new head.
+        """A copy with the query heads in another order; ``order`` int64 [H] is the old index of each new head.
 
-        With the KV heads left as they are this changes which KV head a query reads, so the caller moves those too.
+        This changes which KV head a query reads, so the caller reorders the KV heads too.
         """
         moved = {name: getattr(self, name)[order] for name in ("q", "q_bias") if getattr(self, name) is not None}
         if self.q_norm is not None and self.q_norm.ndim == 2:
@@ -94,7 +94,7 @@ class Heads:
 
 
 def augmented(heads: Heads, name: str) -> Tensor:
-    """A projection with its bias as a last column (zero where there is none): float64 [heads, D, n + 1]."""
+    """A projection with its bias (or zeros) as the last column: float64 [heads, D, n + 1]."""
     weight, bias = getattr(heads, name).double(), getattr(heads, name + "_bias")
     column = torch.zeros_like(weight[..., :1]) if bias is None else bias.double()[..., None]
     return torch.cat([weight, column], -1)

@@ -1,7 +1,7 @@
-"""What one layer keeps of the past: the one place that says how large a KV cache is.
+"""What each layer stores in the KV cache, and how many bytes that takes.
 
-Plans, `inspect`, the model card, evaluation and reports all read their bytes here, so a window, a latent and a shared
-KV head are priced alike. A cache is counted in numbers; ``itemsize`` makes bytes of them.
+Plans, `inspect`, the model card, evaluation and reports all take their bytes from here, so windows, latents and shared
+KV heads are counted the same way.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-#: Contexts at which the size of a cache is told.
+#: Contexts (tokens) for which cache sizes are reported.
 CONTEXTS = (1024, 8192, 32768)
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One decoder layer's attention as a cache sees it.
+    """What one decoder layer's attention stores in the cache.
 
     Attributes:
-        index: the layer's place in the model.
+        index: the layer's index in the model.
         num_heads: query heads; 0 in a layer without attention.
         num_key_value_heads: heads that keys and values are stored for; 1 for a latent, which all heads share.
-        key_dim: numbers stored as the key of one token and KV head.
-        value_dim: numbers stored as its value; 0 where values are read out of what is stored as keys.
-        window: how many tokens back one sees, itself included, or None for all of them. Those before it are kept.
-        sinks: first tokens of a text that a window never lets go.
-        fixed: numbers kept whatever the length (the state of a recurrent layer).
-        stores: False where the layer reads what another one stores.
-        itemsize: bytes of one number.
+        key_dim: numbers per token and KV head stored as the key.
+        value_dim: numbers per token and KV head stored as the value; 0 where values are computed from the stored keys.
+        window: tokens that a query sees, its own included, or None for all; only those before it are stored.
+        sinks: first tokens of a text, which stay in the cache beside a window.
+        fixed: numbers stored regardless of the length (the state of a recurrent layer).
+        stores: False where the layer reads another layer's cache.
+        itemsize: bytes per number.
     """
 
     index: int
@@ -43,7 +43,7 @@ class LayerLayout:
 
     @property
     def numbers_per_token(self) -> int:
-        """Numbers that one more token adds while nothing is let go."""
+        """Numbers that each token adds to the cache while the window is not full."""
         return self.num_key_value_heads * (self.key_dim + self.value_dim) if self.stores else 0
 
     def tokens_kept(self, context: int) -> int:
@@ -65,7 +65,7 @@ def cache_bytes(layers: Sequence[LayerLayout], context: int) -> int:
 
 
 def bytes_per_token(layers: Sequence[LayerLayout]) -> int:
-    """Bytes that one more token adds over all layers while no window is full."""
+    """Bytes that each token adds over all layers while no window is full."""
     return sum(layer.itemsize * layer.numbers_per_token for layer in layers)
 
 
@@ -75,5 +75,5 @@ def sizes(layers: Sequence[LayerLayout]) -> dict[str, int]:
 
 
 def windows(layers: Sequence[LayerLayout]) -> list[int]:
-    """The windows that layers have, ascending; where there are any, bytes per token do not tell the size of a cache."""
+    """The layers' distinct windows, ascending. With windows, bytes per token alone do not give the cache's size."""
     return sorted({layer.window for layer in layers if layer.window is not None})

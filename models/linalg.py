@@ -1,4 +1,4 @@
-"""The linear algebra that the methods share; float64 inside, since the factors are badly conditioned."""
+"""Linear algebra shared by the methods, in float64, since the matrices are badly conditioned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def sqrt_pair(matrix: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: [n, n].
-        damping: added to the eigenvalues, as a share of the largest; the pair stays exactly inverse to one another.
+        damping: added to the eigenvalues, as a share of the largest; the two results stay exact inverses.
 
     Returns:
         (root, inverse root), float64 [n, n], both symmetric.
@@ -20,14 +20,14 @@ def sqrt_pair(matrix: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [n], ascending, and eigenvectors [n, n] of a matrix taken as symmetric, float64."""
+    """Eigenvalues [n], ascending, and eigenvectors [n, n] of the symmetric part of a matrix, float64."""
     sym = matrix.double()
     values, vectors = torch.linalg.eigh((sym + sym.T) / 2)
     return values, vectors
 
 
 def roots(values: Tensor, vectors: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """As :func:`sqrt_pair`, from what :func:`eigen` gives."""
+    """As :func:`sqrt_pair`, from the eigenvalues and eigenvectors of :func:`eigen`."""
     top = values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     values = values.clamp_min(0) + damping * top
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
@@ -36,7 +36,7 @@ def roots(values: Tensor, vectors: Tensor, damping: float = 1e-6) -> tuple[Tenso
 def top_rows(gram: Tensor, rank: int) -> Tensor:
     """The ``rank`` leading right singular vectors of M, given M^T M: float64 [rank, n], orthonormal rows.
 
-    Where a head is larger than its inputs (rank > n) there are only n, and the rows beyond them are zero.
+    If ``rank`` > n, the rows beyond n are zero.
     """
     _, vectors = torch.linalg.eigh(gram)
     rows = vectors[:, -rank:].flip(1).T
@@ -46,9 +46,9 @@ def top_rows(gram: Tensor, rank: int) -> Tensor:
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Refactor ``left @ right`` so that both factors have the same singular values.
 
-    The product X D Y^T is never formed: two thin QRs bring it down to the rank. A factorisation is fixed only up to an
-    invertible matrix between the factors; this choice is the one that trains (the other end of the scale, where one
-    factor carries a covariance's condition number, diverges).
+    The product X D Y^T is never formed: two thin QR decompositions reduce the SVD to [d, d]. A factorisation is fixed
+    only up to an invertible matrix between the factors. Balanced factors train well; training diverges where one of
+    them has all of a covariance's condition number.
 
     Args:
         left: [m, d]; right: [d, n].
@@ -70,7 +70,7 @@ def ridge(gram: Tensor, cross: Tensor, prior: Tensor, strength: float) -> Tensor
     Args:
         gram: sum of z z^T, [m, m].
         cross: sum of y z^T, [out, m].
-        prior: [out, m]; where the data say nothing, W stays here.
+        prior: [out, m]; W stays here in directions that the data do not determine.
         strength: relative to the mean diagonal of ``gram``.
 
     Returns:

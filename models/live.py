@@ -1,4 +1,4 @@
-"""The layers of a live transformers model, whatever it calls them, and what is being done to each of them."""
+"""Find the layers of a live transformers model, and record which variant is applied to each of them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rehead.errors import UnsupportedError
 
 @dataclass(eq=False)
 class LayerState:
-    """What is being done to one layer of a live model while a variant is applied; read on every forward pass.
+    """The state of one layer of a live model while a variant is applied; read on every forward pass.
 
     Attributes:
-        name: of the module that computes something else now: an attention module, or a whole block.
-        index: of the decoder layer that it is or belongs to; None where it is in none.
-        module: its class.
+        name: the changed module's name: an attention module, or a whole block.
+        index: index of the decoder layer that it is or belongs to; None outside all of them.
+        module: the name of its class.
         was, now: what it computes without and with the variant: an attention implementation, a block's form.
         how: the way it was changed (``"interface"``, ``"adapter"``, ``"redirected"``, ``"fused"``).
-        enabled: False while the layer shall compute what it did before.
-        options: of the variant.
-        tensors: the variant's own in this layer, by name; they may be trained.
-        calls: times that it ran; a compiled graph does not count.
+        enabled: False while the layer computes its original function.
+        options: the variant's options.
+        tensors: the variant's own tensors in this layer, by name; they may be trained.
+        calls: how often the changed layer ran; runs inside a compiled graph are not counted.
     """
 
     name: str
@@ -39,13 +39,13 @@ class LayerState:
     calls: int = 0
 
     def count(self) -> None:
-        """One more call. Not in a compiled graph, which writing to a counter would make compile anew."""
+        """Count one call, but not in a compiled graph: changing a number there would make torch compile again."""
         if not torch.compiler.is_compiling():
             self.calls += 1
 
 
 def enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
-    """Name and index of the layer that holds the module ``name``: of the innermost list of modules on its way."""
+    """Name and index of the layer that contains the module ``name``: its entry in the innermost ``ModuleList``."""
     path = name.split(".")
     for end in range(len(path) - 1, 0, -1):
         if isinstance(model.get_submodule(".".join(path[:end])), nn.ModuleList):
@@ -54,9 +54,9 @@ def enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of a model's decoder layers: as long as its config says, and the heaviest of those that are.
+    """A model's decoder layers: the ``ModuleList`` of the config's length, the one with most weights if several.
 
-    Where none is that long, the longest ``ModuleList`` that lies in no other.
+    If none has that length, the longest ``ModuleList`` that is not inside another.
 
     Raises:
         UnsupportedError: there is none.
@@ -66,7 +66,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     fitting = [module for module in lists.values() if len(module) == count]
     if fitting:
-        return max(fitting, key=lambda found: sum(parameter.numel() for parameter in found.parameters()))
+        return max(fitting, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
     outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise UnsupportedError(

@@ -1,7 +1,7 @@
-"""The check that runs before any weight is read: would plain transformers load what the plan promises?
+"""Check, before any weight is read, that plain transformers would load the planned checkpoint.
 
-transformers' own loader is asked, with tensors that have shapes but no data. So the renames and merges that it does
-while loading (mixture-of-experts weights, say) are taken into account without Rehead knowing any of them.
+transformers' own loader runs on tensors that have shapes but no data. So renames and merges that it does while loading
+(of mixture-of-experts weights, say) are covered without Rehead knowing them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rehead.models.config import causal_lm_class
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What transformers' loader said.
+    """What transformers' loader reported.
 
     Attributes:
-        missing: names that the class has and the checkpoint has not.
-        unexpected: names that the class does not have, but for those that it is known to ignore; renamed as it does.
-        mismatched: names of another shape.
-        ignored: every tensor that it did not read, by the checkpoint's name: draft layers and old buffers too.
+        missing: tensors of the class that the checkpoint lacks.
+        unexpected: tensors that the class lacks, except those it is known to ignore; named after the loader's renames.
+        mismatched: tensors of another shape.
+        ignored: tensors that the loader did not read, by the checkpoint's names; draft layers and old buffers too.
     """
 
     missing: frozenset[str]
@@ -36,7 +36,7 @@ class LoadReport:
     ignored: frozenset[str] = frozenset()
 
     def beyond(self, other: LoadReport) -> LoadReport:
-        """What is here and not in ``other``."""
+        """The entries that are not in ``other``."""
         return LoadReport(
             self.missing - other.missing, self.unexpected - other.unexpected, self.mismatched - other.mismatched
         )
@@ -45,19 +45,21 @@ class LoadReport:
         return bool(self.missing or self.unexpected or self.mismatched)
 
     def body(self, base_model_prefix: str) -> LoadReport:
-        """What no model can do without: all that is missing but an output head, and what is of another shape."""
+        """The entries without which no model works: missing tensors except an output head, and mismatched ones."""
         missing = (name for name in self.missing if name.startswith(f"{base_model_prefix}."))
         return LoadReport(frozenset(missing), frozenset(), self.mismatched)
 
     def line(self) -> str:
-        """One line naming the first trouble of each kind."""
+        """One line with the number of entries of each kind and the first of them."""
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched))
         return "; ".join(f"{len(names)} {kind} ({sorted(names)[0]})" for kind, names in kinds if names)
 
 
 class _Listed(torch.Tensor):
-    """A tensor without data that notes when the loader reads it: its own words leave out what a class is known to
-    ignore, and have the names that it gives tensors, not the checkpoint's."""
+    """A tensor without data that records whether the loader reads it.
+
+    The report of the loader leaves out tensors that a class is known to ignore, and uses the names of the class.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     label: str
@@ -80,7 +82,7 @@ def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[i
 
 
 def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> LoadReport:
-    """Let transformers load a checkpoint of these tensors on the meta device.
+    """transformers' report on loading a checkpoint of these tensors, on the meta device.
 
     Args:
         config: the resolved config of the checkpoint.
@@ -117,7 +119,7 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
 
 
 def draft_layers(source: Source) -> list[str]:
-    """Layers that the class does not load, by their prefix: heads of their own that draft further tokens, say."""
+    """Prefixes of layers that the class does not load, such as those that draft further tokens."""
     starts = {name: match[0] for name in source.stored if (match := re.match(r".*?\.\d+(?=\.)", name))}
     loaded = {starts[name] for name in source.tensors if name in starts}
     whole = {starts[name] for name, info in source.ignored.items() if name in starts and len(info.shape) > 1}
@@ -127,28 +129,25 @@ def draft_layers(source: Source) -> list[str]:
 def check_loads(
     source_config: Any, source_tensors: Mapping[str, Any], config: Any, tensors: Mapping[str, Any]
 ) -> LoadReport:
-    """Require that the planned checkpoint loads as well as the source does.
+    """The loader's report on the planned checkpoint, which must load as well as the source does.
 
-    A source may itself carry tensors that its class ignores (old buffers, say), or lack a head (a base model); what the
-    loader says of those is no fault of the plan's. Anything beyond that is.
-
-    Returns:
-        What the loader says of the plan, and said of the source.
+    A source may itself have tensors that its class ignores (old buffers, say), or lack a head (a base model). The plan
+    is blamed only for what the source's report does not contain.
 
     Raises:
         UnsupportedError: the target class would miss, ignore or refuse a planned tensor, or does so with the source's.
     """
-    found = load_report(config, tensors)
-    extra = found.beyond(load_report(source_config, source_tensors)) if found else found
+    report = load_report(config, tensors)
+    extra = report.beyond(load_report(source_config, source_tensors)) if report else report
     if extra:
         raise UnsupportedError(
             f"{causal_lm_class(config).__name__} would not load the planned checkpoint: {extra.line()}; "
             "please report this model"
         )
     model_class = causal_lm_class(config)
-    if broken := found.body(model_class.base_model_prefix):
+    if broken := report.body(model_class.base_model_prefix):
         raise UnsupportedError(
             f"the checkpoint is not whole, or its config.json belongs to another: of {model_class.__name__}'s tensors "
             f"{broken.line()}; fetch it again"
         )
-    return found
+    return report

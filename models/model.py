@@ -1,4 +1,4 @@
-"""A model that is open for conversion: its source, resolved config and family; no weight has been read."""
+"""Open a checkpoint for conversion: its source, config and family. Weights are read later, one layer at a time."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Model:
     """An open checkpoint.
 
     Attributes:
-        source: where tensors come from.
+        source: reads its tensors.
         config: transformers' resolved config.
         family: the layout of its attention; its ``layer`` prefix is the checkpoint's own.
         layers: indices of the layers that have attention.
-        module_layer: the layers' prefix in the class, where the checkpoint's may lack the first part.
-        rewrites: what was done to the checkpoint to make it, in order; see :func:`rehead.models.rewritten.rewritten`.
+        module_layer: the layers' prefix in the class; the checkpoint's may lack the first part.
+        rewrites: the changes since the checkpoint on disk, in order; see :func:`rehead.models.rewritten.rewritten`.
     """
 
     source: Source
@@ -68,7 +68,7 @@ class Model:
         return tensor_names(self.family, self.config, layer, self.source.tensors)
 
     def module_name(self, name: str) -> str:
-        """A checkpoint's tensor name as the class has it: a base model's checkpoint lacks the first part."""
+        """The class's name for a checkpoint's tensor: a base model's checkpoint lacks the first part."""
         full, bare = self.module_layer, self.family.layer
         if full.endswith(bare):
             return full.removesuffix(bare) + name
@@ -79,7 +79,7 @@ class Model:
         """Read the tensors of a layer's attention, checked to be finite.
 
         Raises:
-            UnsupportedError: one holds a NaN or an infinity.
+            UnsupportedError: one has a NaN or an infinity.
         """
         return {name: self.read(name, layer) for name in self.meta_layer(layer)}
 
@@ -100,7 +100,7 @@ class Model:
         return {info.name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for info in infos}
 
     def layer_on_meta(self, layer: int) -> Heads:
-        """One layer's heads as shapes alone."""
+        """One layer's heads as shapes without data."""
         return self.heads(layer, self.meta_layer(layer))
 
     @property
@@ -124,7 +124,7 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
 
     Raises:
         UsageError: there is no such model.
-        UnsupportedError: its architecture, format or layout cannot be converted; says why and what to do.
+        UnsupportedError: its architecture, format or layout cannot be converted; the message says what to do.
     """
     source = model if isinstance(model, Source) else open_source(model, revision)
     config = resolve_config(source.config, source.id)
@@ -138,30 +138,30 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
 
 
 def model_of(source: Source, config: Config, family: Family) -> Model:
-    """A model of a source whose family is known; raises UnsupportedError where its tensors are not there."""
-    found = with_checkpoint_prefix(family, source.tensors)
-    start = found.layer.split("{i}")[0]
+    """The model of a source whose family is known; raises UnsupportedError where its tensors are missing."""
+    class_layer, family = family.layer, with_checkpoint_prefix(family, source.tensors)
+    start = family.layer.split("{i}")[0]
     if not any(name.startswith(start) for name in source.tensors):
         raise UnsupportedError(
             f"{source.id}: has no tensor below {start!r}, where {family.model_type} keeps its layers; "
             "check that config.json belongs to these weights"
         )
-    layers = found.attention_layers(config)
+    layers = family.attention_layers(config)
     if not layers:
         raise UnsupportedError(
             f"{source.id}: none of its layers has softmax attention, by its config, so there are no heads to pool; "
             "give a model with attention"
         )
-    return Model(source, config, found, layers, family.layer)
+    return Model(source, config, family, layers, class_layer)
 
 
 def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:
-    """Raise UnsupportedError when a weight holds a NaN or an infinity."""
+    """Raise UnsupportedError when a weight has a NaN or an infinity."""
     at = first_nonfinite(tensor)
     if at is not None:
         where = f" (layer {layer})" if layer is not None else ""
         raise UnsupportedError(
-            f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or mend the weight"
+            f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or fix the weight"
         )
 
 
@@ -191,8 +191,8 @@ def _check_shapes(model: Model) -> None:
                     f"it is not laid out as {model.family.model_type} is"
                 )
         try:
-            found = model.layer_on_meta(layer)
-            ok = found.q.shape[:2] == (heads, size) and found.k.shape[:2] == found.v.shape[:2] == (kv, size)
+            shapes = model.layer_on_meta(layer)
+            ok = shapes.q.shape[:2] == (heads, size) and shapes.k.shape[:2] == shapes.v.shape[:2] == (kv, size)
         except (RuntimeError, ValueError):
             ok = False
         if not ok:

@@ -1,4 +1,4 @@
-"""Live models as they are when something is measured on them."""
+"""Put live models in evaluation mode while something is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """No gradients and no dropout inside the block; every module's own mode is given back after it."""
+    """Evaluation mode without gradients inside the block; every module's own mode is restored after it."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

@@ -1,4 +1,4 @@
-"""How many positions a live model has, and whether rows of a length fit them."""
+"""How many positions a live model has, and whether a text of some length fits."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from rehead.errors import UsageError
 
 
 def position_limit(model: Any) -> int | None:
-    """Positions that a model was made for; None where its config does not say."""
+    """The number of positions that a model was trained for; None where its config does not say."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def position_rows(model: Any) -> int | None:
-    """Positions that a model has a table for, learned ones or angles looked up; None where any can be computed."""
+    """The number of positions in a model's table, of learned embeddings or angles; None where it has no table."""
     return min(_tables(model), default=None)
 
 
 def check_positions(model: Any, length: int, name: str, flag: str) -> str | None:
-    """Whether a model can read rows of ``length`` tokens.
+    """Check that a model can read texts of ``length`` tokens.
 
-    Asked before the first forward pass: on a GPU an index past a table kills the process's CUDA context.
+    Do this before the first forward pass: on a GPU an index past a table destroys the process's CUDA context.
 
     Args:
         model: a transformers causal language model.
-        length: tokens in a row.
-        name: what to call the model.
+        length: tokens per text.
+        name: the model's name in messages.
         flag: the option that the length comes from, with its value.
 
     Returns:
-        A note where the model runs but was not made for so many; None where all is well.
+        A note where the model can run but was not trained for that length, else None.
 
     Raises:
-        UsageError: it has no such positions.
+        UsageError: the length is beyond the model's table of positions.
     """
     rows, limit = position_rows(model), position_limit(model)
     if rows is not None and length > rows:

@@ -1,8 +1,8 @@
-"""What a model predicts at each token, as logits that are never whole where they would be large.
+"""A model's logits at each token, computed a few rows at a time where all of them would take too much memory.
 
 With a vocabulary of 262,144 the logits of 2,048 tokens are 2 GB in float32, beside a model of 1 GB, and comparing two
 models takes several of them. A model's hidden states before its head are a few hundred times smaller; so those are
-kept, and the head is applied to a few rows at a time, by the model's own class, with whatever it does to logits.
+kept, and the model's own class applies its head, soft caps and scales included, to a few rows at a time.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError
 
-#: Bytes of logits that may be whole at once, in the model's dtype, by the kind of device.
+#: Bytes of logits that may be in memory at once, in the model's dtype, by the kind of device.
 PIECE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a causal language model does with its body's hidden states: its own forward pass, the body left out.
+    """A causal language model's head: its own forward pass with the body left out.
 
     Attributes:
         model: the whole model.
-        body: its part that makes hidden states.
-        output: the class that the body returns.
+        body: the part that computes hidden states.
+        output: the class of the body's output.
     """
 
     model: nn.Module
@@ -40,20 +40,20 @@ class Head:
     def __call__(self, states: Tensor) -> Tensor:
         """Logits ``[n, V]`` of hidden states ``[n, H]``."""
         tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
-        given = self.output(last_hidden_state=states[None])
-        with _forward_replaced(self.body, lambda *args, **kwargs: given):
+        output = self.output(last_hidden_state=states[None])
+        with _forward_replaced(self.body, lambda *args, **kwargs: output):
             return self.model(input_ids=tokens, use_cache=False).logits[0]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits ``[..., V]``, there already or made a piece at a time.
+    """Logits ``[..., V]``, in memory or computed from hidden states a piece at a time.
 
     Attributes:
-        states: the logits ``[..., V]`` themselves, or hidden states ``[..., H]`` that ``head`` makes logits of.
-        head: of the model, where logits are not there already.
-        vocabulary: V.
-        dtype: of the logits.
+        states: the logits ``[..., V]`` themselves, or hidden states ``[..., H]`` that ``head`` turns into logits.
+        head: the model's head; None if ``states`` are logits.
+        vocabulary: V, logits per token.
+        dtype: dtype of the logits.
     """
 
     states: Tensor
@@ -63,12 +63,12 @@ class Predictions:
 
     @classmethod
     def of(cls, logits: Tensor | Predictions) -> Predictions:
-        """Logits ``[..., V]`` that are whole, under the same face."""
+        """Predictions from logits ``[..., V]`` in memory."""
         return logits if isinstance(logits, Predictions) else cls(logits, None, logits.shape[-1], logits.dtype)
 
     @classmethod
     def cat(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Several of one model's predictions as rows ``[N]``, one after the other; all of them with a head, or none."""
+        """Concatenate one model's predictions as rows ``[N]``; all of them with a head, or none."""
         return replace(parts[0], states=torch.cat([part.states.flatten(0, -2) for part in parts]))
 
     def __getitem__(self, rows: Any) -> Predictions:
@@ -77,11 +77,11 @@ class Predictions:
 
     @property
     def rows(self) -> int:
-        """Tokens that are predicted for, over all leading dimensions."""
+        """Number of tokens with predictions, over all leading dimensions."""
         return self.states.numel() // max(1, self.states.shape[-1])
 
     def piece(self, start: int, stop: int) -> Tensor:
-        """The logits ``[n, V]`` of some of the rows; at most :meth:`rows_at_once` of them stay small."""
+        """The logits ``[n, V]`` of rows [start, stop); ask for at most :meth:`rows_at_once`."""
         states = self.states.flatten(0, -2)[start:stop]
         return states if self.head is None else self.head(states)
 
@@ -95,7 +95,7 @@ class Predictions:
         return max(1, _piece_bytes(self.states.device) // (self.vocabulary * self.dtype.itemsize))
 
     def whole(self) -> Tensor:
-        """The logits ``[..., V]``; only for vocabularies and texts that are known to be small."""
+        """All logits ``[..., V]`` at once; only for small vocabularies and texts."""
         logits = torch.cat(list(self.pieces())) if self.rows else self.states.new_empty(0, self.vocabulary)
         return logits.view(*self.states.shape[:-1], self.vocabulary)
 
@@ -109,11 +109,12 @@ def predict(model: nn.Module, inputs: dict[str, Any], last: int | None = None) -
 
     Args:
         model: a transformers model, on one device, in evaluation mode.
-        inputs: of its forward pass; ``input_ids`` int64 ``[B, S]`` among them. An encoder-decoder reads them twice.
-        last: only the last so many positions of each row; all of them when None.
+        inputs: arguments of its forward pass, with ``input_ids`` int64 ``[B, S]``. An encoder-decoder's encoder and
+            decoder both read these.
+        last: number of positions at the end of each row to return; all when None.
 
     Returns:
-        Predictions ``[B, S or last]``. A model without a language head gives its hidden states as if they were logits.
+        Predictions ``[B, S or last]``. For a model without a language head, its hidden states stand in for logits.
 
     Raises:
         UsageError: the model returns neither logits nor hidden states of tokens.
@@ -125,11 +126,11 @@ def predict(model: nn.Module, inputs: dict[str, Any], last: int | None = None) -
 def predict_step(
     model: nn.Module, inputs: dict[str, Any], last: int | None = None, rows: int | None = None
 ) -> tuple[Predictions, Any]:
-    """As :func:`predict`, with the model's output too (its cache, say; its logits may be those of one token only).
+    """(predictions, the model's output); the output has the cache, but perhaps logits of one token only.
 
     Args:
         model, inputs, last: as for :func:`predict`.
-        rows: of all steps whose predictions will be joined (:meth:`Predictions.cat`), where they are more than these.
+        rows: total tokens of all steps whose predictions :meth:`Predictions.cat` will join, if more than this step's.
     """
     tokens: Tensor = inputs["input_ids"]
     last = tokens.shape[1] if last is None else last
@@ -149,29 +150,29 @@ def predict_step(
         if kept:
             out = model(**inputs)
     elif last < tokens.shape[1] and keeps_logits(model):
-        # The head is spared the positions that only serve as context, by the classes that know how.
+        # No head for the positions that only serve as context.
         out = model(**inputs, logits_to_keep=last)
     else:
         out = model(**inputs)
-    found = getattr(out, "logits", None)
-    if found is None:
-        found = getattr(out, "last_hidden_state", None)
-    if not isinstance(found, Tensor) or found.ndim < 3:
-        # A head that says one thing of a whole sequence hides what a comparison is about: one row for each token.
+    logits = getattr(out, "logits", None)
+    if logits is None:
+        logits = getattr(out, "last_hidden_state", None)
+    if not isinstance(logits, Tensor) or logits.ndim < 3:
+        # The head gives one result per sequence (a classifier); a comparison needs one row per token.
         hidden = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
         if not hidden:
             raise UsageError(f"{type(model).__name__} returns no logits or hidden states of tokens; prove a causal LM")
-        found = hidden[-1]
-    return Predictions.of(found[:, -last:]), out
+        logits = hidden[-1]
+    return Predictions.of(logits[:, -last:]), out
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether a model can be asked for the logits of its last positions alone."""
+    """Whether a model's forward pass takes ``logits_to_keep``."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def vocabulary(model: Any) -> int:
-    """Entries of a model's logits; 0 where its config does not say."""
+    """A model's vocabulary size; 0 where its config does not say."""
     return int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 0)
 
 
@@ -180,7 +181,7 @@ def _piece_bytes(device: torch.device) -> int:
 
 
 def _is_large(model: nn.Module, rows: int) -> bool:
-    """Whether logits of so many rows are more than one piece."""
+    """Whether the logits of ``rows`` tokens take more than one piece."""
     parameter = next(model.parameters(), None)
     if parameter is None or getattr(model, "config", None) is None:
         return False
@@ -188,7 +189,7 @@ def _is_large(model: nn.Module, rows: int) -> bool:
 
 
 def _body_of(model: nn.Module) -> Any:
-    """The part of a causal language model that makes hidden states; None where there is none to tell from its head."""
+    """The part of a causal language model that computes hidden states; None if it cannot be told from the head."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     find = getattr(model, "get_decoder", None)
@@ -201,7 +202,7 @@ def _body_of(model: nn.Module) -> Any:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another forward method for one module inside the block."""
+    """Replace one module's forward method inside the block."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -215,7 +216,7 @@ def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
 
 @contextmanager
 def _body_shortened(body: nn.Module) -> Iterator[list[Any]]:
-    """Keep a body's output in a list, and let the head see the last position alone of its hidden states [B, S, H]."""
+    """Give a list that collects the body's outputs, while the head sees the last position only of [B, S, H]."""
     forward, kept = body.forward, []
 
     def shortened(*args: Any, **kwargs: Any) -> Any:

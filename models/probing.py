@@ -1,4 +1,4 @@
-"""What proofs and measurements share: tokens to run a model on, ways to run it, and how outputs are compared."""
+"""Shared by proofs and measurements: tokens to run a model on, ways to run it, and comparison of the outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without disturbing the random state."""
+    """Evaluation mode without gradients inside the block; the random state is restored after it."""
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
@@ -33,7 +33,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def config_value(config: Any, name: str) -> Any:
-    """A config's value, or None where it has none or keeps one for each layer (which reading it refuses to hide)."""
+    """A config's value, or None where it has none or one per layer (then some configs raise an error)."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -51,14 +51,14 @@ def probe_tokens(model: nn.Module, length: int, batch: int, seed: int) -> Tensor
 
 
 def checked_tokens(input_ids: Any, model: nn.Module | None = None) -> Tensor:
-    """A caller's token ids, on the device of the model that will read them.
+    """A caller's token ids, checked and moved to the model's device.
 
     Args:
         input_ids: int ``[B, S]``.
-        model: what will read them.
+        model: the model that will read them.
 
     Raises:
-        UsageError: not token ids of two dimensions, none at all, or some that ``model`` does not have.
+        UsageError: not an integer tensor of two dimensions, empty, or with ids outside the model's vocabulary.
     """
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise UsageError("input_ids must be an integer tensor [batch, length]; tokenise with return_tensors='pt'")
@@ -74,12 +74,12 @@ def checked_tokens(input_ids: Any, model: nn.Module | None = None) -> Tensor:
 
 
 def batches(input_ids: Tensor, model: nn.Module | None = None, rows: int = 2) -> list[Tensor]:
-    """``[B, S]`` in pieces of at most ``rows`` sequences; otherwise as :func:`checked_tokens`."""
+    """Token ids ``[B, S]``, checked as by :func:`checked_tokens`, in batches of at most ``rows`` sequences."""
     return list(checked_tokens(input_ids, model).split(rows))
 
 
 def _table_size(model: nn.Module) -> int | None:
-    """Rows of a model's embedding; None where it does not say."""
+    """Number of rows of a model's token embedding; None where it cannot be read."""
     try:
         embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
@@ -89,7 +89,7 @@ def _table_size(model: nn.Module) -> int | None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs; those of one that is offloaded as a whole, accelerate moves itself."""
+    """The device for a model's inputs. For a model that is offloaded as a whole, accelerate moves them itself."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -102,7 +102,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def default_length(model: nn.Module) -> int:
-    """Long enough to pass a short window or chunk, short enough to be quick, and within the model's positions."""
+    """A length for probe texts: past a short window or chunk, still quick, and within the model's positions."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     # On a GPU several tiles of the kernels (up to 192 rows, 128 keys), the last of them ragged.
     length = 300 if any(p.is_cuda for p in model.parameters()) else 48
@@ -115,7 +115,7 @@ def default_length(model: nn.Module) -> int:
 
 
 def called(model: nn.Module, names: list[str], run: Any) -> tuple[Any, set[str]]:
-    """Run, and say which of the named modules took part."""
+    """(the result of ``run()``, which of the named modules it called)."""
     seen: set[str] = set()
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_pre_hook(lambda module, args, name=name: seen.add(name)) for name in names]
@@ -135,7 +135,7 @@ class Probe:
 
 
 def make_probe(model: nn.Module, input_ids: Tensor | None, length: int | None, padding: bool) -> Probe:
-    """Tokens, the same with a changed second half, and the same with the first row padded on the left."""
+    """Probe inputs: plain tokens, the same with a changed second half, and the same with the first row left-padded."""
     if input_ids is None:
         input_ids = probe_tokens(model, length or default_length(model), 2, seed=0)
     else:
@@ -144,16 +144,16 @@ def make_probe(model: nn.Module, input_ids: Tensor | None, length: int | None, p
     if length < 2:
         raise UsageError("a proof needs at least two tokens; pass longer input_ids")
     cut = max(1, length // 2)
-    others = input_ids.clone()
-    # Shifting the later tokens among themselves changes each without inventing ids the model may not have.
-    others[:, cut:] = input_ids[:, cut:].roll(1, dims=1).flip(0)
-    if torch.equal(others, input_ids):
-        others[:, cut:] = input_ids[:, :1]
+    changed = input_ids.clone()
+    # Permuting the later tokens changes them without inventing ids that the model may not have.
+    changed[:, cut:] = input_ids[:, cut:].roll(1, dims=1).flip(0)
+    if torch.equal(changed, input_ids):
+        changed[:, cut:] = input_ids[:, :1]
     mask = torch.ones_like(input_ids)
     mask[0, : max(1, length // 5)] = 0
     return Probe(
         {"input_ids": input_ids},
-        {"input_ids": others},
+        {"input_ids": changed},
         {"input_ids": input_ids, "attention_mask": mask} if padding else None,
         cut,
     )
@@ -188,10 +188,10 @@ def continued(model: nn.Module, probe: Probe) -> Predictions | None:
 
 
 def continued_if_it_can(model: nn.Module, probe: Probe) -> tuple[Predictions | None, str]:
-    """:func:`continued` of an unpatched model, which may not be able to: that is nothing to hold the patch to.
+    """:func:`continued` for an unpatched model, which may fail: then there is nothing to compare a patch with.
 
     Returns:
-        The predictions, or None and the error that it ended in; both without anything for a model without a cache.
+        (predictions, ""), or (None, the error's text), or (None, "") for a model without a cache.
     """
     try:
         return continued(model, probe), ""
@@ -202,7 +202,7 @@ def continued_if_it_can(model: nn.Module, probe: Probe) -> tuple[Predictions | N
 
 
 def run_probe(model: nn.Module, probe: Probe, plain: Predictions | None = None) -> Outputs:
-    """Predictions for every part of the probe; ``plain`` if they are there already."""
+    """Predictions for every part of the probe; pass ``plain`` to reuse those of its plain tokens."""
     return Outputs(
         predict(model, probe.plain) if plain is None else plain,
         predict(model, probe.changed),
@@ -211,7 +211,7 @@ def run_probe(model: nn.Module, probe: Probe, plain: Predictions | None = None) 
 
 
 def gap_of(a: Outputs, b: Outputs, probe: Probe) -> float:
-    """Largest difference on rows that are not padding."""
+    """Largest difference of two models' logits, padding left out."""
     gap = max(difference(a.plain, b.plain), cached_gap(a, b) or 0.0)
     if a.padded is not None and b.padded is not None and probe.padded is not None:
         keep = probe.padded["attention_mask"].bool()
@@ -225,7 +225,7 @@ def cached_gap(a: Outputs, b: Outputs) -> float | None:
 
 @contextmanager
 def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Run an unpatched model with eager attention for a moment."""
+    """Run an unpatched model with eager attention inside the block."""
     configs = {id(c): c for m in model.modules() for c in m.__dict__.values() if isinstance(c, PreTrainedConfig)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
@@ -238,5 +238,5 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def allowed(predictions: Predictions | Tensor, share: float) -> float:
-    """The largest difference that counts as none: a share of the largest finite logit, or of 1 if that is larger."""
+    """The largest allowed difference: a share of the largest finite logit, or of 1 if that is larger."""
     return share * max(1.0, largest(predictions))

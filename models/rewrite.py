@@ -1,8 +1,8 @@
-"""A change of a checkpoint as data: the new config, and what each tensor of the result is made of.
+"""A change of a checkpoint as data: the new config, and which source tensors each tensor of the result comes from.
 
 Every step of a conversion is one :class:`Rewrite`: fewer KV heads, another class, another form of block, a wider model,
-another dtype, a variant of attention. :mod:`rehead.models.rewritten` shows a checkpoint as a Rewrite leaves it, so that
-the next one starts from there. :class:`Builder` fills one in where most tensors only change their names.
+another dtype, a variant of attention. :mod:`rehead.models.rewritten` applies one to a checkpoint, so that the next can
+start from the result. :class:`Builder` makes a Rewrite where most tensors only change their names.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
 
 Read = Callable[[str], Tensor]
-"""Gives a source tensor by name."""
+"""Returns a source tensor by name."""
 
-# What travels from any config to any other as it is.
+# Keys that any config passes on to any other unchanged.
 _CARRIED = (
     "dtype",
     "torch_dtype",
@@ -35,8 +35,7 @@ _CARRIED = (
     "id2label",
     "label2id",
 )
-# What every pair of causal configs holds under these names and means alike; read off the resolved config, since the
-# classes' defaults differ.
+# Keys with the same meaning in all causal configs; read from the resolved config, since the classes' defaults differ.
 _SHARED = ("vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
@@ -49,10 +48,10 @@ class Derived:
     """One tensor of the result.
 
     Attributes:
-        sources: the source tensors it is made of; it is stored in the place of the first.
-        shape: its shape.
-        compute: makes it of them; None for the bytes of the only one, or for one that the layer step writes.
-        layer: the layer whose step writes it, else None.
+        sources: the source tensors that it is computed from; it takes the place of the first.
+        shape: number of elements in each dimension.
+        compute: source tensors -> this tensor; None for a copy, or for a tensor that the layer step computes.
+        layer: the layer whose step computes it, else None.
         dtype: safetensors dtype code in which it is stored; None for that of the first source.
     """
 
@@ -64,19 +63,19 @@ class Derived:
 
     @property
     def changed(self) -> bool:
-        """Whether its numbers or its shape are new, beyond the dtype in which they are stored."""
+        """Whether it is computed, rather than a copy (perhaps in another dtype)."""
         return self.compute is not None or self.layer is not None
 
 
 @dataclass(frozen=True)
 class Changed:
-    """What a closed form makes of a layer.
+    """A layer as changed by a closed form.
 
     Attributes:
         weights: the changed layer's weights, as heads (whose logits can then be refitted), or as float32 tensors by the
             checkpoint's names.
-        facts: for the manifest.
-        order: int64 [H], the old query head behind each new one; None where they have not changed places.
+        facts: entries for the manifest.
+        order: int64 [H], the old index of each query head; None where the order is unchanged.
     """
 
     weights: Heads | dict[str, Tensor]
@@ -86,17 +85,17 @@ class Changed:
 
 @dataclass(frozen=True)
 class Healing:
-    """How layers in a form heal where it is not as attention usually does; None for the usual.
+    """How recovery differs for layers in a form; None stands for the usual setting.
 
     Attributes:
         rate: the fit's step relative to each weight's root mean square.
-        tokens: in one step of the fit, at most.
-        drift: share of the prefix's drift that the fit takes back.
-        reads: parameters of the attention module that read its input, [..., n]: they are fitted in coordinates in which
-            inputs vary alike in every direction.
+        tokens: largest number of tokens per step of the fit.
+        drift: share of the error of the changed layers before that the fit corrects.
+        reads: parameters of the attention module that read its input, [..., n]; they are fitted in coordinates in which
+            the inputs have equal variance in every direction.
         ridge: pull of the refit of the matrices that write to the residual stream.
-        on_original: the moments are of what the original's layer gets, not of what the changed prefix gives it.
-        refit_first: the output is refitted before the fit too.
+        on_original: moments are gathered on the original's inputs, not on those from the changed layers before.
+        refit_first: refit the output before the fit too.
     """
 
     rate: float | None = None
@@ -110,17 +109,17 @@ class Healing:
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What becomes of one layer's heads, as a closed form that weights alone or calibration text can feed.
+    """How one layer's heads change: a closed form of the weights and, if available, of calibration moments.
 
     Attributes:
         closed: (layer, the layer's heads, its moments or None) -> the changed layer.
-        needs: names of the moments that it reads where the layer is calibrated.
-        groups: groups of neighbouring query heads that it reads them for.
-        calibrated: it cannot do without them.
-        module: the attention module that has ``closed``'s tensors for parameters, as shapes; it takes the place of the
-            class's own while layers heal. None where the class's own computes the form.
-        writers: matrices, below the layer's prefix, that a refit fits at the end to what the original block writes.
-        healing: how such layers heal.
+        needs: names of the moments that it uses when the layer is calibrated.
+        groups: number of groups of neighbouring query heads to gather moments for.
+        calibrated: it requires moments.
+        module: an attention module, as shapes, whose parameters are ``closed``'s tensors; it replaces the class's own
+            during recovery. None where the class's own computes the form.
+        writers: names of matrices below the layer that are refitted last, to the output of the original block.
+        healing: settings of the recovery of such layers.
     """
 
     closed: Callable[[int, Heads, Any], Changed]
@@ -134,20 +133,20 @@ class LayerForm:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One step of a conversion. Nothing is read until a tensor of the result is asked for.
+    """One step of a conversion. No weight is read until a tensor of the result is needed.
 
     Attributes:
-        name: of the step; its ``facts`` stand under it in plans and manifests.
+        name: the step's name, and the key of its ``facts`` in plans and manifests.
         config: raw ``config.json`` of the result.
         target: the result's family, or that of the class it derives from.
         tensors: every tensor of the result by its new name, in the order of the source.
-        step: computes what stands under a ``layer``; None where nothing does, or where only a calibrated run can.
-        exact: the result computes the same function as what it is made of.
-        rounds: weights are scaled, summed or stored in fewer bits, so an exact result is the source up to rounding.
-        layers: layers that compute something else afterwards.
-        facts: for the plan and the manifest; JSON types.
-        form: what ``step`` does to a layer, where that is a closed form of its heads that healing can go on from.
-        dtype: safetensors dtype code that every floating-point tensor of the result has; None where they keep theirs.
+        step: computes the tensors with a ``layer``; None if there are none, or if only a calibrated run can.
+        exact: the result computes the same function as the source.
+        rounds: weights are scaled, summed or stored in fewer bits, so an exact result equals the source up to rounding.
+        layers: layers that compute another function afterwards.
+        facts: entries for the plan and the manifest; JSON types.
+        form: the closed form behind ``step``, if recovery on calibration text can use it.
+        dtype: safetensors dtype code of every floating-point tensor of the result; None where they keep their own.
     """
 
     name: str
@@ -164,25 +163,25 @@ class Rewrite:
 
     @property
     def by_layer(self) -> dict[str, int]:
-        """The layer that computes each tensor that its step writes."""
+        """The layer of each tensor that ``step`` computes, by the tensor's name."""
         return {name: derived.layer for name, derived in self.tensors.items() if derived.layer is not None}
 
     @property
     def calibrated(self) -> bool:
-        """Whether its layers can only be computed over calibration text."""
+        """Whether its layers need calibration text."""
         return self.step is None and bool(self.by_layer)
 
     @property
     def renames(self) -> bool:
-        """Whether a tensor of the result stands under another name than what it is made of."""
+        """Whether a tensor of the result has another name than its first source."""
         return any(name != derived.sources[0] for name, derived in self.tensors.items())
 
     def stored_as(self, code: str, tensors: Mapping[str, TensorInfo]) -> Rewrite:
-        """The same with its floating-point tensors in another dtype; what is computed is rounded once.
+        """A copy whose floating-point tensors are stored in another dtype; computed tensors are rounded once.
 
         Args:
             code: safetensors dtype code.
-            tensors: headers of what it is made of.
+            tensors: headers of the source's tensors by name.
         """
         cast, narrows = {}, False
         for name, derived in self.tensors.items():
@@ -198,18 +197,19 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 def unchanged(name: str, config: Mapping[str, Any], target: Family, tensors: Mapping[str, TensorInfo]) -> Rewrite:
-    """A Rewrite under which every tensor is copied, to start from."""
+    """A Rewrite that copies every tensor, to start from."""
     return Rewrite(name, dict(config), target, {key: Derived((key,), info.shape) for key, info in tensors.items()})
 
 
 class Builder:
-    """Fills in a Rewrite for one pair of classes.
+    """Builds a Rewrite from one class to another, tensor by tensor.
 
     Args:
-        source, target: families of the checkpoint and of its host.
-        config: the checkpoint's resolved config; raw: the same as it stands in ``config.json``.
+        source, target: families of the checkpoint and of the host, the class that it is converted to.
+        config: the checkpoint's resolved config.
+        raw: its ``config.json``.
         tensors: headers of the checkpoint's tensors by name.
-        name: of the Rewrite.
+        name: the Rewrite's name.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Builder:
 
     @property
     def root(self) -> str:
-        """What stands before a base model's tensors in this checkpoint, e.g. ``"gpt_neox."`` or nothing."""
+        """The prefix of a base model's tensors in this checkpoint, e.g. ``"gpt_neox."`` or nothing."""
         bare = self.source.layer.split("{i}")[0]
         whole = with_class_prefix(self.source).split("{i}")[0]
         first = whole.split(".", 1)[0] + "."
@@ -241,11 +241,11 @@ class Builder:
         return name in self.infos
 
     def refuse(self, reason: str) -> UnsupportedError:
-        """The error for a model that the host would not compute exactly."""
+        """The error to raise for a model that the host would not compute exactly."""
         return UnsupportedError(f"{self.source.model_type}: {reason}")
 
     def base_config(self, architecture: str) -> dict[str, Any]:
-        """The keys that mean the same in every config."""
+        """The host's config with the keys that mean the same in every config."""
         result: dict[str, Any] = {key: self.raw[key] for key in _CARRIED if key in self.raw}
         result |= {key: getattr(self.config, key) for key in _SHARED if hasattr(self.config, key)}
         return result | {"model_type": self.target.model_type, "architectures": [architecture]}
@@ -253,12 +253,12 @@ class Builder:
     # ---- tensors
 
     def copy(self, new: str, old: str) -> None:
-        """A tensor under another name."""
+        """Add the tensor ``old`` under the name ``new``."""
         if self._takes(new, (old,)):
             self.tensors[new] = Derived((old,), self.infos[old].shape)
 
     def make(self, new: str, olds: Iterable[str], compute: Callable[..., Tensor], rounds: bool = False) -> None:
-        """A tensor made of others, each given in its own dtype."""
+        """Add the tensor ``new``, computed from the tensors ``olds`` in their own dtypes."""
         olds = tuple(olds)
         if self._takes(new, olds):
             shape = tuple(compute(*(self.on_meta(old) for old in olds)).shape)
@@ -266,11 +266,12 @@ class Builder:
             self.rounds |= rounds
 
     def pair(self, new: str, old: str, transposed: bool = False, bias: bool | None = None) -> None:
-        """A weight with its bias.
+        """Add a weight and its bias under another name.
 
         Args:
-            transposed: the source stores it [in, out].
-            bias: None to carry over what there is; True where the host wants one, zero if the source has none.
+            new, old: names without ``.weight`` and ``.bias``.
+            transposed: the source stores the weight as [in, out].
+            bias: True if the host needs a bias (zeros if the source has none); None to copy one if there is one.
         """
         if transposed:
             self.make(f"{new}.weight", (f"{old}.weight",), transpose)
@@ -283,11 +284,11 @@ class Builder:
             self.make(f"{new}.bias", (f"{old}.weight",), lambda weight: weight.new_zeros(weight.shape[rows]))
 
     def attention(self, change: Callable[[Heads, int, Read], Heads], reads: Callable[[int], Iterable[str]]) -> Step:
-        """The attention of every layer, read by one family, changed as heads, and written by the other.
+        """Add the attention of every layer: read as heads by the source's family, changed, written by the host's.
 
         Args:
             change: (heads, layer, read) -> heads of the same function for the host.
-            reads: layer -> tensors that ``change`` reads besides.
+            reads: layer -> further tensors that ``change`` reads.
 
         Returns:
             The Rewrite's layer step.
@@ -309,18 +310,20 @@ class Builder:
         return step
 
     def on_meta(self, name: str) -> Tensor:
-        """A source tensor as a shape."""
+        """A source tensor without its data."""
         info = self.infos[name]
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
 
     def finish(self, config: dict[str, Any], step: Step, buffers: str) -> Rewrite:
-        """The Rewrite, once every tensor has its place.
+        """The Rewrite, once every source tensor is used.
 
         Args:
-            buffers: regular expression of tensors, below the layer or the root, that nothing needs.
+            config: raw ``config.json`` of the result.
+            step: the layer step, from :meth:`attention`.
+            buffers: regular expression for the names of tensors that are not needed.
 
         Raises:
-            UnsupportedError: a tensor has no place in the host.
+            UnsupportedError: the host has no place for a tensor.
         """
         ignored = re.compile(buffers)
         for left in self.infos.keys() - self._used:
@@ -333,13 +336,13 @@ class Builder:
     def _takes(self, new: str, olds: tuple[str, ...]) -> bool:
         missing = [old for old in olds if old not in self.infos]
         if missing:
-            raise self.refuse(f"there is no tensor {missing[0]}, of which {new} would be made; fetch it again")
+            raise self.refuse(f"there is no tensor {missing[0]} to make {new} from; fetch it again")
         self._used.update(olds)
         return True
 
 
 def with_class_prefix(family: Family) -> str:
-    """The layer prefix in the class, whatever the checkpoint's is."""
+    """The layer prefix in the class; the checkpoint's may differ."""
     from rehead.models.families.table import FAMILIES
 
     return FAMILIES[family.model_type].layer

@@ -1,4 +1,4 @@
-"""A checkpoint seen as a Rewrite leaves it: the same weights, renamed, moved and computed as they are read."""
+"""Apply a Rewrite to a checkpoint: its tensors are renamed and computed as they are read."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from rehead.models.model import Model, check_finite, model_of
 from rehead.models.modeling import without_remote_code
 from rehead.models.rewrite import FLOATS, Derived, Rewrite
 
-#: A checkpoint may split a layer over two shards or order its tensors by name; two layers cover both, and any other
-#: order costs a second computation, never memory.
+#: Computed layers to keep. A checkpoint may split a layer over two shards or order its tensors by name, and two cover
+#: both; with any other order a layer is computed twice, but memory stays the same.
 _KEPT_LAYERS = 2
 
 
 class RewrittenSource(Source):
-    """A source that gives the tensors of a Rewrite's result.
+    """A source of the tensors that result from a Rewrite.
 
     Args:
-        inner: what it is made of.
-        rewrite: how.
+        inner: the source that the Rewrite is applied to.
+        rewrite: the change to apply.
         note: called with (layer, facts) once a layer has been computed.
 
     Attributes:
-        computed: tensors whose bytes are not the file's.
+        computed: names of tensors whose bytes are not those of a file.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RewrittenSource(Source):
             if derived.changed or self.tensors[name].dtype != first.dtype or derived.sources[0] in before:
                 self.computed.add(name)
         same = base_type(str(rewrite.config.get("model_type"))) == base_type(str(inner.config.get("model_type")))
-        if same or not rewrite.renames:  # what a class ignores goes wherever that class goes
+        if same or not rewrite.renames:  # tensors that a class ignores stay with that class
             for name, info in inner.ignored.items():
                 cast = rewrite.dtype if info.dtype in FLOATS else None
                 self.ignored[name] = replace(info, dtype=cast or info.dtype)
@@ -75,7 +75,7 @@ class RewrittenSource(Source):
 
     def _input(self, name: str, layer: int | None = None) -> Tensor:
         tensor = self.inner.read(name)
-        if not isinstance(self.inner, RewrittenSource):  # which has looked at what it read itself
+        if not isinstance(self.inner, RewrittenSource):  # it has already checked what it read
             check_finite(name, tensor, layer)
         return tensor
 
@@ -115,10 +115,10 @@ class RewrittenSource(Source):
 
 
 def rewritten(model: Model, rewrite: Rewrite) -> Model:
-    """A model as a Rewrite leaves it: another config, and tensors made of the model's. No weight is read.
+    """The model that results from a Rewrite: another config and other tensors. No weight is read.
 
     Raises:
-        UnsupportedError: the new config is not one that its class takes.
+        UnsupportedError: the new config is not valid for its class.
     """
     rewrite = replace(rewrite, config=without_remote_code(rewrite.config))
     source = RewrittenSource(model.source, rewrite)
@@ -136,10 +136,10 @@ def rewritten(model: Model, rewrite: Rewrite) -> Model:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A computed weight in the dtype that is written.
+    """A computed weight in the output's dtype.
 
     Raises:
-        UnsupportedError: a number is beyond the dtype.
+        UnsupportedError: a number is not finite, or too large for the dtype.
     """
     result = tensor.to(dtype).contiguous()
     if first_nonfinite(result) is not None:

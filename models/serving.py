@@ -1,8 +1,8 @@
-"""Which engines give the same tokens as transformers for a class of model, as they were run.
+"""Which serving engines gave the same tokens as transformers for a class of model when they were run.
 
 ``make engines`` (``benchmarks/engines``) runs them and writes ``serving.json`` beside this file; cards and README read
-it.
-A class serves or fails by what its config says besides the type, so a run counts only for configs with equal facts.
+it. Whether an engine serves a class correctly depends on more of its config than the type, so a run counts only for
+configs with the same facts.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Run:
     """What one engine did with one small model.
 
     Attributes:
-        engine, version: by the names that they report.
+        engine, version: as the engine reports them.
         outcome: :data:`SAME`, :data:`DIFFERENT` or :data:`REFUSED`.
-        tokens, of: greedy tokens equal to transformers' before the first that differs, of so many.
-        logprob_difference: largest difference of a token's log-probability (nats) among those; None where not given.
+        tokens, of: greedy tokens equal to transformers' before the first difference, and how many were generated.
+        logprob_difference: largest difference of their log-probabilities (nats); None where the engine gives none.
         cache_bytes_per_token: float32, all layers, as the engine reports them; None where it does not.
         notes: what the client had to do, or the engine's reason for its refusal.
         case: the model that was run, by its name in ``benchmarks/engines/cases.py``.
@@ -50,10 +50,9 @@ class Run:
 
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What, besides the type, decides whether an engine's class of the same name computes the same.
+    """The facts of a ``config.json`` that, besides the type, decide whether an engine computes the model correctly.
 
-    Args:
-        config: a checkpoint's ``config.json``; of a config's defaults only those that it spells out are seen.
+    Only keys in the file count, not the class's defaults.
     """
     heads, kv = _first(config, _HEADS), _first(config, _KV_HEADS)
     if config.get("multi_query") and config.get("model_type") in ("gpt_bigcode", "falcon"):
@@ -82,16 +81,16 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# What always has to agree; other facts decide only for types whose runs differ in them.
+# Facts that must always agree; others count only for types whose runs differ in them.
 _DECIDING = ("attention", "activation", "custom_code", "windows")
 
 
 def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
-    """The runs that hold for a model, in the order in which engines are listed; empty where none was run.
+    """The recorded runs that apply to a model, in the order of the engines; empty if there are none.
 
     Args:
         model_type: as in ``config.model_type``.
-        facts: of :func:`facts_of`. Groups of any size are one kind of sharing.
+        facts: from :func:`facts_of`.
     """
     rows = [row for row in results()["rows"] if row["model_type"] == model_type]
     for key in dict.fromkeys([*_DECIDING, *facts]):
@@ -101,7 +100,7 @@ def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
 
 
 def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
-    """What a model card says about engines: one line for each engine, or one that says that none was run."""
+    """Lines about engines for the model card: one per engine, or one that says that none was run."""
     lines: dict[str, str] = {}
     for run in served_by(model_type, facts):
         if run.outcome == SAME:

@@ -1,4 +1,4 @@
-"""Tiny random models of any causal type that transformers knows, for proofs on every architecture."""
+"""Tiny random models of any causal type in transformers, to test every architecture."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
     Args:
         model_type: as in ``config.model_type``.
-        **overrides: fields to set besides.
+        **overrides: further fields to set.
 
     Raises:
         UsageError: transformers has no such causal type.
@@ -137,21 +137,21 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 def _shrink(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
     default = cls()
     accepted = _accepted(cls, default)
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name in getattr(default, "sub_configs", None) or {}:
         current = config_value(default, name)
         if isinstance(current, PreTrainedConfig):
             own = overrides.pop(name, {}) if isinstance(overrides.get(name), dict) else {}
-            given[name] = _shrink(type(current), own).to_dict()
+            fields[name] = _shrink(type(current), own).to_dict()
     depth = LAYERS
     for name in LISTS:
         values = config_value(default, name)
         if name in accepted and name not in cls.attribute_map and isinstance(values, (list, tuple)) and values:
-            given[name] = _kinds(list(values))
-            depth = max(depth, len(given[name]))
+            fields[name] = _kinds(list(values))
+            depth = max(depth, len(fields[name]))
     for name in LISTS:
-        if name in given:
-            given[name] = (given[name] * depth)[:depth]
+        if name in fields:
+            fields[name] = (fields[name] * depth)[:depth]
     for name, size in SIZES.items():
         value = config_value(default, name)
         if name not in accepted or isinstance(value, (list, tuple, dict, PreTrainedConfig)):
@@ -160,12 +160,12 @@ def _shrink(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTraine
             continue
         if isinstance(value, int) and not isinstance(value, bool) and isinstance(size, float):
             size = int(size)
-        given[name] = depth if name in DEPTHS else size
-    if "qk_rope_head_dim" in given:
+        fields[name] = depth if name in DEPTHS else size
+    if "qk_rope_head_dim" in fields:
         # Latent attention calls the rotary part its head_dim, and has no grouped heads left once it is unfolded.
-        given |= {n: v for n, v in (("head_dim", 8), ("num_key_value_heads", 4)) if n in given}
-    given.update(overrides)
-    return cls(**given)
+        fields |= {n: v for n, v in (("head_dim", 8), ("num_key_value_heads", 4)) if n in fields}
+    fields.update(overrides)
+    return cls(**fields)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

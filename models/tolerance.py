@@ -1,4 +1,4 @@
-"""How far two computations of the same function may be apart: by their dtype, and by what one more rounding does."""
+"""How far the logits of two computations of the same function may differ: by dtype, and by measured rounding."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torc
 """Largest allowed difference of logits, as a share of their largest magnitude (at least 1)."""
 
 ROUNDINGS = 2
-"""How many times as far as one more rounding a layer moves them logits in 16 bits may differ."""
+"""Logits in 16 bits may differ by this many times the effect of one more rounding per layer."""
 
 
 def allowance(plain: Predictions, tolerance: float | None = None) -> float:
-    """What logits may differ by: a share of their largest, ``tolerance`` or by their dtype (:data:`TOLERANCE`)."""
+    """The allowed difference of logits: ``tolerance``, or :data:`TOLERANCE` by dtype, times the largest logit."""
     return allowed(plain, TOLERANCE.get(plain.dtype, 1e-5) if tolerance is None else tolerance)
 
 
 def by_rounding(model: nn.Module, moved: float, plain: Predictions) -> float:
-    """What logits may differ by for no other reason than 16 bits; 0 for a model in float32 or float64.
+    """The difference of logits that 16-bit rounding alone explains; 0 for a model in float32 or float64.
 
     Args:
-        model: what a patched model is held to.
-        moved: what :func:`rounding` finds in it.
+        model: the unpatched model.
+        moved: the result of :func:`rounding` for it.
         plain: its predictions.
 
     Raises:
-        VerificationError: rounding alone moves them about as far as they go, so that they prove nothing.
+        VerificationError: rounding alone moves logits about as far as they go, so comparing them proves nothing.
     """
     largest = allowed(plain, 1.0)
     if not ROUNDINGS * moved <= largest / 2:
         dtype = str(dtype_of(model)).removeprefix("torch.")
         raise VerificationError(
-            f"{type(model).__name__} cannot be proved in {dtype}: one more rounding a layer alone moves its logits by "
+            f"{type(model).__name__} cannot be proved in {dtype}: one more rounding per layer moves its logits by "
             f"{moved:.1e} (the largest is {largest:.1e}); prove it in float32, model.float()"
         )
     return ROUNDINGS * moved
@@ -48,13 +48,13 @@ def by_rounding(model: nn.Module, moved: float, plain: Predictions) -> float:
 def rounding(model: nn.Module, names: list[str], inputs: dict[str, Any], plain: Predictions) -> float:
     """How far logits move when what the named modules return is rounded once more, at random.
 
-    Two exact computations that add in another order differ by about that: in 16 bits a deep model, or one that routes
-    tokens to experts, can carry one rounding a layer to its logits many times enlarged.
+    Two exact computations that add in another order differ by about that. In 16 bits a deep model, or one that routes
+    tokens to experts, can amplify one rounding per layer many times.
 
     Args:
-        model: as it is to be compared with.
-        names: modules of it.
-        inputs: of the model.
+        model: the unpatched model.
+        names: modules whose outputs are rounded.
+        inputs: arguments of its forward pass.
         plain: its predictions for them.
 
     Returns:

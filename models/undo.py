@@ -1,4 +1,4 @@
-"""The way back from every change of a live model, and configs that a change may have to itself."""
+"""Undo every change of a live model, and give modules configs of their own that a change may edit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 
 class UndoLog:
-    """Actions that take a model back, run last to first."""
+    """Actions that undo the changes of a model, run last to first."""
 
     def __init__(self) -> None:
         self._actions: list[Callable[[], object]] = []
@@ -21,15 +21,15 @@ class UndoLog:
         return len(self._actions)
 
     def add(self, action: Callable[[], object]) -> None:
-        """Run ``action`` on the way back."""
+        """Run ``action`` when the changes are undone."""
         self._actions.append(action)
 
     def guard(self, check: Callable[[], Callable[[], object] | None]) -> None:
-        """Run ``check`` before anything is undone: it may raise, and return what is to be done after the rest."""
+        """Run ``check`` before anything is undone: it may raise to refuse, and return an action to run last."""
         self._guards.append(check)
 
     def run(self) -> None:
-        """Take everything back; if a guard raises, nothing has changed."""
+        """Undo everything; if a guard raises, nothing has changed."""
         after = [check() for check in self._guards]
         self._guards.clear()
         while self._actions:
@@ -39,7 +39,7 @@ class UndoLog:
                 action()
 
     def set_attribute(self, target: object, name: str, value: object) -> None:
-        """Set an instance attribute past ``__setattr__``, and remember how to restore the instance's dictionary."""
+        """Set an instance attribute without ``__setattr__``, and remember how to restore it."""
         self.set_item(target.__dict__, name, value)
 
     def set_item(self, store: dict[str, Any], name: str, value: object) -> None:

@@ -1,8 +1,8 @@
-"""Run a model until a point, and look at what it computes there.
+"""Run a model up to some module, and observe what it computes there.
 
 :func:`until` and :func:`until_after` stop a forward pass at a module. :func:`observing` shows attention: queries, keys
-and probabilities as the model itself has them. It goes through transformers' attention interface under a name of its
-own, so norms, rotary positions, windows, sinks and soft caps are whatever the model's own code makes of them.
+and probabilities. It goes through transformers' attention interface under a name of its own, so norms, rotary
+positions, windows, sinks and soft caps are computed by the model's own code.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PROBE = "rehead_probe"
 
 
 class Reached(Exception):
-    """A forward pass has come to the point where it was to stop."""
+    """Raised to end a forward pass at the point where it should stop."""
 
 
 @contextmanager
 def hooked(handle: Any) -> Iterator[None]:
-    """A hook that is there inside the block alone."""
+    """Keep a hook inside the block and remove it at the end."""
     try:
         yield
     finally:
@@ -34,7 +34,7 @@ def hooked(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def until(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Run a model inside the block up to a module and no further.
+    """A forward pass inside the block stops before ``module``, and the block ends there without an error.
 
     Args:
         look: called with the module's positional and keyword arguments; the module itself is not run.
@@ -50,7 +50,7 @@ def until(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], N
 
 @contextmanager
 def until_after(module: nn.Module, look: Callable[[Any], None]) -> Iterator[None]:
-    """The same up to the module's end; ``look`` is called with its output."""
+    """As :func:`until`, but stop after ``module``; ``look`` is called with its output."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         look(output)
@@ -62,10 +62,10 @@ def until_after(module: nn.Module, look: Callable[[Any], None]) -> Iterator[None
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention call computed, for the R queries that are looked at.
+    """What one attention call computed, for R observed queries.
 
     Attributes:
-        queries: of those rows, as attention takes them, normed and rotated [b, H, R, D].
+        queries: the observed queries, normed and rotated, [b, H, R, D].
         keys, values: [b, K, S, D].
         scores: scaled dot products before soft cap and mask, [b, H, R, S].
         probabilities: [b, H, R, S].
@@ -86,7 +86,7 @@ class Seen:
 
 Observer = Callable[[Seen], None]
 
-#: Observers with the positions of the queries that they are shown, int64 [R]; each thread has its own.
+#: Observers, each with the positions of the queries to show it, int64 [R]; per thread.
 _observers: ContextVar[tuple[tuple[Observer, Tensor], ...]] = ContextVar("rehead_observers", default=())
 
 
@@ -102,9 +102,9 @@ def probe_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> Never:
-    """Plain attention for some of the queries, shown to the observers and to nobody else.
+    """Compute plain attention for the observed queries, show it to the observers, and end the forward pass.
 
-    Rows that nobody looks at are not computed, so that a long sequence costs R x S memory, not S x S.
+    Other queries are not computed, so a long sequence costs R x S memory, not S x S.
 
     Args:
         query: [b, H, S, D]; key, value: [b, K, S, D].
@@ -129,10 +129,10 @@ def _seen(
     s_aux: Tensor | None,
 ) -> Seen:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    chosen = query[:, :, rows]
-    asked = chosen.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the queries of a KV head in one product
-    shown = (asked @ key.transpose(-1, -2)).reshape(*query.shape[:2], len(rows), -1).float() * scale
-    scores = shown if softcap is None else softcap * torch.tanh(shown / softcap)
+    queries = query[:, :, rows]
+    grouped = queries.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the queries of a KV head in one product
+    products = (grouped @ key.transpose(-1, -2)).reshape(*query.shape[:2], len(rows), -1).float() * scale
+    scores = products if softcap is None else softcap * torch.tanh(products / softcap)
     if attention_mask is None:
         visible = (torch.arange(key.shape[2], device=key.device) <= rows[:, None])[None, None]
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
@@ -148,11 +148,11 @@ def _seen(
         probabilities = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     else:
         probabilities = scores.softmax(-1)
-    return Seen(chosen, key, value, shown, probabilities, visible, scale, rows)
+    return Seen(queries, key, value, products, probabilities, visible, scale, rows)
 
 
 def register_probe() -> None:
-    """Make the probe known to transformers, with the mask that eager attention gets."""
+    """Register the probe with transformers as an attention implementation, with the mask of eager attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -164,7 +164,7 @@ def register_probe() -> None:
 def observing(observer: Observer, rows: Tensor) -> Iterator[None]:
     """Show the queries at ``rows`` (int64 [R]) of the probed attention inside the block to ``observer``.
 
-    The block ends there: what follows the attention is not run.
+    The block ends at the attention; the rest of the forward pass is not run.
     """
     token = _observers.set((*_observers.get(), (observer, rows)))
     try:

@@ -117,7 +117,7 @@ BAD = [
     ("", ["--kv-heads", "3"], 2, "does not divide"),
     ("", ["--kv-heads", "64"], 2, "cannot add"),
     ("", ["--kv-heads", "0"], 2, "1 or more"),
-    ("", ["--kv-heads", "two"], 2, "is no whole number"),
+    ("", ["--kv-heads", "two"], 2, "is not a whole number"),
     ("", [], 2, "--kv-heads"),
     ("", ["--kv-heads", "1", "--method", "meen"], 2, "did you mean 'mean'"),
     ("", ["--kv-heads", "1", "--grouping", "simular"], 2, "did you mean 'similar'"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from rehead.errors import UsageError
-from rehead.flags import flags, given
+from rehead.flags import flags, set_by_user
 from rehead.options import SPLIT, Count, Flag, Names, Options, named_options, pairs, parse_count, takes
 
 
@@ -52,12 +52,12 @@ def test_a_text_is_options(text: str, changed: dict) -> None:
     [
         ("w:sise=3", "--variant w: unknown key 'sise'; did you mean 'size'?"),
         ("w:size=0", "--variant w: size: 0: must be 1 or more"),
-        ("w:size=x", "--variant w: size: 'x': is no whole number; write 8000000, 8M or 32Ki"),
+        ("w:size=x", "--variant w: size: 'x': is not a whole number; write 8000000, 8M or 32Ki"),
         ("w:share=2", "--variant w: share: '2': must be 1 or less"),
         ("w:share=nan", "--variant w: share: 'nan': must be finite"),
         ("w:kind=sft", "--variant w: kind: 'sft': is not known; did you mean 'soft'?"),
         ("w:sinks=maybe", "--variant w: sinks: 'maybe': is neither true nor false; write one of them"),
-        ("w:sink", "--variant w: 'sink' is no key=value; did you mean 'sinks'?"),
+        ("w:sink", "--variant w: 'sink' is not key=value; did you mean 'sinks'?"),
         ("v", "unknown variant 'v'"),
     ],
 )
@@ -92,7 +92,7 @@ def test_flags_say_every_default_and_hand_over_what_was_written() -> None:
     @click.command()
     @flags(Window)
     def command(**values: object) -> None:
-        click.echo(json.dumps(Window.parse(given(values)).as_json()))
+        click.echo(json.dumps(Window.parse(set_by_user(values)).as_json()))
 
     text = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
     for words in ("--size N", "[default: 4096]", "soft|hard", "--lengths N[,N]", "[default: 1, 2]", "--most, --limit N",

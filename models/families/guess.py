@@ -1,7 +1,7 @@
-"""A family for a model type that the table lacks, inferred from names, shapes and a probe of the class's own rotation.
+"""Infer the family of a model type that the table lacks, from names, shapes and a probe of the class's own rotation.
 
-A guess is careful: any tensor beside the usual ones makes it refuse, and where a norm or a rotation stays unknown it
-claims no freedom for the keys, so that methods which rotate them leave them alone. It is still a guess, and marked so.
+A guess is careful: any tensor beside the usual ones makes it refuse, and an unknown norm or rotation allows
+no change of the keys' basis, so that methods do not rotate them. It is still a guess, and marked as one.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
         raise _unknown(config, "has no q_proj, k_proj and v_proj in its layers")
     if len(places) > 1:
         raise _unknown(config, f"has attention in several places ({', '.join(a + '*.' + b for a, b in places)})")
-    ((start, attention), found) = next(iter(places.items()))
-    layers = sorted(set(found))
+    ((start, attention), indices) = next(iter(places.items()))
+    layers = sorted(set(indices))
     prefix = f"{start}{layers[0]}.{attention}"
     if getattr(config, "num_key_value_heads", None) is None:
         raise _unknown(config, "has no num_key_value_heads in its config, so no config can load fewer")
@@ -67,7 +67,7 @@ def guess_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     suffix = f"{layers[0]}.{attention}".rstrip(".")
     module = _check_modules(config, suffix, names)
     pairing = probe_pairing(config)
-    # Without its rotation known, a key's basis must not be touched: that is what a LayerNorm's freedom says.
+    # With an unknown rotation a key's basis must not change; "layer" is the norm that forbids every change.
     norm: KeyNorm = "layer" if pairing is None else _guess_norm(config, prefix, names, tensors)
     attending = frozenset(layers)
     return Family(
@@ -102,7 +102,7 @@ def _check_shapes(config: Config, prefix: str, output: str, tensors: Mapping[str
 
 
 def _check_rest(config: Config, prefix: str, names: Names, tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse any tensor of the attention module that has no known part; returns those of the query heads."""
+    """The extra tensors of the query heads; refuses any tensor of the attention module whose purpose is unknown."""
     stems = (names.query, names.key, names.value, names.output, names.query_norm, names.key_norm)
     extras = []
     for name in tensors:
@@ -117,10 +117,9 @@ def _check_rest(config: Config, prefix: str, names: Names, tensors: Mapping[str,
 
 
 def _check_modules(config: Config, suffix: str, names: Names) -> str:
-    """Refuse a class whose attention has parts beside the known ones: a norm may matter without having weights.
+    """The class's name of the module that ends in ``suffix``; the checkpoint's prefix may differ.
 
-    Returns:
-        Where the class has the module that ends in ``suffix``; a checkpoint may spell the part before it otherwise.
+    Refuses a class whose attention has unknown submodules, since a norm may have no weights in the checkpoint.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -131,18 +130,18 @@ def _check_modules(config: Config, suffix: str, names: Names) -> str:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise _unknown(config, f"has a class that cannot be built from its config ({type(error).__name__})") from None
-    found = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{suffix}")]
-    if len(found) != 1:
+    modules = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{suffix}")]
+    if len(modules) != 1:
         raise _unknown(config, f"has no module {suffix} in its class")
-    for name, part in model.get_submodule(found[0]).named_children():
+    for name, part in model.get_submodule(modules[0]).named_children():
         normed = name in (names.query_norm, names.key_norm) and not list(part.parameters())
         if normed or not (name in known or isinstance(part, (torch.nn.Dropout, torch.nn.Identity))):
             raise _unknown(config, f"has a part {name} ({type(part).__name__}) in its attention that is unknown")
-    return found[0]
+    return modules[0]
 
 
 def _guess_norm(config: Config, prefix: str, names: Names, tensors: Mapping[str, Any]) -> KeyNorm:
-    """The key norm by its weight's shape; a weight for one head counts as a LayerNorm's, which frees least."""
+    """The key norm by its weight's shape; a weight of one head counts as LayerNorm, which allows the fewest changes."""
     info = tensors.get(f"{prefix}{names.key_norm}.weight")
     if info is None:
         return "none"
@@ -157,7 +156,7 @@ def _guess_norm(config: Config, prefix: str, names: Names, tensors: Mapping[str,
 
 
 def probe_pairing(config: Config) -> Pairing | None:
-    """Which dimensions the class's ``apply_rotary_pos_emb`` rotates together, found by rotating unit vectors.
+    """Which dimensions the class's ``apply_rotary_pos_emb`` rotates together; measured by rotating unit vectors.
 
     Returns:
         ``"half"``, ``"interleaved"``, or None where the class has no such function or it does something else.
@@ -167,8 +166,8 @@ def probe_pairing(config: Config) -> Pairing | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    model_class = found[0] if isinstance(found, (tuple, list)) else found
+    classes = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = classes[0] if isinstance(classes, (tuple, list)) else classes
     module = sys.modules.get(getattr(model_class, "__module__", ""))
     rotate = getattr(module, "apply_rotary_pos_emb", None)
     if rotate is None:

@@ -1,6 +1,6 @@
-"""From a layer's tensors to :class:`~rehead.models.heads.Heads` and back, for every packing: pure and lossless.
+"""Convert a layer's tensors to :class:`~rehead.models.heads.Heads` and back, for every packing, without loss.
 
-``split(merge(heads)) == heads`` bit for bit; nothing is computed, rows only move.
+``split(merge(heads)) == heads`` bit for bit: rows are only reordered.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from rehead.models.heads import Heads, rotary_pairs
 # Norms whose weights have one row for each head and so change size with the heads.
 RESIZED_NORMS = ("rms_span", "layer_own")
 
-# Where the output gate that shares a projection with the queries goes in Heads.extras.
+# The key in Heads.extras of an output gate that shares a projection with the queries.
 GATE = "gate"
 
 
 def tensor_names(family: Family, config: Config, layer: int, present: Mapping[str, object]) -> list[str]:
-    """The tensors of one layer that hold its heads, in a fixed order, of those that are ``present``.
+    """Names of the ``present`` tensors that hold a layer's heads, in a fixed order.
 
-    Norm weights that all heads share are not among them: they do not change with the heads.
+    Norm weights that all heads share are not included, since they do not change with the heads.
     """
     prefix, names = family.prefix(layer), family.names
     stems = [names.query] if family.packing != "separate" else [names.query, names.key, names.value]
@@ -39,7 +39,7 @@ def tensor_names(family: Family, config: Config, layer: int, present: Mapping[st
 
 
 def shared_norm_names(family: Family, config: Config, layer: int, present: Mapping[str, object]) -> list[str]:
-    """Query and key norm weights of one layer that all heads share, of those that are ``present``."""
+    """Names of the ``present`` query and key norm weights of a layer that all its heads share."""
     if family.norm_of(config, layer) in (*RESIZED_NORMS, "none"):
         return []
     prefix, names = family.prefix(layer), family.names
@@ -48,11 +48,14 @@ def shared_norm_names(family: Family, config: Config, layer: int, present: Mappi
 
 
 def split(family: Family, config: Config, layer: int, tensors: Mapping[str, Tensor], kv: int | None = None) -> Heads:
-    """Read one layer's heads out of its tensors.
+    """One layer's heads from its tensors.
 
     Args:
-        tensors: by full name; those of :func:`tensor_names` and, where there are any, :func:`shared_norm_names`.
-        kv: number of KV heads the tensors hold; the config's when None.
+        family: the checkpoint's family.
+        config: the checkpoint's resolved config.
+        layer: the layer's index.
+        tensors: by full name; those of :func:`tensor_names` and, if any, :func:`shared_norm_names`.
+        kv: number of KV heads in the tensors; the config's when None.
 
     Returns:
         :class:`Heads` of views into ``tensors`` wherever the layout allows.
@@ -107,10 +110,13 @@ def split(family: Family, config: Config, layer: int, tensors: Mapping[str, Tens
 
 
 def merge(family: Family, layer: int, heads: Heads, like: Mapping[str, object]) -> dict[str, Tensor]:
-    """Write heads back as the family's tensors; the inverse of :func:`split`.
+    """One layer's tensors from its heads; the inverse of :func:`split`.
 
     Args:
-        like: the layer's source tensors or their headers by name: says which form of norm the checkpoint uses.
+        family: the family whose names and packing to use.
+        layer: the layer's index.
+        heads: the layer's heads.
+        like: the layer's source tensors or their headers by name, to see which form of norm the checkpoint uses.
 
     Returns:
         Contiguous tensors by full name, without norm weights that all heads share.

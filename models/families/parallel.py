@@ -1,4 +1,4 @@
-"""Model types of ours for parallel blocks: what is true of the serial type's attention is true of theirs."""
+"""Rehead's own model types for parallel blocks: their attention is laid out as the serial type's."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ PREFIX = "rehead_parallel_"
 
 
 def base_type(model_type: str) -> str:
-    """The serial model type behind one of ours; any other as it is."""
+    """The serial type of a parallel model type; other types are returned unchanged."""
     return model_type.removeprefix(PREFIX)
 
 
 def as_parallel(family: Family) -> Family:
-    """A family under our name for it."""
+    """The family of the parallel model type."""
     return replace(family, model_type=PREFIX + family.model_type, block=_block)
 
 
 def _block(config: Config) -> str:
-    given = config.parallel_layers
-    if given is None or len(given) == config.num_hidden_layers:
+    layers = config.parallel_layers
+    if layers is None or len(layers) == config.num_hidden_layers:
         return "parallel"
-    return f"parallel in {len(given)} of {config.num_hidden_layers} layers, else serial"
+    return f"parallel in {len(layers)} of {config.num_hidden_layers} layers, else serial"

@@ -1,4 +1,4 @@
-"""Config readers that more than one table entry shares: which layers attend, which rotate, what scales and gates."""
+"""Config readers shared by several table entries: which layers have attention or RoPE, and what scales and gates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def layer_kind(config: Config, layer: int) -> str:
 
 
 def attends(config: Config, layer: int) -> bool:
-    """Hybrids: whether a layer is softmax attention rather than recurrent, convolutional or linear attention."""
+    """Whether a hybrid's layer is softmax attention, not recurrent, convolutional or linear attention."""
     kind = layer_kind(config, layer)
     return "attention" in kind and not kind.startswith("linear")
 

@@ -1,6 +1,6 @@
-"""Model types that Rehead knows and declines: each with one line that says why and what to do instead.
+"""Model types that Rehead knows and refuses, each with one line that says why and what to do instead.
 
-Groups that a config gives away (encoder-decoder, multimodal) are told apart in :mod:`rehead.models.families.resolve`.
+Groups that a config shows by itself (encoder-decoder, multimodal) are refused in :mod:`rehead.models.families.resolve`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a config and tensor names to the family that reads them, or a refusal that says why there is none."""
+"""Find the family of a checkpoint by its config and tensor names, or refuse it and say why."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
 
     Args:
         config: a resolved transformers config.
-        tensors: the checkpoint's tensors by name; each value has a ``shape``. Only names and shapes are looked at.
+        tensors: the checkpoint's tensors by name; each value has a ``shape``. Only names and shapes are used.
 
     Returns:
-        The table's entry, or a guess with ``guessed`` set for an unknown model type with the usual names; whoever takes
-        a guess must prove it on numbers. Prefixes are the class's: see :func:`with_checkpoint_prefix`.
+        The table's entry, or for an unknown model type with the usual names a guess with ``guessed`` set, which the
+        caller must verify numerically. Prefixes are the class's: see :func:`with_checkpoint_prefix`.
 
     Raises:
-        UnsupportedError: known and declined, encoder-only, encoder-decoder, multimodal, attention-free, or laid out in
-            an unknown way; one line with the reason and the mend.
+        UnsupportedError: known and refused, encoder-only, encoder-decoder, multimodal, attention-free, or an unknown
+            layout; one line with the reason and the remedy.
     """
     refuse_type(config)
     model_type = config.model_type
@@ -42,7 +42,7 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
 
 
 def refuse_type(config: Config) -> None:
-    """Refuse what no tensors could make convertible, by the config alone; raises as :func:`resolve_family`."""
+    """Refuse model types that cannot be converted, by the config alone; raises as :func:`resolve_family`."""
     model_type = config.model_type
     if model_type not in REFUSALS and (differing := getattr(config, "per_layer_attributes", None)):
         raise UnsupportedError(
@@ -59,8 +59,8 @@ def refuse_type(config: Config) -> None:
 def with_checkpoint_prefix(family: Family, tensors: Mapping[str, Any]) -> Family:
     """The family with the layer prefix that this checkpoint uses.
 
-    A base model saved alone has no ``model.`` before its layers, and some releases name it otherwise; transformers
-    takes all of them. Where none fits, the family comes back as it is.
+    A base model saved alone has no ``model.`` before its layers, and some releases use another name; transformers loads
+    all of them. If none fits, the family is returned unchanged.
     """
     bare = family.layer.split(".", 1)[1]
     for layer in (family.layer, *family.layer_aliases, bare):
@@ -76,7 +76,7 @@ def _known_reason(config: Config) -> str | None:
 
 
 def _structural_reason(config: Config) -> str | None:
-    """Why a model type outside both tables cannot be converted, as far as its config tells."""
+    """Why a model type outside both tables cannot be converted; None if its config shows no reason."""
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder; give T5 or a decoder-only causal language model"
     towers = [name for name in _OTHER_TOWERS if getattr(config, name, None) is not None]
@@ -93,7 +93,7 @@ def _structural_reason(config: Config) -> str | None:
 
 
 def _multimodal(config: Config) -> str:
-    """Why a model with other towers is declined, and what to do about its language model where that can be done."""
+    """Why a multimodal model is refused, and how to convert its language model if that is possible."""
     text = getattr(config, "text_config", None)
     kind = getattr(text, "model_type", None)
     if kind in FAMILIES and _is_causal(text):

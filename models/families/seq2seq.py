@@ -1,4 +1,4 @@
-"""Encoder-decoders: a decoder block has two attentions, each a layer of its own here; encoders keep their heads."""
+"""Encoder-decoders: each of a decoder block's two attentions counts as a layer here; encoders keep their heads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class T5Family(Family):
 
 
 def t5_kv_heads(config: Config) -> int:
-    """``num_key_value_heads`` of our class; one for each query head in T5's own."""
+    """``num_key_value_heads`` of Rehead's class; one for each query head in transformers' T5."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_heads)
 
 
 def set_t5_kv(raw: dict[str, Any], kv: int) -> None:
-    """T5's class has no KV heads, so the result is of a class of ours, whose file it carries."""
+    """Set the count and Rehead's own class, since transformers' T5 has no number of KV heads."""
     raw.update(
         model_type="rehead_t5",
         architectures=["ReheadT5ForConditionalGeneration"],

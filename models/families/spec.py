@@ -1,6 +1,6 @@
-"""What a family is: where an architecture keeps its attention heads, as data.
+"""A family describes, as data, where an architecture keeps its attention heads.
 
-Nothing here reads a weight. :mod:`rehead.models.families.table` holds one :class:`Family` for each ``model_type``;
+Nothing here reads a weight. :mod:`rehead.models.families.table` has one :class:`Family` for each ``model_type``;
 :mod:`rehead.models.families.layouts` turns a layer's tensors into :class:`~rehead.models.heads.Heads` and back.
 """
 
@@ -138,12 +138,12 @@ class Family:
         packing: how q, k and v share tensors.
         transposed: weights are stored [in, out] (GPT-2's ``Conv1D``).
         names: tensor names.
-        key_norm: what normalises keys; decides which changes of basis leave the function alone.
-        norm_offset: what the class adds to the stored norm weight (1 where it stores the weight less one).
+        key_norm: how keys are normalised; decides which changes of basis leave the function unchanged.
+        norm_offset: added by the class to the stored norm weight (1 where it stores the weight minus one).
         norm_after_rotation: keys are normed after RoPE rather than before.
-        pairing: rotary pairing.
+        pairing: which dimensions RoPE rotates together.
         rotary_dims: (config, layer) -> how many leading dimensions of the head rotate; 0 in layers without RoPE.
-        num_heads, num_kv_heads, head_dim: read the counts off a resolved config.
+        num_heads, num_kv_heads, head_dim: read the counts from a resolved config.
         set_kv: writes the new count into a raw config.json dict.
         block: "serial" or "parallel", or a function of the config, for `inspect`.
         post_norm: whether the attention's output passes a norm before it joins the residual stream (MiniMax norms the
@@ -151,16 +151,16 @@ class Family:
         residual_scale: (config, layer) -> factor on the attention's output before it joins the residual stream.
         refusal: (config, kv_heads) -> why this class cannot hold the result, or None.
         has_attention: (config, layer) -> whether this layer is an attention layer (hybrids interleave others).
-        query_extras: full names below the attention module, and how checkpoints may spell them, of tensors with equal
-            rows for every query head (sinks, output gates): they stay unless query heads change places.
+        query_extras: names below the attention module of tensors with equal rows for every query head (sinks, output
+            gates), in every spelling that checkpoints use; they change only when query heads are reordered.
         gate_in_query: the query projection holds, for each head, its query and then an output gate of the same size.
-        fixed_values: something that is not linear acts on single channels between the attention's output and o_proj (a
-            gate, a norm), so the basis of V cannot change; a function of the config where one switches it.
-        clip: config -> bound on every query, key and value after projection, or None. Such a clamp commutes with no
-            change of basis; methods that change one treat it as inactive, which it is but for outliers.
-        hosted: the class holds one KV head for each query head and nothing else; another class stands in for it
+        fixed_values: a gate or norm acts on single channels between the attention's output and o_proj, so the basis of
+            V cannot change; a function of the config where the config switches it.
+        clip: config -> bound on every query, key and value after projection, or None. No change of basis commutes with
+            such a clamp; methods that change the basis ignore it, since it affects only outliers.
+        hosted: the class supports only one KV head per query head, so the result uses another class, its host
             (:mod:`rehead.convert.hosts`).
-        guessed: not in the table but inferred from names and shapes; its caller must prove it on numbers.
+        guessed: not in the table but inferred from names and shapes; the caller must verify it numerically.
         notes: shown by ``rehead families``.
     """
 
@@ -220,7 +220,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A model type that Rehead knows and declines, with the reason and what to do instead."""
+    """A model type that Rehead knows and refuses, with the reason and what to do instead."""
 
     model_type: str
     reason: str

@@ -1,4 +1,4 @@
-"""Architectures that count KV heads, rotate, gate or scale in a way of their own: functions for their table entries."""
+"""Functions for the table entries of architectures with their own way to count KV heads, rotate, gate or scale."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def laguna_fixed_values(config: Config) -> bool:
     return not (config.gating is True or config.gating == "per-head")
 
 
-# ---- Cohere 2 MoE: dense first layers may rotate whatever their window.
+# ---- Cohere 2 MoE: dense first layers may rotate with or without a window.
 
 
 def cohere2_moe_rotary(config: Config, layer: int) -> int:

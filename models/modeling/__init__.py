@@ -1,7 +1,7 @@
-"""Model classes of ours, for checkpoints that no class of transformers can express.
+"""Rehead's own model classes, for checkpoints that no class of transformers can express.
 
-A checkpoint carries its modelling file, with the core that it is made with, and names it in ``auto_map``; whoever
-imports ``rehead`` can load it without trusting remote code, since the same classes are registered here.
+A checkpoint contains its modelling file, with the core that the file imports, and names it in ``auto_map``. A program
+that imports ``rehead`` can load it without trusting remote code, since the same classes are registered here.
 :func:`install` does that when transformers' auto classes are imported, so that importing ``rehead`` alone stays cheap.
 """
 
@@ -27,12 +27,12 @@ CORE = PREFIX + "core"
 
 
 def modeling_file(name: str = PARALLEL) -> Path:
-    """The file that a checkpoint carries, by its module name."""
+    """The path of the modelling file with this module name, which checkpoints carry a copy of."""
     return Path(__file__).with_name(f"{name}.py")
 
 
 def carried_modules(config: Mapping[str, Any]) -> list[str]:
-    """The modules of ours that a ``config.json`` names in its ``auto_map``, sorted."""
+    """Rehead's modules that a ``config.json`` names in its ``auto_map``, sorted."""
     auto_map = config.get("auto_map")
     named = auto_map.values() if isinstance(auto_map, Mapping) else ()
     modules = {str(path).split(".")[0] for path in named}
@@ -40,16 +40,16 @@ def carried_modules(config: Mapping[str, Any]) -> list[str]:
 
 
 def without_remote_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` without an ``auto_map`` of somebody's code.
+    """A ``config.json`` without an ``auto_map`` of foreign code.
 
-    Transformers' own class loads what is converted; remote code neither knows of the change nor comes along.
+    transformers' own class loads the converted checkpoint; remote code does not know the change and is not copied.
     """
     foreign = config.get("auto_map") and not carried_modules(config)
     return {key: value for key, value in config.items() if not (foreign and key == "auto_map")}
 
 
 def carried_files(config: Mapping[str, Any]) -> dict[str, str]:
-    """The text of the modelling files of ours that a ``config.json`` needs, by their names beside it."""
+    """The text, by file name, of Rehead's modelling files that a ``config.json`` needs."""
     texts: dict[str, str] = {}
     waiting = carried_modules(config)
     while waiting:
@@ -60,44 +60,46 @@ def carried_files(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def needed_modules(text: str) -> list[str]:
-    """The modules beside it that a modelling file imports."""
+    """The modules in its folder that a modelling file imports."""
     return sorted(set(re.findall(rf"^from \.({PREFIX}\w+) import ", text, re.MULTILINE)))
 
 
 def parallel_families() -> dict[str, str]:
-    """Serial model types that have a parallel counterpart here, with the prefix of their classes."""
+    """Serial model types that have a parallel class here -> the prefix of their classes."""
     return dict(importlib.import_module(f"{__name__}.{PARALLEL}").FAMILIES)
 
 
 def parallel_config(config: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """A serial model's ``config.json`` as that of the same weights in parallel blocks. Pure; tensors keep their names.
+    """The ``config.json`` of a model with parallel blocks in some layers, from a serial or parallel one.
+
+    Weights and their names stay the same.
 
     Args:
         config: the content of ``config.json``, serial or already (partly) parallel.
-        layers: every layer that is to be parallel, 0-based.
+        layers: all layers that shall be parallel, 0-based.
 
     Returns:
-        A new dictionary. Without a parallel layer left it is the serial config.
+        A new dictionary; the serial config if ``layers`` is empty.
 
     Raises:
-        UnsupportedError: the model type has no parallel counterpart here.
-        UsageError: a layer that the model does not have.
+        UnsupportedError: the model type has no parallel class here.
+        UsageError: the model does not have one of the layers.
     """
     file = importlib.import_module(f"{__name__}.{PARALLEL}")
-    given = serial_config(config)
-    model_type, count = str(given.get("model_type")), int(given.get("num_hidden_layers", 0))
+    result = serial_config(config)
+    model_type, count = str(result.get("model_type")), int(result.get("num_hidden_layers", 0))
     if model_type not in file.FAMILIES:
         raise UnsupportedError(
             f"model type {model_type!r} has no parallel class; choose one of {', '.join(sorted(file.FAMILIES))}"
         )
-    chosen = sorted(set(layers))
-    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
-        wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
+    parallel = sorted(set(layers))
+    if parallel and not 0 <= parallel[0] <= parallel[-1] < count:
+        wrong = parallel[0] if parallel[0] < 0 else parallel[-1]
         raise UsageError(f"layer {wrong} does not exist; the model's layers are 0 to {count - 1}")
-    if not chosen:
-        return given
+    if not parallel:
+        return result
     name = f"Parallel{file.FAMILIES[model_type]}"
-    given |= {
+    result |= {
         "model_type": file.TYPE_PREFIX + model_type,
         "architectures": [f"{name}ForCausalLM"],
         "auto_map": {
@@ -105,32 +107,32 @@ def parallel_config(config: dict[str, Any], layers: Sequence[int]) -> dict[str, 
             "AutoModel": f"{PARALLEL}.{name}Model",
             "AutoModelForCausalLM": f"{PARALLEL}.{name}ForCausalLM",
         },
-        "parallel_layers": chosen,
+        "parallel_layers": parallel,
     }
-    return given
+    return result
 
 
 def serial_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the same weights in serial blocks, as transformers' own class reads it; a copy of a serial one."""
+    """The config of the same weights in serial blocks, for transformers' own class; a copy of a serial config."""
     file = importlib.import_module(f"{__name__}.{PARALLEL}")
-    given, model_type = dict(config), str(config.get("model_type"))
+    result, model_type = dict(config), str(config.get("model_type"))
     if not model_type.startswith(file.TYPE_PREFIX):
-        return given
+        return result
     for name in ("auto_map", "parallel_layers"):
-        given.pop(name, None)
+        result.pop(name, None)
     model_type = model_type.removeprefix(file.TYPE_PREFIX)
-    return given | {"model_type": model_type, "architectures": [f"{file.FAMILIES[model_type]}ForCausalLM"]}
+    return result | {"model_type": model_type, "architectures": [f"{file.FAMILIES[model_type]}ForCausalLM"]}
 
 
 def register() -> None:
-    """Make the classes of every modelling file here known to transformers' auto classes; more than once is fine."""
+    """Register the classes of every modelling file here with transformers' auto classes; may be repeated."""
     for path in sorted(Path(__file__).parent.glob(f"{PREFIX}*.py")):
         if path.stem != CORE:
             importlib.import_module(f"{__name__}.{path.stem}").register()
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds one module as everybody would, and calls :func:`register` once it has been executed."""
+    """An import hook for one module: imports it normally, then calls :func:`register`."""
 
     def __init__(self) -> None:
         self._busy = False
@@ -167,7 +169,7 @@ class _Registering(Loader):
 
 
 def install() -> None:
-    """Register now if transformers' auto classes are there, otherwise as soon as they are imported."""
+    """Register now if transformers' auto classes are imported, otherwise as soon as they are."""
     if AUTO_CONFIG in sys.modules:
         register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):

@@ -1,8 +1,8 @@
-"""What every modelling file of Rehead's is made with: classes that derive from transformers' own when first asked for.
+"""Shared by Rehead's modelling files: config and model classes, derived from transformers' own on first use.
 
-It travels beside a checkpoint with the file that imports it. Registering must import no model, least of all while
-transformers' auto classes are themselves being imported, and every config of thirty families would take a second. So a
-stand-in is registered, which becomes the config class when it is used; the models follow when a config is made.
+A checkpoint contains this file beside the one that imports it. Registering must not import a model, least of all while
+transformers' auto classes are themselves being imported, and importing thirty families' configs would take a second. So
+a placeholder is registered, which becomes the config class when used; models are registered when a config is created.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,16 +15,16 @@ import transformers
 
 @dataclass(eq=False)
 class Derived:
-    """A config class of ours and the model classes that go with it.
+    """A config class derived from transformers' and its model classes.
 
     Attributes:
-        module: the name of the modelling file's module, ``__name__``.
-        model_type: ours.
+        module: ``__name__`` of the modelling file's module.
+        model_type: the new model type.
         config: name of the config class.
-        base: gives transformers' own config class.
-        fields: name -> annotation of what our config has besides; None by default.
-        check: completes a config that was read; raises ValueError for an invalid one.
-        models: name of an auto class -> (name of the model class, gives its bases).
+        base: returns transformers' own config class.
+        fields: name -> annotation of the config's further fields, which are None by default.
+        check: completes a config after it is read; raises ValueError for an invalid one.
+        models: name of an auto class -> (name of the model class, function that returns its bases).
         also: called once the models are registered.
     """
 
@@ -40,7 +40,7 @@ class Derived:
 
     @cached_property
     def config_class(self) -> Any:
-        """The config class."""
+        """The config class, made on first use."""
         base = self.base()
 
         def __post_init__(config: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -60,7 +60,7 @@ class Derived:
         return type(self.config, (base,), namespace)
 
     def model_class(self, auto: str) -> type:
-        """The model class of an auto class."""
+        """The model class for an auto class, made on first use."""
         name, bases = self.models[auto]
         if name not in self.made:
             namespace = {
@@ -74,7 +74,7 @@ class Derived:
         return self.made[name]
 
     def register_models(self) -> None:
-        """Tell the auto classes which models go with the config."""
+        """Register the config's model classes with the auto classes."""
         for auto in self.models:
             auto_class = getattr(transformers, auto)
             if self.config_class not in auto_class._model_mapping:
@@ -82,16 +82,16 @@ class Derived:
         self.also()
 
     def register(self) -> None:
-        """Make the config known to ``AutoConfig``."""
+        """Register the config with ``AutoConfig``."""
         stand_in = _StandIn(self.config, (), {"__module__": self.module, "_derived": self})
         transformers.AutoConfig.register(self.model_type, stand_in, exist_ok=True)
 
 
 def named(derived: Iterable[Derived], name: str) -> Any:
-    """The class of that name among some, made when it is first used (for a module's ``__getattr__``, PEP 562).
+    """The config or model class of this name, made on first use (for a module's ``__getattr__``, PEP 562).
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: there is no such class.
     """
     for each in derived:
         if name == each.config:
@@ -103,7 +103,7 @@ def named(derived: Iterable[Derived], name: str) -> Any:
 
 
 class _StandIn(type):
-    """Type of what stands for a config class until it is used."""
+    """Type of the placeholder for a config class until it is used."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):

@@ -94,7 +94,7 @@ def _parallel_layer_class(serial: Any) -> type:
 
 
 def _make_parallel(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Give the chosen layers their parallel class; parameters, buffers and hooks stay where they are."""
+    """Give the layers in ``config.parallel_layers`` their parallel class; parameters, buffers and hooks stay."""
     for index in parallel_layers(model.config):
         serial: Any = type(layers[index])
         layers[index].__class__ = _parallel_layer_class(serial)
@@ -115,13 +115,13 @@ class ParallelModel:
 
 def _derived(model_type: str, prefix: str) -> Derived:
     def share_weight_conversion() -> None:
-        """Mixtures of experts store one tensor an expert and stack them on loading; that goes by model type."""
+        """Load mixtures of experts as the serial type does: one tensor per expert in the file, stacked in the model."""
         from transformers import conversion_mapping
 
-        ours = TYPE_PREFIX + model_type
-        theirs = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
-        if theirs is not None and conversion_mapping.get_checkpoint_conversion_mapping(ours) is None:
-            conversion_mapping.register_checkpoint_conversion_mapping(ours, theirs)
+        parallel = TYPE_PREFIX + model_type
+        mapping = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+        if mapping is not None and conversion_mapping.get_checkpoint_conversion_mapping(parallel) is None:
+            conversion_mapping.register_checkpoint_conversion_mapping(parallel, mapping)
 
     def models(suffix: str) -> tuple[str, Any]:
         return f"Parallel{prefix}{suffix}", lambda: (ParallelModel, getattr(transformers, prefix + suffix))
@@ -151,7 +151,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Make every config known to ``AutoConfig``; the models follow when a config of theirs is made."""
+    """Register every config with ``AutoConfig``; models are registered when one of their configs is created."""
     for model_type, derived in zip(FAMILIES, DERIVED):
         if model_type in transformers.CONFIG_MAPPING:
             derived.register()

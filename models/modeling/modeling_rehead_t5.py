@@ -174,5 +174,5 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Make the config known to ``AutoConfig``; the model follows when one is made."""
+    """Register the config with ``AutoConfig``; the model is registered when a config is created."""
     DERIVED.register()

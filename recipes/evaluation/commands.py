@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from rehead.console import JSON, QUIET, print_json, progress_bar
-from rehead.flags import flags, given
+from rehead.flags import flags, set_by_user
 from rehead.recipes.evaluation.options import EvaluateOptions
 
 
@@ -44,7 +44,7 @@ def evaluate_command(
     from rehead.recipes.evaluation.gates import enforce
     from rehead.recipes.evaluation.output import check_folder, write
 
-    options = EvaluateOptions.parse(given(values))
+    options = EvaluateOptions.parse(set_by_user(values))
     if out is not None:
         check_folder(out)
     from rehead.recipes.evaluation.run import evaluate

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from rehead.console import JSON, OVERWRITE, QUIET, ProgressBar, print_facts, print_json, progress_bar
-from rehead.flags import flags, given
+from rehead.flags import flags, set_by_user
 from rehead.recipes.training.options import UptrainOptions
 
 # How a run was started or watched is no part of what it made.
@@ -48,7 +48,7 @@ def uptrain_command(
             command=line,
             progress=progress,
             on_event=on_event,
-            **given(values),
+            **set_by_user(values),
         )
     if int(os.environ.get("RANK", "0")):
         return

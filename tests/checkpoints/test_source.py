@@ -252,7 +252,7 @@ def test_indexes_that_disagree_with_the_shards(tmp_path):
 def test_a_tensor_in_two_shards_is_the_one_the_index_names(tmp_path):
     folder = checkpoints.write_llama(tmp_path / "m", shards=2)
     first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    old = {k: v.clone() for k, v in load_file(first).items()}  # cloned, since the file under it is written anew
+    old = {k: v.clone() for k, v in load_file(first).items()}  # cloned, since the file under it is written again
     extra = torch.full((50, 64), 7.0, dtype=torch.bfloat16)
     checkpoints.save(first, {**old, "lm_head.weight": extra})
     source = open_source(folder)

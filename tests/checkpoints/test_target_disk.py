@@ -70,7 +70,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mod
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_disk_that_fills_up_meanwhile(tmp_path, model, monkeypatch, resume):
+def test_a_disk_that_fills_up_during_a_run(tmp_path, model, monkeypatch, resume):
     """ENOSPC out of the writing thread reaches the caller as one line; a resumable run keeps what it has."""
     real, written = os.pwrite, []
 

@@ -43,7 +43,7 @@ def test_places_where_out_may_not_be(tmp_path, model):
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "already exists")
     refused(tmp_path / "file", "not a folder", overwrite=True)
-    refused(tmp_path / "file" / "out", "is no folder")
+    refused(tmp_path / "file" / "out", "is not a folder")
     other = tmp_path / "photos"
     other.mkdir()
     (other / "cat.jpg").write_text("meow")
@@ -64,7 +64,7 @@ def test_nothing_foreign_is_lost_with_an_old_output(tmp_path, model, name):
     else:
         place.write_text("three years of work")
     before = hashes(tmp_path / "out")
-    with pytest.raises(UsageError, match=f"holds {name}, which is no part of a checkpoint"):
+    with pytest.raises(UsageError, match=f"has {name}, which is not part of a checkpoint"):
         convert(model, tmp_path / "out", overwrite=True)
     assert hashes(tmp_path / "out") == before
 

@@ -1,4 +1,4 @@
-"""Interrupted runs: nothing is left, or what is left is gone on from."""
+"""Interrupted runs: nothing is left, or what is left is resumed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_repeats_no_finished_file(tmp
 
 
 def test_resuming_checks_what_the_killed_run_left(tmp_path, model):
-    """A finished file that has rotted, or lost its end, is written anew."""
+    """A finished file that has rotted, or lost its end, is written again."""
     whole = hashes(convert(model, tmp_path / "whole", "20KB"))
     with pytest.raises(KeyboardInterrupt):
         convert(model, tmp_path / "out", "20KB", stop_at(4, KeyboardInterrupt()), resume=True)

@@ -62,7 +62,7 @@ def test_sizes(text: str | int, number: int) -> None:
         ({"betas": (0.9, 1.0)}, "must lie in"),
         ({"train": "attention,("}, "no regular expression"),
         ({"data": ()}, "name at least one text"),
-        ({"tokens": "1.5"}, "--tokens '1.5': is no whole number; write 8000000, 8M or 32Ki"),
+        ({"tokens": "1.5"}, "--tokens '1.5': is not a whole number; write 8000000, 8M or 32Ki"),
         ({"learning_rate": float("inf")}, "finite"),
         ({"learning_rates": ["k_proj=-1"]}, "must be 0 or more"),
         ({"learning_rates": ["k_proj=nan"]}, "is not PATTERN=FACTOR"),
