@@ -1,1 +1,1 @@
-"""Text in, rows of tokens out: where documents come from, how they are packed, and in which order they are seen."""
+"""Turn text into rows of tokens: read documents, tokenise and pack them, and choose the order of the rows."""

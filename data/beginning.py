@@ -1,10 +1,10 @@
-"""How a tokenizer begins a text, and sequences that begin so.
+"""The special tokens that a tokenizer puts before a text, and how to put them before windows of running text.
 
-A model whose tokenizer puts a beginning-of-sequence token (BOS) before every text leans on it: it is where attention
-goes that has nothing to look at (Xiao et al. 2023, arXiv 2309.17453). A window cut out of running text has none, and
-such a model then computes something that it never does in use. So the first token of every window, which nothing in the
-window predicts anyway, gives its place to BOS: as many tokens are read and counted as without, as in the chunks of
-llama.cpp's ``perplexity``. Tokenizers that add nothing change nothing.
+A model whose tokenizer puts a beginning-of-sequence token (BOS) before every text relies on it: attention goes there
+when it has nothing else to attend to (Xiao et al. 2023, arXiv 2309.17453). A window cut from running text has no BOS,
+and the model then computes something that it never does in use. So BOS replaces the first token of every window, which
+nothing in the window predicts anyway; the number of tokens read and counted stays the same, as in the chunks of
+llama.cpp's ``perplexity``. With a tokenizer that adds nothing, windows stay unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What a loss does not count.
+#: The label of tokens that a loss does not count.
 IGNORED = -100
 NO_START = torch.empty(0, dtype=torch.int64)
 
@@ -31,7 +31,9 @@ def text_start(tokenizer: Any) -> Tensor:
 
 
 def begun(rows: Tensor, start: Tensor) -> Tensor:
-    """Rows of running text whose first tokens give way to those that begin a text; not where one begins right behind.
+    """Rows of running text with their first ``p`` tokens replaced by ``start``.
+
+    A row where ``start`` follows right after those tokens stays unchanged.
 
     Args:
         rows: int64 ``[b, n]``.
@@ -47,7 +49,7 @@ def begun(rows: Tensor, start: Tensor) -> Tensor:
 
 
 def uncounted(targets: Tensor, start: Tensor) -> Tensor:
-    """Targets with :data:`IGNORED` where a text begins: no model is to predict that.
+    """Targets with :data:`IGNORED` in place of the tokens that begin a text, which no model should predict.
 
     Args:
         targets: int64, any shape.
@@ -57,5 +59,5 @@ def uncounted(targets: Tensor, start: Tensor) -> Tensor:
 
 
 def convention(start: Tensor) -> str:
-    """How windows begin, as documents and tables say it."""
+    """Which windows begin with special tokens, as printed in tables: ``"each window"`` or ``"none"``."""
     return "each window" if len(start) else "none"

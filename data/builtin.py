@@ -1,4 +1,4 @@
-"""Texts that ship with Rehead, which every flag that takes data knows by name."""
+"""Texts that ship with Rehead, which every flag for data accepts by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = {
 
 
 def text_path(name: str) -> str:
-    """A text's name as files are named: built-in names become paths, their options stay; others stay as they are.
+    """The path of a built-in text, with its options; other names are returned unchanged.
 
     Raises:
         UsageError: there is no built-in text of that name.

@@ -1,4 +1,4 @@
-"""Calibration text: where it comes from, and how it becomes sequences of tokens."""
+"""Read calibration text and cut it into sequences of tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rehead.errors import UsageError, first_line
 
 BUILT_IN = "calibration.txt.gz"
 RANDOM = "random"
-#: With less than this, second moments say more about the sample than about the model.
+#: Fewer tokens make second moments depend too much on the sample.
 MIN_TOKENS = 1024
 #: More characters than a token has on average in any text worth calibrating on.
 _CHARACTERS = 7
@@ -33,7 +33,7 @@ class CalibrationText:
 
     Attributes:
         tokens: int64 [sequences, length], one tensor for each length, the longest first.
-        names: what they were taken from.
+        names: the texts that they were taken from.
     """
 
     tokens: list[Tensor]
@@ -46,7 +46,7 @@ class CalibrationText:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens in a sequence, the longest first."""
+        """Tokens per sequence, the longest first."""
         return [part.shape[1] for part in self.tokens]
 
 
@@ -55,9 +55,9 @@ def load_calibration(
 ) -> CalibrationText:
     """Read texts and cut them into sequences with the model's own tokenizer.
 
-    Excerpts lie at random places of equal stretches of each text and do not overlap (at even distances, a text whose
-    parts take turns may show only some of them); several texts share the tokens equally. A tokenizer that starts a text
-    with a special token starts every sequence with it.
+    Each text is divided into equal stretches, and one sequence is taken at a random place in each, without overlap (at
+    even distances, sequences could miss parts of a text with a regular structure). Several texts share the tokens
+    equally. A tokenizer that starts a text with a special token starts every sequence with it.
 
     Args:
         texts: files (.txt, .txt.gz, .md, .jsonl, .parquet), folders or Hub datasets, with options as
@@ -65,9 +65,9 @@ def load_calibration(
             a tokenizer, tests). Empty: the text that ships with Rehead.
         source: the model, for its tokenizer.
         vocab_size: for ``"random"``.
-        tokens: how many in all; fewer are used where the texts hold fewer.
-        lengths: tokens in a sequence; several share the tokens equally, less those that their share does not fill once.
-        seed: of the places, and for ``"random"``.
+        tokens: total tokens; fewer are used if the texts are shorter.
+        lengths: tokens per sequence; several lengths share the tokens equally, except those longer than their share.
+        seed: seed for the places in the text, and for ``"random"``.
 
     Raises:
         UsageError: a text is missing, empty, not text, or too short; or the model has no tokenizer.
@@ -102,9 +102,9 @@ def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512, se
 
     Args:
         tokenizer: the model's own.
-        tokens: how many in all; at least one sequence.
-        length: of a sequence.
-        seed: of the places that the sequences are taken from.
+        tokens: total tokens; at least one sequence is returned.
+        length: tokens per sequence.
+        seed: seed for the places in the text.
 
     Raises:
         UsageError: the text gives no sequence of that length.
@@ -116,7 +116,7 @@ def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512, se
 
 
 def _excerpts(contents: Sequence[str], tokenizer: Any, counts: dict[int, int], seed: int) -> list[list[int]]:
-    """Sequences of tokens, ``counts`` of each length, shared equally by some texts that take turns."""
+    """Sequences of tokens, ``counts`` of each length, taken from the texts in turn."""
     drawn = []
     for i, content in enumerate(contents):
         share = {length: (count + len(contents) - 1 - i) // len(contents) for length, count in counts.items()}
@@ -125,7 +125,7 @@ def _excerpts(contents: Sequence[str], tokenizer: Any, counts: dict[int, int], s
 
 
 def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
-    """How many sequences of each length, longest first; what a length cannot use goes to the shorter ones."""
+    """Number of sequences of each length, longest first; tokens that a length cannot use go to the shorter ones."""
     counts: dict[int, int] = {}
     distinct = sorted(set(lengths), reverse=True)
     for i, length in enumerate(distinct):
@@ -139,18 +139,18 @@ def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
 
 
 def _slots(counts: dict[int, int]) -> list[int]:
-    """The lengths of all sequences in the order in which they come up in a text: each spread evenly over it."""
+    """The lengths of all sequences in their order in the text, with each length spread evenly over it."""
     places = [((i + 0.5) / count, length) for length, count in counts.items() for i in range(count)]
     return [length for _, length in sorted(places)]
 
 
 def _sequences(text: str, tokenizer: Any, slots: Sequence[int], seed: int) -> list[list[int]]:
-    """Sequences of the lengths of ``slots``, in this order and spread over a text; those that it holds."""
+    """Sequences of the lengths in ``slots``, in this order and spread over a text; fewer if the text is too short."""
     wanted, draw = sum(slots), random.Random(seed).random
     spare = len(text) - _CHARACTERS * wanted
     if spare < 0:
         return _all_sequences(text, tokenizer, slots)
-    # Room for excerpts with generous ends, so the rest of the text need not be tokenised.
+    # The text is long enough to tokenise only generous excerpts of it.
     rows, at = [], 0
     for length in slots:
         start = int(len(text) * (at / wanted) + draw() * spare * (length / wanted))
@@ -165,7 +165,7 @@ def _sequences(text: str, tokenizer: Any, slots: Sequence[int], seed: int) -> li
 
 
 def _all_sequences(text: str, tokenizer: Any, slots: Sequence[int]) -> list[list[int]]:
-    """The same for a text that has to be tokenised whole; the first slots use up one that is too short for all."""
+    """As :func:`_sequences`, for a text that must be tokenised whole; if too short, the last slots get nothing."""
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     start = text_start(tokenizer).tolist()
     spare = max(len(ids) - sum(length - len(start) for length in slots), 0)
@@ -190,12 +190,12 @@ def _tokenizer(source: Source) -> Any:
 
 
 def built_in_text() -> str:
-    """The text that ships with Rehead for calibration."""
+    """Rehead's built-in calibration text."""
     return gzip.decompress((files("rehead.data.assets") / BUILT_IN).read_bytes()).decode("utf-8")
 
 
 def _read(name: str) -> str:
-    """The whole of a text as one string."""
+    """All documents of a source as one string."""
     if name == "built in":
         return built_in_text()
     return _join(read_documents([name], streaming=True, option="--calibration"))

@@ -1,4 +1,4 @@
-"""In which order rows are seen: a pure function of (seed, step), so that resuming needs nothing but the step."""
+"""The order of training rows: a pure function of seed and step, so that resuming needs only the step."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ _ROUNDS = 6
 
 
 def permuted(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a keyed permutation of ``range(size)`` sends some indices; no table of all of them is ever made.
+    """Images of some indices under a pseudorandom permutation of ``range(size)``, computed without a table.
 
-    A balanced Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002).
+    A balanced Feistel network over the next even power of two, applied until the result is below ``size`` (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
     Args:
         index: int64 ``[n]`` in ``range(size)``.
-        size: how many there are.
-        seed, epoch: the key.
+        size: number of elements that are permuted.
+        seed, epoch: the permutation's key.
 
     Returns:
-        int64 ``[n]`` in ``range(size)``; distinct indices go to distinct places.
+        int64 ``[n]`` in ``range(size)``; distinct indices have distinct images.
     """
     half = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
     mask = np.uint64((1 << half) - 1)
     keys = _keys(seed, epoch)
-    found = np.array(index, dtype=np.uint64)
-    outside = np.ones(found.shape, dtype=bool)
+    images = np.array(index, dtype=np.uint64)
+    outside = np.ones(images.shape, dtype=bool)
     while outside.any():
-        found[outside] = _feistel(found[outside], keys, np.uint64(half), mask)
-        outside = found >= size
-    return found.astype(np.int64)
+        images[outside] = _feistel(images[outside], keys, np.uint64(half), mask)
+        outside = images >= size
+    return images.astype(np.int64)
 
 
 def _keys(seed: int, epoch: int) -> np.ndarray:
@@ -52,14 +52,14 @@ def _feistel(x: np.ndarray, keys: np.ndarray, half: np.uint64, mask: np.uint64) 
 def rows_of_step(step: int, rows_per_step: int, size: int, seed: int) -> np.ndarray:
     """The rows of one optimiser step.
 
-    Steps go through the rows without a gap: every epoch sees each row once, in an order of its own, and a step may end
-    one epoch and begin the next.
+    Every epoch has each row once, in an order of its own; a step may contain the end of one epoch and the start of the
+    next.
 
     Args:
-        step: from 0.
-        rows_per_step: rows in a step, over all processes.
-        size: rows in all.
-        seed: of the order.
+        step: 0 for the first.
+        rows_per_step: rows per step, over all processes.
+        size: total rows.
+        seed: seed of the order.
 
     Returns:
         int64 ``[rows_per_step]``.

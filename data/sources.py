@@ -1,13 +1,13 @@
-"""Where documents come from: files, folders, saved datasets and Hub datasets, each by one name.
+"""Read documents from files, folders, saved datasets and Hub datasets, each given by one name.
 
 A name is a path or a Hub dataset id. A revision may follow a Hub id, and options any name::
 
-    speeches.txt.gz#lines,chars=:-200000      one document a line, all but the last 200,000 characters
+    speeches.txt.gz#lines,chars=:-200000      one document per line, all but the last 200,000 characters
     allenai/c4@main#config=en,split=train     a configuration and a split of a Hub dataset
     posts.jsonl#column=body                   another column than "text"
     built-in:heldout                          a text that ships with Rehead
 
-Without ``#lines`` a text file is one document: nothing in it says where another would begin.
+Without ``#lines`` a text file is one document, since nothing in it marks where another begins.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rehead.errors import UsageError, first_line, unknown_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-#: Of one document; more of it than of any book, and little enough to hold.
+#: Characters per document; more than any book has, and few enough to keep in memory.
 MAX_CHARACTERS = 1 << 29
 _OPTIONS = ("lines", "chars", "config", "split", "column")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -40,8 +40,8 @@ class DataSource:
     Attributes:
         name: the path or Hub id.
         revision: of a Hub dataset.
-        lines: every line of a text file that is not blank is a document.
-        chars: (start, stop) of the part of a text file that is read, in characters, as in a Python slice.
+        lines: each line of a text file that is not blank is a document.
+        chars: (start, stop) of the part of a text file to read, in characters, as in a Python slice.
         config: configuration of a Hub dataset.
         split: split of a Hub dataset or of a saved one.
         column: the column that holds the text; "text", or the only column of strings, when None.
@@ -57,15 +57,15 @@ class DataSource:
 
 
 def parse_source(text: str, *, split: str = "train", column: str | None = None, option: str = "--data") -> DataSource:
-    """Read a name with its revision and options.
+    """Parse a source's name with its revision and options.
 
     Args:
-        text: ``NAME[@REVISION][#OPTION[=VALUE],...]``; a path that exists is taken as it stands.
-        split, column: where the options name none.
-        option: the flag that it came from, for messages.
+        text: ``NAME[@REVISION][#OPTION[=VALUE],...]``; the path of an existing file or folder is not parsed further.
+        split, column: defaults for names without these options.
+        option: the flag that the name came from, for messages.
 
     Raises:
-        UsageError: empty, or an option that does not exist or makes no sense.
+        UsageError: the name is empty, or an option is unknown or invalid.
     """
     source = DataSource("", split=split, column=column)
     if not text.strip():
@@ -94,7 +94,7 @@ def parse_source(text: str, *, split: str = "train", column: str | None = None, 
 def _slice(value: str, text: str, option: str) -> tuple[int | None, int | None]:
     match = re.fullmatch(r"(-?\d*):(-?\d*)", value)
     if match is None or "-" in match.groups():
-        raise UsageError(f"{option} {text}: chars={value} is no range; write chars=START:STOP as in a Python slice")
+        raise UsageError(f"{option} {text}: chars={value} is not a range; write chars=START:STOP as in a Python slice")
     start, stop = (int(edge) if edge else None for edge in match.groups())
     return start, stop
 
@@ -109,14 +109,13 @@ def read_documents(
 ) -> Iterator[str]:
     """The documents of several sources, one source after the other.
 
-    Files are read as they are needed, a Hub dataset through ``datasets``. Documents without a visible character are
-    left out.
+    Files are read as they are needed, Hub datasets through ``datasets``. Blank documents are left out.
 
     Args:
         names: as :func:`parse_source` reads them: text files (.txt, .md, .rst, each also .gz), .jsonl, .json, .parquet,
             folders of such files (walked in sorted order), folders written by ``Dataset.save_to_disk``, Hub datasets.
-        streaming: read a Hub dataset over the network as it is needed rather than fetching it whole first.
-        split, column: for names that say nothing of them.
+        streaming: read a Hub dataset over the network as it is needed, rather than download all of it first.
+        split, column: defaults for names without these options.
         option: the flag that the names came from, for messages.
 
     Raises:
@@ -130,25 +129,25 @@ def read_documents(
 
 def documents_of(source: DataSource, streaming: bool = False, option: str = "--data") -> Iterator[str]:
     """The documents of one source; arguments and errors as :func:`read_documents`."""
-    found = False
+    empty = True
     try:
         for document in _open(source, streaming, option):
             if document.strip():
-                found = True
+                empty = False
                 yield document
     except UsageError:
         raise
     except (OSError, EOFError, UnicodeDecodeError) as error:
         _refuse(source, option, f"is not readable as text ({first_line(error, 160)}); give UTF-8 text")
-    if not found:
+    if empty:
         _refuse(source, option, "is empty; give a source with text")
 
 
 def identity(names: Sequence[str], option: str = "--data") -> list[list[Any]]:
-    """What tells the sources from others without reading them: names with options and, of files, size and time.
+    """Values that change when the sources do, without reading them: names with options, and sizes and times of files.
 
     Raises:
-        UsageError: an option of a name makes no sense.
+        UsageError: an option of a name is invalid.
     """
     rows: list[list[Any]] = []
     for text in names:
@@ -170,7 +169,7 @@ def _open(source: DataSource, streaming: bool, option: str) -> Iterator[str]:
         files = _walk(path)
         if not files:
             known = ", ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
-            _refuse(source, option, f"holds no text; give a folder with files ending in {known}")
+            _refuse(source, option, f"has no text; give a folder with files ending in {known}")
         for file in files:
             yield from _file(file, source, option)
     elif source.name.startswith((".", "/", "~")) or source.name.count("/") > 1 or _suffix(path):
@@ -180,16 +179,16 @@ def _open(source: DataSource, streaming: bool, option: str) -> Iterator[str]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Files of known types below a folder in sorted order; hidden ones and what Rehead staged are left out."""
-    found = []
+    """Files of known types below a folder in sorted order, without hidden files and Rehead's staging folders."""
+    files = []
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(base) / name for name in sorted(names) if not name.startswith(".") and _suffix(Path(name))]
-    return found
+        files += [Path(base) / name for name in sorted(names) if not name.startswith(".") and _suffix(Path(name))]
+    return files
 
 
 def _suffix(path: Path) -> str:
-    """The ending that says how a file is read, without .gz; empty where it is not known."""
+    """The file's ending, without .gz, if it is a known type; else empty."""
     suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
     suffix = suffix.lower()
     return suffix if suffix in TEXT_SUFFIXES or suffix in TABLE_SUFFIXES else ""
@@ -219,7 +218,7 @@ def _refuse_ranges(source: DataSource, option: str) -> None:
 
 def _text(path: Path, source: DataSource, option: str) -> Iterator[str]:
     opener = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:  # a mark of byte order at the beginning is no text
+    with opener(path, "rt", encoding="utf-8-sig") as file:  # drops a byte order mark at the beginning
         if source.lines and source.chars == (None, None):
             while line := file.readline(MAX_CHARACTERS + 1):
                 yield _checked(line.rstrip("\n"), source, option)
@@ -232,7 +231,7 @@ def _text(path: Path, source: DataSource, option: str) -> Iterator[str]:
 
 
 def _read(file: TextIO, limit: int) -> str:
-    """At most ``limit`` characters; a packed file may hold a thousand times its size."""
+    """At most ``limit`` characters; a compressed file may expand to a thousand times its size."""
     pieces = []
     while limit > 0 and (piece := file.read(min(limit, 1 << 22))):
         pieces.append(piece)
@@ -242,9 +241,9 @@ def _read(file: TextIO, limit: int) -> str:
 
 def _checked(text: str, source: DataSource, option: str) -> str:
     if len(text) > MAX_CHARACTERS:
-        _refuse(source, option, f"holds a document of more than {MAX_CHARACTERS:,} characters; cut it into several")
+        _refuse(source, option, f"has a document of more than {MAX_CHARACTERS:,} characters; cut it into several")
     if "\0" in text:
-        _refuse(source, option, "is not text (it holds NUL characters); give UTF-8 text")
+        _refuse(source, option, "is not text (it has NUL characters); give UTF-8 text")
     return text
 
 
@@ -273,7 +272,7 @@ def _hub(source: DataSource, streaming: bool, option: str) -> Iterator[str]:
 
 
 class _table_errors:  # noqa: N801
-    """Turns whatever ``datasets`` raises while a source is opened or read into one line; it logs the same, unasked."""
+    """Turns any error of ``datasets`` inside the block into one line, and silences its log, which repeats the error."""
 
     def __init__(self, source: DataSource, option: str) -> None:
         self._source, self._option = source, option
@@ -289,8 +288,8 @@ class _table_errors:  # noqa: N801
             return
         local = os.path.exists(self._source.name)
         what = "cannot be read" if local else "is neither a file nor a Hub dataset that can be read"
-        mend = "check its form" if local else "check the name"
-        _refuse(self._source, self._option, f"{what} ({first_line(error, 160)}); {mend}")
+        remedy = "check its form" if local else "check the name"
+        _refuse(self._source, self._option, f"{what} ({first_line(error, 160)}); {remedy}")
 
 
 def _column(rows: Iterable[Any], source: DataSource, option: str) -> Iterator[str]:
@@ -303,21 +302,21 @@ def _column(rows: Iterable[Any], source: DataSource, option: str) -> Iterator[st
                 _refuse(source, option, unknown_name("column", column, map(str, row)))
         value = row[column]
         if value is not None and not isinstance(value, str):
-            _refuse(source, option, f"column {column!r} holds {type(value).__name__} and not text; name another")
+            _refuse(source, option, f"column {column!r} has {type(value).__name__} and not text; name another")
         yield value or ""
 
 
 def _only_column(row: Any, source: DataSource, option: str) -> str:
-    """The one column of strings; of several, ids and titles among them, none is guessed at."""
-    found = [str(key) for key, value in row.items() if isinstance(value, str)]
-    if not found:
+    """The only column of strings; with several (ids and titles, say) the user must choose."""
+    columns = [str(key) for key, value in row.items() if isinstance(value, str)]
+    if not columns:
         _refuse(source, option, "has no column of text; give one with a column 'text'")
-    if len(found) > 1:
-        listed = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
-        _refuse(source, option, f"has several columns of text ({listed}); name one, such as #column={found[-1]}")
-    return found[0]
+    if len(columns) > 1:
+        listed = ", ".join(columns[:8]) + (", ..." if len(columns) > 8 else "")
+        _refuse(source, option, f"has several columns of text ({listed}); name one, such as #column={columns[-1]}")
+    return columns[0]
 
 
 def _refuse(source: DataSource, option: str, why: str) -> NoReturn:
-    # Not from the exception that led here: the line says what the user needs.
+    # "from None": the one line says all that the user needs.
     raise UsageError(f"{option} {source.name}: {why}") from None

@@ -1,4 +1,4 @@
-"""Tokens on disk: written once, two or four bytes each, then mapped into memory and cut into rows."""
+"""Store tokens on disk, two or four bytes each, and read rows from the memory-mapped file."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What a store holds.
+    """The description of a store, saved beside its tokens.
 
     Attributes:
         key: hash of what it was made from: names, sizes and times of files, tokenizer, limit.
         dtype: ``"uint16"`` or ``"uint32"``.
-        tokens: how many.
-        documents: how many.
-        sha256: of the tokens and the places where documents begin.
+        tokens: number of tokens.
+        documents: number of documents.
+        sha256: hash of the tokens and of the places where documents begin.
     """
 
     key: str
@@ -58,12 +58,12 @@ class StoreFacts:
 
 
 class TokenStore:
-    """A stream of tokens with the places where documents begin, mapped from a folder.
+    """A stream of tokens with the places where documents begin, memory-mapped from a folder.
 
     Args:
-        folder: what :func:`write_store` wrote.
-        start: int64 ``[p]``, how the tokenizer begins a text (:func:`rehead.data.beginning.text_start`): every row
-            begins so, inside a document too.
+        folder: a folder written by :func:`write_store`.
+        start: int64 ``[p]``, the tokens that begin a text (:func:`rehead.data.beginning.text_start`); every row begins
+            with them, inside a document too.
     """
 
     def __init__(self, folder: Path, start: Tensor = NO_START) -> None:
@@ -73,16 +73,16 @@ class TokenStore:
         self._starts = np.fromfile(folder / _STARTS, dtype="<i8")
 
     def rows(self, length: int) -> int:
-        """How many rows of ``length`` tokens there are; each needs the token behind it as well."""
+        """Number of rows of ``length`` tokens; each also needs the token after it, as a label."""
         return (self.facts.tokens - 1) // length
 
     def read(self, rows: np.ndarray, length: int, *, isolated: bool = True) -> Rows:
         """Cut rows out of the stream.
 
         Args:
-            rows: int64 ``[n]``, which.
-            length: tokens in a row.
-            isolated: restart positions in every document and predict nothing across two; otherwise a row is one text.
+            rows: int64 ``[n]``, indices of the rows.
+            length: tokens per row.
+            isolated: restart positions at every document, with no label across two; otherwise a row is one text.
         """
         windows = np.stack([self._tokens[row * length : (row + 1) * length + 1] for row in rows]).astype(np.int64)
         labels = windows[:, 1:].copy()
@@ -115,19 +115,19 @@ def write_store(
     progress: Any = None,
     cache: Path | None = None,
 ) -> TokenStore:
-    """Tokenise sources into a folder; one that holds the same already is used as it is.
+    """Tokenise sources into a folder; a store with the same key there is reused.
 
     Args:
-        folder: made if missing; another store in it is replaced.
+        folder: created if missing; another store in it is replaced.
         names: sources, as :func:`~rehead.data.sources.read_documents` takes them.
         tokenizer: a transformers tokenizer.
         vocab_size: rows of the model's embedding.
-        key: hash of what the tokens depend on.
+        key: hash of everything that the tokens depend on.
         limit: stop after so many tokens, taking documents from the sources in turn; None reads all, one after another.
         streaming: read Hub datasets over the network as they are needed.
         option: the flag that the names came from, for messages.
         progress: called with (stage, tokens so far, limit or 0).
-        cache: a folder in which stores of earlier runs are looked for, and in which this one is kept.
+        cache: a folder of stores to reuse, where this one is kept too.
 
     Raises:
         UsageError: a source is missing, empty or not text, or a token is outside the model's vocabulary.
@@ -187,7 +187,7 @@ def _through(
     option: str,
     progress: Any,
 ) -> TokenStore:
-    """A store by way of the cache: made there unless it is there, then linked (or copied) into ``folder``."""
+    """A store from the cache, made there if missing, then linked (or copied) into ``folder``."""
     from filelock import FileLock
 
     try:
@@ -232,7 +232,7 @@ def _facts(folder: Path) -> StoreFacts | None:
 
 
 def _in_turn(sources: Sequence[Iterator[str]]) -> Iterator[str]:
-    """A document of each source by turns, until all have ended."""
+    """One document of each source in turn, until all have ended."""
     left = list(sources)
     while left:
         for source in list(left):

@@ -1,4 +1,4 @@
-"""Documents as tokens."""
+"""Turn documents into tokens, long ones in pieces."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.data.sources import read_documents
 from rehead.errors import UsageError, first_line
 
-#: Longer documents are tokenised in pieces: a fast tokenizer holds about a hundred bytes for every token of its input.
+#: Longer documents are tokenised in pieces: a fast tokenizer needs about a hundred bytes per token of its input.
 PIECE = 1 << 18
-#: Characters handed to the tokenizer at once, which spreads the texts of one call over the cores.
+#: Characters passed to the tokenizer at once; it spreads the texts of one call over the cores.
 _BATCH = 1 << 22
-#: Characters on both sides of a cut that say how it is tokenised.
+#: Characters on both sides of a cut that are tokenised to check it.
 _CONTEXT = 256
 _TRIES = 64
-#: Where a cut leaves the tokens alone: between two lines, or else before a space and a word.
+#: Places where a cut probably changes no token: between two lines, or else before a space and a word.
 _CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
@@ -46,7 +46,7 @@ def load_tokenizer(place: Any, option: str = "--data") -> Any:
 
 
 def require_known(highest: int, vocab_size: int, option: str) -> None:
-    """Raise UsageError where a tokenizer gives a token that a model has no embedding for.
+    """Raise UsageError if a tokenizer produces a token without a row in the model's embedding.
 
     Args:
         highest: the highest token of a text.
@@ -63,9 +63,9 @@ def require_known(highest: int, vocab_size: int, option: str) -> None:
 def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[np.ndarray, bool]]:
     """The token ids of documents, piece by piece: ``(ids, whether the piece begins a document)``.
 
-    A document begins with the tokenizer's own special tokens and ends with EOS, where the tokenizer has one. Documents
-    longer than :data:`PIECE` characters are cut at a token's end; a piece from inside a document is tokenised with what
-    stands before it, since many tokenizers begin every text with a space.
+    A document begins with the tokenizer's own special tokens and ends with EOS, if the tokenizer has one. Documents
+    longer than :data:`PIECE` characters are cut at a token's end. A piece from inside a document is tokenised with some
+    text before it, since many tokenizers begin every text with a space.
 
     Args:
         documents: texts.
@@ -91,7 +91,7 @@ def token_pieces(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[np.
 
 
 class _Piece(NamedTuple):
-    """A part of a document, with ``before`` characters of what stands in front of it."""
+    """A part of a document; the first ``before`` characters of ``text`` belong to the part before."""
 
     text: str
     begins: bool
@@ -100,16 +100,16 @@ class _Piece(NamedTuple):
 
 
 def _continued(pieces: Sequence[_Piece], tokenizer: Any) -> list[list[int]]:
-    """The tokens of pieces from inside documents, those of what stands before a piece left out."""
+    """The tokens of pieces from inside documents, without those of the text before each piece."""
     if not pieces:
         return []
     placed = any(piece.before for piece in pieces)
-    found = tokenizer([p.text for p in pieces], add_special_tokens=False, return_offsets_mapping=placed)
+    encoded = tokenizer([p.text for p in pieces], add_special_tokens=False, return_offsets_mapping=placed)
     if not placed:
-        return list(found.input_ids)
+        return list(encoded.input_ids)
     return [
         [token for token, (_, end) in zip(row, places) if end > piece.before]
-        for piece, row, places in zip(pieces, found.input_ids, found.offset_mapping)
+        for piece, row, places in zip(pieces, encoded.input_ids, encoded.offset_mapping)
     ]
 
 
@@ -127,15 +127,17 @@ def _cut(documents: Iterable[str], tokenizer: Any) -> Iterator[_Piece]:
 
 
 def _place(document: str, at: int, tokenizer: Any, context: int) -> int | None:
-    """Where the piece that begins at ``at`` ends: the first place of the best kind at which a cut changes no token, or
-    None, for a piece that goes on to the document's end."""
+    """The end of the piece that begins at ``at``: the first place of the best kind where a cut changes no token.
+
+    None if there is no such place; the piece is then the rest of the document.
+    """
     matches = itertools.chain.from_iterable(cut.finditer(document, at + PIECE, at + 2 * PIECE) for cut in _CUTS)
     places = (match.end() for match in itertools.islice(matches, _TRIES))
     return next((place for place in places if not context or _seamless(document, place, tokenizer, context)), None)
 
 
 def _seamless(document: str, at: int, tokenizer: Any, context: int) -> bool:
-    """Whether the text before ``at`` has the same tokens alone as in running text."""
+    """Whether a cut at ``at`` leaves the tokens before it as they are in running text."""
     start = max(at - context, 0)
     left = tokenizer(document[start:at], add_special_tokens=False).input_ids
     both = tokenizer(document[start : at + context], add_special_tokens=False, return_offsets_mapping=True)
@@ -166,7 +168,7 @@ def token_stream(
     Args:
         names: sources, as :func:`~rehead.data.sources.read_documents` takes them.
         tokenizer: a transformers tokenizer.
-        limit: the first so many tokens only; what lies behind is not read.
+        limit: number of tokens to read from the start; None for all.
         streaming: as for ``read_documents``.
         option: the flag that the names came from, for messages.
 
@@ -176,18 +178,18 @@ def token_stream(
     Raises:
         UsageError: a source is missing, empty or not text, or there are fewer than two tokens.
     """
-    found: list[np.ndarray] = []
+    pieces: list[np.ndarray] = []
     total = 0
     for ids, _ in token_pieces(_few_first(read_documents(names, streaming=streaming, option=option), limit), tokenizer):
-        found.append(ids)
+        pieces.append(ids)
         total += len(ids)
         if limit is not None and total >= limit:
             break
-    tokens = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
+    tokens = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.int64)
     if limit is None or total < limit:
         eos = tokenizer.eos_token_id
         if eos is not None and total and int(tokens[-1]) == eos:
-            tokens = tokens[:-1]  # joined, not ended
+            tokens = tokens[:-1]  # EOS only between documents
     tokens = tokens[:limit]
     if len(tokens) < 2:
         raise UsageError(f"{option} {', '.join(names)}: too short, {len(tokens)} tokens; give more text")
@@ -195,7 +197,7 @@ def token_stream(
 
 
 def _few_first(documents: Iterator[str], limit: int | None) -> Iterator[str]:
-    """Cut a long first document, of which a small limit would use little; twenty characters hold a token."""
+    """Cut a long first document if the limit needs only its beginning; no token is longer than twenty characters."""
     if limit is None:
         return documents
     first = next(documents, None)

@@ -1,4 +1,4 @@
-"""Layers that are done, one file each: what a run that resumes need not compute again, and what is written from."""
+"""Files of finished layers, one each: a resumed run need not compute them again, and the output is read from them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class FinishedLayers:
     """The changed layers of one conversion.
 
     Args:
-        folder: where their files lie.
+        folder: the folder of their files.
 
     Attributes:
-        facts: of each layer that was saved or loaded, for the manifest.
+        facts: manifest entries of each layer that was saved or loaded.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Layer-wise fit: a few hundred steps of Adam on one attention module, towards what the original computed.
+"""Layer-wise fit: a few hundred steps of Adam on one attention module, towards the original's output.
 
-No end-to-end pass, no loss but the layer's own; memory of one layer. It heals what closed forms cannot: queries, keys,
-values and output moving together, through the softmax, norms and all.
+It needs no end-to-end pass, no loss but the layer's own, and the memory of one layer. It recovers what closed forms
+cannot, since queries, keys, values and output move together, through the softmax and norms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 #: Adam's step relative to each weight's own root mean square, so that one rate serves every matrix.
 RELATIVE_RATE = 1e-2
 WARM_UP = 20
-#: How much of the prefix's drift a layer is asked to take back; all of it fits noise, half healed best.
+#: Share of the error of the layers before that a layer is fitted to correct; all of it fits noise, half worked best.
 DRIFT = 0.5
 
 
@@ -32,16 +32,16 @@ def fit_attention(
     """Fit an attention module in place.
 
     Args:
-        parameters: what may move.
-        forward: index of a length, rows of its sequences -> the module's output on them [b, S, m], differentiable.
-        targets: the same -> what the output should be.
+        parameters: the parameters to train.
+        forward: (index of a length, rows of its sequences) -> the module's output on them [b, S, m], differentiable.
+        targets: (index of a length, rows of its sequences) -> the wanted output.
         steps: optimiser steps.
-        batches: (sequences, sequences in a step) for each length.
-        seed: of the order of the sequences.
+        batches: (number of sequences, sequences per step) for each length.
+        seed: seed of the order of the sequences.
         relative_rate: Adam's step relative to each weight's own root mean square.
 
     Returns:
-        The last steps' mean squared error.
+        The mean squared error over the last ten steps.
     """
     groups = [
         {"params": [weight], "lr": relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4)}
@@ -71,7 +71,7 @@ def fit_attention(
 
 
 def _shuffled(batches: Sequence[tuple[int, int]], generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """(index of a length, rows of its sequences) without end: all of the text, then all of it again, in new orders."""
+    """(index of a length, rows of its sequences) without end: the whole text again and again, in new orders."""
     while True:
         epoch = [
             (index, rows)

@@ -1,4 +1,4 @@
-"""What healing is asked to do: a model, what it becomes, and how each of its layers changes; no more than that."""
+"""The input of recovery on calibration text: a model, the changed model, and how each layer changes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rehead.models.rewrite import Changed, Healing
 
 @dataclass(frozen=True)
 class LayerJob:
-    """What becomes of one layer.
+    """How to change one layer.
 
     Attributes:
         closed_form: (the original's heads, float32; the moments that it needs, or None) -> the changed layer; None
             where its attention stays.
-        needs: names of the moments that ``closed_form`` reads (:data:`rehead.healing.moments.MOMENTS`).
-        groups: groups of neighbouring query heads that it reads them for.
+        needs: names of the moments that ``closed_form`` uses (:data:`rehead.healing.moments.MOMENTS`).
+        groups: number of groups of neighbouring query heads to gather them for.
         refit: refit logits and output projection to the original attention.
         writers: matrices, below the layer's prefix, to refit together to the original block's output at the end.
         fit: optimiser steps of the layer-wise fit.
-        trains: attention module -> the parameters that the fit moves.
-        healing: how, where not as usual.
+        trains: attention module -> the parameters that the fit trains.
+        healing: settings of the recovery, where they differ from the usual.
     """
 
     closed_form: Callable[[Heads, Moments | None], Changed] | None
@@ -47,14 +47,14 @@ class Job:
 
     Attributes:
         original: the model that layers are calibrated against.
-        changed: the checkpoint that the changed model's tensors come from, but for those that layers compute.
-        config: of the changed model's class.
-        layers: the layers that change; the others are run as they are.
+        changed: the source of the changed model's tensors, except those of changed layers.
+        config: config of the changed model's class.
+        layers: the layers to change; the others are run unchanged.
         tensors: (layer, heads) -> that layer's tensors by the checkpoint's names.
-        store: (name, tensor) -> the tensor as it is written.
-        seed: of everything drawn.
-        module: makes the attention module that takes the place of the class's own in the changed model, as shapes; its
-            closed form starts from the original's heads. None where the class's own stays.
+        store: (name, tensor) -> the tensor in the form that is written.
+        seed: seed for all random numbers.
+        module: makes, as shapes, the attention module that replaces the class's own in the changed model; its closed
+            form starts from the original's heads. None keeps the class's own.
     """
 
     original: Model
@@ -68,5 +68,10 @@ class Job:
 
 
 def query_order(groups: Iterable[Iterable[int]], group_size: int) -> Tensor:
-    """Old query heads in the order of regrouped KV heads, each of which ``group_size`` of them read: int64 [H]."""
+    """Old indices of the query heads, int64 [H], after their KV heads are regrouped.
+
+    Args:
+        groups: old KV heads in each new group.
+        group_size: query heads per old KV head.
+    """
     return torch.tensor([kv * group_size + i for group in groups for kv in group for i in range(group_size)])

@@ -1,4 +1,4 @@
-"""Changing one layer on calibration text: closed form, refit of what writes to the residual stream, fit."""
+"""Change one layer on calibration text: closed form, refit of the matrices that write to the residual stream, fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Healer:
     """Changes a model's layers one after another.
 
     Attributes:
-        job: what to do.
+        job: the models and how their layers change.
         original, changed: the two models, run over the same text.
     """
 
@@ -43,12 +43,13 @@ class Healer:
         """Change the layer that is loaded in ``original``; it stays loaded in ``changed`` if it was run there.
 
         Args:
-            before: the original's text before the layer; overwritten with that after it.
-            prefix: the changed prefix's before the layer.
-            moments: of the layer; gathered on what the changed prefix gives it when None.
+            layer: the layer's index.
+            before: the original's hidden states before the layer; overwritten with those after it.
+            prefix: the changed model's hidden states before the layer.
+            moments: the layer's moments; gathered on ``prefix`` when None.
 
         Returns:
-            (new tensors by the checkpoint's names, as they are written; facts for the manifest).
+            (new tensors by the checkpoint's names, in the form that is written; manifest entries).
         """
         job = self.job.layers[layer]
         source = self.job.changed if self.job.module is None else self.job.original
@@ -100,7 +101,7 @@ class Healer:
     def _closed_form(
         self, layer: int, job: LayerJob, heads: Heads, before: TextState, prefix: TextState, moments: Moments | None
     ) -> tuple[Changed, list[Tensor] | None]:
-        """(the changed layer, what its attention reads on the changed prefix if the fit needs it)."""
+        """(the changed layer, the inputs of its attention on the changed prefix if the fit needs them)."""
         assert job.closed_form is not None
         rotation, scaling = geometry(self.original, layer, heads, before)
         inputs = self.original.attention_inputs(layer, prefix)
@@ -125,7 +126,7 @@ class Healer:
     def _fit(
         self, layer: int, job: LayerJob, inputs: list[Tensor], prefix: TextState, target: OutputTarget
     ) -> tuple[dict[str, Tensor], float]:
-        """(what the fit has moved, by the checkpoint's names; its loss)."""
+        """(the fitted parameters by the checkpoint's names, the fit's loss)."""
         attention, _, _ = self.changed.modules(layer)
         trained = {id(parameter) for parameter in job.trains(attention)}
         moved = {name: parameter for name, parameter in attention.named_parameters() if id(parameter) in trained}
@@ -169,7 +170,7 @@ class Healer:
         return unroot
 
     def _attention(self, layer: int, prefix: TextState, index: int) -> Callable[[Tensor, Rows], Tensor]:
-        """The attention module as a function of its input and the sequences that it is of, called as the layer does."""
+        """The attention module as a function of its input and the input's sequences, called as the layer calls it."""
         attention, _, output = self.changed.modules(layer)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first = slice(0, self.changed.batch_rows(prefix.hidden[index]))

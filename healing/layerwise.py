@@ -1,9 +1,9 @@
-"""A transformers model of which one decoder layer is in memory at a time.
+"""Run a transformers model with one decoder layer in memory at a time.
 
-The model is built without weights. Its own forward pass is run once up to the first layer, with stand-ins for the
-layers that note what each is called with (masks, rotary angles, windows); from then on, layers are loaded, run over all
-of the text and let go one by one. So any class works whose layers depend on nothing but the hidden states, the
-positions and what earlier layers hand on to later ones (shared keys and values); one that does not is refused.
+The model is built without weights. Its own forward pass runs once, with stand-ins for the layers that record what each
+is called with (masks, rotary angles, windows). From then on, layers are loaded, run over the whole text and unloaded
+one by one. This works for any class whose layers depend only on the hidden states, the positions and what earlier
+layers pass on (shared keys and values); other classes are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rehead.models.watch import PROBE, Reached, register_probe
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer is called with besides the hidden states."""
+    """A layer's arguments besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -43,10 +43,10 @@ class Call:
         return Call(cut(self.args), {key: cut(value) for key, value in self.kwargs.items()})
 
     def handing_on(self, carried: dict[str, Any]) -> Call:
-        """The call with a batch's own of what layers hand on: mappings that the model gives its first layer empty.
+        """The call with a batch's own mappings for what layers pass on, which the model gives its first layer empty.
 
         Args:
-            carried: by the argument's name; what the layer hands on is found there afterwards.
+            carried: the mappings by the argument's name; the layer adds to them.
         """
         kwargs = dict(self.kwargs)
         for name, value in kwargs.items():
@@ -56,11 +56,11 @@ class Call:
 
 
 class _StandIn(nn.Module):
-    """Takes a layer's place, notes its call, and passes hidden states through."""
+    """Takes a layer's place, records its call, and returns the hidden states unchanged."""
 
     def __init__(self, original: nn.Module, note: Callable[[Tensor, Call], Any]) -> None:
         super().__init__()
-        object.__setattr__(self, "_original", original)  # not a submodule: nothing of it may move or be counted
+        object.__setattr__(self, "_original", original)  # not as a submodule, so it is neither moved nor counted
         self._note = note
 
     def __getattr__(self, name: str) -> Any:
@@ -76,18 +76,18 @@ class _StandIn(nn.Module):
 
 
 class _WantsTuple(Exception):
-    """The model takes the first item of what a layer returns."""
+    """Raised when the model expects a layer to return a tuple."""
 
 
 class LayerwiseModel:
-    """One model, run layer by layer.
+    """A model that is run layer by layer.
 
     Args:
         model: the open checkpoint whose weights are streamed.
         config: the config to build the class from: the source's, or the converted one's.
-        device: where layers run.
-        attention: makes, as shapes, the attention module that takes the place of the class's own in every layer with
-            attention; None to leave them.
+        device: the device that layers run on.
+        attention: makes, as shapes, the attention module that replaces the class's own in every layer with attention;
+            None keeps the class's own.
     """
 
     def __init__(
@@ -122,16 +122,17 @@ class LayerwiseModel:
     # ---- before the layers
 
     def embed(self, tokens: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
-        """Run everything before the first layer and note what the layers are called with.
+        """Run everything before the first layer and record what the layers are called with.
 
         Args:
-            tokens: int64 [N, S] for each length of sequence; batch_tokens: how many at a time.
+            tokens: int64 [N, S] for each length of sequence.
+            batch_tokens: tokens per forward pass.
 
         Returns:
             Hidden states [N, S, n] for each length, float32, on the device.
 
         Raises:
-            UnsupportedError: the layers are called with more than hidden states and positions.
+            UnsupportedError: the layers' arguments depend on more than hidden states and positions.
         """
         self._load_outside()
         states = [self._embed(part, batch_rows(part, batch_tokens)) for part in tokens]
@@ -195,17 +196,17 @@ class LayerwiseModel:
         return first[0], calls
 
     def _refuse_dependence(self, calls: list[Call], tokens: Tensor) -> None:
-        """The text must not reach the layers by any way but the hidden states."""
-        for ours, theirs in zip(self.calls[self.default, tokens.shape[1]], calls):
-            mine = ours.rows(len(tokens))
-            if not _equal((mine.args, mine.kwargs), (theirs.args, theirs.kwargs)):
+        """Refuse a model whose layers get the tokens by another way than the hidden states: calls that differ."""
+        for first, second in zip(self.calls[self.default, tokens.shape[1]], calls):
+            first = first.rows(len(tokens))
+            if not _equal((first.args, first.kwargs), (second.args, second.kwargs)):
                 raise UnsupportedError(
                     f"{self.model.source.id}: {self.model.config.model_type}'s layers are fed by the tokens directly, "
                     "so they cannot be calibrated one by one; use a method that needs no calibration"
                 )
 
     def _load_outside(self) -> None:
-        """Load what comes before the layers; embeddings stay in the checkpoint's dtype and only rows are widened."""
+        """Load all modules before the layers; embeddings stay in the checkpoint's dtype, their outputs are float32."""
         inside = self.model.family.layer.split("{i}")[0]
         output = self.module.get_output_embeddings()
         skip = {id(output.weight)} if output is not None and not self._tied(output) else set()
@@ -246,9 +247,10 @@ class LayerwiseModel:
     # ---- layers
 
     def load_layer(self, layer: int, new: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Load one layer's weights in float32; of a layer that is loaded, only ``new``.
+        """Load one layer's weights in float32; if the layer is loaded already, only ``new``.
 
         Args:
+            layer: the layer's index.
             new: tensors that replace the checkpoint's, by the checkpoint's names.
         """
         prefix, new = self.model.family.layer.format(i=layer), new or {}
@@ -269,7 +271,7 @@ class LayerwiseModel:
         return module
 
     def unload_layer(self, layer: int) -> None:
-        """Let a layer's weights go."""
+        """Free a layer's weights."""
         self._loaded.discard(layer)
         for module in self.layers[layer].modules():
             for name, parameter in module._parameters.items():
@@ -291,7 +293,7 @@ class LayerwiseModel:
             self.module.tie_weights()
 
     def _convert(self, tensors: dict[str, Tensor]) -> None:
-        """Load tensors that the class keeps in another form (merged experts), by transformers' own conversion."""
+        """Load tensors that the class stores in another form (merged experts), by transformers' own conversion."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -310,7 +312,10 @@ class LayerwiseModel:
         """A loaded layer's output on a batch of hidden states [b, S, n].
 
         Args:
-            carried: what the layers before handed on for these sequences; filled with what this one does.
+            layer: the layer's index.
+            hidden: hidden states before the layer.
+            implementation: an attention implementation; :attr:`default` when None.
+            carried: what the layers before passed on for these sequences; this layer adds to it.
         """
         implementation = implementation or self.default
         self._use(implementation)
@@ -327,7 +332,7 @@ class LayerwiseModel:
 
 
 def batch_rows(part: Tensor, batch_tokens: int) -> int:
-    """Sequences in one forward pass over ``part`` [N, S, ...]: at least one, all of about the same number."""
+    """Sequences per forward pass over ``part`` [N, S, ...]: at least one, and about equally many in each pass."""
     most = max(1, batch_tokens // part.shape[1])
     return -(-len(part) // -(-len(part) // most))
 

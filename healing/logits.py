@@ -1,9 +1,9 @@
 """Refit of queries and keys to the attention logits of the original layer, in closed form.
 
-Given the shared keys, the attention logits are linear in the query projections, and given the queries, in the key
-projections. Both are solved by conjugate gradients on the true logits (with the true rotary angles), weighted by the
-original's attention probabilities, less each row's mean, which the softmax does not see. What is matched are the logits
-of the original layer on the original's activations, from inputs that the changed prefix really produces.
+For fixed keys the attention logits are linear in the query projections, and for fixed queries in the key projections.
+Both problems are solved by conjugate gradients on the true logits (with the true rotary angles), weighted by the
+original's attention probabilities, without each row's mean, which softmax ignores. The targets are the original
+layer's logits on its own activations; the inputs are those that the changed layers before really produce.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from rehead.models.heads import Heads, augmented
 #: Conjugate-gradient steps of one solve, and the order of the solves.
 STEPS = 15
 SCHEDULE = ("q", "k", "q")
-#: Pull towards the start, relative to the problem's own curvature: directions that the text does not show stay put.
+#: Pull towards the start, relative to the problem's own curvature: directions that the text does not determine stay.
 DAMPING = 1e-2
 
 
 @dataclass
 class LogitTargets:
-    """What some of the logits of one batch ought to be.
+    """Target logits of some queries of one batch.
 
     Attributes:
-        x: inputs of the converted layer [b, S, w], with the one that carries biases.
-        rows: positions of the R queries that count, int64 [R].
-        probabilities: the original's for them [b, H, R, S].
+        x: inputs of the converted layer [b, S, w], with a last column of ones for biases.
+        rows: positions of the R queries, int64 [R].
+        probabilities: the original's attention probabilities for them [b, H, R, S].
         scores: the original's logits for them before masking [b, H, R, S].
     """
 
@@ -46,7 +46,8 @@ class LogitModel:
     """Attention logits as a function of the query and key projections, whose rows are in :meth:`Rotation.order`.
 
     Args:
-        rotation: of the model; scaling: factor on the dot products.
+        rotation: the model's rotary embedding.
+        scaling: factor on the dot products.
     """
 
     def __init__(self, rotation: Rotation, scaling: float) -> None:
@@ -89,12 +90,13 @@ def _adjoint(states: Tensor, x: Tensor) -> Tensor:
 
 
 def refit_logits(heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], moments: Moments) -> Heads:
-    """Refit query and key projections to the original's logits.
+    """The heads with query and key projections refitted to the original's logits.
 
     Args:
         heads: the pooled layer, without a query or key norm (logits would not be linear in the projections).
+        model: computes logits from the projections.
         targets: batches of the calibration text.
-        moments: of the layer; the second moment of its inputs preconditions and damps.
+        moments: the layer's moments; the second moment of its inputs preconditions and damps.
     """
     values, vectors = moments.input_eigen
     values = values / moments.inputs.double().diagonal().mean()
@@ -118,7 +120,7 @@ def refit_logits(heads: Heads, model: LogitModel, targets: Sequence[LogitTargets
 
 
 def logit_error(model: LogitModel, targets: Sequence[LogitTargets], heads: Heads) -> float:
-    """Root mean square logit error under the original's attention, each row less its mean."""
+    """Root mean square error of the logits, weighted by the original's attention, without each row's mean."""
     q, k = model.weights(heads)
     lost, rows = 0.0, 0
     for batch in targets:
@@ -129,7 +131,7 @@ def logit_error(model: LogitModel, targets: Sequence[LogitTargets], heads: Heads
 
 
 def _mask(heads: Heads, name: str, device: torch.device) -> float | Tensor:
-    """1 for what may move: a projection without a bias keeps its last column at zero."""
+    """1 for what may change, 0 for the last column of a projection without a bias."""
     if getattr(heads, name + "_bias") is not None:
         return 1.0
     mask = torch.ones(heads.q.shape[-1] + 1, device=device)
@@ -138,13 +140,13 @@ def _mask(heads: Heads, name: str, device: torch.device) -> float | Tensor:
 
 
 def _weighted(probabilities: Tensor, gap: Tensor) -> Tensor:
-    """The weighted error whose product with the error is its variance under the attention, row by row."""
+    """Errors weighted so that their dot product with ``gap`` is its variance under the attention, row by row."""
     weighted = probabilities * gap
     return weighted.addcmul_(probabilities, weighted.sum(-1, keepdim=True), value=-1.0)
 
 
 class _QuerySide:
-    """The logits as a linear function of the queries; the keys' states are the same in every step."""
+    """The logits as a linear function of the query projections, with fixed keys."""
 
     def __init__(self, model: LogitModel, targets: Sequence[LogitTargets], q: Tensor, k: Tensor) -> None:
         self.model, self.targets, self.start = model, targets, q
@@ -160,7 +162,7 @@ class _QuerySide:
 
 
 class _KeySide(_QuerySide):
-    """The same for the keys; the queries' states stay."""
+    """The logits as a linear function of the key projections, with fixed queries."""
 
     def __init__(self, model: LogitModel, targets: Sequence[LogitTargets], q: Tensor, k: Tensor) -> None:
         self.model, self.targets, self.start = model, targets, k

@@ -1,8 +1,8 @@
-"""What one layer's attention sees on the calibration text, as means that closed forms ask for by name.
+"""Moments: averages over the calibration text of what one layer's attention reads and computes, by name.
 
-Each moment is one small class that adds up batches, registered under its name. A layer's are gathered together, once,
-for groups of neighbouring query heads as fine as anything that is made of them needs; coarser groups are means of them.
-x~ = [x, 1] is the attention's input with a one that carries the biases, of width w = n + 1.
+Closed forms ask for them by name. Each moment is a small class that adds up batches. A layer's moments are gathered
+together, for the finest groups of neighbouring query heads that any user needs; those of coarser groups are weighted
+means of them. x~ = [x, 1] is the attention's input with a last column of ones for biases, of width w = n + 1.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rehead.models.linalg import eigen, roots
 from rehead.models.watch import Seen
 from rehead.registry import Registry
 
-#: First tokens of a text that gather attention whatever they say, left out of :class:`MeanRotation`.
+#: First tokens of a text, which attract attention regardless of content; left out of :class:`MeanRotation`.
 SINKS = 4
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch of sequences shows of a layer.
+    """One batch of sequences at a layer.
 
     Attributes:
         x: x~ [b, S, w].
-        seen: attention of some of the queries; None where only ``x`` is counted.
+        seen: attention of some of the queries; None if only ``x`` is counted.
         output: the original's output projection [m, H, D].
-        rotation: how the layer rotates, or None if unknown.
+        rotation: the layer's rotation, or None if unknown.
     """
 
     x: Tensor
@@ -45,9 +45,9 @@ class Moment:
     """Adds up one moment over batches. Subclasses set ``total`` and ``weight``; the mean is their quotient.
 
     Attributes:
-        per: what there is one of: the "layer", a "group" of query heads, or a query "head".
-        attends: needs attention, which is looked at for some of the queries only.
-        rotates: needs to know how the layer rotates.
+        per: whether there is one mean per "layer", per "group" of query heads, or per query "head".
+        attends: needs attention, which is observed for some of the queries only.
+        rotates: needs the layer's rotation.
     """
 
     per: Literal["layer", "group", "head"] = "layer"
@@ -60,11 +60,11 @@ class Moment:
         self.weight: Tensor | None = None
 
     def add(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         raise NotImplementedError
 
     def sums(self, *shape: int, like: Tensor) -> Tensor:
-        """What has been added up so far, to add to in place."""
+        """The total so far, to add to in place; zeros of ``shape`` at first."""
         if self.total is None:
             self.total = like.new_zeros(shape)
         return self.total
@@ -95,7 +95,7 @@ def moment(name: str):
 
 @moment("inputs")
 class Inputs(Moment):
-    """E[x~ x~^T] over tokens, [w, w]: what queries see."""
+    """E[x~ x~^T] over tokens, [w, w]: the inputs as queries see them."""
 
     attends = False
 
@@ -108,8 +108,10 @@ class Inputs(Moment):
 
 @moment("key_inputs")
 class KeyInputs(Moment):
-    """The same with each token weighted by the attention that a group's queries pay to it, [G, w, w]: an error in a key
-    that nobody reads costs nothing."""
+    """E[x~ x~^T] with each token weighted by the attention that a group's queries pay to it, [G, w, w].
+
+    An error in a key that no query attends to costs nothing.
+    """
 
     per = "group"
 
@@ -121,7 +123,7 @@ class KeyInputs(Moment):
 
 @moment("mixed_inputs")
 class MixedInputs(Moment):
-    """E[z z^T] with z = sum_j p_j x~_j, the inputs as attention mixes them, [G, w, w]: values are only seen mixed."""
+    """E[z z^T] with z = sum_j p_j x~_j, [G, w, w]: the inputs mixed by attention, as values are used."""
 
     per = "group"
 
@@ -137,8 +139,10 @@ class MixedInputs(Moment):
 
 @moment("squared_inputs")
 class SquaredInputs(Moment):
-    """E[x~ x~^T] with each token weighted by the sum of the squared attention that a group's queries pay to it,
-    [G, w, w]: an independent error of a key or value reaches the output by the square of the attention."""
+    """E[x~ x~^T] with each token weighted by the squared attention that a group's queries pay to it, [G, w, w].
+
+    The squared output error from independent errors of keys or values is proportional to the squared attention.
+    """
 
     per = "group"
 
@@ -149,8 +153,10 @@ class SquaredInputs(Moment):
 
 @moment("query_energy")
 class QueryEnergy(Moment):
-    """E|q_hf|^2 of each head's rotary pairs as attention takes the queries, [H, P]: how much an error in a key's pair
-    counts."""
+    """E|q_hf|^2 of each rotary pair of each query head, after norm and rotation, [H, P].
+
+    It tells how much an error in the same pair of a key counts.
+    """
 
     per = "head"
     rotates = True
@@ -166,8 +172,11 @@ class QueryEnergy(Moment):
 
 @moment("value_spread")
 class ValueSpread(Moment):
-    """sum a^2 |W_o (v_j - o_i)|^2 / sum a^2 over queries i and keys j, [H]: an error ds of a score moves the output by
-    a ds W_o (v_j - o_i), so this turns errors of scores into errors of the output."""
+    """sum a^2 |W_o (v_j - o_i)|^2 / sum a^2 over queries i and keys j, with attention a, [H].
+
+    An error ds of a score moves the output by a ds W_o (v_j - o_i), so this turns errors of scores into errors of the
+    output.
+    """
 
     per = "head"
 
@@ -189,8 +198,10 @@ class ValueSpread(Moment):
 
 @moment("mean_rotation")
 class MeanRotation(Moment):
-    """sum a^2 exp(i theta_f (i - j)) / sum a^2 over queries i and keys j behind the first :data:`SINKS`, complex
-    [H, P]: how a pair is turned on average where attention goes."""
+    """sum a^2 exp(i theta_f (i - j)) / sum a^2 over queries i and keys j after the first :data:`SINKS`, complex [H, P].
+
+    It is the mean rotation of each rotary pair between a query and the keys that it attends to.
+    """
 
     per = "head"
     rotates = True
@@ -208,7 +219,7 @@ class MeanRotation(Moment):
 
 
 def _add_weighted(moment: Moment, x: Tensor, attention: Tensor) -> Tensor:
-    """Add x x^T of every token, weighted by what a group's rows of [b, H, R, S] give it; returns the weights [G]."""
+    """Add x x^T of every token, weighted by its attention [b, H, R, S] from a group's queries; returns weights [G]."""
     flat, groups, weights = x.flatten(0, -2), attention.chunk(moment.groups, 1), []
     total = moment.sums(moment.groups, x.shape[-1], x.shape[-1], like=x)
     for group, rows in enumerate(groups):
@@ -219,19 +230,19 @@ def _add_weighted(moment: Moment, x: Tensor, attention: Tensor) -> Tensor:
 
 
 def _rows_of_a_group(attention: Tensor, groups: int) -> int:
-    """Rows of attention [b, H, R, S] that belong to one of some groups of heads."""
+    """Number of rows of attention [b, H, R, S] per group of heads."""
     return attention.shape[0] * attention.shape[2] * (attention.shape[1] // groups)
 
 
 @dataclass
 class Moments:
-    """The means of one layer.
+    """The moments of one layer.
 
     Attributes:
-        means: by name, as each :class:`Moment` says.
-        weights: of groups and heads within coarser groups, float64 [G, ...] or [H, ...]; equal where left out.
-        groups: groups of neighbouring query heads that means "per group" are of.
-        angles: rotation of each rotary pair between neighbouring tokens in radians, [P]; None if unknown.
+        means: the moments by name, of the shapes that each :class:`Moment` says.
+        weights: weights of groups and heads when groups are merged, float64 [G, ...] or [H, ...]; equal if left out.
+        groups: number of groups of neighbouring query heads in moments "per group".
+        angles: radians per token that each rotary pair turns, [P]; None if unknown.
         length: tokens in the longest calibration sequence.
         tokens: tokens counted.
     """
@@ -254,7 +265,7 @@ class Moments:
 
     @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of ``inputs``, float64: found once, for every grouping and every use."""
+        """Eigenvalues and eigenvectors of ``inputs``, float64; computed once for all groupings."""
         if not self._eigen:
             self._eigen.append(eigen(self.inputs))
         return self._eigen[0]
@@ -267,7 +278,7 @@ class Moments:
         return self._eigen[1]
 
     def slow_pairs(self, turn: float) -> Tensor:
-        """Pairs that turn by less than ``turn`` radians over a calibration sequence: bool [P]."""
+        """Which pairs turn by less than ``turn`` radians over a calibration sequence: bool [P]."""
         if self.angles is None:
             return torch.zeros(0, dtype=torch.bool)
         return self.angles.abs() * self.length < turn
@@ -276,7 +287,7 @@ class Moments:
         """The moments of coarser groups.
 
         Args:
-            groups: a partition of this one's groups into sets of one size; query heads follow in that order.
+            groups: the present groups in each new group, equally many; query heads are reordered accordingly.
         """
         flat = [member for group in groups for member in group]
         if len(groups) == self.groups and flat == list(range(self.groups)):
@@ -307,14 +318,14 @@ class Gatherer:
     """Adds up the moments of one layer.
 
     Args:
-        names: the moments that are wanted; ``inputs`` are always among them.
-        groups: of neighbouring query heads.
+        names: the moments to gather; ``inputs`` are always gathered too.
+        groups: number of groups of neighbouring query heads.
         output: the layer's output projection [m, H, D].
-        rotation: how it rotates, or None if unknown.
+        rotation: the layer's rotation, or None if unknown.
 
     Raises:
         UsageError: there is no moment of that name.
-        UnsupportedError: one needs the rotation, which the model does not show.
+        UnsupportedError: a moment needs the rotation, which is unknown.
     """
 
     def __init__(self, names: Sequence[str], groups: int, output: Tensor, rotation: Rotation | None) -> None:
@@ -330,17 +341,17 @@ class Gatherer:
 
     @property
     def attends(self) -> bool:
-        """Whether attention has to be looked at."""
+        """Whether a moment needs attention."""
         return any(part.attends for part in self.sums.values())
 
     def add_inputs(self, x: Tensor) -> None:
-        """Count a batch of inputs x~ [b, S, w]."""
+        """Add a batch of inputs x~ [b, S, w]."""
         self.tokens += x.shape[0] * x.shape[1]
         self.length = max(self.length, x.shape[1])
         self._add(Batch(x, None, self.output, self.rotation), attends=False)
 
     def add_attention(self, x: Tensor, seen: Seen) -> None:
-        """Count what a batch's attention does with its inputs."""
+        """Add what a batch's attention does with its inputs."""
         self._add(Batch(x, seen, self.output, self.rotation), attends=True)
 
     def _add(self, batch: Batch, attends: bool) -> None:
@@ -349,7 +360,7 @@ class Gatherer:
                 part.add(batch)
 
     def finish(self) -> Moments:
-        """The means. Where attention was never seen, plain inputs stand in for those weighted by it."""
+        """The moments. If attention could not be observed, plain ``inputs`` replace those weighted by it."""
         means, weights = {}, {}
         for name, part in self.sums.items():
             if part.total is not None and part.weight is not None:

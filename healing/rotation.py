@@ -1,4 +1,4 @@
-"""How a model turns the rotary pairs of its heads from token to token."""
+"""A model's rotary embedding: by which angle each rotary pair of its heads turns at each position."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Rotation:
 
     @property
     def angles(self) -> Tensor | None:
-        """Radians that each pair turns by between neighbouring tokens, [P]; None where nothing turns."""
+        """Radians per token that each pair turns, [P]; None without rotary pairs."""
         if not len(self.pairs) or len(self.factors) < 2:
             return None
         return (self.factors[1] / self.factors[0]).angle().cpu()
 
     def order(self, size: int) -> Tensor:
-        """The dimensions of a head as real parts, imaginary parts, and the rest: int64 [size]."""
+        """The dimensions of a head, reordered to real parts, imaginary parts, then the rest: int64 [size]."""
         rest = torch.ones(size, dtype=torch.bool)
         rest[self.pairs.flatten().cpu()] = False
         return torch.cat([self.pairs.T.flatten().cpu(), rest.nonzero().flatten()]).to(self.factors.device)
 
     def turn(self, states: Tensor, rows: Tensor | None = None, inverse: bool = False) -> Tensor:
-        """Turn states [..., S, D] in that order, or [..., R, D] at some positions; the transpose with ``inverse``."""
+        """Rotate states [..., S, D], reordered by :meth:`order`, or [..., R, D] at ``rows``; back with ``inverse``."""
         count = len(self.pairs)
         if not count:
             return states
@@ -48,15 +48,15 @@ class Rotation:
 
 
 def rotation_of(runner: Runner, layer: int, heads: Heads, length: int) -> Rotation | None:
-    """A layer's rotation as the model itself computes it for sequences of some length; None where it is not shown."""
+    """A layer's rotation as the model computes it for sequences of ``length``; None where it cannot be observed."""
     pairs, device = heads.pairs, runner.device
     if pairs is None or not len(pairs):
         return Rotation(torch.ones(length, 0, dtype=torch.complex64, device=device), torch.empty(0, 2).long())
     call = runner.model.calls[runner.model.default, length][layer]
-    given = call.kwargs.get("position_embeddings")
-    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
+    embeddings = call.kwargs.get("position_embeddings")
+    if not (isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(embeddings[0], Tensor)):
         return None
-    cos, sin = (part.float().reshape(-1, *part.shape[-2:])[0] for part in given)
+    cos, sin = (part.float().reshape(-1, *part.shape[-2:])[0] for part in embeddings)
     count = len(pairs)
     if cos.shape[-1] == 2 * count:
         twice = bool(torch.equal(cos[:, 0::2], cos[:, 1::2]))

@@ -1,8 +1,8 @@
-"""Healing a whole model: original and changed model side by side, one layer of each at a time.
+"""Recover a whole model on calibration text: original and changed model side by side, one layer of each at a time.
 
-Both are run over the same text. Before a layer is changed, the changed prefix has already run, so a layer is fitted to
-the inputs that it will really get; what it ought to give is what the original gives on its own inputs. Closed forms
-alone can also be solved on what the original itself sees: then one pass over the text serves any number of them.
+Both run over the same text. When a layer is changed, the changed layers before it have already run, so it is fitted to
+the inputs that it will really get; its target is the original's output on the original's inputs. Closed forms alone can
+also be solved on the original's own inputs: then one pass over the text serves any number of them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def heal(
     """Change every layer of a job over calibration text.
 
     Args:
-        job: what to do.
-        text: what to run the models over.
-        finished: where the changed layers go; those that are there are not computed again.
-        device: where layers run.
+        job: the models and how their layers change.
+        text: the calibration text.
+        finished: saves the changed layers; those already in it are not computed again.
+        device: the device that layers run on.
+        progress: called with (stage, layers done, layers).
 
     Returns:
         Facts for the manifest.
@@ -87,12 +88,15 @@ def solve(
 ) -> dict[str, Any]:
     """Solve the closed forms of several jobs for one original in one pass over the text.
 
-    Moments are gathered once for each layer, as finely as any of the jobs needs them, on what the original itself sees:
-    unlike in :func:`heal`, no layer knows what those before it have drifted by.
+    Moments are gathered once for each layer, for groups as fine as any job needs, on the original's own inputs. Unlike
+    in :func:`heal`, a layer does not take the errors of the changed layers before it into account.
 
     Args:
-        jobs: without refit and fit, which follow each job's own drift.
-        finished: where each job's layers go.
+        jobs: jobs without refit and fit, since those depend on each job's own errors.
+        text: the calibration text.
+        finished: saves each job's layers.
+        device: the device that layers run on.
+        progress: called with (stage, layers done, layers).
 
     Returns:
         Facts for the manifests.
@@ -125,11 +129,16 @@ def moments_of(
     device: torch.device,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Heads, Moments]]:
-    """Run a model over text once and give what each of its attention layers sees.
+    """Run a model over text once and yield the moments of each of its attention layers.
 
     Args:
+        model: the model to run.
+        text: the calibration text.
         needs: names of moments (:data:`~rehead.healing.moments.MOMENTS`).
-        groups: of neighbouring query heads; :meth:`~rehead.healing.moments.Moments.merged` makes coarser ones of them.
+        groups: number of groups of neighbouring query heads; :meth:`~rehead.healing.moments.Moments.merged` gives
+            coarser groups.
+        device: the device that layers run on.
+        progress: called with (stage, layers done, layers).
 
     Yields:
         (layer, its heads, float32 on the device, its moments), one layer in memory at a time.

@@ -1,4 +1,4 @@
-"""A whole calibration text on its way through a model's layers, batch by batch."""
+"""Run a whole calibration text through a model's layers, batch by batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.healing.layerwise import LayerwiseModel
+from rehead.healing.layerwise import LayerwiseModel, batch_rows
 from rehead.models.watch import PROBE, Seen, observing, until
 
 Rows = slice | Tensor
@@ -18,12 +18,12 @@ Rows = slice | Tensor
 
 @dataclass
 class TextState:
-    """What stands between two layers, for the whole text.
+    """Everything that one layer passes to the next, for the whole text.
 
     Attributes:
         hidden: hidden states [N, S, n], one tensor for each length of sequence.
-        carried: for each length, what layers hand on besides, by the name of the argument that carries it: mappings of
-            tensors [N, ...] (the keys and values that later layers share).
+        carried: for each length, what layers pass on besides, by the argument's name: mappings of tensors [N, ...]
+            (the keys and values that later layers share).
     """
 
     hidden: list[Tensor]
@@ -39,22 +39,22 @@ class TextState:
         )
 
     def at(self, index: int, rows: Rows, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        """(hidden states [b, S, n], what is carried) of some sequences, on a device."""
+        """(hidden states [b, S, n], ``carried``) of some sequences, on a device."""
         return self.hidden[index][rows].to(device), _map(self.carried[index], lambda t: t[rows].to(device))
 
     def put(self, index: int, rows: slice, hidden: Tensor, carried: dict[str, Any]) -> None:
-        """Store what a layer has made of some sequences, where this state is kept."""
+        """Store a layer's results for some sequences, on this state's device."""
         whole = self.hidden[index]
         whole[rows] = hidden.to(whole.device)
         _store(self.carried[index], carried, rows, len(whole), whole.device)
 
 
 class Runner:
-    """One model over the text, one layer at a time.
+    """Runs one model over the text, one layer at a time.
 
     Args:
-        model: run layer by layer.
-        batch_tokens: tokens in one forward pass.
+        model: the model.
+        batch_tokens: tokens per forward pass.
     """
 
     def __init__(self, model: LayerwiseModel, batch_tokens: int) -> None:
@@ -62,7 +62,7 @@ class Runner:
         self.family, self.config, self.device = model.model.family, model.model.config, model.device
 
     def batches(self, part: Tensor) -> Iterator[slice]:
-        """Slices of the sequences of one length [N, S, ...], a forward pass each."""
+        """Slices of the sequences of one length [N, S, ...], one for each forward pass."""
         step = self.batch_rows(part)
         return (slice(at, at + step) for at in range(0, len(part), step))
 
@@ -75,9 +75,11 @@ class Runner:
         return ((index, rows) for index, part in enumerate(parts) for rows in self.batches(part))
 
     def run(self, layer: int, state: TextState, watch: Callable[[int, slice, Tensor], None] | None = None) -> None:
-        """Bring all of the text through a loaded layer; ``state`` is overwritten.
+        """Run the whole text through a loaded layer.
 
         Args:
+            layer: the layer's index.
+            state: the text before the layer; overwritten with that after it.
             watch: called after each batch with (index of its length, its sequences, the layer's output [b, S, n]).
         """
         for index, rows in self.every_batch(state.hidden):
@@ -88,24 +90,24 @@ class Runner:
             state.put(index, rows, output, carried)
 
     def call(self, layer: int, state: TextState, index: int, rows: Rows, implementation: str | None = None) -> Tensor:
-        """A loaded layer's output [b, S, n] on some sequences; ``state`` stays."""
+        """A loaded layer's output [b, S, n] on some sequences; ``state`` is not changed."""
         hidden, carried = state.at(index, rows, self.device)
         return self.model.run_layer(layer, hidden, implementation, carried)
 
     def modules(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """(attention, the projection that reads its input, the output projection)."""
+        """A layer's (attention, query or fused projection, output projection)."""
         attention = self.model.layers[layer].get_submodule(self.family.attention.rstrip("."))
         return tuple([attention, *map(attention.get_submodule, (self.family.names.query, self.family.names.output))])  # type: ignore[return-value]
 
     def attention_inputs(self, layer: int, state: TextState) -> list[Tensor]:
-        """What the attention reads, normed: [N, S, n] as ``state.hidden``."""
+        """The attention's inputs (after the norm) on the whole text: [N, S, n] for each length."""
         inputs = [torch.empty_like(part) for part in state.hidden]
         for index, rows in self.every_batch(state.hidden):
             inputs[index][rows] = self.attention_input(layer, state, index, rows).to(inputs[index].device)
         return inputs
 
     def attention_input(self, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:
-        """The same for some sequences [b, S, n], on the device that the layer runs on."""
+        """The attention's input [b, S, n] (after the norm) on some sequences, on the layer's device."""
         _, reader, _ = self.modules(layer)
         read: list[Tensor] = []
         with until(reader, lambda args, kwargs: read.append(args[0])):
@@ -115,31 +117,25 @@ class Runner:
     def look(
         self, layer: int, state: TextState, index: int, rows: Rows, at: Tensor, observer: Callable[[Seen], None]
     ) -> None:
-        """Show what attention computes on some sequences for the queries at positions ``at`` (int64 [R])."""
+        """Call ``observer`` with what attention computes on some sequences for queries at ``at`` (int64 [R])."""
         _, _, output = self.modules(layer)
         with observing(observer, at), until(output, lambda args, kwargs: None):
             self.call(layer, state, index, rows, PROBE)
 
     def seen(self, layer: int, state: TextState, index: int, rows: Rows, at: Tensor) -> Seen | None:
-        """The same, as a value; None where it cannot be observed."""
+        """What attention computes for the queries at ``at``; None where it cannot be observed."""
         seen: list[Seen] = []
         self.look(layer, state, index, rows, at, seen.append)
         return seen[0] if seen else None
 
 
-def batch_rows(part: Tensor, batch_tokens: int) -> int:
-    """Sequences in one forward pass over ``part`` [N, S, ...]: at least one, all of about the same number."""
-    most = max(1, batch_tokens // part.shape[1])
-    return -(-len(part) // -(-len(part) // most))
-
-
 def with_one(x: Tensor) -> Tensor:
-    """x~ = [x, 1]: the one carries biases."""
+    """x~ = [x, 1]: the last column multiplies biases."""
     return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A tree of mappings and sequences with every tensor changed."""
+    """A copy of a tree of mappings and sequences, with ``change`` applied to every tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, MutableMapping):
@@ -154,7 +150,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _store(
     whole: MutableMapping[Any, Any], part: MutableMapping[Any, Any], rows: slice, count: int, device: Any
 ) -> None:
-    """Write a mapping of some sequences' tensors into that of all, which are made at the first batch."""
+    """Write the tensors of some sequences into those of all ``count``, which are created at the first batch."""
 
     def put(old: Any, new: Any) -> Any:
         if isinstance(new, Tensor):

@@ -1,4 +1,4 @@
-"""What one layer of the original shows on the calibration text: its moments, how it rotates, logits to match."""
+"""Observe one layer of the original on calibration text: its moments, its rotation, and the logits to match."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rehead.healing.runner import Runner, TextState, with_one
 from rehead.models.heads import Heads
 from rehead.models.watch import Seen
 
-#: Queries of a short sequence whose attention is looked at; their keys are all there.
+#: Observed queries per short sequence; each with all of its keys.
 QUERY_ROWS = 64
 #: Tokens for the moments of attention itself.
 _ATTENTION_TOKENS = {"cpu": 16384, "cuda": 65536}
@@ -33,19 +33,21 @@ def gather_moments(
     groups: int,
     rotation: Rotation | None,
 ) -> Moments:
-    """Gather a loaded layer's moments.
+    """A loaded layer's moments on the text.
 
     Args:
+        runner: runs the model.
+        layer: the layer's index.
         heads: the layer's weights.
         state: the text before the layer.
-        inputs: what its attention reads there [N, S, n], one for each length; see :meth:`Runner.attention_inputs`.
+        inputs: its attention's inputs there [N, S, n], one for each length; see :meth:`Runner.attention_inputs`.
         needs: names of moments (:data:`~rehead.healing.moments.MOMENTS`).
-        groups: of neighbouring query heads; their number bounds the memory, [groups, w, w] for a moment.
-        rotation: how the layer rotates; see :func:`geometry`.
+        groups: number of groups of neighbouring query heads; a moment takes up to [groups, w, w] of memory.
+        rotation: the layer's rotation; see :func:`geometry`.
     """
     width, device = inputs[0].shape[-1] + 1, runner.device
     gatherer = Gatherer(needs, groups, heads.o, rotation)
-    # What attention makes of the inputs costs far more to gather than the inputs themselves, and less will do.
+    # Moments of attention cost far more than those of inputs, and fewer tokens are enough for them.
     enough = max(_ATTENTION_TOKENS.get(device.type, 16384), 8 * width) // len(inputs)
     for index, part in enumerate(inputs):
         every = max(1, part.shape[0] * part.shape[1] // enough)
@@ -64,11 +66,11 @@ def gather_moments(
 
 
 def geometry(runner: Runner, layer: int, heads: Heads, state: TextState) -> tuple[Rotation | None, float | None]:
-    """How a loaded layer rotates and scales.
+    """A loaded layer's rotation and the factor on its dot products.
 
     Returns:
-        (its rotation, or None where the model does not show it; the factor on its dot products, proved on numbers, or
-        None where its logits are not what we compute from the two).
+        (the rotation, or None if it cannot be observed; the factor, or None if logits computed with both do not equal
+        the model's own).
     """
     lengths = [part.shape[1] for part in state.hidden]
     longest = lengths.index(max(lengths))
@@ -95,19 +97,21 @@ def geometry(runner: Runner, layer: int, heads: Heads, state: TextState) -> tupl
 def logit_targets(
     runner: Runner, layer: int, state: TextState, inputs: Sequence[Tensor], num_heads: int, order: Tensor | None
 ) -> list[LogitTargets]:
-    """Logits of a loaded layer on its own text, to be matched from the changed layer's inputs.
+    """The original layer's logits on its own inputs, as targets for the changed layer on its inputs.
 
     Args:
+        runner: runs the original.
+        layer: the layer's index.
         state: the original's text before the layer.
-        inputs: what the changed layer's attention reads [N, S, n], one for each length.
+        inputs: the inputs of the changed layer's attention [N, S, n], one for each length.
         num_heads: query heads.
-        order: int64 [H], the query head behind each of the changed layer's; None where they have not changed places.
+        order: int64 [H], the original index of each of the changed layer's query heads; None if the order is unchanged.
     """
     targets = []
     for index, part in enumerate(state.hidden):
         count, queries = logit_share(part, num_heads, len(state.hidden), runner.device.type)
-        chosen = torch.linspace(0, len(part) - 1, count).long()
-        for number, rows in enumerate(chosen.split(min(8, runner.batch_rows(part)))):
+        sequences = torch.linspace(0, len(part) - 1, count).long()
+        for number, rows in enumerate(sequences.split(min(8, runner.batch_rows(part)))):
             at = spread(part.shape[1], queries, number, runner.device)
             seen = runner.seen(layer, state, index, rows, at)
             assert seen is not None
@@ -117,9 +121,9 @@ def logit_targets(
 
 
 def logit_share(part: Tensor, num_heads: int, lengths: int, device: str) -> tuple[int, int]:
-    """(sequences of one length [N, S, ...] that logits are matched on, queries of each).
+    """(number of sequences of one length [N, S, ...] to match logits on, queries of each).
 
-    Every length gets as many queries for its tokens: what lies far back is seen in long ones alone.
+    Every length gets an equal share of the queries, since only long sequences have distant keys.
     """
     have, length = part.shape[:2]
     queries = LOGIT_QUERIES.get(device, 48 * QUERY_ROWS) // lengths
@@ -129,12 +133,12 @@ def logit_share(part: Tensor, num_heads: int, lengths: int, device: str) -> tupl
 
 
 def queries_of(length: int) -> int:
-    """Queries of a sequence to look at: as many per token in long sequences as in those of 512."""
+    """Number of queries to observe per sequence: 64, or one in eight tokens of sequences longer than 512."""
     return min(length, max(QUERY_ROWS, length // 8))
 
 
 def spread(length: int, count: int, number: int, device: torch.device) -> Tensor:
-    """``count`` positions spread evenly over a sequence, shifted from batch to batch so that all come up."""
+    """``count`` positions spread evenly over a sequence, shifted by batch ``number`` so that all are used in time."""
     count = min(count, length)
     stride = length // count
     return torch.arange(count, device=device) * stride + number % stride

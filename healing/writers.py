@@ -1,9 +1,9 @@
-"""Closed-form refit of the matrices that write to the residual stream, by ridge regression on what goes into them.
+"""Closed-form refit of the matrices that write to the residual stream, by ridge regression on their inputs.
 
-Given the attention, its output is linear in the output projection; in a parallel block the output projection and the
-FFN's read inputs that do not depend on either, so both together are one least-squares problem. What is matched is what
-the original writes, plus what the changed prefix has drifted by where the block adds straight to the residual stream,
-so that each layer also takes back some of the errors before it.
+For fixed attention probabilities, the attention's output is linear in the output projection. In a parallel block the
+inputs of the output projection and of the FFN's last matrix depend on neither, so both together are one least-squares
+problem. The target is the original's output and, where the block adds straight to the residual stream, the error of
+the changed layers before, so that each layer also corrects some of their errors.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RIDGE = 1e-4
 
 
 class LeastSquares:
-    """Normal equations of some matrices whose outputs are added up.
+    """The least-squares problem for some matrices whose outputs are added up, as normal equations.
 
     Args:
-        weights: [m, w] each.
-        bias: their biases' sum [m], or None where none has one.
+        weights: the matrices, [m, w] each.
+        bias: the sum [m] of their biases, or None if there are none.
     """
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
@@ -43,7 +43,7 @@ class LeastSquares:
         self.size = torch.zeros((), dtype=torch.float64, device=self.prior.device)
 
     def add(self, inputs: Sequence[Tensor], target: Tensor) -> None:
-        """Count a batch: the matrices' inputs [b, S, w] each, and what they should add up to [b, S, m]."""
+        """Add a batch: the matrices' inputs [b, S, w] each, and the target [b, S, m] for their outputs' sum."""
         z, y = torch.cat([part.flatten(0, 1) for part in inputs], 1), target.flatten(0, 1)
         if self.bias:
             z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
@@ -52,13 +52,13 @@ class LeastSquares:
         self.size += y.square().sum()
 
     def error(self, weight: Tensor) -> float:
-        """Relative error of the sum under weights [m, all the inputs]."""
+        """Relative error of the outputs' sum with all weights side by side in ``weight`` [m, sum of w]."""
         size = float(self.size)
         lost = size - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
         return max(float(lost) / max(size, 1e-30), 0.0) ** 0.5
 
     def solve(self, strength: float = RIDGE) -> tuple[list[Tensor], Tensor | None, list[float]]:
-        """(the weights, their biases' sum, relative error before and after)."""
+        """(the weights, the sum of their biases, relative error before and after)."""
         best = ridge(self.gram, self.cross, self.prior, strength).to(self.prior)
         parts = list(best[:, : sum(self.widths)].split(self.widths, 1))
         return parts, best[:, -1] if self.bias else None, [self.error(self.prior), self.error(best)]
@@ -66,29 +66,31 @@ class LeastSquares:
 
 @dataclass
 class OutputTarget:
-    """What the changed layer's attention ought to give.
+    """The target of the changed layer's attention output.
 
     Attributes:
         clean: the original's attention output [N, S, m], for each length of sequence.
-        drift: what the prefix has drifted by, in the output's scale, likewise; None where a norm stands between the
-            output and the residual stream.
+        drift: the error of the changed layers before, in the output's scale and of the same shapes; None where a norm
+            is between the output and the residual stream.
     """
 
     clean: list[Tensor]
     drift: list[Tensor] | None
 
     def at(self, index: int, rows: Rows, share: float, device: torch.device) -> Tensor:
-        """The targets of some sequences of one length, taking back ``share`` of the drift."""
+        """The targets of some sequences of one length, which correct ``share`` of the drift."""
         wanted = self.clean[index][rows]
         return (wanted if self.drift is None else wanted + share * self.drift[index][rows]).to(device)
 
 
 def run_original(runner: Runner, layer: int, original: TextState, changed: TextState) -> OutputTarget:
-    """Bring the text through the original's layer and say what the changed layer's attention ought to give.
+    """Run the text through the original's layer; returns the target for the changed layer's attention output.
 
     Args:
+        runner: runs the original.
+        layer: the layer's index.
         original: the original's text before the layer; overwritten with that after it.
-        changed: the changed prefix's before the layer.
+        changed: the changed model's text before the layer.
     """
     _, _, output = runner.modules(layer)
     drift = None
@@ -112,7 +114,9 @@ def refit_output(
     """Refit a loaded layer's attention output projection.
 
     Args:
-        state: the changed prefix's text before the layer.
+        runner: runs the changed model.
+        layer: the layer's index.
+        state: the changed model's text before the layer.
         target: from :func:`run_original`.
 
     Returns:
@@ -136,16 +140,18 @@ def refit_output(
 def refit_writers(
     runner: Runner, layer: int, stems: Sequence[str], state: TextState, after: TextState, strength: float | None = None
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Refit, together, what a loaded layer's block writes.
+    """Refit together all matrices of a loaded layer's block that write to the residual stream.
 
     Args:
-        stems: the matrices below the layer's prefix; their inputs must not depend on one another's outputs.
-        state: the changed prefix's text before the layer.
-        after: the original's after it.
-        strength: pull towards the matrices as they are; :data:`RIDGE` when None.
+        runner: runs the changed model.
+        layer: the layer's index.
+        stems: names of the matrices below the layer; their inputs must not depend on one another's outputs.
+        state: the changed model's text before the layer.
+        after: the original's text after it.
+        strength: pull towards the present matrices; :data:`RIDGE` when None.
 
     Returns:
-        (new matrices and biases by the checkpoint's names, relative error of what they give before and after).
+        (new matrices and biases by the checkpoint's names, relative error of their output before and after).
     """
     modules = [runner.model.layers[layer].get_submodule(stem) for stem in stems]
     problem = _problem(runner, modules)
@@ -178,7 +184,7 @@ def _problem(runner: Runner, modules: Sequence[Any]) -> LeastSquares:
 def _named(
     runner: Runner, layer: int, modules: Sequence[Any], weights: Sequence[Tensor], bias: Tensor | None
 ) -> dict[str, Tensor]:
-    """Matrices by the checkpoint's names; of biases that are added up, the last one takes the change."""
+    """Matrices by the checkpoint's names; the change of the biases' sum goes into the last bias."""
     names = {module: name for name, module in runner.model.layers[layer].named_modules()}
     prefix, tensors = runner.family.layer.format(i=layer), {}
     for module, weight in zip(modules, weights):

@@ -76,11 +76,11 @@ def test_whole_files_ranges_splits_and_columns(tmp_path: Path, forms: dict[str, 
         (b"\xff\xfe\x00binary", "binary.txt", "not readable as text"),
         (b"text\0text", "nul.txt", "NUL"),
         (b"not gzip", "a.txt.gz", "not readable as text"),
-        (b'{"text": 3}\n', "numbers.jsonl", "holds int"),
+        (b'{"text": 3}\n', "numbers.jsonl", "has int"),
         (b'{"a": "x"}\n', "a.jsonl#column=b", "unknown column 'b'"),
         (b'{"text": broken\n', "broken.jsonl", "cannot be read"),
         (b"text", "a.txt#linse", "did you mean 'lines'"),
-        (b"text", "a.txt#chars=1", "no range"),
+        (b"text", "a.txt#chars=1", "not a range"),
         (b"text", "a.txt#chars", "has no value"),
         (b'{"a": "x"}\n', "a.jsonl#lines", "text files"),
         (b'{"id": "a1", "title": "x", "body": "y"}\n', "a.jsonl", "several columns of text (id, title, body)"),
@@ -143,7 +143,7 @@ def test_no_names_and_empty_folders(tmp_path: Path) -> None:
         list(read_documents([]))
     with pytest.raises(UsageError, match="name is empty"):
         list(read_documents([""]))
-    with pytest.raises(UsageError, match="holds no text"):
+    with pytest.raises(UsageError, match="has no text"):
         list(read_documents([str(tmp_path)]))
 
 
