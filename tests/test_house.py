@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -17,6 +19,12 @@ from rehead.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DOCUMENTS = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", "build"} & set(path.relative_to(ROOT).parts)
+    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
 
 
 def test_every_package_is_listed() -> None:
@@ -72,15 +80,72 @@ def test_one_version_everywhere() -> None:
 
 
 def test_every_link_in_the_documents_leads_somewhere() -> None:
-    for document in (*ROOT.glob("*.md"), ROOT / "patches/README.md", ROOT / "recipes/README.md"):
+    for document in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
             assert link.startswith("http") or (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_every_path_in_the_documents_exists() -> None:
+    """Paths that begin in a room, and files of code by their names alone; capitals stand for a name to fill in."""
+    rooms = [path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "build"))]
+    begins_in_a_room = rf"(?<![\w./~<-])(?:{'|'.join(map(re.escape, rooms))})/[\w./-]*"
+    by_name = {path.name for path in ROOT.rglob("*.py")}
+    checked = 0
+    for document in DOCUMENTS:
+        text = re.sub(r"\]\([^)]*\)", "]", document.read_text(encoding="utf-8"))
+        for path in (path.rstrip(".") for path in re.findall(begins_in_a_room, text)):
+            if "NAME" not in path:
+                assert (ROOT / path).exists() or (document.parent / path).exists(), f"{document.name}: {path}"
+                checked += 1
+        for name in re.findall(r"(?<![\w./-])[a-z_]+\.py\b", text):
+            assert name in by_name, f"{document.name}: {name}"
+            checked += 1
+    assert checked > 50
+
+
+def test_every_module_and_name_in_the_documents_can_be_imported() -> None:
+    checked = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for module, names in re.findall(r"from (rehead[\w.]*) import ([\w, ]+)", text):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip()), f"{document.name}: {module} {name}"
+                checked += 1
+        if document.name == "CHANGELOG.md":  # what is gone stands there too
+            continue
+        for module in re.findall(r"\brehead(?:\.[a-z_]+)+\b(?!\.\w)", text):
+            if module in ("rehead.json", "rehead.cli") or module.endswith(".json"):
+                continue
+            home, _, name = module.rpartition(".")
+            is_there = importlib.util.find_spec(home) is not None and importlib.util.find_spec(module) is not None
+            assert is_there or hasattr(importlib.import_module(home), name), f"{document.name}: {module}"
+            checked += 1
+    assert checked > 10
+
+
+def test_the_example_of_a_variant_is_one_small_folder() -> None:
+    """What CONTRIBUTING says of it: at most 60 lines, and in the rest of the code one line of a table."""
+    folder = ROOT / "variants/temperature"
+    assert [path.name for path in folder.iterdir() if path.name != "__pycache__"] == ["__init__.py"]
+    code = (folder / "__init__.py").read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 60
+    naming = [
+        (path.relative_to(ROOT).as_posix(), line.strip())
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "build", ".check") and folder not in path.parents
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"variants.temperature|\"temperature\": \"", line)
+    ]
+    assert naming == [("variants/contract.py", '"temperature": "rehead.variants.temperature",')]
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    for line in (line.strip() for block in shown[:2] for line in block.splitlines() if line.strip()):
+        assert line in code or line.startswith("def attend("), line
 
 
 def test_documents_name_commands_and_options_that_exist() -> None:
     """Every `rehead COMMAND ... --option` of the READMEs is one that the command takes."""
     found = 0
-    for document in (ROOT / "README.md", ROOT / "patches/README.md", ROOT / "recipes/README.md"):
+    for document in DOCUMENTS:
         for line in re.findall(r"\brehead (.*)", document.read_text(encoding="utf-8").replace("\\\n", " ")):
             for part in re.split(r"\brehead |`|#", line)[:1]:
                 words = part.split()
