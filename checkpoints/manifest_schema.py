@@ -18,7 +18,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
 
-class Change(_Part, Generic[T]):
+class BeforeAfter(_Part, Generic[T]):
     """A figure of the source and of the result."""
 
     before: T
@@ -64,21 +64,21 @@ class Manifest(_Part):
     source: str | None = None
     revision: str | None = None
     model_type: str | None = None
-    host: Change[str] | None = None
+    host: BeforeAfter[str] | None = None
     block: dict[str, Any] | None = None
     reinvest: dict[str, Any] | None = None
     variants: dict[str, dict[str, Any]] | None = None
     latent: dict[str, Any] | None = None
     num_attention_heads: int | None = None
     head_dim: int | None = None
-    num_key_value_heads: Change[int] | None = None
-    kv_bytes_per_token: Change[int] | None = None
-    cache_bytes: Change[dict[str, int]] | None = None
-    parameters: Change[int] | None = None
+    num_key_value_heads: BeforeAfter[int] | None = None
+    kv_bytes_per_token: BeforeAfter[int] | None = None
+    cache_bytes: BeforeAfter[dict[str, int]] | None = None
+    parameters: BeforeAfter[int] | None = None
     exact: bool | None = None
     rounded: bool | None = None
     options: dict[str, Any] | None = None
-    config_changes: dict[str, Change[Any]] = {}
+    config_changes: dict[str, BeforeAfter[Any]] = {}
     calibration: dict[str, Any] | None = None
     layers: dict[str, dict[str, Any]] = {}
     changed_tensors: list[str] = []

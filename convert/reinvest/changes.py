@@ -28,7 +28,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class NormKind:
+class ClassNorms:
     """How a class's norms work, found by trying.
 
     Attributes:
@@ -108,7 +108,7 @@ def hidden_changes(
     before: Mapping[str, Slot],
     after: Mapping[str, Slot],
     sizes: tuple[int, int],
-    norms: NormKind,
+    norms: ClassNorms,
     seed: int,
     tied: bool,
     queries: frozenset[str],

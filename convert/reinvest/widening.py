@@ -9,7 +9,7 @@ from typing import Any
 
 from rehead.convert.reinvest import proof
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
-from rehead.convert.reinvest.changes import NormKind, Resize, Slot, ffn_changes, hidden_changes, resized, slots
+from rehead.convert.reinvest.changes import ClassNorms, Resize, Slot, ffn_changes, hidden_changes, resized, slots
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.models.config import resolve_config
 from rehead.models.families.spec import Config
@@ -244,7 +244,7 @@ def _wider(
         ) from None
 
 
-def _norm_kind(model: Model, small: Config, wide: Config, tied: bool, seed: int) -> NormKind:
+def _norm_kind(model: Model, small: Config, wide: Config, tied: bool, seed: int) -> ClassNorms:
     """How the class's norms and embeddings work: the first way under which the small model computes the same."""
     source = proof.tiny(small)
     first, logits = proof.states(source)
@@ -254,12 +254,12 @@ def _norm_kind(model: Model, small: Config, wide: Config, tied: bool, seed: int)
     best = float("inf")
     for offset in (0.0, 1.0):
         for scaled in (False, True):
-            kind = NormKind(offset, scaled)
+            kind = ClassNorms(offset, scaled)
             changes = hidden_changes(old, new, sizes, kind, seed, tied, queries)
             inputs, _ = proof.states(proof.widened(source, wide, changes))
             ratio = float(inputs[..., : sizes[0]].norm() / first.norm())
             if abs(ratio - (sizes[1] / sizes[0]) ** 0.5) < 1e-4:
-                kind = NormKind(offset, scaled, (sizes[0] / sizes[1]) ** 0.5)
+                kind = ClassNorms(offset, scaled, (sizes[0] / sizes[1]) ** 0.5)
                 changes = hidden_changes(old, new, sizes, kind, seed, tied, queries)
             gap = proof.distance(proof.states(proof.widened(source, wide, changes))[1], logits)
             if gap < proof.TOLERANCE:

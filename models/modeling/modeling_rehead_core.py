@@ -14,7 +14,7 @@ import transformers
 
 
 @dataclass(eq=False)
-class Derived:
+class DerivedClasses:
     """A config class derived from transformers' and its model classes.
 
     Attributes:
@@ -83,11 +83,11 @@ class Derived:
 
     def register(self) -> None:
         """Register the config with ``AutoConfig``."""
-        stand_in = _StandIn(self.config, (), {"__module__": self.module, "_derived": self})
+        stand_in = _Pending(self.config, (), {"__module__": self.module, "_derived": self})
         transformers.AutoConfig.register(self.model_type, stand_in, exist_ok=True)
 
 
-def named(derived: Iterable[Derived], name: str) -> Any:
+def named(derived: Iterable[DerivedClasses], name: str) -> Any:
     """The config or model class of this name, made on first use (for a module's ``__getattr__``, PEP 562).
 
     Raises:
@@ -102,7 +102,7 @@ def named(derived: Iterable[Derived], name: str) -> Any:
     raise AttributeError(f"there is no class {name!r} here")
 
 
-class _StandIn(type):
+class _Pending(type):
     """Type of the placeholder for a config class until it is used."""
 
     def __getattr__(cls, name: str) -> Any:
@@ -114,6 +114,6 @@ class _StandIn(type):
         return cls._made()(*args, **kwargs)
 
     def _made(cls) -> Any:
-        derived: Derived = cls.__dict__["_derived"]
+        derived: DerivedClasses = cls.__dict__["_derived"]
         transformers.AutoConfig.register(derived.model_type, derived.config_class, exist_ok=True)
         return derived.config_class

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from .modeling_rehead_core import Derived, named
+from .modeling_rehead_core import DerivedClasses, named
 
 FAMILIES = {
     "arcee": "Arcee",
@@ -113,7 +113,7 @@ class ParallelModel:
         _make_parallel(self, self.base_model.layers)  # type: ignore[arg-type, attr-defined]
 
 
-def _derived(model_type: str, prefix: str) -> Derived:
+def _derived(model_type: str, prefix: str) -> DerivedClasses:
     def share_weight_conversion() -> None:
         """Load mixtures of experts as the serial type does: one tensor per expert in the file, stacked in the model."""
         from transformers import conversion_mapping
@@ -126,7 +126,7 @@ def _derived(model_type: str, prefix: str) -> Derived:
     def models(suffix: str) -> tuple[str, Any]:
         return f"Parallel{prefix}{suffix}", lambda: (ParallelModel, getattr(transformers, prefix + suffix))
 
-    return Derived(
+    return DerivedClasses(
         module=__name__,
         model_type=TYPE_PREFIX + model_type,
         config=f"Parallel{prefix}Config",

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from .modeling_rehead_core import Derived, named
+from .modeling_rehead_core import DerivedClasses, named
 
 MODEL_TYPE = "rehead_t5"
 
@@ -152,7 +152,7 @@ def _complete(config: Any) -> None:
         raise ValueError(f"num_key_value_heads {config.num_key_value_heads} must divide num_heads {config.num_heads}")
 
 
-DERIVED = Derived(
+DERIVED = DerivedClasses(
     module=__name__,
     model_type=MODEL_TYPE,
     config="ReheadT5Config",
