@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -20,39 +21,92 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any]) -> str:
     """Markdown with YAML front matter: ``base_model``, tags, the inherited licence, the command and what it did."""
     source, table = plan.model.source, plan.as_json()
+    name = source.id.rstrip("/").rsplit("/", 1)[-1]
+    how = _how(table)
+    paragraphs = [
+        f"# {plain(name)} {_title(table)}",
+        f"Converted from {code(name if source.revision is None else source.id)}"
+        + (f" at {code(source.revision)}" if source.revision else "")
+        + f" by Rehead {__version__}{': ' if how else ''}{', '.join(how)}.",
+        "\n".join(["| | before | after |", "| --- | --- | --- |", *_rows(table)]),
+        *_notes(plan, table, layers, details),
+        "Engines, each run on a small model of this kind:",
+        "\n".join(f"- {plain(line)}" for line in _engines(plan)),
+        "\n".join(code_block(command)),
+    ]
+    metadata = yaml.safe_dump(_metadata(plan, table), sort_keys=False, allow_unicode=True, width=10_000).strip()
+    return "\n\n".join([f"---\n{metadata}\n---", *paragraphs]) + "\n"
+
+
+def _metadata(plan: Plan, table: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub reads."""
+    source = plan.model.source
     inherited = front_matter(source.model_card() or "")
-    kinds = (
-        []
-        if plan.kv == plan.model.num_heads
-        else ["multi-head-latent-attention"]
-        if "latent" in table
-        else ["multi-query-attention" if plan.kv == 1 else "grouped-query-attention"]
-    )
     metadata: dict[str, Any] = {key: inherited[key] for key in _INHERITED if key in inherited}
     metadata.setdefault("library_name", "transformers")
-    hub_id = source.revision is not None
-    if hub_id:
+    if source.revision is not None:
         metadata["base_model"] = source.id
         metadata["base_model_relation"] = "finetune"
     elif "base_model" in inherited:
         metadata["base_model"] = inherited["base_model"]
+    if plan.kv == plan.model.num_heads:
+        kinds = []
+    elif "latent" in table:
+        kinds = ["multi-head-latent-attention"]
+    else:
+        kinds = ["multi-query-attention" if plan.kv == 1 else "grouped-query-attention"]
     old_tags = inherited.get("tags") or []
     metadata["tags"] = list(dict.fromkeys([*(old_tags if isinstance(old_tags, list) else []), "rehead", *kinds]))
-    name = source.id.rstrip("/").rsplit("/", 1)[-1]
-    kv, cache, size = table["num_key_value_heads"], table["kv_bytes_per_token"], table["parameters"]
+    return metadata
+
+
+def _pooled(table: dict[str, Any]) -> bool:
+    return table["num_key_value_heads"]["before"] != table["num_key_value_heads"]["after"]
+
+
+def _how(table: dict[str, Any]) -> list[str]:
+    """How layers were changed, a few words each."""
     options = table["options"]
-    pooled = kv["before"] != kv["after"]
-    extras = [f"method {code(options['method'])}", f"{options['grouping']} groups"] if pooled else []
-    extras += ["least-squares refit"] if options["refit"] else []
-    extras += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
-    rows = []
+    how = ["latent attention"] if "latent" in table else []
+    if _pooled(table):
+        how += [] if "latent" in table else [f"method {code(options['method'])}"]
+        how += [] if "latent" in table and options["grouping"] == "contiguous" else [f"{options['grouping']} groups"]
+    how += ["least-squares refit"] if options["refit"] else []
+    how += [f"layer-wise fit of {options['fit']} steps"] if options["fit"] else []
+    return how
+
+
+def _title(table: dict[str, Any]) -> str:
+    """What the model has or is now."""
+    if "latent" in table:
+        return "with latent attention"
+    if not _pooled(table):
+        if "block" in table:
+            return f"with {table['options']['block']} blocks"
+        if "variants" in table:
+            return f"with {' and '.join(table['variants'])}"
+        if "host" in table:
+            return f"as {table['host']['after']}"
+    after = table["num_key_value_heads"]["after"]
+    return f"with {after} KV head{'s' if after != 1 else ''}"
+
+
+def _rows(table: dict[str, Any]) -> list[str]:
+    """The figures before and after, as rows of a table."""
+    kv, cache, size = table["num_key_value_heads"], table["kv_bytes_per_token"], table["parameters"]
+    rows = [
+        f"| KV heads | {kv['before']} | {kv['after']} |",
+        f"| KV cache, bytes per token | {cache['before']:,} | {cache['after']:,} |",
+    ]
+    if table["windows"]:
+        before, after = table["cache_bytes"]["before"], table["cache_bytes"]["after"]
+        rows += [f"| KV cache at {int(n):,} tokens, bytes | {before[n]:,} | {after[n]:,} |" for n in before]
+    rows.append(f"| parameters | {size['before']:,} | {size['after']:,} |")
     if latent := table.get("latent"):
-        extras = ["latent attention", *(extra for extra in extras if not extra.startswith(("method ", "contiguous")))]
-        numbers = latent["numbers_per_token"]
+        width = f"{latent['rank']} and a rotated key of {latent['rope_dims']}"
         rows += [
             f"| class | {table['model_type']} | {latent['host']} |",
-            f"| cached numbers per token and layer | {numbers['before']} | {latent['rank']} and a rotated key of "
-            f"{latent['rope_dims']} |",
+            f"| cached numbers per token and layer | {latent['numbers_per_token']['before']} | {width} |",
         ]
     for name, facts in table.get("variants", {}).items():
         told = ", ".join(f"{key} {plain(str(value))}" for key, value in facts["options"].items())
@@ -61,92 +115,53 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         rows.append(f"| class | {table['host']['before']} | {table['host']['after']} |")
     if "block" in table:
         rows.append(f"| blocks | {table['block']['before']} | {table['block']['after']} |")
-    if "reinvest" in table:
-        spent = table["reinvest"]
+    if spent := table.get("reinvest"):
         rows.append(f"| {spent['key']} | {spent['before']:,} | {spent['after']:,} |")
-    heads = f"{kv['after']} KV head{'s' if kv['after'] != 1 else ''}"
-    title = f"with {heads}"
-    if "latent" in table:
-        title = "with latent attention"
-    elif not pooled and "block" in table:
-        title = f"with {options['block']} blocks"
-    elif not pooled and "variants" in table:
-        title = f"with {' and '.join(table['variants'])}"
-    elif not pooled and "host" in table:
-        title = f"as {table['host']['after']}"
-    lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).strip(),
-        "---",
-        "",
-        f"# {plain(name)} {title}",
-        "",
-        f"Converted from {code(source.id if hub_id else name)}"
-        + (f" at {code(source.revision)}" if source.revision else "")
-        + f" by Rehead {__version__}{': ' if extras else ''}{', '.join(extras)}.",
-        "",
-        "| | before | after |",
-        "| --- | --- | --- |",
-        f"| KV heads | {kv['before']} | {kv['after']} |",
-        f"| KV cache, bytes per token | {cache['before']:,} | {cache['after']:,} |",
-        *(
-            f"| KV cache at {int(context):,} tokens, bytes | {size:,} | {table['cache_bytes']['after'][context]:,} |"
-            for context, size in table["cache_bytes"]["before"].items()
-            if table["windows"]
-        ),
-        f"| parameters | {size['before']:,} | {size['after']:,} |",
-        *rows,
-        "",
-    ]
+    return rows
+
+
+def _notes(
+    plan: Plan, table: dict[str, Any], layers: dict[int, dict[str, Any]], details: dict[str, Any]
+) -> Iterator[str]:
+    """What a user of the model has to know, a paragraph each."""
     if not table["exact"]:
-        changes = ["One latent for all heads"] if "latent" in table else ["Sharing KV heads"] if pooled else []
+        changes = ["One latent for all heads"] if "latent" in table else ["Sharing KV heads"] if _pooled(table) else []
         changes += ["another form of its blocks"] if "block" in table else []
         changes += [f"the variant {name}" for name in table.get("variants", ())]
         what = " and ".join(changes)
-        lines += [
+        yield (
             f"{what[0].upper()}{what[1:]} change{'s' if len(changes) == 1 else ''} what the model computes. Uptrain it "
-            "briefly and evaluate it against the original before you rely on it.",
-            "",
-        ]
+            "briefly and evaluate it against the original before you rely on it."
+        )
     if note := table.get("host", {}).get("note"):
-        lines += [f"{note[0].upper()}{note[1:]}.", ""]
+        yield f"{note[0].upper()}{note[1:]}."
     if plan.raw_config.get("auto_map"):
-        lines += [
+        serial = " Its serial class would take the weights and compute something else."
+        yield (
             "Transformers has no class for this model: load it by an Auto class, after `import rehead` or trusting the "
-            "modelling file beside the weights."
-            + (
-                " Its serial class would take the weights and compute something else."
-                if "parallel_layers" in plan.raw_config
-                else ""
-            ),
-            "",
-        ]
+            f"modelling file beside the weights.{serial if 'parallel_layers' in plan.raw_config else ''}"
+        )
     if details.get("text"):
-        lines += [f"Calibrated on {details['tokens']:,} tokens of: {', '.join(map(code, details['text']))}.", ""]
-    errors = [entry for entry in layers.values() if "value_error" in entry]
+        yield f"Calibrated on {details['tokens']:,} tokens of: {', '.join(map(code, details['text']))}."
+    errors = {layer: facts for layer, facts in layers.items() if "value_error" in facts}
     if errors and not table["exact"]:
-        worst = max(errors, key=lambda e: e["key_error"] + e["value_error"])
-        layer = next(i for i, entry in layers.items() if entry is worst)
-        lines += [
-            f"Relative error of the pooled projections: keys {_mean(errors, 'key_error'):.3f}, values "
-            f"{_mean(errors, 'value_error'):.3f} on average; largest in layer {layer}. Per layer: `rehead.json`.",
-            "",
-        ]
+        worst = max(errors, key=lambda layer: errors[layer]["key_error"] + errors[layer]["value_error"])
+        keys, values = (_mean(list(errors.values()), name) for name in ("key_error", "value_error"))
+        yield (
+            f"Relative error of the pooled projections: keys {keys:.3f}, values {values:.3f} on average; largest in "
+            f"layer {worst}. Per layer: `rehead.json`."
+        )
     if drafts := table["drafts"]:
-        lines += [
+        yield (
             f"Draft layers that transformers does not load keep the original's heads: {', '.join(map(code, drafts))}. "
-            "An engine that drafts with them reads them wrongly.",
-            "",
-        ]
+            "An engine that drafts with them reads them wrongly."
+        )
     if left := table["code_left_out"]:
-        lines += [
-            f"Code stays behind: {', '.join(map(code, left))}. A tokenizer that needs it loads from the original.",
-            "",
-        ]
-    engines = sentences(plan.raw_config.get("model_type", ""), facts_of(plan.raw_config))
-    lines += ["Engines, each run on a small model of this kind:", "", *(f"- {plain(line)}" for line in engines), ""]
-    lines += [*code_block(command), ""]
-    return "\n".join(lines)
+        yield f"Code stays behind: {', '.join(map(code, left))}. A tokenizer that needs it loads from the original."
+
+
+def _engines(plan: Plan) -> list[str]:
+    return list(sentences(plan.raw_config.get("model_type", ""), facts_of(plan.raw_config)))
 
 
 def _mean(entries: list[dict[str, Any]], key: str) -> float:
