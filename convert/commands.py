@@ -189,7 +189,11 @@ def _cache_line(report: dict[str, Any]) -> str:
             f"logits with and without differ by {report['cache_error']:.1e}, the source's by "
             f"{report['source_cache_error']:.1e}: the class itself computes something else with a cache"
         )
-    return f"logits with and without agree to {report['cache_error']:.1e}"
+    agree = f"logits with and without agree to {report['cache_error']:.1e}"
+    size = report["cache_bytes"]
+    if size and size["measured"] == size["layout"]:
+        return f"{agree}; {size['measured']:,} bytes in float32 for {size['tokens']} tokens, as its layout says"
+    return agree
 
 
 @click.command("families")

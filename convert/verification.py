@@ -15,8 +15,10 @@ from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.source import Source
 from rehead.console import quiet_transformers
 from rehead.errors import VerificationError, first_line
+from rehead.models.cache_layouts import config_layouts
 from rehead.models.config import causal_lm_class, resolve_config
 from rehead.models.distance import distances
+from rehead.models.layout import cache_bytes
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
 
@@ -41,6 +43,9 @@ class Verification:
             draws them anew.
         unexpected: tensors that both hold and the class ignores.
         drafts: layers that the class does not load and no conversion changes: they keep the source's heads.
+        cache_bytes: of the cache that decoding left: its ``tokens``, the bytes ``measured`` in float32 and those that
+            the ``layout`` of the layers says; None where the class hands no cache back or the config says too little.
+            Some classes repeat their KV heads before they cache them (Falcon), which an engine need not.
         source_cache_error: the source's own ``cache_error``, where this one is beyond what rounding explains: the class
             computes something else with a cache (MiniMax does), converted or not.
     """
@@ -53,6 +58,7 @@ class Verification:
     unexpected: tuple[str, ...] = ()
     drafts: tuple[str, ...] = ()
     source_cache_error: float | None = None
+    cache_bytes: dict[str, int] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -63,6 +69,7 @@ class Verification:
             "unexpected": list(self.unexpected),
             "drafts": list(self.drafts),
             "cache_error": self.cache_error,
+            "cache_bytes": self.cache_bytes,
             "source_cache_error": self.source_cache_error,
             "against_source": self.against_source,
         }
@@ -103,7 +110,7 @@ def verify(
     logits = _logits(model, tokens)
     if not bool(torch.isfinite(logits).all()):
         raise VerificationError(f"{out}: its logits are not finite; check the source or convert it again")
-    cache_error = _cache_error(model, tokens, logits)
+    cache_error, size = _cached(model, tokens, logits)
     differs = f"{out}: logits with a KV cache differ from those without by {cache_error or 0:.1e}"
     suspect = cache_error is not None and not cache_error <= _CACHE_TOLERANCE  # a NaN is over it too
     if suspect and source is None:
@@ -124,7 +131,7 @@ def verify(
     missing, unexpected = tuple(sorted(report.missing)), tuple(sorted(report.unexpected))
     folder.ignore(report.ignored)
     drafts = tuple(draft_layers(folder))
-    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs)
+    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs, size)
 
 
 def _absent_code(folder: Source) -> set[str]:
@@ -179,22 +186,31 @@ def _run(model: Any, tokens: Tensor, source: Tensor, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def _cache_error(model: Any, tokens: Tensor, logits: Tensor) -> float | None:
-    """Prefill half of the tokens, decode eight more one by one, compare with the full pass; None without a cache."""
+def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, dict[str, int] | None]:
+    """Prefill half of the tokens, decode eight more one by one: (distance from the full pass, size of the cache).
+
+    The first is None without a cache, the second also where a layout does not say enough.
+    """
     half = tokens.shape[1] // 2
     # As generate() does: some classes count positions from 0 whatever is in the cache (Bamba).
     placed = not model.config.is_encoder_decoder and "position_ids" in inspect.signature(model.forward).parameters
     step = _run(model, tokens[:, :half], tokens, use_cache=True)
     cache, rows = getattr(step, "past_key_values", None), [step.logits[0].float()]
     if cache is None:
-        return None
+        return None, None
     for at in range(half, min(half + 8, tokens.shape[1])):
         options = {"position_ids": torch.tensor([[at]])} if placed else {}
         step = _run(model, tokens[:, at : at + 1], tokens, past_key_values=cache, use_cache=True, **options)
         cache = step.past_key_values
         rows.append(step.logits[0].float())
     cached = torch.cat(rows)
-    return float((cached - logits[: len(cached)]).abs().max() / logits.abs().max().clamp_min(1e-6))
+    error = float((cached - logits[: len(cached)]).abs().max() / logits.abs().max().clamp_min(1e-6))
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(getattr(layer, "keys", None), Tensor)]
+    layouts = None if model.config.is_encoder_decoder else config_layouts(model.config, itemsize=4)
+    if layouts is None or not layers:
+        return error, None
+    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return error, {"tokens": len(cached), "measured": measured, "layout": cache_bytes(layouts, len(cached))}
 
 
 def _compare(
@@ -218,4 +234,4 @@ def _compare(
         "top1_agreement": apart.top1_agreement,
         "max_difference": apart.largest,
     }
-    return found, _cache_error(model, tokens, theirs) if cached else None
+    return found, _cached(model, tokens, theirs)[0] if cached else None

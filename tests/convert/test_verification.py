@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from rehead.checkpoints.source import LocalSource
 from rehead.cli import cli
 from rehead.convert import convert, plan, verification, verify
+from rehead.convert.commands import verify_command
 from rehead.errors import UnsupportedError, VerificationError
 from rehead.models.rewritten import cast
 
@@ -212,3 +213,15 @@ def forget(folder: Path, name: str, hash_again: bool = False) -> None:
         data = (folder / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     path.write_text(json.dumps(manifest))
+
+
+def test_the_cache_is_as_large_as_the_layout_says(tmp_path: Path) -> None:
+    """Windows of 8 tokens are full; Falcon's class caches more than it has to, which is told and no error."""
+    for name in ("gemma3_text", "bamba", "falcon"):
+        source = tiny.save_tiny(name, tmp_path / name)
+        convert(source, tmp_path / f"{name}-out", num_key_value_heads=1)
+        size = verify(tmp_path / f"{name}-out").cache_bytes
+        assert size["tokens"] > 8
+        assert size["measured"] == size["layout"] * (tiny.HEADS if name == "falcon" else 1)
+    said = CliRunner().invoke(verify_command, [str(tmp_path / "gemma3_text-out")]).output
+    assert "as its layout says" in said
