@@ -111,7 +111,7 @@ class LatentHeads:
             positions: int64 [S]; 0, 1, ... when None.
         """
         positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
-        angles = positions.double()[:, None] * self.frequencies.double()
+        angles = positions.double()[:, None] * self.frequencies.to(x.device, torch.float64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         (still, turning), (latent, shared) = self.queries(x), self.cached(x)
         keys, values = (
