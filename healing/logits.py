@@ -19,10 +19,12 @@ from rehead.healing.rotation import Rotation
 from rehead.models.heads import Heads, augmented
 
 #: Conjugate-gradient steps of one solve, and the order of the solves.
-STEPS = 15
+STEPS = 9
 SCHEDULE = ("q", "k", "q")
 #: Pull towards the start, relative to the problem's own curvature: directions that the text does not determine stay.
 DAMPING = 1e-2
+#: Random states that the curvature is probed with.
+PROBES = 2
 
 
 @dataclass
@@ -67,26 +69,19 @@ class LogitModel:
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Logits before masking [b, H, R, S] of rotated queries [b, H, R, D] and keys [b, kv, S, D]."""
-        grouped = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # the queries of a group in one product
-        return (grouped @ keys.transpose(-1, -2) * self.scaling).reshape(*queries.shape[:3], keys.shape[2])
+        grouped = (queries * self.scaling).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # a group in one product
+        return (grouped @ keys.transpose(-1, -2)).reshape(*queries.shape[:3], keys.shape[2])
 
-    def pull_queries(self, x: Tensor, rows: Tensor, error: Tensor, keys: Tensor) -> Tensor:
-        """The adjoint of the logits in the query projections: [H, D, w]."""
+    def pull_queries(self, rows: Tensor, error: Tensor, keys: Tensor) -> Tensor:
+        """The adjoint of the logits in the queries before they are rotated: [b, H, R, D]."""
         grouped = error.unflatten(1, (keys.shape[1], -1)).flatten(2, 3) @ keys * self.scaling
-        pulled = self.rotation.turn(grouped.reshape(*error.shape[:3], -1), rows, inverse=True)
-        return _adjoint(pulled, x[:, rows])
+        return self.rotation.turn(grouped.reshape(*error.shape[:3], -1), rows, inverse=True)
 
-    def pull_keys(self, x: Tensor, error: Tensor, queries: Tensor, kv: int) -> Tensor:
-        """The adjoint of the logits in the key projections: [kv, D, w]."""
+    def pull_keys(self, error: Tensor, queries: Tensor, kv: int) -> Tensor:
+        """The adjoint of the logits in the keys before they are rotated: [b, kv, S, D]."""
         grouped = error.unflatten(1, (kv, -1)).flatten(2, 3).transpose(-1, -2)
         pulled = grouped @ queries.unflatten(1, (kv, -1)).flatten(2, 3) * self.scaling
-        return _adjoint(self.rotation.turn(pulled, inverse=True), x)
-
-
-def _adjoint(states: Tensor, x: Tensor) -> Tensor:
-    """sum over batch and positions of states [b, heads, R, D] times inputs [b, R, w]: [heads, D, w]."""
-    flat = states.transpose(1, 2).flatten(2).flatten(0, 1)  # [b * R, heads * D]
-    return (flat.T @ x.flatten(0, 1)).unflatten(0, (states.shape[1], -1))
+        return self.rotation.turn(pulled, inverse=True)
 
 
 def refit_logits(heads: Heads, model: LogitModel, targets: Sequence[LogitTargets], moments: Moments) -> Heads:
@@ -152,13 +147,42 @@ class _QuerySide:
         self.model, self.targets, self.start = model, targets, q
         self.others = [model.states(batch.x, k) for batch in targets]
 
-    def scores(self, index: int, change: Tensor) -> Tensor:
-        batch = self.targets[index]
-        return self.model.scores(self.model.states(batch.x, change, batch.rows), self.others[index])
+    def rows(self, index: int) -> Tensor | None:
+        """Positions of the states that change; None for all."""
+        return self.targets[index].rows
+
+    def scores(self, index: int, states: Tensor) -> Tensor:
+        """Logits [b, H, R, S] of rotated states [b, heads, rows, D]."""
+        return self.model.scores(states, self.others[index])
+
+    def pull(self, index: int, error: Tensor) -> Tensor:
+        """The adjoint: [b, heads, rows, D], not rotated."""
+        return self.model.pull_queries(self.targets[index].rows, error, self.others[index])
+
+    def of(self, index: int, change: Tensor) -> Tensor:
+        """Logits of a change of the weights [heads, D, w]."""
+        return self.scores(index, self.model.states(self.targets[index].x, change, self.rows(index)))
 
     def gradient(self, index: int, error: Tensor) -> Tensor:
-        batch = self.targets[index]
-        return self.model.pull_queries(batch.x, batch.rows, error, self.others[index])
+        """The adjoint of :meth:`of` on the error under the attention: [heads, D, w]."""
+        batch, rows = self.targets[index], self.rows(index)
+        states = self.pull(index, _weighted(batch.probabilities, error)).transpose(1, 2)  # [b, rows, heads, D]
+        x = batch.x if rows is None else batch.x[:, rows]
+        return (states.flatten(2).flatten(0, 1).T @ x.flatten(0, 1)).unflatten(0, self.start.shape[:2])
+
+    def curvature(self) -> Tensor:
+        """What a head's states do to the error on average, summed over rows: [heads, D, D], by random probes."""
+        total = self.start.new_zeros(*self.start.shape[:2], self.start.shape[1])
+        draw = torch.Generator(total.device).manual_seed(0)
+        for index, batch in enumerate(self.targets):
+            rows = self.rows(index)
+            count = batch.x.shape[1] if rows is None else len(rows)
+            shape = (PROBES, len(batch.x), len(total), count, total.shape[1])
+            for signs in torch.randint(0, 2, shape, generator=draw, device=total.device).mul_(2).sub_(1).to(total):
+                error = self.scores(index, self.model.rotation.turn(signs, rows))
+                pulled = self.pull(index, _weighted(batch.probabilities, error))
+                total += torch.einsum("bhrd,bhre->hde", pulled, signs) / PROBES
+        return (total + total.mT) / 2
 
 
 class _KeySide(_QuerySide):
@@ -168,32 +192,48 @@ class _KeySide(_QuerySide):
         self.model, self.targets, self.start = model, targets, k
         self.others = [model.states(batch.x, q, batch.rows) for batch in targets]
 
-    def scores(self, index: int, change: Tensor) -> Tensor:
-        return self.model.scores(self.others[index], self.model.states(self.targets[index].x, change))
+    def rows(self, index: int) -> Tensor | None:
+        return None
 
-    def gradient(self, index: int, error: Tensor) -> Tensor:
-        return self.model.pull_keys(self.targets[index].x, error, self.others[index], len(self.start))
+    def scores(self, index: int, states: Tensor) -> Tensor:
+        return self.model.scores(self.others[index], states)
+
+    def pull(self, index: int, error: Tensor) -> Tensor:
+        return self.model.pull_keys(error, self.others[index], len(self.start))
 
 
 def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tensor) -> Tensor:
-    """The change that minimises the weighted logit error plus the pull: preconditioned conjugate gradients."""
+    """The change that minimises the weighted logit error plus the pull, by preconditioned conjugate gradients.
+
+    The preconditioner takes the curvature as the product of what inputs do and what a head's states do (as K-FAC does,
+    arXiv 1503.05671).
+
+    Args:
+        metric: second moment of the inputs, relative to the mean of its diagonal; smooth: its inverse, damped.
+        free: 1 for the columns that may move, else 0.
+    """
 
     def curvature(change: Tensor) -> Tensor:
         total = torch.zeros_like(change)
-        for i, batch in enumerate(side.targets):
-            total += side.gradient(i, _weighted(batch.probabilities, side.scores(i, change)))
+        for i in range(len(side.targets)):
+            total += side.gradient(i, side.of(i, change))
         return total * free
 
     residual = torch.zeros_like(side.start)
     for i, batch in enumerate(side.targets):
-        residual += side.gradient(i, _weighted(batch.probabilities, batch.scores - side.scores(i, side.start)))
+        residual += side.gradient(i, batch.scores - side.of(i, side.start))
     residual = residual * free
+    change = torch.zeros_like(residual)
     step = (residual @ smooth) * free
-    size = ((step @ metric) * step).sum()
-    change = torch.zeros_like(step)
-    if not bool(size > 0):
+    length = ((step @ metric) * step).sum()
+    if not bool(length > 0):
         return change
-    pull = DAMPING * (step * curvature(step)).sum() / size
+    bend, states = (step * curvature(step)).sum(), side.curvature()
+    pull = DAMPING * bend / length
+    states *= bend / (states @ step @ metric * step).sum()  # as large as what it stands for
+    values, vectors = torch.linalg.eigh(states.double())
+    inverse = ((vectors / (values.clamp_min(0) + pull)[:, None]) @ vectors.mT).to(residual)  # [heads, D, D]
+    step = (inverse @ (residual @ smooth)) * free
     search, power = step.clone(), (residual * step).sum()
     for _ in range(STEPS):
         bent = curvature(search) + pull * (search @ metric) * free
@@ -203,7 +243,7 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
         length = power / bend
         change += length * search
         residual = residual - length * bent
-        step = (residual @ smooth) * free
+        step = (inverse @ (residual @ smooth)) * free
         power, last = (residual * step).sum(), power
         search = step + power / last * search
     return change

@@ -111,8 +111,9 @@ def solve(
     groups = math.lcm(*(part.groups for part in every))
     for layer, heads, moments in moments_of(jobs[0].original, text, needs, groups, device, progress):
         for job, folder in zip(jobs, finished):
-            form = job.layers[layer].closed_form
-            assert form is not None
+            form = job.layers[layer].closed_form if layer in job.layers else None
+            if form is None:
+                continue
             changed = form(heads, moments)
             weights = changed.weights
             tensors = job.tensors(layer, weights) if isinstance(weights, Heads) else weights

@@ -150,12 +150,14 @@ class _KeyGroup:
         Args:
             basis: rows to stay as near to as the subspace allows, [len(dims), w]; balanced freely when None.
         """
-        reader = self._readers()
-        forms = self.q[:, dims].transpose(1, 2) @ (self.k[reader][:, dims] @ self.key_root)  # [R, w, w], q^T k
-        seen = self.query_root @ forms
-        rows = top_rows((seen.mT @ seen).sum(0), len(dims))  # [d, w]
+        # A form q^T k is [w, w]; only its factors are made, a read head's rows each.
+        asks = self.q[:, dims]  # [R, d, w]
+        reads = self.k[self._readers()][:, dims] @ self.key_root
+        seen = asks @ self.query_root
+        rows = top_rows(reads.flatten(0, 1).T @ ((seen @ seen.mT) @ reads).flatten(0, 1), len(dims))  # [d, w]
+        through = asks.mT @ (reads @ rows.T)  # [R, w, d], the forms within the subspace
         if basis is None:
-            left, right = balance((forms @ rows.T).flatten(0, 1), rows @ self.key_unroot)
+            left, right = balance(through.flatten(0, 1), rows @ self.key_unroot)
             old, now = self.k[:, dims].pow(2).sum((1, 2)).mean().sqrt(), right.norm().clamp_min(_TINY)
             key, asked = right * (old / now), left.unflatten(0, (len(q), -1)) * (now / old.clamp_min(_TINY))
         else:
@@ -167,7 +169,7 @@ class _KeyGroup:
             s = s.clamp_min(max(1e-3 * float(s[0]), _TINY))
             key = (u * s.masked_fill(unread, 0)) @ vh @ rows @ self.key_unroot
             still = u[:, unread] @ u[:, unread].T
-            asked = forms @ rows.T @ (vh.T / s) @ u.T + q[:, dims].transpose(1, 2) @ still
+            asked = through @ (vh.T / s) @ u.T + q[:, dims].transpose(1, 2) @ still
         q, k = q.clone(), k.clone()
         k[dims], q[:, dims] = key, asked.transpose(1, 2)
         return q, k
