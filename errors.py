@@ -52,26 +52,26 @@ _OUTPUTS: dict[str, tuple[int, int] | None] = {}
 
 
 def output_expected(path: str | os.PathLike[str]) -> None:
-    """Note what lies at a place that is about to be written, so that an interruption tells the truth about it."""
+    """Remember the state of a path that is about to be written, so that an interruption can report what was written."""
     _OUTPUTS.setdefault(os.fspath(path), _state_of(os.fspath(path)))
 
 
 def forget_outputs() -> None:
-    """A command begins: what was written before it is not its output."""
+    """Forget all remembered paths; called when a command begins."""
     _OUTPUTS.clear()
 
 
 def outputs_written() -> list[str]:
-    """The noted places at which something else lies now: what has been written, whatever came after."""
+    """The remembered paths that exist now and have changed: those that have been written."""
     return [path for path, before in _OUTPUTS.items() if (now := _state_of(path)) is not None and now != before]
 
 
 def _state_of(path: str) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        state = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return state.st_ino, state.st_mtime_ns
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -1,1 +1,1 @@
-"""Exact attention in tiles: the rules of one call, masks, kernels, and the way in from transformers."""
+"""Exact attention in tiles: the rules of one call, masks, kernels, and the link to transformers."""

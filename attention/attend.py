@@ -1,4 +1,4 @@
-"""One attention function in front of the CPU tiles, the Triton kernels and the decode kernel."""
+"""The attention function, which picks the CPU tiles, the Triton kernels or the decode kernel."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rehead.attention.kernels.decode import MAX_QUERIES
 from rehead.errors import UnsupportedError
 
 DECODE_PAIRS = 65535
-"""Most pairs of batch row and KV head that the decode kernel's grid holds."""
+"""Largest number of pairs of batch row and KV head in the decode kernel's grid."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:
-    """:func:`attend` for a call that is spelled out."""
+    """:func:`attend` with the fields of :class:`AttentionCall` as arguments."""
     return attend(AttentionCall(query, key, value, **rules))
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """Exact tiled attention on whatever device the tensors are on: ``[B, Sq, H, Dv]``.
+    """Exact tiled attention ``[B, Sq, H, Dv]``, on the device of the tensors.
 
-    Under autocast, query, key and value are cast as it casts them for ``scaled_dot_product_attention``.
+    Under autocast, query, key and value are cast as for ``scaled_dot_product_attention``.
 
     Raises:
         UsageError: rules that contradict each other or the tensors.
@@ -44,7 +44,7 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """:func:`attend`, and the log-sum-exp of the scores of each row.
+    """As :func:`attend`, with the log-sum-exp of each row's scores.
 
     Returns:
         ``[B, Sq, H, Dv]``, and ``[B, H, Sq]`` in float32 (float64 for float64), sinks included, -inf for a row that
@@ -67,10 +67,10 @@ def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over several sets of keys from attention over each: outputs and log-sum-exps in, the same out.
+    """(output, log-sum-exp) of attention over several sets of keys together, from those over each set.
 
     Args:
-        parts: pairs as :func:`attend_with_lse` returns them, of sets of keys that share none.
+        parts: pairs from :func:`attend_with_lse`, for sets of keys without a common key.
     """
     scores = torch.stack([lse for _, lse in parts])
     top = scores.detach().amax(0)
@@ -86,7 +86,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _prepared(call: AttentionCall) -> AttentionCall:
-    """A call as the paths below take it: autocast's dtype, its scale, a bias of all rows and keys on a GPU."""
+    """The call with autocast's dtype and a scale; on a GPU also with a bias for all rows and keys."""
     query, key, value = _autocast(call.query, call.key, call.value)
     changes: dict[str, Any] = {}
     if call.query.device.type != "cpu":
@@ -105,7 +105,7 @@ def _prepared(call: AttentionCall) -> AttentionCall:
 
 
 def _autocast(*tensors: Tensor) -> Any:
-    """The tensors in autocast's dtype where it is on: rotary positions leave float32 queries beside its values."""
+    """The tensors in autocast's dtype if it is on: rotary embeddings give float32 queries and keys, unlike values."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -114,7 +114,7 @@ def _autocast(*tensors: Tensor) -> Any:
 
 
 def _is_decode(call: AttentionCall) -> bool:
-    """Few rows, no gradient, and no rule that the decode kernel lacks."""
+    """Whether the decode kernel can run the call: few rows, no gradient, no segments."""
     query, key = call.query, call.key
     if query.shape[2] > MAX_QUERIES or query.shape[0] * key.shape[1] > DECODE_PAIRS or call.q_segments is not None:
         return False
@@ -122,8 +122,7 @@ def _is_decode(call: AttentionCall) -> bool:
 
 
 def _first_tokens(call: AttentionCall) -> tuple[Tensor | None, Tensor]:
-    """Where the first ``sink_tokens`` of each sequence begin: ``[B]``, or None for 0; and which keys they are,
-    bool ``[B or 1, Skv]``."""
+    """(start of each sequence ``[B]``, or None for 0; bool ``[B or 1, Skv]``: its first ``sink_tokens`` keys)."""
     num_k = call.key.shape[2]
     place = torch.arange(num_k, device=call.key.device, dtype=torch.int32)[None]
     begin = call.kv_start
@@ -137,7 +136,7 @@ def _first_tokens(call: AttentionCall) -> tuple[Tensor | None, Tensor]:
 
 
 def _with_sink_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """A window and the first tokens beside it: attention over either, merged."""
+    """Attention over a window and over the first tokens, merged."""
     begin, first = _first_tokens(call)
     rest = call.with_(sink_tokens=0)
     if call.kv_segments is not None:
@@ -146,7 +145,7 @@ def _with_sink_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
         sinks = rest.with_(window=None, sinks=None, key_mask=(seen & first).expand(shape))
         window = rest.with_(key_mask=(seen & ~first).expand(shape))
     else:
-        # A range of keys, so that neither part looks at more blocks than it needs.
+        # As ranges of keys, so that neither part reads more blocks than it needs.
         ends = first.new_zeros(call.key.shape[0], dtype=torch.int32) if begin is None else begin.to(torch.int32)
         ends = ends + call.sink_tokens
         most = ends if call.kv_end is None else torch.minimum(ends, torch.as_tensor(call.kv_end, device=ends.device))
@@ -156,7 +155,7 @@ def _with_sink_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _as_bias(call: AttentionCall) -> AttentionCall:
-    """A decode step with its window and sink tokens in a bias of its few rows, since its kernel returns no parts."""
+    """A decode step with its window and sink tokens as a bias, since the decode kernel returns nothing to merge."""
     assert call.window is not None
     offset = torch.as_tensor(call.q_offset, device=call.key.device).reshape(-1, 1, 1)
     row = torch.arange(call.query.shape[2], device=call.key.device)[None, :, None] + offset

@@ -1,4 +1,4 @@
-"""One call of attention: its tensors and every rule of what is seen and how it is scored."""
+"""One call of attention: its tensors and all rules for which keys a query sees and how they are scored."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rehead.errors import UnsupportedError, UsageError
 class AttentionCall:
     """softmax(scale q k^T) v, with grouped heads, masks described by a few numbers, and additions to the scores.
 
-    Row i stands at position ``i + q_offset``, key j at position j. A row sees a key when every rule allows it; one that
-    sees none gives 0. The operators' schemas list the fields in this order (:mod:`rehead.attention.schema`).
+    Row i is at position ``i + q_offset``, key j at position j. A row sees a key if every rule allows it; the output of
+    a row that sees no key is 0. The operators' schemas list the fields in this order (:mod:`rehead.attention.schema`).
 
     Attributes:
         query: ``[B, H, Sq, D]``.
@@ -27,7 +27,7 @@ class AttentionCall:
         causal: a row sees key j only if ``j <= position``.
         q_offset: position of the first row: an int or an integer tensor of one element (of ``[B]`` in a decode step).
         window: a row sees key j only if ``position - j < window``.
-        sink_tokens: so many first tokens of a sequence are seen beyond the window.
+        sink_tokens: number of first tokens of a sequence that are also seen from beyond the window.
         chunk: a row sees key j only if ``position // chunk == j // chunk``.
         kv_start, kv_end: integer ``[B]``; keys outside ``[kv_start, kv_end)`` are hidden. A decode step also takes
             ``kv_end`` as an int or a tensor of one element.
@@ -62,39 +62,38 @@ class AttentionCall:
 
     @property
     def factor(self) -> float:
-        """What the scores are multiplied by."""
+        """The factor of the scores."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
 
     @property
     def offset(self) -> int:
-        """``q_offset`` as a number, which it is outside decode steps."""
+        """``q_offset`` as an int; only for calls that are not decode steps."""
         assert not isinstance(self.q_offset, Tensor)
         return self.q_offset
 
     @property
     def ends(self) -> Tensor | None:
-        """``kv_end`` for each row of the batch, as it is outside decode steps."""
+        """``kv_end`` as a tensor ``[B]`` or None; only for calls that are not decode steps."""
         assert not isinstance(self.kv_end, int)
         return self.kv_end
 
     @property
     def positional_only(self) -> bool:
-        """Whether causality, window and key range say everything that is seen, and nothing is added to the scores."""
+        """Whether causality, window and key range alone decide what is seen, and nothing is added to the scores."""
         extra = (self.chunk, self.key_mask, self.q_segments, self.softcap, self.alibi_slopes, self.bias)
         return all(item is None for item in extra)
 
     def with_(self, **changes: Any) -> AttentionCall:
-        """The same call with some fields changed."""
+        """A copy with some fields changed."""
         return replace(self, **changes)
 
     def narrowed(self, window: int, sink_tokens: int = 0) -> AttentionCall:
-        """The same call with a window that is no wider than ``window``; one that is not causal stays as it is.
+        """A copy with a window of at most ``window``; a call that is not causal is returned unchanged.
 
-        A layer whose own window is narrower keeps it, and one that has a window of its own never sees beyond it, so
-        it gets no sink tokens.
+        A call with a window of its own gets no sink tokens, since it never sees beyond that window.
 
         Raises:
-            UnsupportedError: the mask is one of values, which has no short description.
+            UnsupportedError: the mask is a tensor of values, which cannot take a window.
         """
         if not self.causal:
             if self.bias is None:
@@ -113,10 +112,10 @@ def _shape(tensor: Tensor) -> str:
 
 
 def check(call: AttentionCall) -> None:
-    """Raise :class:`UsageError` when the arguments contradict each other (never for what is merely unsupported)."""
+    """Raise :class:`UsageError` if the arguments contradict each other; unsupported ones are not checked here."""
     query, key, value = call.query, call.key, call.value
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise UsageError("attention wants query, key and value of four dimensions, [batch, heads, sequence, head_dim]")
+        raise UsageError("attention needs query, key and value of four dimensions, [batch, heads, sequence, head_dim]")
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k = key.shape[1], key.shape[2]
     if key.shape[0] != batch or value.shape[:3] != key.shape[:3] or key.shape[3] != dim:
@@ -160,4 +159,4 @@ def check_rules(call: AttentionCall) -> None:
 
 
 CALL = Flat(AttentionCall)
-"""How a call passes through the operators' signatures."""
+"""Converts a call to the operators' arguments and back."""

@@ -1,4 +1,4 @@
-"""Which modules of a live model are attention, and how each of them can be reached."""
+"""Find the attention modules of a live model, and how each of them can be patched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SOFTMAX = re.compile(r"softmax\(|Softmax\(|scaled_dot_product_attention\(")
 
 @functools.cache
 def _source(cls: type) -> str:
-    """Source of a class and of the bases it gets methods from, up to ``nn.Module``."""
+    """Source code of a class and of its bases, up to ``nn.Module``."""
     parts = []
     for base in cls.__mro__:
         if base is nn.Module or base is object:
@@ -35,7 +35,7 @@ def _source(cls: type) -> str:
 
 @functools.cache
 def uses_interface(cls: type) -> bool:
-    """Whether the class fetches its attention from transformers' ``AttentionInterface``."""
+    """Whether the class takes its attention function from transformers' ``AttentionInterface``."""
     return bool(_INTERFACE.search(_source(cls)))
 
 
@@ -43,14 +43,14 @@ def uses_interface(cls: type) -> bool:
 def is_softmax_attention(cls: type) -> bool:
     """Whether the class looks like attention over tokens that computes its own softmax.
 
-    Attention over something else (the outputs of earlier blocks, say) takes no mask, and is nothing to patch.
+    Attention over something else (the outputs of earlier blocks, say) takes no mask and is not patched.
     """
     source = _source(cls)
     return bool(_ATTENTION.search(cls.__name__)) and bool(_SOFTMAX.search(source)) and "mask" in source
 
 
 class MaskStyle(enum.Enum):
-    """What a model does with its mask before attention gets it."""
+    """What a model does with its mask before it reaches attention."""
 
     PASSED = "passed on untouched"
     READ = "computed with by its attention layers (learned sparse attention)"
@@ -75,8 +75,14 @@ def mask_style(config_class: type) -> MaskStyle:
 
 
 @dataclass
-class Found:
-    """Attention modules by how they can be patched: name and module."""
+class AttentionModules:
+    """A model's attention modules by how they can be patched.
+
+    Attributes:
+        interface: (name, module) of those that use transformers' ``AttentionInterface``.
+        own: (name, module) of those that compute attention themselves, which need an adapter.
+        towers: names of those outside the decoder (vision, audio), which are left alone.
+    """
 
     interface: list[tuple[str, nn.Module]] = field(default_factory=list)
     own: list[tuple[str, nn.Module]] = field(default_factory=list)
@@ -92,9 +98,9 @@ def text_configs(model: nn.Module) -> set[int]:
     return {id(text), id(config)}
 
 
-def find_attention(model: nn.Module) -> Found:
-    """Sort the attention modules of ``model``; those of other towers (vision, audio) are named and left alone."""
-    found = Found()
+def find_attention(model: nn.Module) -> AttentionModules:
+    """The attention modules of ``model``, sorted by how they can be patched."""
+    modules = AttentionModules()
     wanted = text_configs(model)
     for name, module in model.named_modules():
         cls = type(module)
@@ -105,23 +111,25 @@ def find_attention(model: nn.Module) -> Found:
             continue
         config = _nearest_config(model, name)
         if wanted and config is not None and id(config) not in wanted and not _same_kind(model, config):
-            found.towers.append(name)
+            modules.towers.append(name)
         elif interface:
-            found.interface.append((name, module))
+            modules.interface.append((name, module))
         else:
-            found.own.append((name, module))
-    return found
+            modules.own.append((name, module))
+    return modules
 
 
 def _has_state(module: nn.Module) -> bool:
-    """Whether a module has weights: quantised linear layers keep theirs outside ``parameters()``, and parts of a fused
-    block read those of the block."""
+    """Whether a module has weights.
+
+    Quantised linear layers have them outside ``parameters()``, and parts of a fused block use those of the block.
+    """
     own = next(module.parameters(recurse=True), None) is not None or bool(module.state_dict())
     return own or any(getattr(part, "elsewhere", False) for part in module.modules())
 
 
 def _nearest_config(model: nn.Module, name: str) -> Any:
-    """The config of a module, or of the closest module around it that has one."""
+    """The config of a module, or of the nearest enclosing module that has one."""
     while name:
         config = model.get_submodule(name).__dict__.get("config")
         if config is not None:
@@ -131,6 +139,6 @@ def _nearest_config(model: nn.Module, name: str) -> Any:
 
 
 def _same_kind(model: nn.Module, config: Any) -> bool:
-    """A decoder whose layers were given their own copy of the text config still belongs to the decoder."""
+    """Whether a config is of the decoder's class; a decoder's layers may have copies of its config."""
     text = getattr(model, "config", None)
     return type(config) is type(text.get_text_config(decoder=True)) if text is not None else False

@@ -1,4 +1,4 @@
-"""The tiled attention in every attention layer of one live model, shared by all the variants that compute with it."""
+"""Install the tiled attention in every attention layer of a live model, shared by all variants that use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Cache
 
 from rehead.attention import adapters
 from rehead.attention.cpu.lanes import DTYPES
-from rehead.attention.discover import Found, find_attention
+from rehead.attention.discover import AttentionModules, find_attention
 from rehead.attention.interface import NAME
 from rehead.attention.kernels.bounds import MAX_HEAD_DIM
 from rehead.attention.layer import LAYER, AttentionLayer
@@ -25,56 +25,55 @@ INSTALLED = "_rehead_attention"
 
 
 class Installation:
-    """The tiled attention in one model. It comes with its first user and leaves with the last one.
+    """The tiled attention in one model: installed for its first user, removed after the last.
 
     Args:
         model: a live model; nothing is changed before :meth:`enter`.
 
     Raises:
-        UsageError: attention weights are asked for in the config.
-        UnsupportedError: a layer computes attention itself in a way that nothing is known of, or what
-            :func:`check_model` refuses.
+        UsageError: the config asks for attention weights.
+        UnsupportedError: a layer computes attention itself in an unknown way, or :func:`check_model` refuses the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
-        found = find_attention(model)
-        _refuse_unknown(model, found)
-        for name, module in found.interface + found.own:
+        attention = find_attention(model)
+        _refuse_unknown(model, attention)
+        for name, module in attention.interface + attention.own:
             if LAYER in module.__dict__:
                 raise UsageError(f"a patch is already applied to {name}; call its revert() first")
         self.model = model
-        self.towers = found.towers
+        self.towers = attention.towers
         self.layers: list[AttentionLayer] = []
-        for how, modules in (("interface", found.interface), ("adapter", found.own)):
+        for how, modules in (("interface", attention.interface), ("adapter", attention.own)):
             for name, module in modules:
                 place = enclosing_layer(model, name)
                 was = _implementation(module, model)
                 self.layers.append(AttentionLayer(name, place and place[1], type(module).__name__, was, how))
-        self._found = found
+        self._attention = attention
         self._undo = UndoLog()
         self._users = 0
 
     @property
     def by_name(self) -> bool:
-        """Whether the model was loaded under this attention's name, so that it had it before."""
+        """Whether the model was loaded with ``attn_implementation="rehead_tiled"``, so that it had it before."""
         return any(layer.how == "interface" and layer.was == NAME for layer in self.layers)
 
     def enter(self) -> None:
-        """One more user."""
+        """Add a user; the first one installs the attention."""
         if not self._users:
             self._install()
         self._users += 1
 
     def leave(self) -> None:
-        """One user fewer."""
+        """Remove a user; after the last one the model's own attention is restored."""
         self._users -= 1
         if not self._users:
             self._undo.run()
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """The model's own attention inside the block, whatever variants are in front of the tiled one."""
+        """Use the model's own attention inside the block, without any variants."""
         self._undo.run()
         try:
             yield
@@ -82,8 +81,8 @@ class Installation:
             self._install()
 
     def _install(self) -> None:
-        undo, found = self._undo, self._found
-        modules = [module for _, module in found.interface + found.own]
+        undo = self._undo
+        modules = [module for _, module in self._attention.interface + self._attention.own]
         try:
             copies = own_configs(self.model, undo)
             for layer, module in zip(self.layers, modules, strict=True):
@@ -114,11 +113,11 @@ class Installation:
             if config is not None and any(type(config) is type(target) for target in list(targets.values())):
                 targets[id(config)] = config
         for config in targets.values():
-            # The public setter would hand the name down to sub-configs, and so to towers that are left alone.
+            # The public setter would also set the name in sub-configs, and so in towers that must stay unchanged.
             config._attn_implementation_internal = NAME
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied model keeps its attention, but this undo log would restore the original's modules.
+        # A copied model keeps its attention, but gets an empty undo log: this one would change the original's modules.
         clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(self.__dict__, _undo=UndoLog())
@@ -141,24 +140,24 @@ def _implementation(module: nn.Module, model: nn.Module) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def _refuse_unknown(model: nn.Module, found: Found) -> None:
-    missing = [(name, module) for name, module in found.own if adapters.adapter_for(module) is None]
+def _refuse_unknown(model: nn.Module, attention: AttentionModules) -> None:
+    missing = [(name, module) for name, module in attention.own if adapters.adapter_for(module) is None]
     if missing:
         classes = sorted({type(module).__name__ for _, module in missing})
         raise UnsupportedError(
             f"{type(model).__name__} computes attention itself in {', '.join(classes)}, for which there is no adapter; "
             "see `rehead patches` for what can be patched"
         )
-    if not found.interface and not found.own:
+    if not attention.interface and not attention.own:
         raise UnsupportedError(f"{type(model).__name__} has no softmax attention layer to patch; see `rehead patches`")
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what no tiled attention could run on; changes nothing.
+    """Refuse a model that the tiled attention cannot run on; changes nothing.
 
     Raises:
-        UsageError: attention weights are asked for in the config.
-        UnsupportedError: meta device, tensor parallelism, dtype or head_dim.
+        UsageError: the config asks for attention weights.
+        UnsupportedError: meta device, tensor parallelism, or an unsupported dtype or head_dim.
     """
     floating: set[torch.dtype] = set()
     offloaded = _offloaded(model)

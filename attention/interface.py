@@ -39,17 +39,17 @@ def _segments(cu_seq_lens: Tensor, length: int, batch: int) -> Tensor:
 
 
 def _no_mask(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, window: int | None) -> TiledMask:
-    """What a missing mask means in transformers: top-left causal for several queries, everything for one."""
+    """The mask that transformers means by None: top-left causal for several queries, everything for one."""
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     n_query, n_key = query.shape[2], key.shape[2]
-    # One query alone stands at the end of what it sees.
+    # A single query is at the last position.
     offset = n_key - 1 if n_query == 1 else 0
     window = window if causal and n_query > 1 else None
     return TiledMask(query.shape[0], n_query, n_key, query.device, causal=causal, q_offset=offset, window=window)
 
 
 def _check_window(mask: TiledMask, window: int | None, module: nn.Module) -> None:
-    """The mask decides what is seen; a window argument that would hide more contradicts it."""
+    """Refuse a window argument that would hide more than the mask, which decides what is seen."""
     if window is None or mask.dense is not None or not mask.causal or mask.kv_length <= window:
         return
     if mask.window is None and mask.chunk is None and mask.q_segments is None:
@@ -60,17 +60,17 @@ def _check_window(mask: TiledMask, window: int | None, module: nn.Module) -> Non
 
 
 def _select(indices: Tensor, rules: dict[str, Any], mask: TiledMask | None, n_key: int) -> dict[str, Any]:
-    """Keep the keys that an indexer chose for each row; a dense mask, as the choice is different for each."""
-    chosen = torch.zeros(*indices.shape[:2], n_key, dtype=torch.bool, device=indices.device)
-    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    """Rules that also hide all keys but those an indexer selected for each row, as a dense mask."""
+    selected = torch.zeros(*indices.shape[:2], n_key, dtype=torch.bool, device=indices.device)
+    selected = selected.scatter(-1, indices.long(), True)[:, None]
     if mask is not None:
-        return {"causal": False, "bias": chosen & mask.materialize()}
+        return {"causal": False, "bias": selected & mask.materialize()}
     bias = rules["bias"]
-    return {"causal": False, "bias": chosen & bias if bias.dtype == torch.bool else _join(chosen, bias)}
+    return {"causal": False, "bias": selected & bias if bias.dtype == torch.bool else _join(selected, bias)}
 
 
 def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A user's own 4-D mask, cut to the keys at hand, as eager attention reads it."""
+    """A user's own 4-D mask, cut to the present keys as in eager attention."""
     if mask.ndim != 4:
         raise UnsupportedError(
             f"an attention mask of {mask.ndim} dimensions reached the attention layer; pass a 2-D or a 4-D mask"
@@ -81,7 +81,7 @@ def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def _column_sinks(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, rules: dict[str, Any], mask: TiledMask | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Sinks that differ between tokens, ``[B, H, Sq, 1]``: one more key of zeros whose bias is the sink."""
+    """(key, value, rules) for sinks that differ between tokens, ``[B, H, Sq, 1]``: one more zero key with a bias."""
     bias = rules.get("bias")
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros((), dtype=sinks.dtype, device=sinks.device).where(bias, float("-inf"))
@@ -131,7 +131,7 @@ def tiled_attention(
         sinks: attention sinks of each token, ``[B, H, Sq, 1]`` (or ``[H]``).
         position_bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``.
         cu_seq_lens_q, cu_seq_lens_k: int ``[N + 1]``, cumulative lengths of packed sequences.
-        indices: int ``[B, Sq, top_k]``, the only keys that each row may see besides (learned sparse attention).
+        indices: int ``[B, Sq, top_k]``, the only keys that each row may see (learned sparse attention).
         **kwargs: names in :data:`IGNORED`, or values of None or False; anything else is refused.
 
     Returns:
@@ -139,7 +139,7 @@ def tiled_attention(
 
     Raises:
         UnsupportedError: an argument that is not implemented.
-        UsageError: attention weights were asked for.
+        UsageError: the caller asks for attention weights.
     """
     where = type(module).__name__
     if torch.jit.is_tracing():
@@ -154,8 +154,8 @@ def tiled_attention(
             f"{where} asks for attention dropout {dropout}, which tiled attention does not have; "
             "call model.eval() or set the config's attention dropout to 0"
         )
-    for name, given in kwargs.items():
-        if name not in IGNORED and given is not None and given is not False:
+    for name, value_of_name in kwargs.items():
+        if name not in IGNORED and value_of_name is not None and value_of_name is not False:
             raise UnsupportedError(
                 f"{where} passes {name!r} to attention, which rehead_tiled does not implement; "
                 "load the model with attn_implementation='eager'"
@@ -199,7 +199,7 @@ NO_WEIGHTS = (
 
 
 def _fit(mask: TiledMask, key: Tensor, where: str) -> TiledMask:
-    """A mask made for a longer cache covers the first keys; a shorter one is somebody's mistake."""
+    """The mask cut to the number of keys, for one made for a longer cache; refuses a shorter one."""
     if mask.kv_length == key.shape[2]:
         return mask
     if mask.kv_length > key.shape[2]:
@@ -220,7 +220,7 @@ def _join(mask: Tensor | None, bias: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Make ``attn_implementation="rehead_tiled"`` known to transformers; called on import of :mod:`rehead.patches`."""
+    """Register ``attn_implementation="rehead_tiled"`` with transformers; called on import of :mod:`rehead.patches`."""
     from rehead.attention.mask_function import tiled_mask
 
     AttentionInterface.register(NAME, tiled_attention)

@@ -1,4 +1,4 @@
-"""One attention layer of a live model that computes with the tiled attention, and the variants in front of it."""
+"""One attention layer of a live model that uses the tiled attention, with the variants applied to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LAYER = "_rehead_layer"
 """Attribute of an attention module that holds its :class:`AttentionLayer` while the tiled attention is installed."""
 
 Compute = Callable[[AttentionCall], Tensor]
-"""Attention as it stands below a variant: a call in, ``[B, Sq, H, Dv]`` out."""
+"""The attention that a variant wraps: a call in, ``[B, Sq, H, Dv]`` out."""
 
 Attend = Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor]
-"""What a variant computes: (call, options, the layer's own tensors, the attention below it)."""
+"""A variant's attention: (call, options, the variant's tensors in this layer, the attention that it wraps)."""
 
 
 @dataclass(eq=False)
@@ -28,12 +28,12 @@ class AttentionLayer:
     """An attention module while the tiled attention is installed.
 
     Attributes:
-        name: in the model.
-        index: of the decoder layer that it belongs to.
-        module: its class.
-        was: the attention implementation that it had.
+        name: the module's name in the model.
+        index: index of its decoder layer; None outside all of them.
+        module: the name of its class.
+        was: its attention implementation before.
         how: ``"interface"`` or ``"adapter"``.
-        variants: what is in front of the tiled attention; the last one gets the call first.
+        variants: the variants around the tiled attention; the last one gets the call first.
     """
 
     name: str
@@ -49,7 +49,7 @@ class AttentionLayer:
 
 
 def _through(variants: list[tuple[Attend, LayerState]], count: int, call: AttentionCall) -> Tensor:
-    """The first ``count`` variants, those that are switched off left out, in front of the tiled attention."""
+    """Attention through the first ``count`` variants, except disabled ones, and then the tiled attention."""
     while count:
         variant, state = variants[count - 1]
         count -= 1

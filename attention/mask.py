@@ -1,4 +1,4 @@
-"""The attention mask as a handful of numbers instead of a ``[B, 1, Sq, Skv]`` tensor."""
+"""An attention mask as a few numbers instead of a ``[B, 1, Sq, Skv]`` tensor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RULES = (
 
 @dataclass(eq=False)
 class TiledMask:
-    """What each query row may see, in O(batch x length) memory at most.
+    """Which keys each query row may see, in O(batch x length) memory at most.
 
-    transformers passes this object from the mask function to every attention layer untouched; it answers the few
-    questions that models and ``generate`` ask of a mask (rank, shape, slices, device moves) and refuses arithmetic,
-    because a model that adds the mask to its own scores is not using the patched attention.
+    transformers passes this object unchanged from the mask function to every attention layer. It supports what models
+    and ``generate`` do with a mask (rank, shape, slices, device moves) and refuses arithmetic, because a model that
+    adds the mask to its own scores is not using the patched attention.
 
     Attributes:
         batch_size, q_length, kv_length: the extents.
@@ -35,8 +35,8 @@ class TiledMask:
         key_mask: bool ``[B, Skv]``, False hides a key.
         kv_start, kv_end: int32 ``[B]`` bounds of what ``key_mask`` leaves visible.
         q_segments, kv_segments: int32 ``[B, Sq]`` and ``[B, Skv]``; a row sees keys of its own segment only.
-        dense: bool ``[B|1, H|1, Sq, Skv]`` for a mask that the rest cannot describe; then nothing else is set.
-        rank: what ``ndim`` answers; 4 but for the few models that would take a 4-D mask apart.
+        dense: bool ``[B|1, H|1, Sq, Skv]`` for a mask that the other fields cannot describe; they are then not set.
+        rank: the value of ``ndim``; 4, except for the few models that would rebuild a 4-D mask.
     """
 
     batch_size: int
@@ -55,7 +55,7 @@ class TiledMask:
     dense: Tensor | None = None
     rank: int = 4
 
-    # What a model or `generate` may ask of a mask.
+    # The tensor methods that models and `generate` call on a mask.
 
     @property
     def shape(self) -> torch.Size:
@@ -92,7 +92,7 @@ class TiledMask:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> TiledMask:
-        """Move to a device; a dtype is ignored, since a descriptor has no values to cast."""
+        """Move to a device; a dtype is ignored, since there are no values to cast."""
         device = kwargs.get("device")
         for arg in args:
             if isinstance(arg, (str, int, torch.device)) and not isinstance(arg, bool):
@@ -135,7 +135,7 @@ class TiledMask:
             dense=None if self.dense is None else self.dense[:, :, rows, keys],
         )
 
-    # What the attention function asks.
+    # For the attention function.
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that are set, by name."""
@@ -143,13 +143,13 @@ class TiledMask:
         return {name: getattr(self, name) for name in names if isinstance(getattr(self, name), Tensor)}
 
     def rules(self) -> dict[str, Any]:
-        """The fields of an :class:`~rehead.attention.call.AttentionCall` that say the same as this mask."""
+        """The fields of an :class:`~rehead.attention.call.AttentionCall` equivalent to this mask."""
         if self.dense is not None:
             return {"causal": False, "bias": self.dense}
         return {name: getattr(self, name) for name in RULES}
 
     def with_window(self, window: int | None) -> TiledMask:
-        """The same mask with a (narrower) window."""
+        """A copy with a window, or a narrower one."""
         if window is None:
             return self
         if self.dense is not None:
@@ -159,7 +159,7 @@ class TiledMask:
         return replace(self, window=window if self.window is None else min(window, self.window))
 
     def with_segments(self, q_segments: Tensor, kv_segments: Tensor) -> TiledMask:
-        """The same mask, and a row sees keys of its own segment only (int ``[B, Sq]``, ``[B, Skv]``)."""
+        """A copy in which a row also sees keys of its own segment only (int ``[B, Sq]``, ``[B, Skv]``)."""
         if self.q_segments is not None and self.kv_segments is not None:
             base = max(self.q_length, self.kv_length) + 1
             q_segments = self.q_segments * base + q_segments
@@ -167,7 +167,7 @@ class TiledMask:
         return replace(self, q_segments=q_segments.to(torch.int32), kv_segments=kv_segments.to(torch.int32))
 
     def materialize(self) -> Tensor:
-        """The bool ``[B, 1, Sq, Skv]`` this stands for: quadratic, for tests and messages."""
+        """The mask as a bool tensor ``[B, 1, Sq, Skv]``: takes quadratic memory."""
         if self.dense is not None:
             return self.dense.expand(self.batch_size, -1, -1, -1)
         seen = visible(self.q_length, self.kv_length, self.device, **self.rules())

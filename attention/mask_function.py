@@ -1,7 +1,7 @@
 """The mask function that transformers calls under ``rehead_tiled``: it returns a :class:`TiledMask`.
 
 transformers describes every mask as a composition of small closures (causal, window, chunk, padding, packing). They are
-read here by name and free variables; whatever is not recognised is evaluated densely, and said once.
+read here by name and free variables; unknown ones are evaluated as a dense mask, with one warning.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rehead.errors import UnsupportedError
 logger = logging.getLogger("rehead.patches")
 
 SYNC_ROWS = 16
-"""Masks for more query rows than this (a prefill or a training step) may wait for the device once; decode steps not."""
+"""Masks for more query rows than this (a prefill, a training step) may wait for the GPU once; decode steps may not."""
 
 _said: set[str] = set()
 
 
 def say_once(key: str, message: str) -> None:
-    """Warn about something a user should know, the first time only."""
+    """Log a warning the first time that ``key`` is used."""
     if key not in _said:
         _said.add(key)
         logger.warning(message)
@@ -44,7 +44,7 @@ def _say_dense(config: Any, reason: str) -> None:
 
 @dataclass
 class _Closures:
-    """What the closures of one mask say, in absolute positions."""
+    """The rules in the closures of one mask, in absolute positions."""
 
     causal: bool = False
     windows: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ def _free(function: Callable) -> dict[str, Any]:
 
 
 def _read(function: Callable, rules: _Closures, positions: Tensor | None = None) -> bool:
-    """Add what ``function`` says to ``rules``; False where it is not one of the known closures."""
+    """Add the rules of a closure to ``rules``; False if the closure is not known."""
     if function is masking_utils.bidirectional_mask_function:
         return True
     if function is masking_utils.causal_mask_function:
@@ -89,12 +89,12 @@ def _read(function: Callable, rules: _Closures, positions: Tensor | None = None)
 
 
 def _may_wait(tensor: Tensor, q_length: int) -> bool:
-    """Whether reading a tensor's values is free or rare: never in a graph, and not once a token on a GPU."""
+    """Whether a tensor's values may be read: never in a compiled graph, and not in every decode step on a GPU."""
     return not torch.compiler.is_compiling() and not (tensor.is_cuda and q_length <= SYNC_ROWS)
 
 
 def _pad_to(mask: Tensor, start: int, length: int) -> Tensor:
-    """``mask[:, start : start + length]`` with hidden keys past its end."""
+    """``mask[:, start : start + length]``, with keys beyond its end hidden."""
     short = start + length - mask.shape[-1]
     if short > 0:
         mask = torch.nn.functional.pad(mask, (0, short), value=False)
@@ -102,8 +102,8 @@ def _pad_to(mask: Tensor, start: int, length: int) -> Tensor:
 
 
 def _add_padding(mask: TiledMask, padding: Tensor) -> TiledMask:
-    """Add a bool ``[B, Skv]``: as bounds alone where it has no holes and looking is allowed, else with the mask too."""
-    # transformers reads a mask at the rows of the batch; models with several codebooks may hand over more.
+    """Add padding, bool ``[B, Skv]``: as bounds alone if it has no holes and may be read, else with the mask too."""
+    # transformers uses the first rows of a mask; models with several codebooks may pass more.
     padding = padding[: mask.batch_size]
     if not padding.shape[-1]:
         return mask  # no keys, none of them padding
@@ -124,7 +124,7 @@ def _add_padding(mask: TiledMask, padding: Tensor) -> TiledMask:
 def _add_chunk(
     mask: TiledMask, size: int, left_padding: Tensor, positions: Tensor | None, q_start: int | Tensor, kv_start: int
 ) -> TiledMask:
-    """Chunks that start at position 0 of every row stay a number; shifted ones become segments."""
+    """Add chunks: as a number if they start at position 0 of every row, else as segments."""
     aligned = positions is None and kv_start % size == 0
     if aligned and _may_wait(left_padding, mask.q_length) and not bool(left_padding.any()):
         mask.chunk = size if mask.chunk is None else min(size, mask.chunk)
@@ -141,7 +141,7 @@ def _add_chunk(
 
 
 def _snapshot(offset: int | Tensor, q_length: int) -> int | Tensor:
-    """A static cache hands out its own counter, which moves on before attention runs: keep its value instead."""
+    """The value of an offset, since a static cache passes its own counter and changes it before attention runs."""
     if not isinstance(offset, Tensor):
         return offset
     return int(offset) if _may_wait(offset, q_length) else offset.clone()
@@ -156,7 +156,7 @@ def _describe(mask: TiledMask, function: Callable, padding: Tensor | None, kv_of
     mask.causal = rules.causal
     mask.window = min(rules.windows) if rules.windows else None
     for packed in rules.packed:
-        # A compiled forward cannot look and always hands positions over; one sequence a row needs no segments.
+        # A compiled forward pass cannot read values and always gets positions; one sequence per row needs no segments.
         if _may_wait(packed, mask.q_length) and not bool((packed != packed[:, :1]).any()):
             continue
         mask = mask.with_segments(packed, packed)
@@ -181,15 +181,15 @@ def tiled_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> TiledMask | Tensor:
-    """Describe a mask; registered with transformers' ``AttentionMaskInterface`` as ``rehead_tiled``.
+    """The mask function that is registered with transformers' ``AttentionMaskInterface`` as ``rehead_tiled``.
 
     Args:
         batch_size, q_length, kv_length: extents of the mask.
         q_offset, kv_offset: position of the first query and of the first key.
         mask_function: transformers' closure over (batch, head, query, key) indices.
         attention_mask: 2-D padding ``[B, at most kv_offset + kv_length]``, True for tokens; or a descriptor made
-            earlier for this forward, which is returned as it is.
-        device: where index tensors are made.
+            earlier for this forward pass, which is returned unchanged.
+        device: the device for index tensors.
         use_vmap: the closure is not written for broadcasting (passed on to the dense fallback).
         config: the model's config.
         **kwargs: hints for other implementations (``local_size``, ``allow_is_causal_skip``, ``dtype``).
@@ -207,7 +207,7 @@ def tiled_mask(
                 "pass the 2-D attention mask instead"
             )
         return attention_mask
-    # The most common mask needs nothing that a compiled graph cannot do, so it stays inside one.
+    # The most common mask can be made inside a compiled graph.
     if (
         torch.compiler.is_compiling()
         and mask_function is masking_utils.causal_mask_function
@@ -221,7 +221,7 @@ def tiled_mask(
 
 @torch.compiler.assume_constant_result
 def _passes_it_on(config_class: type) -> bool:
-    """Whether the models of a config class hand their mask to attention untouched: a constant to a graph."""
+    """Whether models of a config class pass their mask to attention unchanged; a constant in compiled graphs."""
     return mask_style(config_class) is MaskStyle.PASSED
 
 
@@ -234,7 +234,7 @@ def _causal(
     attention_mask: Tensor | None,
     device: torch.device | str,
 ) -> TiledMask:
-    """A causal mask with padding at most."""
+    """A causal mask, perhaps with padding."""
     mask = TiledMask(
         batch_size, q_length, kv_length, torch.device(device), q_offset=_snapshot(q_offset, q_length) - kv_offset
     )

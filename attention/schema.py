@@ -1,4 +1,4 @@
-"""Operator schemas made from the record that holds a call, so that its fields are listed in one place.
+"""Make operator schemas from the dataclass of a call, so that its fields are listed in one place.
 
 A field that may be a number or a tensor (``int | Tensor``) takes two arguments, the second named ``NAME_tensor``.
 """
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Flat(Generic[T]):
-    """How a record passes through an operator's flat signature.
+    """Converts a dataclass to an operator's flat arguments and back.
 
     Args:
         record: a dataclass whose fields are ``Tensor``, ``float``, ``bool``, ``int`` or ``int | Tensor``, each perhaps
@@ -39,7 +39,7 @@ class Flat(Generic[T]):
                 self.arguments.append(("Tensor?", f"{field.name}_tensor"))
 
     def schema(self, first: str, returns: str) -> str:
-        """The ``torch.library`` schema of an operator that takes ``first``, as a schema writes it, and the record."""
+        """The ``torch.library`` schema of an operator whose arguments are ``first`` (schema text) and the record."""
         listed = [f"{kind} {name}" for kind, name in self.arguments]
         return f"({', '.join([first, *listed] if first else listed)}) -> {returns}"
 
@@ -61,10 +61,10 @@ class Flat(Generic[T]):
         return values
 
     def unflatten(self, values: Any) -> T:
-        """The record that :meth:`flatten` took apart."""
-        given, rest = {}, iter(values)
+        """The record from the operator's arguments; the inverse of :meth:`flatten`."""
+        items, rest = {}, iter(values)
         for name, two, _ in self._fields:
-            given[name] = next(rest)
+            items[name] = next(rest)
             if two and (tensor := next(rest)) is not None:
-                given[name] = tensor
-        return self.record(**given)
+                items[name] = tensor
+        return self.record(**items)

@@ -1,6 +1,6 @@
-"""The form of ``rehead.json``: one schema for what is written now and what earlier versions wrote.
+"""The schema of ``rehead.json``, for the current version and all earlier ones.
 
-Fields have been added over time, so most may be absent, and a reader keeps fields that it does not know.
+Fields have been added over time, so most may be missing; unknown fields are kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class _Part(BaseModel):
 
 
 class BeforeAfter(_Part, Generic[T]):
-    """A figure of the source and of the result."""
+    """A value in the source and in the result."""
 
     before: T
     after: T
 
 
 class Tool(_Part):
-    """What wrote the manifest."""
+    """The program that wrote the manifest."""
 
     name: str
     version: str
@@ -44,17 +44,17 @@ class Manifest(_Part):
 
     Attributes:
         command: the command line or Python call.
-        source: what was converted: a folder or a Hub id, at ``revision``.
-        model_type: of the source.
-        host, block, reinvest, variants, latent: steps besides pooling, as far as there were any.
-        kv_bytes_per_token: KV-cache bytes that a token adds over all layers while no window is full.
+        source: the folder or Hub id that was converted, at ``revision``.
+        model_type: the source's type.
+        host, block, reinvest, variants, latent: steps besides pooling, where there were any.
+        kv_bytes_per_token: KV-cache bytes that each token adds over all layers while no window is full.
         cache_bytes: bytes of the whole cache by context, since version 0.2.
-        exact: the result computes what the source does; ``rounded``: up to the rounding of 16 bits.
-        calibration: the text that layers were computed over, or nothing.
+        exact: the result computes the same function as the source; ``rounded``: up to rounding in 16 bits.
+        calibration: the calibration text, or nothing.
         layers: groups and errors by layer.
-        changed_tensors: tensors whose numbers are not the source's.
-        conversion, uptraining, uptraining_before: of an uptrained checkpoint.
-        fingerprint: hash of all that determined the output.
+        changed_tensors: tensors whose values differ from the source's.
+        conversion, uptraining, uptraining_before: only for an uptrained checkpoint.
+        fingerprint: hash of everything that determines the output.
     """
 
     format: Literal[1]
@@ -90,7 +90,7 @@ class Manifest(_Part):
 
 
 def broken_field(table: Any) -> str | None:
-    """The first field of a manifest that is not of the schema's form, and why; None where all are."""
+    """The first invalid field of a manifest and the reason, as one line; None if all are valid."""
     try:
         Manifest.model_validate(table)
     except ValidationError as error:

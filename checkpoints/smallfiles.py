@@ -43,7 +43,7 @@ def travels(name: str) -> bool:
     return True
 
 
-#: What a checkpoint's folder holds besides weights, as model hubs and training libraries name it.
+#: Names of the files in checkpoint folders, as model hubs and training libraries write them.
 _CHECKPOINT_FILES = re.compile(
     r"(config|generation_config|quantize_config|adapter_config|params|model_index|modules)\.json|rehead.*\.json"
     r"|[\w.-]*\.index\.json|(tokenizer|vocab|merges|special_tokens|added_tokens|spiece|sentencepiece|tekken)[\w.-]*"
@@ -57,5 +57,5 @@ _CHECKPOINT_FILES = re.compile(
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file (POSIX path relative to the folder) is what a checkpoint's folder holds, by its name."""
+    """Whether a file (POSIX path relative to the folder) is part of a checkpoint, by its name."""
     return _CHECKPOINT_FILES.fullmatch(name) is not None

@@ -81,7 +81,7 @@ class Healer:
         return self._stored(tensors), facts
 
     def _writers(self, layer: int, job: LayerJob) -> dict[str, Tensor]:
-        """The original's matrices that a refit will change."""
+        """The original's matrices in ``job.writers``, which a refit will change."""
         prefix, original = self.job.original.family.layer.format(i=layer), self.job.original
         names = [f"{prefix}{stem}.{part}" for stem in job.writers for part in ("weight", "bias")]
         return {name: original.read(name, layer) for name in names if name in original.source.tensors}
@@ -154,7 +154,11 @@ class Healer:
         return rows if tokens is None else max(1, min(rows, tokens // part.shape[1]))
 
     def _whiten(self, weights: list[nn.Parameter], inputs: list[Tensor]) -> Tensor | None:
-        """Inputs, in place, and weights that read them in coordinates in which the inputs vary alike; the way back."""
+        """Whiten inputs, and change the weights that read them accordingly, both in place.
+
+        In the new coordinates the inputs have equal variance in every direction. Returns the matrix [n, n] that takes
+        weights back, or None if there are none.
+        """
         if not weights:
             return None
         gram = torch.zeros(inputs[0].shape[-1], inputs[0].shape[-1], dtype=torch.float64, device=self.changed.device)

@@ -13,7 +13,7 @@ from rehead.models.heads import Heads
 
 @dataclass
 class Rotation:
-    """The turn of each rotary pair at each position.
+    """The rotation of each rotary pair at each position.
 
     Attributes:
         factors: complex64 [S, P], up to the longest sequence.

@@ -168,7 +168,7 @@ def _start(model: Model, text: CalibrationText, device: torch.device) -> tuple[R
 
 
 def _layers(model: Model, progress: Progress | None) -> Iterator[int]:
-    """Every layer's index; tells how many are done."""
+    """Every layer's index, with calls to ``progress``."""
     total = model.config.num_hidden_layers
     for layer in range(total):
         if progress is not None:
@@ -189,7 +189,7 @@ def _text_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
 
 
 def _distance(state: TextState, other: TextState) -> float:
-    """Distance of hidden states from others, relative to the others' size."""
+    """Relative distance of hidden states from others."""
 
     def size(parts: Iterator[Tensor]) -> float:
         return sum(float(part.square().sum()) for part in parts)

@@ -145,5 +145,5 @@ def spread(length: int, count: int, number: int, device: torch.device) -> Tensor
 
 
 def ordered(attention: Tensor, order: Tensor | None) -> Tensor:
-    """[b, H, R, S] with the heads in a new order."""
+    """Attention [b, H, R, S] with the heads in a new order."""
     return attention if order is None else attention[:, order.to(attention.device)]

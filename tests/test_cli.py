@@ -64,9 +64,9 @@ def test_convert_then_verify(run, llama, tmp_path) -> None:
     assert json.loads(text)["num_key_value_heads"]["after"] == 1
     assert heads(out) == 1
     code, text, _ = run("verify", out, "--source", llama, "--json")
-    found = json.loads(text)
+    report = json.loads(text)
     assert code == 0
-    assert found["against_source"]["mean_kl"] > 0
+    assert report["against_source"]["mean_kl"] > 0
     card = (out / "README.md").read_text()
     assert card.startswith("---\n")
     assert "multi-query-attention" in card
@@ -95,9 +95,9 @@ def test_same_number_of_heads_is_exact_and_verified_so(run, llama, tmp_path) -> 
     code, _, err = run(*planned[:-1], "--calibration-tokens", "some")
     assert code == 2
     assert "write 8000000, 8M or 32Ki" in err
-    theirs, ours = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    expected, written = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
+    assert expected.keys() == written.keys()
+    assert all(torch.equal(expected[name], written[name]) for name in expected)
     code, text, _ = run("verify", out, "--source", llama, "--json")
     assert code == 0
     assert json.loads(text)["against_source"]["max_difference"] == 0
@@ -148,8 +148,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, llama, tmp_path, harm, ex
     harmed(model, harm)
     text = tmp_path / "TEXT"
     text.write_text("")
-    found, _, err = run("convert", model, out, *[str(text) if word == "TEXT" else word for word in extra])
-    assert found == code, err
+    status, _, err = run("convert", model, out, *[str(text) if word == "TEXT" else word for word in extra])
+    assert status == code, err
     assert says in err, err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1

@@ -1,7 +1,7 @@
-"""Adapters: attention modules that compute their own scores, taught to call the tiled attention instead.
+"""Adapters make attention modules that compute their own scores call the tiled attention instead.
 
 An adapter is a function of one module that returns the instance attributes to set on it (usually ``forward`` or an
-inner method). It is registered for exact classes by qualified name, so nothing of transformers is imported for it.
+inner method). It is registered for exact classes by qualified name, so that no transformers module is imported for it.
 """
 
 from rehead.attention.adapters import alibi, encoder_decoder, inner

@@ -1,8 +1,8 @@
 """Models with ALiBi that add it to their own scores (bloom, mpt), and falcon, which has ALiBi or rotary positions.
 
-The bias is taken as the model builds it, rounding included, because these biases grow with the position and their
-rounding is part of the function that the checkpoint was trained as. It depends on the key alone (a row adds a constant
-to all its scores, which softmax ignores), so it stays ``[B, H, 1, Skv]``.
+The bias is used as the model computes it, with its rounding: the biases grow with the position, and the checkpoint was
+trained with that rounding. It depends on the key alone (a constant for all scores of a row would not change softmax),
+so it stays ``[B, H, 1, Skv]``.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _falcon_heads(module: Any, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _match_cache(cache: Any, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat KV heads only to continue a cache that the unpatched layer began, which repeats them before storing."""
+    """Repeat KV heads if the cache was begun by the unpatched layer, which stores repeated heads."""
     layers = getattr(cache, "layers", ())
     stored = layers[index].keys if index < len(layers) else None
     if stored is not None and stored.ndim == 4 and stored.shape[1] != key.shape[1]:

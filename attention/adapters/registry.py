@@ -23,7 +23,7 @@ def qualified(cls: type) -> str:
 
 
 def register_adapter(*classes: str) -> Callable[[Adapter], Adapter]:
-    """Decorator: use a function for the given classes, named as :func:`qualified` names them.
+    """A decorator that registers an adapter for classes, named as by :func:`qualified`.
 
     Raises:
         ValueError: a class has an adapter already.

@@ -22,18 +22,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 STEP_ELEMENTS = 1 << 20
-"""Largest query tensor that one kernel tile takes whole; beyond, temporaries are kept small by cutting along heads."""
+"""Largest query tensor for one kernel call; larger ones are split along heads to keep temporaries small."""
 
 
 @dataclass
 class Lane:
-    """The batch rows that share one plan, laid out for the tile functions.
+    """Batch rows that share one plan, in the layout of the tile functions.
 
     Attributes:
         rows: the batch rows.
         query, key, value: ``[N, G, Sq, D]`` and ``[N, 1 or G, Skv, D]``.
-        tiles: what to compute.
-        masks: the mask of each masked tile.
+        tiles: the tiles to compute.
+        masks: makes the mask of each masked tile.
     """
 
     rows: slice
@@ -50,12 +50,12 @@ class Lane:
         return self.key[:, :, tile.k0 : tile.k1], self.value[:, :, tile.k0 : tile.k1]
 
     def lay_out(self, tensor: Tensor) -> Tensor:
-        """``[rows, H, S, ...]`` in this lane's ``[N, G, S, ...]``."""
+        """A tensor ``[rows, H, S, ...]`` reshaped to this lane's ``[N, G, S, ...]``."""
         return tensor.reshape(*self.query.shape[:2], *tensor.shape[2:])
 
 
 def _rows(call: AttentionCall, batch: int, n_query: int, n_key: int) -> list[tuple[slice, Row]]:
-    """Group the batch by what its rows may see; one group when nothing depends on the row."""
+    """Groups of batch rows that see the same keys; one group if all do."""
     per_row = (call.kv_start, call.ends, call.key_mask, call.q_segments)
     if batch == 0 or all(item is None for item in per_row):
         rows = [(slice(0, batch), Row([Rect(0, n_query, 0, n_key)]))]
@@ -77,13 +77,13 @@ def _rows(call: AttentionCall, batch: int, n_query: int, n_key: int) -> list[tup
         same = all(not row.irregular and row.rects == read[0].rects for row in read)
         rows = [(slice(0, batch), read[0])] if same else [(slice(b, b + 1), row) for b, row in enumerate(read)]
     if (call.bias is not None or call.alibi_slopes is not None) and len(rows) == 1 and batch > 1:
-        # A mask that differs between heads is laid out for one row at a time.
+        # A mask that differs between heads is made for one batch row at a time.
         rows = [(slice(b, b + 1), rows[0][1]) for b in range(batch)]
     return rows
 
 
 def _split_long(rows: list[tuple[slice, Row]], elements: int) -> list[tuple[slice, Row]]:
-    """Long grouped sequences go row by row, which needs no copies; short ones together, which needs fewer calls."""
+    """Split groups of long sequences into single batch rows, which saves copies; short ones stay, to save calls."""
     if elements <= STEP_ELEMENTS:
         return rows
     return [(slice(b, b + 1), row) for span, row in rows for b in range(span.start, span.stop)]
@@ -127,7 +127,7 @@ def _lanes(call: AttentionCall, *, tiled: bool) -> Iterator[Lane]:
 
 
 def _head_steps(lane: Lane, tile: Tile) -> list[slice]:
-    """Cut a large tile along its heads, so that the kernel's temporaries stay a fraction of the tensors."""
+    """Slices of heads to compute a large tile in, so that the kernel's temporaries stay small."""
     count, group = lane.query.shape[:2]
     if (tile.q1 - tile.q0) * lane.query.shape[-1] * count * group <= STEP_ELEMENTS:
         return [slice(0, group)]
@@ -136,7 +136,7 @@ def _head_steps(lane: Lane, tile: Tile) -> list[slice]:
 
 
 def _pick(tensor: Tensor | None, heads: slice) -> Tensor | None:
-    """The heads of a tensor whose second dimension may be broadcast."""
+    """Some heads of a tensor whose second dimension may be broadcast."""
     return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
 
 
@@ -168,7 +168,7 @@ def _lane_forward(lane: Lane, call: AttentionCall, out: Tensor, lse: Tensor) -> 
 
 
 def _decode(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-    """One query token: the heads of a group become the rows of one tile, so that each KV head is read once."""
+    """Attention of one query token: a group's heads become the rows of one tile, so each KV head is read once."""
     query, key, value = call.query, call.key, call.value
     batch, heads, _, dim = query.shape
     kv_heads, n_key = key.shape[1:3]
@@ -196,7 +196,7 @@ def _decode(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
 
 
 def _seen_by_last(call: AttentionCall, low: int, high: int) -> Tensor | None:
-    """Which of the keys ``[low, high)`` the rows' bounds, padding and segments leave to one query, bool ``[B, n]``."""
+    """Which keys of ``[low, high)`` a single query sees under bounds, padding and segments, bool ``[B, n]``."""
     key = torch.arange(low, high)
     parts = []
     if call.kv_start is not None:
@@ -216,7 +216,7 @@ def _seen_by_last(call: AttentionCall, low: int, high: int) -> Tensor | None:
 
 
 def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one logit a head to the denominator. ``out`` is ``[B, Sq, H, D]``, ``lse`` ``[B, H, Sq]``."""
+    """Add one logit per head to the denominator. ``out`` is ``[B, Sq, H, D]``, ``lse`` ``[B, H, Sq]``."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
     return (out * torch.exp(lse - total).transpose(1, 2)[..., None].to(out.dtype)), total
 
@@ -239,7 +239,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
             part = lane.lay_out(whole)
             _lane_forward(lane, call, part, lane.lay_out(lse[lane.rows]))
             if part.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
-                # Grouped heads of several batch rows cannot be seen as one lane without a copy.
+                # The reshape of grouped heads over several batch rows made a copy, not a view.
                 whole.copy_(part.reshape(whole.shape))
         result = out.to(query.dtype), lse
     if call.sinks is not None:
@@ -250,17 +250,17 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: AttentionCall, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, sinks and bias; the last two are empty where there is none to give.
+    """Gradients of query, key, value, sinks and bias; the last two are empty if not needed.
 
     Args:
         grad_out, out: ``[B, Sq, H, D]``.
-        grad_lse: ``[B, H, Sq]``, or None where nothing reads the log-sum-exp.
+        grad_lse: ``[B, H, Sq]``, or None if the log-sum-exp is not used.
         lse: ``[B, H, Sq]`` with the sinks included.
         bias_grad: also differentiate with respect to ``call.bias``.
     """
     dim = call.query.shape[-1]
     if grad_lse is not None:
-        # A score's gradient is p (dp - delta + grad_lse), delta = sum(grad_out * out): one more column says that.
+        # A score's gradient is p (dp - delta + grad_lse), delta = sum(grad_out * out): one more column adds grad_lse.
         column = grad_lse.transpose(1, 2)[..., None].to(out.dtype)
         grad_out, out = torch.cat([grad_out, -column], -1), torch.cat([out, torch.ones_like(column)], -1)
         call = call.with_(query=F.pad(call.query, (0, 1)), key=F.pad(call.key, (0, 1)), value=F.pad(call.value, (0, 1)))
@@ -272,7 +272,7 @@ def backward(
     for lane in _lanes(call, tiled=explicit):
         grad_lane, out_lane = (lane.lay_out(x[lane.rows].transpose(1, 2)) for x in (grad_out, out))
         lse_lane = lane.lay_out(lse[lane.rows])
-        # The sums are contiguous, so these are views: tiles add straight into the result.
+        # The sums are contiguous, so these are views, and tiles add directly into the result.
         sums = [
             g[lane.rows].view(like.shape) for g, like in zip(grads, (lane.query, lane.key, lane.value), strict=True)
         ]
@@ -313,7 +313,7 @@ def backward(
 
 
 def _target(total: Tensor, heads: slice) -> Tensor:
-    """Where the gradient of some heads goes; a KV head that a whole group reads has one place for all."""
+    """The part of a gradient for some heads; all heads of a group add to the same KV head."""
     return total if total.shape[1] == 1 else total[:, heads]
 
 
@@ -322,7 +322,7 @@ def _add_bias_grad(grad_bias: Tensor, grad_mask: Tensor, lane: Lane, tile: Tile,
     count = lane.rows.stop - lane.rows.start
     target = grad_bias if grad_bias.shape[0] == 1 else grad_bias[lane.rows]
     lane_heads = lane.query.shape[0] * lane.query.shape[1] // count
-    # [rows, KV heads or 1, group, Sq, Skv]: a lane keeps the heads of a group beside each other.
+    # [rows, KV heads or 1, group, Sq, Skv]: in a lane the heads of a group are adjacent.
     part = grad_mask.reshape(count, -1, *grad_mask.shape[1:])
     if target.shape[1] == 1:
         part, target = part.sum((1, 2), keepdim=True), target[:, :, None]

@@ -1,4 +1,4 @@
-"""Additive masks of single tiles, built only where a plan asks for one."""
+"""Additive masks of single tiles, built only for tiles that need one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEG_INF = float("-inf")
 
 @dataclass
 class Row:
-    """What is visible in one batch row (or in all rows, when they agree).
+    """Which keys are visible in one batch row, or in all rows if they agree.
 
     Attributes:
         rects: independent rectangles of rows and keys.
@@ -54,7 +54,7 @@ def read_row(
     q_segments: Tensor | None,
     kv_segments: Tensor | None,
 ) -> Row:
-    """Turn one row's bounds, padding and segments into rectangles where they are regular.
+    """One batch row's bounds, padding and segments, as rectangles where they are regular.
 
     Args:
         n_query, n_key: row and key counts.
@@ -108,8 +108,8 @@ class TileMasks:
     _bands: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __call__(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Return the mask and, where some row of the tile sees nothing, a bool ``[N|1, G|1, q]`` that says which."""
-        # Without biases and irregular rows the mask depends on the distance to the diagonal alone: tiles share it.
+        """(the mask; bool ``[N|1, G|1, q]``, which rows of the tile see no key, or None if all see one)."""
+        # Without biases and irregular rows the mask depends only on the distance to the diagonal, so tiles share it.
         shared = self.alibi is None and self.bias is None and not self.row.irregular and self.rules.chunk is None
         place = (tile.q1 - tile.q0, tile.k1 - tile.k0, tile.q0 + self.rules.offset - tile.k0)
         if shared and place in self._bands:

@@ -16,7 +16,7 @@ NAMES = CALL.names()
 
 
 def _read(values: Any) -> AttentionCall:
-    """The call that an operator was given, with its numbers read."""
+    """The call from an operator's arguments, with ``q_offset`` as a number."""
     call = CALL.unflatten(values)
     return call.with_(q_offset=int(call.q_offset)) if isinstance(call.q_offset, Tensor) else call
 
@@ -46,7 +46,7 @@ def _(query, *args):
 def cpu_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Backward of :func:`attention`; sinks and bias gradients are empty where they were not asked for."""
+    """Backward of :func:`attention`; gradients of sinks and bias are empty where they are not needed."""
     with torch.autocast("cpu", enabled=False):
         return backward(grad_out, grad_lse, out, lse, _read(call), bias_grad)
 
@@ -97,7 +97,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Exact attention in linear memory; rows that see no key return 0. Sink tokens are not for this function to see.
+    """(output, log-sum-exp) of exact attention in linear memory; rows that see no key return 0.
+
+    The call must have no sink tokens, which :func:`rehead.attention.attend.attend` handles.
 
     Online softmax after Dao et al. 2022 (arXiv 2205.14135), grouped heads after Ainslie et al. 2023 (2305.13245).
 
@@ -118,9 +120,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     dim, value_dim = query.shape[-1], value.shape[-1]
     scale = call.factor
     if scale <= 0:
-        # The kernel scales what it has masked already, and -inf times such a scale would be NaN or +inf.
+        # The kernel scales after masking, and -inf times a scale of 0 or less would be NaN or +inf.
         query, scale = query * scale, 1.0
-    # The kernel wants one head_dim. Zero columns change neither scores nor the columns that are kept.
+    # The kernel needs equal head_dims. Columns of zeros change neither the scores nor the other columns.
     if dim < value_dim:
         query, key = F.pad(query, (0, value_dim - dim)), F.pad(key, (0, value_dim - dim))
     elif dim > value_dim:

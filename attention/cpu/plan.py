@@ -1,9 +1,9 @@
-"""Which rectangles of the score matrix have to be computed, and which of them need a mask.
+"""Plan which rectangles of the score matrix to compute, and which of them need a mask.
 
-Pure integer arithmetic, no tensors. A plan is a list of :class:`Tile`; every visible (query, key) pair lies in exactly
-one tile, and tiles that share query rows are merged by log-sum-exp. Three kinds of tile exist because PyTorch's CPU
-flash kernel computes two of them without any mask: a rectangle that is visible as a whole, and a square whose lower
-triangle is. Only ragged rectangles (window edges, biases, irregular padding) pay for a mask, and then for one tile.
+Pure integer arithmetic, no tensors. A plan is a list of :class:`Tile`; every visible (query, key) pair is in exactly
+one tile, and tiles that share query rows are merged by log-sum-exp. There are three kinds of tile because PyTorch's CPU
+flash kernel computes two of them without a mask: a rectangle that is entirely visible, and a square whose lower
+triangle is. Only irregular rectangles (window edges, biases, irregular padding) need a mask, for one tile at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Literal
 Kind = Literal["plain", "causal", "masked"]
 
 QUERY_BLOCK = 256
-"""Rows of one masked tile: long enough for the kernel's own blocking, short enough that a window wastes little."""
+"""Rows per masked tile: long enough for the kernel's own blocks, short enough to waste little work at window edges."""
 MASK_ELEMENTS = 1 << 21
-"""Most elements of one materialised mask (8 MB in float32)."""
+"""Largest number of elements of one mask (8 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Rect:
 
 @dataclass(frozen=True)
 class Extent:
-    """What limits visibility inside a rectangle.
+    """The rules for visibility inside a rectangle, and limits on its tiles.
 
     Attributes:
         causal: row ``i`` sees key ``j`` only if ``j <= i + offset``.
@@ -51,8 +51,8 @@ class Extent:
         window: row ``i`` sees key ``j`` only if ``i + offset - j < window``.
         chunk: row ``i`` sees key ``j`` only if both fall into the same block of ``chunk`` positions.
         dense: every tile needs a mask (a bias, ALiBi, or padding and segments with holes).
-        tiled: cut everything to bounded tiles, for the engine that materialises its scores.
-        mask_heads: heads that a materialised mask tells apart; its tiles shrink by as much.
+        tiled: split everything into tiles of bounded size, for explicit scores.
+        mask_heads: heads with masks of their own; tiles are smaller by this factor.
     """
 
     causal: bool
@@ -65,7 +65,7 @@ class Extent:
 
 
 def plan(rects: list[Rect], rules: Extent) -> list[Tile]:
-    """List the tiles that cover everything visible in ``rects``, which must not overlap."""
+    """The tiles that cover all visible pairs in ``rects``, which must not overlap."""
     tiles: list[Tile] = []
     for rect in rects:
         for part in _split_chunks(rect, rules):
@@ -76,7 +76,7 @@ def plan(rects: list[Rect], rules: Extent) -> list[Tile]:
 
 
 def _split_chunks(rect: Rect, rules: Extent) -> Iterator[Rect]:
-    """Chunked attention is a block-diagonal of independent rectangles."""
+    """The rectangles of chunked attention: independent blocks on the diagonal."""
     if rules.chunk is None:
         yield rect
         return
@@ -91,7 +91,7 @@ def _split_chunks(rect: Rect, rules: Extent) -> Iterator[Rect]:
 def _cover(rect: Rect, rules: Extent) -> Iterator[Tile]:
     q0, q1, k0, k1 = rect.q0, rect.q1, rect.k0, rect.k1
     if rules.causal:
-        # Rows before the first key see nothing, keys after the last row are seen by nobody.
+        # Rows before the first key see no key, and no row sees keys after the last row.
         q0, k1 = max(q0, k0 - rules.offset), min(k1, q1 + rules.offset)
     if rules.window is not None:
         k0 = max(k0, q0 + rules.offset - rules.window + 1)
@@ -113,7 +113,7 @@ def _cover(rect: Rect, rules: Extent) -> Iterator[Tile]:
 def _triangle(rect: Rect, offset: int) -> Iterator[Tile]:
     """Causal attention over one run of keys: at most a plain block, a square with a diagonal, and a plain block."""
     q0, q1, k0, k1 = rect.q0, rect.q1, rect.k0, rect.k1
-    # Row `k1 - 1 - offset` is the first to see every key; it still fits the square, later rows need no mask at all.
+    # Row `k1 - 1 - offset` is the first to see every key; it is the last of the square, and later rows need no mask.
     bend = min(q1, max(q0, k1 - offset))
     first = q0 + offset
     if bend - q0 == 1:
@@ -142,9 +142,9 @@ def _visible_keys(a: int, b: int, rect: Rect, rules: Extent) -> tuple[int, int]:
 
 
 def _window(rect: Rect, rules: Extent) -> Iterator[Tile]:
-    """A band: one masked tile for each block of rows, or edge, interior and edge where the band is wide."""
+    """Tiles of a window: one masked tile for each block of rows, or edge, interior and edge if the window is wide."""
     assert rules.window is not None
-    # A block adds its own length to the band that is computed, so it stays well under the window.
+    # A block adds its own length to the computed band, so it must be much shorter than the window.
     size = min(QUERY_BLOCK, max(32, rules.window // 4))
     for a, b in _query_blocks(rect.q0, rect.q1, size):
         low, high = _visible_keys(a, b, rect, rules)
@@ -180,7 +180,7 @@ def _key_tiles(a: int, b: int, low: int, high: int, column: int) -> Iterator[Til
 
 
 def _bounded(tile: Tile, rules: Extent) -> Iterator[Tile]:
-    """Cut one tile to tiles whose scores may be held in memory."""
+    """Split one tile into tiles whose scores fit in memory."""
     for a, b in _query_blocks(tile.q0, tile.q1, QUERY_BLOCK // 2):
         if tile.kind == "causal":
             first, last = tile.k0 + a - tile.q0, tile.k0 + b - tile.q0

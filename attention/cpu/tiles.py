@@ -22,9 +22,9 @@ def flash_forward(
     causal: bool,
     hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[N, G, Sq, D]`` and its log-sum-exp ``[N, G, Sq]`` in float32 (float64 for float64).
+    """(output ``[N, G, Sq, D]``, log-sum-exp ``[N, G, Sq]`` in float32, or float64 for float64) of one tile.
 
-    ``hidden`` is a bool ``[N|1, G|1, Sq]`` that marks the rows that see nothing, or None when every row sees a key.
+    ``hidden`` is a bool ``[N|1, G|1, Sq]`` that marks rows that see no key, or None if every row sees one.
     """
     group = query.shape[1]
     out, lse = _flash(
@@ -37,7 +37,7 @@ def flash_forward(
         scale=scale,
     )
     if hidden is not None:
-        # The kernel reports a log-sum-exp of 0 for a row that sees nothing; a merge needs the true value, -inf.
+        # The kernel returns a log-sum-exp of 0 for a row that sees no key; merging needs the true value, -inf.
         lse = lse.masked_fill(hidden, float("-inf"))
     return out, lse
 
@@ -53,7 +53,7 @@ def flash_backward(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one tile, given the *merged* output and log-sum-exp of its rows.
+    """Gradients of one tile, from the *merged* output and log-sum-exp of its rows.
 
     With the final log-sum-exp, exp(score - lse) is the final probability, so tiles need no rescaling and their
     gradients add up. Returns grad_query ``[N, G, Sq, D]`` and grad_key, grad_value shaped like key and value.
@@ -105,7 +105,7 @@ def math_forward(
     causal: bool,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`flash_forward` with explicit scores, for what the kernel has no argument for."""
+    """As :func:`flash_forward` with explicit scores, for options that the kernel lacks."""
     scores, _ = _scores(query, key, scale, softcap, mask, causal)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None])

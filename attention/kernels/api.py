@@ -1,4 +1,4 @@
-"""Exact tiled attention on a GPU: :func:`attention`, and :func:`supported` to ask first."""
+"""Exact tiled attention on a GPU: :func:`attention`, and :func:`supported` to check a call first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why kernels cannot run on ``device`` at all (one line), or None. TRITON_INTERPRET=1 makes the CPU acceptable."""
+    """Why no kernel can run on ``device`` (one line), or None. With TRITON_INTERPRET=1 they run on the CPU."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if device.type == "cuda":
@@ -63,8 +63,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
     Args:
         call: query, key and value in bfloat16, float16 or float32, any strides with a contiguous last dimension,
-            head_dim up to 256. ``q_offset`` is a number, ``bias`` has all rows and keys and no gradient. Sink tokens
-            are not for this function to see.
+            head_dim up to 256. ``q_offset`` is a number, ``bias`` has all rows and keys and no gradient, and there are
+            no sink tokens.
 
     Returns:
         ``[B, Sq, H, Dv]``, contiguous, in the query's dtype; and the log-sum-exp in base 2, ``[B, H, Sq]`` float32,
@@ -93,7 +93,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out, lse = run_forward(call)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        # Tensors that backward reads are saved, not held: hooks may offload them meanwhile.
+        # Tensors for backward go through save_for_backward, so that hooks may offload them until then.
         ctx.call = call.with_(query=None, key=None, value=None, sinks=None)
         return out, lse
 
@@ -112,12 +112,12 @@ def decode(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:
 
 
 def decode_call(call: AttentionCall) -> Tensor:
-    """Attention of 1 to 16 new positions over a cache; no gradient. Rules mean what they mean in ``attention``.
+    """Attention of 1 to 16 new positions over a cache, without gradients; the rules are those of :func:`attention`.
 
-    ``q_offset`` and ``kv_end`` may be integer tensors on the device, of shape ``[B]`` or with one element: the kernels
-    read them there, and the grid depends on shapes alone, so a captured CUDA graph (or a StaticCache whose fill grows)
-    replays correctly and skips what lies past the end. The cache is split evenly over its visible range
-    (flash-decoding) and the parts are merged by log-sum-exp.
+    ``q_offset`` and ``kv_end`` may be integer tensors on the device, of shape ``[B]`` or with one element. The kernels
+    read them there and the grid depends on shapes alone, so a captured CUDA graph (or a StaticCache that fills up)
+    replays correctly and skips keys past the end. The visible range of the cache is split evenly (flash-decoding) and
+    the parts are merged by log-sum-exp.
 
     Args:
         call: Sq <= 16; key and value are the whole cache (a StaticCache's full length), of any strides but a last one

@@ -1,4 +1,4 @@
-"""What the kernels take, and where the keys of a segment or a mask begin and end."""
+"""Which calls the kernels support, and where the keys of a segment or a mask begin and end."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def refusal(call: AttentionCall) -> str | None:
 
 
 def segment_bounds(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """For each entry of ``rows`` [B, M], where its segment begins and ends among ``columns`` [B, N].
+    """Where the segment of each entry of ``rows`` [B, M] begins and ends in ``columns`` [B, N].
 
     Returns int32 ``(begin, end)`` [B, M]: the first matching column and the last plus one, or (N, 0) without a match.
-    Segments may come in any order; kernels use the bounds to skip blocks and still compare the segments themselves.
+    Segments may be in any order: kernels use the bounds only to skip blocks, and compare the segments themselves.
     """
     count = columns.shape[1]
     ordered, index = columns.sort(dim=1, stable=True)
     left = torch.searchsorted(ordered, rows.contiguous(), right=False)
     right = torch.searchsorted(ordered, rows.contiguous(), right=True)
-    found = right > left
-    begin = torch.where(found, index.gather(1, left.clamp(max=count - 1)), count)
-    end = torch.where(found, index.gather(1, (right - 1).clamp(min=0)) + 1, 0)
+    present = right > left
+    begin = torch.where(present, index.gather(1, left.clamp(max=count - 1)), count)
+    end = torch.where(present, index.gather(1, (right - 1).clamp(min=0)) + 1, 0)
     return begin.to(torch.int32), end.to(torch.int32)
 
 

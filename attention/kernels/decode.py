@@ -1,4 +1,4 @@
-"""Decode attention: a handful of query positions against a long cache, at the speed the cache can be read."""
+"""Launches the decode kernels: a few query positions against a long cache, at the speed of reading the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_QUERIES = 16
 
 @functools.lru_cache(maxsize=4096)
 def split_count(pairs: int, length: int, slots: int, block: int) -> int:
-    """Into how many parts to cut each of ``pairs`` (batch x KV head) caches of ``length`` keys.
+    """Number of parts to split each of ``pairs`` (batch x KV head) caches of ``length`` keys into.
 
     The fewest parts that keep ``slots`` program slots about evenly busy, given that a part is a whole number of blocks
     of ``block`` keys, at least two.
@@ -50,7 +50,8 @@ def run_decode(call: AttentionCall) -> Tensor:
     early = _is_hopper(query.device)
     shape = launch_shape(query.device, query.element_size(), max(block_d, block_dv), total)
     row_tiles = triton.cdiv(total, shape.rows)
-    length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256  # a growing cache asks anew every 256 keys only
+    # Rounded up, so that a growing cache changes the split only every 256 keys.
+    length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256
     splits = split_count(batch * kv_heads * row_tiles, length, shape.slots, shape.block_n)
     parts = (batch * kv_heads, splits, total)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
@@ -62,7 +63,7 @@ def run_decode(call: AttentionCall) -> Tensor:
     if key_mask is not None:
         mask = (key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()).view(torch.uint8)
     bias = None if call.bias is None else float_bias(call.bias).expand(batch, heads, num_q, num_k)
-    unused = query  # stands in for pointers that no kernel reads
+    unused = query  # placeholder for pointers that no kernel reads
     alibi, sinks = (unused if item is None else item.contiguous() for item in (call.alibi_slopes, call.sinks))
     # The maximum of scaled scores is the scaled maximum only under a positive scale.
     plain = scale > 0 and call.softcap is None and call.alibi_slopes is None and bias is None
@@ -97,7 +98,7 @@ def run_decode(call: AttentionCall) -> Tensor:
 
 
 def _device_number(item: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
-    """A pointer to per-batch integers and the step between them (0 when one serves all)."""
+    """(a pointer to per-batch integers, the step between them: 0 if all batch rows share one)."""
     if item is None:
         return unused, 0
     return item, 0 if item.numel() == 1 else item.reshape(-1).stride(0)
@@ -109,13 +110,13 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 class LaunchShape(NamedTuple):
-    """How the first kernel is cut.
+    """How the first kernel's work is split.
 
     Attributes:
-        rows: query rows a tile.
-        block_n: keys a block.
-        warps, stages: of a program, and of its pipeline.
-        slots: programs that the whole GPU is to run at a time.
+        rows: query rows per tile.
+        block_n: keys per block.
+        warps, stages: warps per program, and stages of its pipeline.
+        slots: programs to run at a time on the whole GPU.
         ahead: keys that a waiting program prefetches. It pays where calls follow each other; after the write of a
             step's token, which is what a model does, reading the lengths twice costs more.
         alone: one program fills a multiprocessor.
@@ -134,10 +135,10 @@ class LaunchShape(NamedTuple):
 def launch_shape(device: torch.device, itemsize: int, width: int, total: int) -> LaunchShape:
     """The shape for ``total`` rows of ``width`` (padded head_dim) elements of ``itemsize`` bytes.
 
-    On Hopper one program to a multiprocessor at a time halves what the merge has to read; from 17 rows it takes less
-    than half of the shared memory, so that the next call's programs come up beside it. Hopper's warpgroup products take
-    64 rows and keep each row inside one warp, so that the softmax needs no exchange between warps: worth padding to,
-    except from 16 rows, which the older instructions take as they are.
+    On Hopper one program per multiprocessor at a time halves what the merge has to read. From 17 rows on it takes less
+    than half of the shared memory, so that the next call's programs can start beside it. Hopper's warpgroup products
+    need 64 rows and keep each row inside one warp, so the softmax needs no exchange between warps. That is worth
+    padding, except from 16 rows, which the older instructions take without padding.
     """
     import triton
 
@@ -164,9 +165,9 @@ def launch_shape(device: torch.device, itemsize: int, width: int, total: int) ->
 
 
 def merge_shape(rows: int, splits: int, width: int) -> tuple[int, int]:
-    """Columns and parts that a program of the merge takes at a time, for ``rows`` rows of ``width`` (a power of two).
+    """(columns, parts) per program of the merge, for ``rows`` rows of ``width`` (a power of two).
 
-    Whole rows where there are many of them; where there are few, pieces down to a 128-byte line keep a GPU busy.
+    Whole rows if there are many; if there are few, smaller pieces (down to 128 bytes) keep the GPU busy.
     """
     columns = width
     while columns > 32 and rows * (width // columns) < 132:

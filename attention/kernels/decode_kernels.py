@@ -1,12 +1,11 @@
 """Decode attention: few query positions, a long cache. Two kernels, flash-decoding style: partial sums, then a merge.
 
 The tile's rows are the query heads of one group times the query positions, so that K and V are read once for all of
-them. The cache is cut into ``splits`` parts of the range that is *really* visible, read from device memory: lengths may
-change between replays of a CUDA graph while the grid stays what it was, and every part has the same work.
+them. The visible range of the cache is split into ``splits`` parts of equal work. The range is read from device memory,
+so lengths may change between replays of a CUDA graph while the grid stays the same.
 
-Both kernels let the next one come up at once (programmatic dependent launch, EARLY). With AHEAD, a program that waits
-for the kernels before it asks the L2 cache for what it will read: a prefetch returns no value, so it cannot be a stale
-one.
+Both kernels let the next one start at once (programmatic dependent launch, EARLY). With AHEAD, a program that waits for
+the kernels before it prefetches its keys into the L2 cache; a prefetch returns no value, so it cannot read a stale one.
 """
 
 import triton
@@ -30,8 +29,12 @@ def part_range(b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, str
                kv_end, q_offset, window, chunk, splits, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
                OFFSET: tl.constexpr):  # fmt: skip
-    """The keys [start_n, stop_n) of a part, those [clear_low, clear_high) that every row of the tile sees, the lowest
-    key of the sequence and the position of query 0. Lengths are read past the L1 cache, which may hold older ones."""
+    """(start_n, stop_n, clear_low, clear_high, low, offset) of a part.
+
+    Its keys are [start_n, stop_n), and every row of the tile sees those in [clear_low, clear_high). ``low`` is the
+    sequence's first key, ``offset`` the position of query 0. Lengths are read without the L1 cache, which may have old
+    ones.
+    """
     low = 0
     high = tl.minimum(kv_end, num_k)
     offset = q_offset
@@ -58,7 +61,7 @@ def _join(first_a, last_a, count_a, first_b, last_b, count_b):
 
 @triton.jit
 def seen_range(mask_row, start_n, stop_n, SCAN: tl.constexpr):
-    """First key of [start_n, stop_n) that a mask row leaves visible, the last one plus one, and how many there are."""
+    """(first visible key of a mask row in [start_n, stop_n), last plus one, number of visible keys)."""
     first = tl.full([SCAN], 0, tl.int32) + stop_n
     last = tl.full([SCAN], 0, tl.int32) + start_n
     count = tl.full([SCAN], 0, tl.int32)
@@ -99,14 +102,14 @@ def attend(q, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row
         bias = tl.load(bias_rows[:, None] + key[None, :], mask=inside[:, None] & here[None, :], other=0.0)
         bias = bias.to(tl.float32)
     raw = tl.dot(q, k, input_precision=PRECISION)
-    if PLAIN and not EDGE:  # one multiply-add an element; the scale is positive, so the maximum may be taken before it
+    if PLAIN and not EDGE:  # one multiply-add per element; the scale is positive, so the maximum may come before it
         factor = scale * LOG2E
         m_new = tl.maximum(m_i, tl.max(raw, 1) * factor)
         p = tl.exp2(raw * factor - m_new[:, None])
     else:
         s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
         if EDGE:
-            if SINGLE:  # all rows stand at one position: its bounds say everything
+            if SINGLE:  # all rows are at one position, so its bounds decide everything
                 keep = ((key >= clear_low) & here)[None, :]
             else:
                 keep = visible(row[:, None], key[None, :], low, stop_n, window, chunk, CAUSAL, WINDOW, CHUNK)
@@ -121,7 +124,7 @@ def attend(q, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row
     return m_new, l_i, acc
 
 
-# Lengths change with every token: a kernel compiled anew for each divisibility of each would stall a generation.
+# Lengths change with every token: compiling again for each divisibility of each would stall a generation.
 @triton.jit(do_not_specialize=["stride_mask", "stride_bb", "stride_bh", "stride_bm", "num_k", "kv_end", "q_offset",
                                "splits"])  # fmt: skip
 def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr, end_ptr, mask_ptr, offset_ptr, alibi,
@@ -158,7 +161,7 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     if EARLY:
         gdc_launch_dependents()
         if AHEAD > 0:
-            # The kernels before may still be writing lengths: these only say what is worth fetching.
+            # The kernels before may still be writing lengths; here they only decide what to prefetch.
             start_n, stop_n, clear_low, clear_high, low, offset = part_range(
                 b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k,
                 kv_end, q_offset, window, chunk, splits, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW, CHUNK, START, END,
@@ -254,7 +257,7 @@ def merge_parts(acc_ptr, lse_ptr, out_ptr, sinks, num_q, num_kv, splits, GROUP: 
     dv = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     parts = tl.arange(0, PARTS)
     if EARLY:
-        # The next call's programs may come up at once, unless two share a multiprocessor: those then start unevenly.
+        # The next call's programs may start at once, unless two share a multiprocessor and would start unevenly.
         if ALONE:
             gdc_launch_dependents()
         gdc_wait()

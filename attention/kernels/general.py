@@ -1,4 +1,4 @@
-"""Launches the general Triton kernels: picks tile sizes, fills in what a flag leaves out, allocates the results."""
+"""Launches the general Triton kernels: picks tile sizes, fills in unused arguments, allocates the results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call turned into kernel arguments; unused pointers are stand-ins that no kernel reads."""
+    """A call as kernel arguments; unused pointers are placeholders that no kernel reads."""
 
     pointers: dict
     flags: dict
@@ -86,14 +86,14 @@ def _width(dim: int) -> int:
 
 
 def float_bias(bias: Tensor) -> Tensor:
-    """A bias as the kernels read it: what to add to the scores, contiguous along the keys. A bool one hides by -inf."""
+    """A bias in the kernels' form: added to the scores and contiguous along the keys. False in a bool bias is -inf."""
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill_(~bias, float("-inf"))
     return bias.contiguous() if bias.stride(3) != 1 and bias.shape[3] > 1 else bias
 
 
 def prepare(call: AttentionCall) -> Prepared:
-    """Arguments common to the three kernels; segment bounds are left to the caller, whose rows they belong to."""
+    """Arguments common to the three kernels, without segment bounds, which differ between them."""
     query, key, value = call.query, call.key, call.value
     batch, _, num_q, dim = query.shape
     num_k, dim_v = key.shape[2], value.shape[3]
@@ -212,7 +212,7 @@ def row_delta(out: Tensor, grad: Tensor, clear: Tensor | None = None) -> Tensor:
 
 
 def key_splits(programs: int, group: int, wanted: int) -> int:
-    """Into how many parts to cut a group of query heads so that at least ``wanted`` programs run; divides ``group``."""
+    """Number of parts to split a group of query heads into, so that ``wanted`` programs run; divides ``group``."""
     splits = 1
     while programs * splits < wanted and splits < group:
         splits = next(n for n in range(splits + 1, group + 1) if group % n == 0)
@@ -220,7 +220,7 @@ def key_splits(programs: int, group: int, wanted: int) -> int:
 
 
 def backward(grad: Tensor, lse: Tensor, delta: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv shaped and typed like query, key and value. ``grad`` [B, Sq, H, Dv]; two runs agree bit for bit."""
+    """dq, dk, dv in the shapes and dtypes of query, key and value; ``grad`` [B, Sq, H, Dv]. Deterministic."""
     query, key, value = call.query, call.key, call.value
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]

@@ -12,7 +12,7 @@ from triton import language as tl
 from rehead.attention.call import AttentionCall
 from rehead.attention.kernels.general import interpreting, key_splits, row_delta
 
-# Gluon is Triton's experimental layer and changes between releases; the kernels are proved on these.
+# Gluon is Triton's experimental layer and changes between releases; the kernels are tested on these.
 GLUON_RELEASES = ("3.6",)
 READY = ".".join(triton.__version__.split(".")[:2]) in GLUON_RELEASES
 if READY:
@@ -26,12 +26,12 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 L2_SECTION = 24 * 2**20
 
 
-# Per padded head_dim: consumer warpgroups (64 query rows each), keys a block, pipeline stages, taking turns.
+# Per padded head_dim: consumer warpgroups (64 query rows each), keys per block, pipeline stages, taking turns.
 FORWARD = {
     64: {"NUM_WG": 3, "BLOCK_N": 128, "STAGES": 3, "TURNS": True},
     128: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 2, "TURNS": False},
 }
-# Query rows and keys a tile, pipeline stages, whether P's registers are needed for the next tile's scores.
+# Query rows and keys per tile, pipeline stages, whether P's registers are needed for the next tile's scores.
 BACKWARD = {
     64: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": False},
     128: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": True},
@@ -49,7 +49,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _describable(tensor: Tensor) -> bool:
-    """The copy engine wants an aligned start and 16-byte, non-zero steps between rows, heads and sequences."""
+    """Whether the copy engine can read a tensor: aligned, with non-zero strides that are multiples of 16 bytes."""
     step = 16 // tensor.element_size()
     strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
     return tensor.data_ptr() % 16 == 0 and tensor.shape[3] % 8 == 0 and all(s > 0 and s % step == 0 for s in strides)
@@ -60,10 +60,10 @@ def _block(dim: int) -> int:
 
 
 def refusal(call: AttentionCall) -> str | None:
-    """Why the Hopper forward kernel leaves this call to the general kernels (one line), or None when it takes it."""
+    """Why the Hopper forward kernel cannot run this call (one line), or None if it can."""
     query, key, value = call.query, call.key, call.value
     if not READY:
-        return f"Triton {triton.__version__} is not among the releases the Hopper kernels are proved on (3.6)"
+        return f"Triton {triton.__version__} is not among the releases the Hopper kernels are tested on (3.6)"
     if interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
         return "the device is not a Hopper GPU"
     if query.dtype not in _DTYPES:
@@ -89,9 +89,9 @@ def takes_backward(grad: Tensor, call: AttentionCall) -> bool:
 
 
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of ``[B, heads, S, dim]``, blocks of ``[1, 1, rows, columns]``; outside it reads zeros."""
+    """A copy descriptor of a ``[B, heads, S, dim]`` tensor in blocks ``[1, 1, rows, columns]``; zeros outside."""
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[tensor.dtype])
-    # A dimension of one element may have any stride; the engine's rule holds for it all the same.
+    # A dimension of one element may have any stride, but the engine checks it too.
     strides = [s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], tensor.stride()[:3])]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)
 
@@ -110,7 +110,7 @@ def _bounds(call: AttentionCall) -> tuple[Tensor, Tensor, bool]:
 
 
 def section_heads(num_k: int, row_bytes: int, group: int, heads: int) -> int:
-    """How many query heads share a section: whole groups whose K and V fit in :data:`L2_SECTION`, at least one."""
+    """Query heads per section: as many whole groups as have K and V in :data:`L2_SECTION` bytes, at least one."""
     return max(1, min(L2_SECTION // max(1, num_k * row_bytes), triton.cdiv(heads, group))) * group
 
 
@@ -141,7 +141,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, out: Tensor, lse: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv shaped and typed like query, key and value, and delta; dq's last bits may differ from run to run."""
+    """(dq, dk, dv, delta); dq's last bits may differ from run to run."""
     query, key, value = call.query, call.key, call.value
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]

@@ -1,10 +1,10 @@
-"""Backward attention for Hopper (compute capability 9.0), in Gluon: one pass over the tiles, five products a tile.
+"""Backward attention for Hopper (compute capability 9.0), in Gluon: one pass over the tiles, five products per tile.
 
-A program owns BLOCK_N keys of one KV head and walks the query blocks, of every query head of the group, that reach
-them. A producer warp brings Q, dO, the log-sum-exp and delta through shared memory; two warpgroups hold dK and dV in
-registers and work on transposed tiles (keys by queries), so that P and dS feed the next products from registers. Only
-dS goes through shared memory, for dQ = dS K, which is added to a float32 buffer in the L2 cache. Those additions come
-in any order, so dQ may differ in its last bits from run to run; ``backward.py`` has the deterministic pair of kernels.
+A program has BLOCK_N keys of one KV head and loops over the query blocks that see them, of every query head of the
+group. A producer warp copies Q, dO, the log-sum-exp and delta to shared memory; two warpgroups keep dK and dV in
+registers and work on transposed tiles (keys by queries), so that P and dS enter the next products from registers. Only
+dS goes through shared memory, for dQ = dS K, which is added to a float32 buffer in the L2 cache. The order of these
+additions varies, so dQ may differ in its last bits from run to run; ``backward.py`` has two deterministic kernels.
 """
 
 import triton
@@ -99,8 +99,11 @@ def _probabilities(s, lse_rows, start_m, start_n, low, high, q_offset, window, s
 
 @gluon.jit
 def _unseen_zero(i):
-    """Zero, as the compiler cannot know: buffers indexed by it get their addresses inside the loop, a few additions
-    there instead of dozens of registers held (and spilled) across it."""
+    """Zero, but not known to the compiler.
+
+    So it computes the addresses of buffers indexed by it inside the loop, with a few additions, instead of keeping (and
+    spilling) dozens of registers across the loop.
+    """
     return i >> 30
 
 
@@ -126,12 +129,12 @@ def _issue_dp(i, v_smem, do_smem, do_full, zero, BLOCK_M: gl.constexpr, BLOCK_N:
 
 @gluon.jit
 def _add_dq(base, dq, D: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Adds a tile of dQ to its stretch of the buffer, in the order in which registers hold it, so that a warp adds 512
-    contiguous bytes at a time: from the slowest, (columns / 8, warp, row % 8, column / 2 % 4, row / 8 % 2, column % 2).
-    :func:`finish_query` undoes it. Row by row, 8 bytes a lane, the additions took half of the kernel's time again.
+    """Adds a tile of dQ to its part of the buffer, in the registers' order, which :func:`finish_query` undoes.
 
-    Four consecutive registers (two columns of rows r and r + 8) share one addition; all get the address of the
-    first."""
+    So a warp adds 512 contiguous bytes at a time; row by row, with 8 bytes per lane, the additions made the kernel take
+    half as long again. From the slowest index: (columns / 8, warp, row % 8, column / 2 % 4, row / 8 % 2, column % 2).
+    Four consecutive registers (two columns of rows r and r + 8) share one addition, at the address of the first.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     M_WARPS: gl.constexpr = BLOCK_M // 16
     WIDTH: gl.constexpr = D * M_WARPS // WARPS  # columns of a warp
@@ -157,8 +160,11 @@ def _tile(i, s, dk, dv, q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, d
           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
           WINDOW: gl.constexpr, S_LAYOUT: gl.constexpr, DK_LAYOUT: gl.constexpr, DV_LAYOUT: gl.constexpr,
           DQ_LAYOUT: gl.constexpr, MORE: gl.constexpr, FREE_P: gl.constexpr):  # fmt: skip
-    """One block of query rows, whose raw scores are in ``s``. With MORE, the next block's scores start as soon as this
-    one's registers are free. FREE_P waits for dV first, to get P's registers back too; head_dim 128 needs them."""
+    """Process one block of query rows, whose raw scores are in ``s``.
+
+    With MORE, the next block's scores start as soon as this block's registers are free. FREE_P waits for dV first, to
+    free P's registers too, which head_dim 128 needs.
+    """
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = q_smem.dtype
     zero_s = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
@@ -244,7 +250,7 @@ def _consume(dk_desc, dv_desc, dk_part, dv_part, dq_acc, q_smem, k_smem, v_smem,
         gl.store(dk_part + dk_offsets[:, None] * D + dk_cols[None, :], dk, mask=(dk_rows < num_k)[:, None])
         gl.store(dv_part + dv_offsets[:, None] * DV + dv_cols[None, :], dv, mask=(dv_rows < num_k)[:, None])
     else:
-        # K and V have been read for the last time: their buffers carry the gradients out.
+        # K and V are no longer needed, so their buffers are reused for the gradients.
         k_smem.index(0).reshape([BLOCK_N, D]).store(dk.to(dtype))
         v_smem.index(0).reshape([BLOCK_N, DV]).store(dv.to(dtype))
         fence_async_shared()

@@ -1,15 +1,15 @@
 """Forward attention for Hopper (compute capability 9.0), in Gluon: the fast path of
 :func:`rehead.attention.kernels.attention`.
 
-One persistent program per multiprocessor, which draws its tiles from a counter in global memory (dealt out beforehand,
-causal tiles of unequal length left some multiprocessors idle for a fifth of the time). A producer warp draws them and
-keeps the bulk copy engine busy with blocks of K and V; two or three warpgroups of consumers own 64 query rows each. A
-consumer issues the next block's Q K^T before it turns the current scores into probabilities, so that the tensor cores
-work while the exponentials are taken; with TURNS the consumers also take turns at issuing, so that one's softmax runs
-under the other's products (the schedule of FlashAttention-3, arXiv 2407.08608).
+One persistent program runs per multiprocessor and takes its tiles from a counter in global memory (when tiles were
+assigned beforehand, the unequal causal ones left some multiprocessors idle for a fifth of the time). A producer warp
+takes them and keeps the bulk copy engine busy with blocks of K and V; two or three consumer warpgroups have 64 query
+rows each. A consumer issues the next block's Q K^T before it turns the current scores into probabilities, so that the
+tensor cores work during the exponentials. With TURNS the consumers also take turns at issuing, so that one's softmax
+runs during the other's products (the schedule of FlashAttention-3, arXiv 2407.08608).
 
-Handles causal masks, a sliding window, per-row key ranges, sinks and grouped heads; everything else takes the general
-kernels of ``forward.py``. Scores are kept in base 2; the log-sum-exp that backward reads is in base 2 as well.
+Handles causal masks, a sliding window, per-row key ranges, sinks and grouped heads; all other calls run through the
+general kernels of ``forward.py``. Scores and the log-sum-exp for backward are in base 2.
 """
 
 from triton.experimental import gluon
@@ -98,7 +98,7 @@ def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem,
                 v_desc, [b, h // group, start_n, 0], v_full.index(stage), v_smem.index(stage)
             )
             block_count += 1
-    # A tile number past the end, and no Q to go with it, sends the consumers home.
+    # A tile number past the end, without a Q, tells the consumers to stop.
     q_stage = tile_count % 2
     mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)
     tile_smem.index(q_stage).store(gl.full([1], index, gl.int32, ONE))
@@ -242,7 +242,7 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
         rows = start_row + gl.arange(0, 64, S_ROWS)
         gl.store(lse + bh.to(gl.int64) * num_q + rows, lse_row, mask=rows < num_q)
         out = (acc * gl.convert_layout(inverse, O_ROWS)[:, None]).to(dtype)
-        # Q of this tile has been read for the last time: its buffer carries the output.
+        # Q of this tile is no longer needed, so its buffer is reused for the output.
         o_smem = q._reinterpret(dtype, [1, 1, 64, DV], o_desc.layout)
         o_smem.reshape([64, DV]).store(out)
         fence_async_shared()

@@ -1,4 +1,4 @@
-"""Forward and backward through the fastest kernels that take a call, unchecked."""
+"""Run forward and backward through the fastest kernels that support a call, without checking it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOG2E = 1.4426950408889634
 
 
 def run_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq], through the fastest kernel that takes the call."""
+    """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq], from the fastest kernel that supports the call."""
     from rehead.attention.kernels import general, hopper
 
     query, key, value = call.query, call.key, call.value

@@ -74,7 +74,7 @@ def set_bigcode_kv(raw: dict[str, Any], kv: int) -> None:
         raw["num_key_value_heads"] = kv
 
 
-# ---- Classes without a KV head count: others stand in for them.
+# ---- Classes without a number of KV heads; another class, the host, replaces them.
 
 
 def set_no_kv(raw: dict[str, Any], kv: int) -> None:

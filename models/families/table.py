@@ -277,7 +277,7 @@ _HYBRID = (
     ),
 )
 
-# One KV head for each query head and nothing else; other classes stand in for these (rehead.convert.hosts).
+# Classes with only one KV head per query head; a host class replaces them (rehead.convert.hosts).
 _HOSTED = (
     Family(
         "gpt_neox",

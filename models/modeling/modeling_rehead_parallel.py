@@ -6,7 +6,7 @@ transformers with the same parameters under the same names; only the decoder lay
 (arXiv 2204.02311), with the norms of the serial model kept apart.
 
 ``ParallelLlamaConfig``, ``ParallelLlamaModel``, ``ParallelLlamaForCausalLM`` and so on for every name in ``FAMILIES``
-are made from the installed transformers when they are first asked for.
+are made from the installed transformers on first use.
 """
 
 import functools

@@ -1,12 +1,11 @@
 """T5 whose decoder shares KV heads: self- and cross-attention alike, the encoder left alone (arXiv 2305.13245).
 
-The file travels beside a checkpoint, with ``modeling_rehead_core.py``. Everything but the width of the decoder's keys
-and values is transformers' own T5, in both of its versions; the relative position bias is added per query head as
-before.
+A checkpoint contains this file and ``modeling_rehead_core.py``. Everything but the width of the decoder's keys and
+values is transformers' own T5, in both of its versions; the relative position bias is added per query head as before.
 
 ``ReheadT5Config``, ``ReheadT5ForConditionalGeneration`` and ``GroupedT5Attention`` are made from the installed
-transformers when they are first asked for: registering them must not import T5, least of all while transformers' auto
-classes are themselves being imported.
+transformers on first use: registering them must not import T5, least of all while transformers' auto classes are
+themselves being imported.
 """
 
 import functools

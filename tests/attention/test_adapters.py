@@ -55,14 +55,14 @@ def test_attention_to_an_encoder_from_a_cache(model_type):
     model, encoder = decoder(model_type)
 
     def steps():
-        cache, found = EncoderDecoderCache(DynamicCache(), DynamicCache()), []
+        cache, parts = EncoderDecoderCache(DynamicCache(), DynamicCache()), []
         for start, stop in ((0, 9), (9, 10), (10, 14)):
-            given = {
+            inputs = {
                 **encoder,
                 "encoder_hidden_states": encoder["encoder_hidden_states"] * (1.0 if start == 0 else 3.0),
             }
-            found.append(model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True, **given).logits)
-        return torch.cat(found, 1)
+            parts.append(model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True, **inputs).logits)
+        return torch.cat(parts, 1)
 
     before = steps()
     with patch_model(model, "tiled"):
@@ -77,10 +77,10 @@ def test_an_encoder_and_its_decoder():
     model = randomize(MvpForConditionalGeneration(config)).eval()
     mask = torch.ones_like(TOKENS)
     mask[0, 15:] = 0
-    given = {"attention_mask": mask, "decoder_input_ids": TOKENS[:, :9]}
-    before = logits(model, **given)
+    inputs = {"attention_mask": mask, "decoder_input_ids": TOKENS[:, :9]}
+    before = logits(model, **inputs)
     with patch_model(model, "tiled") as patch:
-        torch.testing.assert_close(logits(model, **given), before, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model, **inputs), before, atol=2e-5, rtol=1e-5)
         assert patch.prove().layers == 6
 
 

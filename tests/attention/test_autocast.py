@@ -29,10 +29,10 @@ def test_training_under_autocast_is_as_close_to_float32_as_unpatched(model_type,
     model = tiny_model(model_type)
     reference = _step(model)
     with torch.autocast("cpu", dtype=dtype):
-        theirs = _step(model)
+        sdpa = _step(model)
         with patch_model(model, "tiled"):
             mine = _step(model)
-    assert _error(mine, reference) <= 1.25 * _error(theirs, reference)
+    assert _error(mine, reference) <= 1.25 * _error(sdpa, reference)
 
 
 def test_float32_queries_beside_values_in_sixteen_bits():

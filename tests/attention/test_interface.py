@@ -213,8 +213,8 @@ def define(mask=None, query=Q, key=K, value=V, **rules):
     return reference.attention(query, key, value, **rules).float()
 
 
-def same(mine, theirs):
-    torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
+def same(mine, expected):
+    torch.testing.assert_close(mine, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_no_mask_means_causal_from_the_top_left():
@@ -246,23 +246,23 @@ def test_packed_by_cumulative_lengths():
     cu = torch.tensor([0, 9, 20], dtype=torch.int32)
     segments = torch.tensor([[0] * 9 + [1] * 11]).expand(2, -1)
     lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 11, "max_length_k": 11}
-    theirs = define(q_segments=segments, kv_segments=segments)
-    same(tiled_attention(MODULE, Q, K, V, None, **lengths)[0], theirs)
+    expected = define(q_segments=segments, kv_segments=segments)
+    same(tiled_attention(MODULE, Q, K, V, None, **lengths)[0], expected)
     mask, _ = made(masking_utils.create_causal_mask, position_ids=PACKED)
-    same(tiled_attention(MODULE, Q, K, V, mask, **lengths)[0], theirs)
+    same(tiled_attention(MODULE, Q, K, V, mask, **lengths)[0], expected)
 
 
 def test_masks_of_the_users_own():
     seen = (torch.arange(400).view(1, 1, 20, 20) % 5 > 0) & torch.ones(20, 20, dtype=torch.bool).tril()
     added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    theirs = define(causal=False, bias=seen)
+    expected = define(causal=False, bias=seen)
     alive = seen.any(-1).expand(2, 1, -1)[:, 0]
-    same(tiled_attention(MODULE, Q, K, V, seen)[0][alive], theirs[alive])
-    same(tiled_attention(MODULE, Q, K, V, added)[0][alive], theirs[alive])
+    same(tiled_attention(MODULE, Q, K, V, seen)[0][alive], expected[alive])
+    same(tiled_attention(MODULE, Q, K, V, added)[0][alive], expected[alive])
     bias = torch.randn(1, 4, 20, 20, generator=GEN)
-    theirs = define(causal=False, bias=bias.masked_fill(~seen, -torch.inf))
+    expected = define(causal=False, bias=bias.masked_fill(~seen, -torch.inf))
     for mask in (seen, added):
-        same(tiled_attention(MODULE, Q, K, V, mask, position_bias=bias)[0][alive], theirs[alive])
+        same(tiled_attention(MODULE, Q, K, V, mask, position_bias=bias)[0][alive], expected[alive])
 
 
 def test_sinks_of_each_token():

@@ -289,7 +289,7 @@ def test_compiles_without_a_graph_break():
         assert torch.allclose(a.float(), b.float(), atol=2e-2, rtol=2e-2)
 
 
-def test_bad_arguments_name_the_mend():
+def test_bad_arguments_name_the_remedy():
     query, key = torch.randn(1, 6, 4, 8), torch.randn(1, 4, 4, 8)
     with pytest.raises(UsageError, match="6 query heads cannot share 4 KV heads"):
         attention(query, key, key, scale=1.0, causal=True)

@@ -235,7 +235,7 @@ def test_the_operator_passes_torch_opcheck():
     torch.library.opcheck(ops.decode, tuple(CALL.flatten(call)), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_too_many_positions_name_the_mend():
+def test_too_many_positions_name_the_remedy():
     query = torch.randn(1, 2, 17, 8)
     with pytest.raises(UsageError, match="at most 16 query positions, not 17; call attention"):
         decode(query, query, query, scale=1.0, q_offset=0)

@@ -141,11 +141,11 @@ def test_nothing_around_is_read(rules):
     agree(inputs, {"scale": 0.25, "causal": True, "q_offset": 17, **rules}, among_nan(1, 2, 20, 24).transpose(1, 2))
     for num_q in (1, 3):
         last = query[:, :, :num_q]
-        given = {"scale": 0.25, "causal": True, "q_offset": 37 - num_q, **rules}
+        arguments = {"scale": 0.25, "causal": True, "q_offset": 37 - num_q, **rules}
         if "bias" in rules:
-            given["bias"] = rules["bias"][:, :, :num_q]
-        want = reference.attention(last, key, value, **given)
-        torch.testing.assert_close(decode(last, key, value, **given).double(), want, rtol=1e-5, atol=1e-5)
+            arguments["bias"] = rules["bias"][:, :, :num_q]
+        want = reference.attention(last, key, value, **arguments)
+        torch.testing.assert_close(decode(last, key, value, **arguments).double(), want, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels

@@ -84,19 +84,20 @@ def test_rows_keep_their_length_and_nothing_begins_twice():
 @pytest.mark.parametrize("convention", ["disjoint", "strided"])
 def test_every_window_begins_so_and_a_plain_loop_agrees(model, tokens, convention):
     start = torch.tensor([BOS])
-    found, rows = seen_by(model, lambda: window_losses(model, tokens, convention, 32, 32, start=start, batch_tokens=32))
+    options = {"start": start, "batch_tokens": 32}
+    losses, rows = seen_by(model, lambda: window_losses(model, tokens, convention, 32, 32, **options))
     assert all((part[:, 0] == BOS).all() for part in rows)
-    assert found.bos == "each window"
+    assert losses.bos == "each window"
     if convention == "disjoint":
         windows = tokens[: len(tokens) // 32 * 32].view(-1, 32).clone()
         windows[:, 0] = BOS
         with torch.no_grad():
             loss = model(input_ids=windows, labels=windows).loss
-        assert found.value == pytest.approx(math.exp(float(loss)), rel=1e-5)
+        assert losses.value == pytest.approx(math.exp(float(loss)), rel=1e-5)
     without = window_losses(model, tokens, convention, 32, 32)
-    assert np.array_equal(found.counts, without.counts)
+    assert np.array_equal(losses.counts, without.counts)
     assert without.bos == "none"
-    assert found.value != without.value
+    assert losses.value != without.value
 
 
 def test_rolling_begins_once_as_the_harness_has_it(model, tokens):
@@ -111,13 +112,13 @@ def test_rolling_begins_once_as_the_harness_has_it(model, tokens):
 def test_where_a_document_begins_inside_a_window_nothing_is_counted(model, tokens):
     text = tokens.clone()
     text[40] = BOS
-    found = window_losses(model, text, "disjoint", 32, start=torch.tensor([BOS]))
-    assert found.counts.tolist() == [31, 30, *[31] * 6]
+    losses = window_losses(model, text, "disjoint", 32, start=torch.tensor([BOS]))
+    assert losses.counts.tolist() == [31, 30, *[31] * 6]
     other = tiny_model("llama")
     torch.nn.init.normal_(other.lm_head.weight)
     compared = compare(model, {"other": other.eval()}, text, 32, start=torch.tensor([BOS]))["other"]
-    assert len(compared.tokens.kl) == int(found.counts.sum())
-    assert compared.baseline_losses.value == pytest.approx(found.value, rel=1e-9)
+    assert len(compared.tokens.kl) == int(losses.counts.sum())
+    assert compared.baseline_losses.value == pytest.approx(losses.value, rel=1e-9)
 
 
 def test_damage_reads_windows_that_begin_so(model, tokens):
@@ -162,8 +163,8 @@ def test_held_out_windows_count_as_evaluation_does(model, tokens):
     text[40] = BOS
     start = torch.tensor([BOS])
     windows = begun(text[:256].view(-1, 32), start)
-    found = window_losses(model, text[:256], "disjoint", 32, start=start)
+    losses = window_losses(model, text[:256], "disjoint", 32, start=start)
     module = StudentWithLoss(model, model)
     figures = evaluate_held_out(module, HeldOut("text", windows, start), join_processes("cpu"), 4)
-    assert figures["tokens_counted"] == int(found.counts.sum())
-    assert figures["perplexity"] == pytest.approx(found.value, rel=1e-4)
+    assert figures["tokens_counted"] == int(losses.counts.sum())
+    assert figures["perplexity"] == pytest.approx(losses.value, rel=1e-4)

@@ -32,8 +32,8 @@ def test_texts_share_the_tokens_and_take_turns(letters, tmp_path: Path) -> None:
         f.write("xyz " * 20000)
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": "qrs " * 50}) for _ in range(200)))
     names = [str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl")]
-    found = load_calibration(names, None, 64, 12 * 128, [128])
-    (rows,) = found.tokens
+    excerpts = load_calibration(names, None, 64, 12 * 128, [128])
+    (rows,) = excerpts.tokens
     assert rows.shape == (12, 128)
     assert (rows[0] == rows[3]).float().mean() > 0.2
     sets = [set(row.tolist()) - {1} for row in rows[:3]]
@@ -71,10 +71,10 @@ def test_lengths_share_the_tokens_without_overlap(letters, tmp_path: Path) -> No
     text = "".join(chr(33 + i % 60) for i in range(40000))
     for content, name in ((text, "long"), (text[:4300], "short")):
         (tmp_path / name).write_text(content)
-        found = load_calibration([str(tmp_path / name)], None, 64, 4096, [64, 512])
-        assert [tuple(part.shape) for part in found.tokens] == [(4, 512), (32, 64)]
-        assert found.count == 4096
-        assert all(bool((part[:, 0] == 1).all()) for part in found.tokens)
+        excerpts = load_calibration([str(tmp_path / name)], None, 64, 4096, [64, 512])
+        assert [tuple(part.shape) for part in excerpts.tokens] == [(4, 512), (32, 64)]
+        assert excerpts.count == 4096
+        assert all(bool((part[:, 0] == 1).all()) for part in excerpts.tokens)
     (tmp_path / "numbered").write_text(" ".join(f"{i:04d}" for i in range(860)))
 
     class Numbers:
@@ -83,8 +83,8 @@ def test_lengths_share_the_tokens_without_overlap(letters, tmp_path: Path) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rehead.data.calibration._tokenizer", lambda source: Numbers())
-        found = load_calibration([str(tmp_path / "numbered")], None, 1000, 800, [40, 200])
-    seen = torch.cat([part[:, 1:].flatten() for part in found.tokens])
+        excerpts = load_calibration([str(tmp_path / "numbered")], None, 1000, 800, [40, 200])
+    seen = torch.cat([part[:, 1:].flatten() for part in excerpts.tokens])
     assert len(seen) == len(seen.unique())
     assert int(seen.max()) > 780
 
@@ -101,8 +101,8 @@ def test_lengths_share_the_tokens_without_overlap(letters, tmp_path: Path) -> No
     ],
 )
 def test_a_length_that_its_share_does_not_fill_is_left_out(tokens: int, lengths, shapes) -> None:
-    found = load_calibration(["random"], None, 64, tokens, lengths)
-    assert [tuple(part.shape) for part in found.tokens] == shapes
+    excerpts = load_calibration(["random"], None, 64, tokens, lengths)
+    assert [tuple(part.shape) for part in excerpts.tokens] == shapes
 
 
 @pytest.mark.parametrize(
@@ -113,5 +113,5 @@ def test_few_tokens_are_cut_into_shorter_sequences_unless_a_length_is_given(toke
     usual = ConvertOptions(num_key_value_heads=1, method="svd", calibration_tokens=tokens)
     assert usual.calibration_lengths == (length,)
     assert usual.as_json(positions=4096)["calibration_length"] == length
-    given = ConvertOptions(num_key_value_heads=1, method="svd", calibration_tokens=tokens, calibration_length=64)
-    assert given.calibration_lengths == (64,)
+    options = ConvertOptions(num_key_value_heads=1, method="svd", calibration_tokens=tokens, calibration_length=64)
+    assert options.calibration_lengths == (64,)

@@ -44,8 +44,8 @@ def forms(tmp_path: Path) -> dict[str, str]:
 
 def test_every_form_gives_the_same_documents(forms: dict[str, str]) -> None:
     for name, place in forms.items():
-        found = list(read_documents([place]))
-        assert sorted(found) == sorted(DOCUMENTS), name
+        documents = list(read_documents([place]))
+        assert sorted(documents) == sorted(DOCUMENTS), name
     # A folder is walked in sorted order, files before what lies deeper.
     assert list(read_documents([forms["folder"]])) == DOCUMENTS
 
@@ -92,9 +92,9 @@ def test_bad_sources_are_named(tmp_path: Path, make: bytes | None, name: str, wo
     place = name if name.startswith("/") else str(tmp_path / name)
     if make is not None:
         Path(place.split("#")[0]).write_bytes(make)
-    with pytest.raises(UsageError) as found:
+    with pytest.raises(UsageError) as error:
         list(read_documents([place]))
-    line = str(found.value)
+    line = str(error.value)
     assert words in line
     assert line.startswith("--data ")
     assert "\n" not in line

@@ -60,8 +60,8 @@ def test_long_documents_are_cut_where_the_tokenizer_cuts(tokenizer, monkeypatch:
     assert np.concatenate([ids for ids, _ in pieces[:-1]]).tolist() == [*whole, tokenizer.eos_token_id]
     # Without a line's end, too.
     flat = document.replace("\n", " ")
-    found = np.concatenate([ids for ids, _ in token_pieces([flat], tokenizer)])
-    assert found.tolist()[:-1] == tokenizer(flat).input_ids
+    joined = np.concatenate([ids for ids, _ in token_pieces([flat], tokenizer)])
+    assert joined.tolist()[:-1] == tokenizer(flat).input_ids
 
 
 @pytest.mark.parametrize("kind", ["prepend", "metaspace", "bytes", "whitespace"])
@@ -79,8 +79,8 @@ def test_a_cut_changes_no_token(kind: str, words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens_module, "PIECE", 40)
         patch.setattr(tokens_module, "_CONTEXT", 30)
-        found = np.concatenate([ids for ids, _ in token_pieces([document], tokenizer)]).tolist()
-    assert found == whole
+        joined = np.concatenate([ids for ids, _ in token_pieces([document], tokenizer)]).tolist()
+    assert joined == whole
 
 
 @functools.cache

@@ -156,8 +156,8 @@ def test_a_killed_calibration_resumes_to_the_same_bytes(llama: Path, tmp_path: P
     )
     convert(llama, tmp_path / "out", resume=True, **options)
     assert 0 not in made
-    theirs, ours = (json.loads((tmp_path / name / "rehead.json").read_text())["files"] for name in ("whole", "out"))
-    assert theirs["model.safetensors"] == ours["model.safetensors"]
+    whole, out = (json.loads((tmp_path / name / "rehead.json").read_text())["files"] for name in ("whole", "out"))
+    assert whole["model.safetensors"] == out["model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 

@@ -31,12 +31,12 @@ def test_moments_are_those_of_the_definition() -> None:
     for x, p in batches:
         gatherer.add_inputs(x)
         gatherer.add_attention(x, shown(p))
-    found = replace(gatherer.finish(), angles=torch.tensor([1.0, -0.1, 0.001]))
+    moments = replace(gatherer.finish(), angles=torch.tensor([1.0, -0.1, 0.001]))
     rows = torch.cat([x.flatten(0, 1) for x, _ in batches])
-    assert found.tokens == len(rows) == 20
-    torch.testing.assert_close(found.inputs, rows.T @ rows / 20)
-    assert found.slow_pairs(0.6).tolist() == [False, True, True]
-    assert found.slow_pairs(0.5).tolist() == [False, False, True]
+    assert moments.tokens == len(rows) == 20
+    torch.testing.assert_close(moments.inputs, rows.T @ rows / 20)
+    assert moments.slow_pairs(0.6).tolist() == [False, True, True]
+    assert moments.slow_pairs(0.5).tolist() == [False, False, True]
     for group in range(kv):
         keys, mixed, count = torch.zeros(width, width), torch.zeros(width, width), 0
         for x, p in batches:
@@ -47,8 +47,8 @@ def test_moments_are_those_of_the_definition() -> None:
                         keys += sum(w * torch.outer(t, t) for w, t in zip(weights, x[b]))
                         mixed += torch.outer(weights @ x[b], weights @ x[b])
                         count += 1
-        torch.testing.assert_close(found["key_inputs"][group], keys / count)
-        torch.testing.assert_close(found["mixed_inputs"][group], mixed / count)
+        torch.testing.assert_close(moments["key_inputs"][group], keys / count)
+        torch.testing.assert_close(moments["mixed_inputs"][group], mixed / count)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
@@ -57,19 +57,19 @@ def test_attention_is_seen_as_it_is(mask: str | None, softcap: float | None, sin
     """Some queries' rows of plain attention: the logits as they are, the probabilities after cap, mask and sinks."""
     q, k, v = draw(2, 4, 7, 8), draw(2, 2, 7, 8, seed=1), draw(2, 2, 7, 8, seed=2)
     rows, visible = torch.tensor([0, 3, 6]), torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
-    given, extra = None, draw(4, seed=3) if sinks else None
+    attention_mask, extra = None, draw(4, seed=3) if sinks else None
     if mask is not None:
         visible = visible & (draw(2, 1, 7, 7, seed=4) > -0.5) | torch.eye(7, dtype=torch.bool)
-        given = visible if mask == "bool" else torch.zeros(visible.shape).masked_fill(~visible, -3.4e38)
-    found: list[Seen] = []
-    with observing(found.append, rows):
-        probe_attention(nn.Module(), q, k, v, given, scaling=0.3, softcap=softcap, s_aux=extra)
+        attention_mask = visible if mask == "bool" else torch.zeros(visible.shape).masked_fill(~visible, -3.4e38)
+    observed: list[Seen] = []
+    with observing(observed.append, rows):
+        probe_attention(nn.Module(), q, k, v, attention_mask, scaling=0.3, softcap=softcap, s_aux=extra)
         raise AssertionError("what follows is not run")
     logits = q @ k.repeat_interleave(2, 1).mT * 0.3
     capped = logits if softcap is None else softcap * (logits / softcap).tanh()
     weights = capped.masked_fill(~visible, -torch.inf).exp()
     below = weights.sum(-1, keepdim=True) + (0 if extra is None else extra.exp()[None, :, None, None])
-    (seen,) = found
+    (seen,) = observed
     torch.testing.assert_close(seen.scores, logits[:, :, rows])
     torch.testing.assert_close(seen.probabilities, (weights / below)[:, :, rows])
     assert torch.equal(seen.visible.expand(2, 1, 3, 7), visible[:, :, rows].expand(2, 1, 3, 7))
@@ -165,14 +165,14 @@ def test_an_output_refit_finds_the_projection(bias: bool) -> None:
         mixed = draw(2, 20, 12, seed=3 + seed)
         mixed[..., -1] = 0
         problem.add([mixed[..., :8], mixed[..., 8:]], mixed @ weight.T + shift)
-    parts, found, errors = problem.solve()
+    parts, bias_sum, errors = problem.solve()
     assert [part.shape for part in parts] == [(5, 8), (5, 4)]
     torch.testing.assert_close(torch.cat(parts, 1)[:, :-1], weight[:, :-1], atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(parts[1][:, -1], prior[:, -1])
     assert errors[1] < 1e-2 < errors[0]
-    assert (found is None) == (not bias)
+    assert (bias_sum is None) == (not bias)
     if bias:
-        torch.testing.assert_close(found, shift, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(bias_sum, shift, atol=2e-3, rtol=1e-3)
 
 
 def test_a_target_takes_back_a_share_of_the_drift() -> None:

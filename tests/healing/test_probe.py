@@ -10,22 +10,22 @@ from torch import nn
 from rehead.models.watch import Seen, observing, probe_attention
 
 
-def look(seed: int, ready: threading.Barrier, found: dict[int, list[Seen]]) -> None:
+def look(seed: int, ready: threading.Barrier, observed: dict[int, list[Seen]]) -> None:
     query, key, value = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(seed)).unbind(0)
-    with observing(found[seed].append, torch.tensor([seed])):
+    with observing(observed[seed].append, torch.tensor([seed])):
         ready.wait()
         probe_attention(nn.Identity(), query, key, value, None)
 
 
 def test_conversions_in_two_threads_see_their_own_attention() -> None:
     ready = threading.Barrier(2)
-    found: dict[int, list[Seen]] = {2: [], 4: []}
-    threads = [threading.Thread(target=look, args=(seed, ready, found)) for seed in found]
+    observed: dict[int, list[Seen]] = {2: [], 4: []}
+    threads = [threading.Thread(target=look, args=(seed, ready, observed)) for seed in observed]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed, seen in found.items():
+    for seed, seen in observed.items():
         assert len(seen) == 1
         # The query at position `seed` sees the keys up to there.
         assert int(seen[0].visible.sum()) == seed + 1

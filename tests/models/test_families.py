@@ -103,7 +103,7 @@ def test_equal_heads_give_the_same_logits(name: str, tmp_path: Path) -> None:
     assert logits(run).isfinite().all()
     assert distance(logits(run), before) > 1e-2
     if name in CACHE_FLAWED:
-        assert cache_error(model) > 1e-4, "the class has been mended; take it off the list"
+        assert cache_error(model) > 1e-4, "the class has been fixed; take it off the list"
     else:
         assert cache_error(run) < 1e-4
 

@@ -67,9 +67,9 @@ def test_entry_describes_its_class(name: str, tmp_path: Path) -> None:
         assert same(split(stored, config, layer, saved | merged), heads)
         x, kwargs, real = calls[layer]
         with torch.no_grad():
-            ours = canonical.attention(family, model, layer, heads, saved, (x, kwargs))
-        assert ours.std() > 1e-2, "the comparison would say nothing about zeros"
-        torch.testing.assert_close(ours, real, atol=1e-5, rtol=1e-5)
+            computed = canonical.attention(family, model, layer, heads, saved, (x, kwargs))
+        assert computed.std() > 1e-2, "the comparison would say nothing about zeros"
+        torch.testing.assert_close(computed, real, atol=1e-5, rtol=1e-5)
 
 
 def _recorder(calls: dict[int, tuple], layer: int):

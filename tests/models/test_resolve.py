@@ -140,18 +140,18 @@ def test_a_guess_never_claims_more_than_the_table_knows(name: str) -> None:
     assert guess.guessed
     assert guess.attention_layers(config) == family.attention_layers(config)
     for layer in family.attention_layers(config):
-        ours, known = (split(each, config, layer, state) for each in (guess, family))
-        assert known.fixed_values <= ours.fixed_values
-        a, b = ours.tensors() | ours.extras, known.tensors() | known.extras
+        inferred, known = (split(each, config, layer, state) for each in (guess, family))
+        assert known.fixed_values <= inferred.fixed_values
+        a, b = inferred.tensors() | inferred.extras, known.tensors() | known.extras
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
-        mine, true = key_freedom(ours), key_freedom(known)
+        mine, true = key_freedom(inferred), key_freedom(known)
         if len(known.pairs):
-            assert torch.equal(ours.pairs, known.pairs)
+            assert torch.equal(inferred.pairs, known.pairs)
             assert not (mine.pair_rotates & ~true.pair_rotates).any()
             assert not (mine.pair_scales & ~true.pair_scales).any()
         order = ("none", "orthogonal", "any")
-        if len(ours.free_dims()):
+        if len(inferred.free_dims()):
             assert order.index(mine.rest) <= order.index(true.rest)
 
 
@@ -189,13 +189,13 @@ def test_guess_refuses_lying_shapes() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "olmo2"])
 def test_guessed_models_convert_and_wrong_guesses_do_not(name: str, tmp_path: Path, monkeypatch) -> None:
-    """A guess is proved on numbers before it is used: a wrong pairing is found out there."""
+    """A guess is proved on numbers before it is used: a wrong pairing is result out there."""
     tiny.save_tiny(name, tmp_path / "source")
     known = convert(tmp_path / "source", tmp_path / "known", num_key_value_heads=2, method="procrustes").out
     monkeypatch.delitem(FAMILIES, name)
     guessed = convert(tmp_path / "source", tmp_path / "guessed", num_key_value_heads=2, method="procrustes").out
-    wanted, found = load_file(known / "model.safetensors"), load_file(guessed / "model.safetensors")
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    wanted, result = load_file(known / "model.safetensors"), load_file(guessed / "model.safetensors")
+    assert all(torch.equal(wanted[key], result[key]) for key in wanted)
     if name == "llama":
         monkeypatch.setattr("rehead.models.families.guess.probe_pairing", lambda config: "interleaved")
         with pytest.raises(UnsupportedError, match="llama"):
@@ -215,8 +215,8 @@ def test_guessed_models_are_found_in_their_class_however_checkpoints_spell_them(
     guess = guess_family(model.config, load_file(tmp_path / "source" / "model.safetensors"))
     assert guess.layer == "model.layers.{i}."
     guessed = convert(tmp_path / "source", tmp_path / "guessed", num_key_value_heads=2).out
-    wanted, found = load_file(known / "model.safetensors"), load_file(guessed / "model.safetensors")
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    wanted, result = load_file(known / "model.safetensors"), load_file(guessed / "model.safetensors")
+    assert all(torch.equal(wanted[key], result[key]) for key in wanted)
 
 
 def test_prefixes_as_checkpoints_spell_them() -> None:
