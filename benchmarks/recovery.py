@@ -76,7 +76,7 @@ STUDIES: dict[str, list[Cell]] = {
         }
     ),
     "losses": _at_a_million(
-        {loss: {"loss": loss} for loss in ("kd+0.1*ce", "js", "reverse", "kd+0.5*cosine", "kd+0.5*mse", "ce")}
+        {loss: {"loss": loss} for loss in ("kd+0.1*ce", "js", "ce")}
     ),
     "joint": _at_a_million({"windows of 3 layers first": {"joint_layers": 3}}),
 }  # fmt: skip

@@ -242,6 +242,6 @@ def _needs_teacher(options: dict[str, Any], where: str) -> bool:
     from rehead.recipes.training.losses import parse_objective
 
     try:
-        return parse_objective(options["loss"], layers=options["loss_layers"]).needs_teacher
+        return parse_objective(options["loss"]).needs_teacher
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None

@@ -45,7 +45,7 @@ def share_of(tokens: Any, pretraining: str | int | None, where: str) -> Any:
 
 def control_options(uptrain: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
     """The control's options: the uptraining's, by cross-entropy and without a teacher, with the section's changes."""
-    plain = {"loss": "ce", "teacher": None, "loss_layers": None, "joint_layers": 0}
+    plain = {"loss": "ce", "teacher": None, "joint_layers": 0}
     return uptrain_options({**uptrain, **plain, **changes}, where, str(uptrain["device"]))
 
 

@@ -27,6 +27,7 @@ from rehead.recipes.training.processes import Processes
 from rehead.recipes.training.schedule import rate_factor
 from rehead.recipes.training.weights import Weights
 
+_SMALL = 1e-12
 _ORDER = 0x70696E74  # so that this stage sees other rows than the training behind it
 
 
@@ -135,8 +136,6 @@ class _Window:
 
     def _pass(self, rows: Rows, weights: Weights | None) -> Tensor:
         """Mean relative squared error over all tokens of a step, this process's part of it; backward with weights."""
-        from rehead.recipes.training.losses.mse import mse
-
         total = torch.zeros((), device=self._run.device)
         count = rows.input_ids.numel() * self._run.world
         for at in range(0, len(rows.input_ids), self._micro):
@@ -146,7 +145,9 @@ class _Window:
             with torch.no_grad():
                 wanted = _output_of(teacher, target, inputs).flatten(0, -2).float()
             found = _output_of(student, layer, inputs).flatten(0, -2).float()
-            error = mse(found, wanted).sum() / count
+            # Over each token's own norm, so that the few tokens with enormous hidden states are not all that counts.
+            sizes = wanted.square().sum(-1).clamp_min(_SMALL)
+            error = ((found - wanted).square().sum(-1) / sizes).sum() / count
             if weights is not None:
                 error.backward()
                 weights.collect()

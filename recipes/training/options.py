@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rehead.options import SPLIT, Count, Flag, Names, Options, flag_of, pairs
+from rehead.options import Count, Flag, Names, Options, flag_of, pairs
 
 
 class UptrainOptions(Options):
@@ -30,11 +30,8 @@ class UptrainOptions(Options):
     teacher: Annotated[
         str | None, Flag(metavar="MODEL", default="what STUDENT was converted from, where the loss needs one")
     ] = Field(None, description="Model to learn from.")
-    loss: str = Field("kd", description="kd (KL to the teacher), ce, or a weighted sum such as kd+0.1*ce+0.5*cosine.")
+    loss: str = Field("kd", description="kd (KL to the teacher), ce, or a weighted sum such as kd+0.1*ce.")
     temperature: float = Field(1.0, gt=0, description="Of losses that compare distributions.")
-    loss_layers: Annotated[tuple[int, ...] | None, SPLIT, Flag(default="all")] = Field(
-        None, description="Layers that hidden-state losses compare, e.g. 3,7."
-    )
     tokens: Count = Field(8_000_000, gt=0, description="Tokens to train on, e.g. 8M.")
     batch_tokens: Count = Field(32768, gt=0, description="Tokens in an optimiser step, over all processes.")
     seq_length: Count = Field(512, ge=2, description="Tokens in a row.")
@@ -133,7 +130,7 @@ class UptrainOptions(Options):
         """The parsed loss (:class:`rehead.recipes.training.losses.Objective`)."""
         from rehead.recipes.training.losses import parse_objective
 
-        return parse_objective(self.loss, temperature=self.temperature, layers=self.loss_layers)
+        return parse_objective(self.loss, temperature=self.temperature)
 
     def identity(self) -> dict[str, Any]:
         """The options that decide what comes out, as JSON; a resumed run must agree in them."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rehead.recipes.training.losses.chunked import Side
 from rehead.recipes.training.losses.head import Head, Shape
 
-LOSSES = ("kd", "ce", "reverse", "js", "kd+0.1*ce", "0.7*kd+0.2*ce+0.5*reverse+2*js")
+LOSSES = ("kd", "ce", "js", "kd+0.1*ce", "0.7*kd+0.2*ce+2*js")
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
@@ -29,8 +29,6 @@ def plain_loss(text: str, student: Tensor, teacher: Tensor | None, labels: Tenso
             value = nn.functional.cross_entropy(student, labels, reduction="sum")
         elif name == "kd":
             value = temperature**2 * (t * (t.log() - s.log())).sum()
-        elif name == "reverse":
-            value = temperature**2 * (s * (s.log() - t.log())).sum()
         elif name == "js":
             m = mix * t + (1 - mix) * s
             value = mix * (t * (t.log() - m.log())).sum() + (1 - mix) * (s * (s.log() - m.log())).sum()

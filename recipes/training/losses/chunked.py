@@ -55,7 +55,7 @@ def chunk_size(vocabulary: int, itemsize: int, device: torch.device) -> int:
 def head_loss(
     student: Side, teacher: Side | None, labels: Tensor, objective: Objective, chunk: int | None = None
 ) -> Sums:
-    """Sum of the objective's logit terms over tokens, differentiable in the student's hidden states and head.
+    """Sum of the objective's terms over tokens, differentiable in the student's hidden states and head.
 
     Args:
         student: hidden states [N, hidden] in bf16, fp16, fp32 or fp64; products run in that dtype, sums over tokens and
@@ -159,7 +159,7 @@ def _token_batch(
 
 def _evaluate(batch: TokenBatch, objective: Objective) -> Tensor:
     total = batch.student.new_zeros(())
-    for weight, term in objective.of_kind("logits"):
+    for weight, term in objective.weighted():
         total = total + weight * term.function(batch).sum()
     return total
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COLUMNS = 16
-WEIGHTS = ("cross_entropy", "forward", "reverse", "js")
+WEIGHTS = ("cross_entropy", "forward", "js")
 
 
 def unavailable(objective: Objective, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Why the kernel cannot compute these losses there (one line), or None when it can."""
-    for _, term in objective.of_kind("logits"):
+    for _, term in objective.weighted():
         if term.fused not in WEIGHTS:
             return f"{term.name} has no kernel"
     for dtype in dtypes:
@@ -71,7 +71,7 @@ def token_losses(
         student: raw logits [N, vocabulary], before bias, scale and soft cap, best as :func:`roomy_product` makes them.
         teacher: the teacher's, or None.
         labels: int64 [N].
-        objective: its logit terms, all of which must have a kernel.
+        objective: its terms, all of which must have a kernel.
         shapes: scale and soft cap of student and teacher.
         biases: [vocabulary] each, or None.
         gradient: of the summed loss with respect to the raw logits.
@@ -84,7 +84,7 @@ def token_losses(
     from rehead.recipes.training.losses import kernels
 
     weights = dict.fromkeys(WEIGHTS, 0.0)
-    for weight, term in objective.of_kind("logits"):
+    for weight, term in objective.weighted():
         weights[str(term.fused)] += weight
     tokens, vocabulary = student.shape
     width = min(_room(logits) for logits in (student, teacher) if logits is not None)
@@ -109,7 +109,7 @@ def token_losses(
             student.stride(0), 0 if teacher is None else teacher.stride(0), tokens, vocabulary, width,
             float(shape.scale), float(shape.cap or 1.0), float(scale), float(cap or 1.0),
             1.0 / objective.temperature, float(objective.mix),
-            weights["cross_entropy"], weights["forward"], weights["reverse"], weights["js"],
+            weights["cross_entropy"], weights["forward"], weights["js"],
             TEACHER=teacher is not None, GRADIENT=gradient, **flags, BLOCK=block, num_warps=warps(flags.values()),
         )  # fmt: skip
     return rows

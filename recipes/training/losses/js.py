@@ -11,7 +11,7 @@ from rehead.recipes.training.losses.registry import loss
 from rehead.recipes.training.losses.tokens import TokenBatch
 
 
-@loss("js", "generalised Jensen-Shannon divergence, between kd and reverse (GKD)", fused="js")
+@loss("js", "generalised Jensen-Shannon divergence, between both KLs (GKD)", fused="js")
 def js(batch: TokenBatch) -> Tensor:
     """Temperature squared times mix KL(teacher || m) + (1 - mix) KL(student || m) of every token, [N].
 

@@ -34,7 +34,7 @@ def _logits(
 def token_losses(
     student, teacher, labels, rows, student_bias, teacher_bias, stride_student, stride_teacher, tokens, vocabulary,
     width, student_scale, student_cap, teacher_scale, teacher_cap, inverse_temperature, mix,
-    weight_ce, weight_forward, weight_reverse, weight_js,
+    weight_ce, weight_forward, weight_js,
     TEACHER: tl.constexpr, GRADIENT: tl.constexpr, TEMPERED: tl.constexpr, JS: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,7 +66,6 @@ def token_losses(
     t_hot = tl.zeros((), tl.float32)
     gap = tl.zeros((), tl.float32)  # sum of exp(t - t_max) (t - s)
     gap_hot = tl.zeros((), tl.float32)  # the same at the temperature
-    back_hot = tl.zeros((), tl.float32)  # sum of exp(s - s_max) (s - t) at the temperature
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         held, inside = columns < width, columns < vocabulary
@@ -79,7 +78,6 @@ def token_losses(
         moved = s_max - new_max
         weight = tl.exp(s - new_max)
         s_sum = s_sum * tl.exp(moved) + tl.sum(weight, 0)
-        hot = weight
         if TEMPERED:
             hot = tl.exp((s - new_max) * inverse_temperature)
             s_hot = s_hot * tl.exp(moved * inverse_temperature) + tl.sum(hot, 0)
@@ -89,7 +87,6 @@ def token_losses(
                 teacher, teacher_bias, columns, held, inside, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAP, low
             )
             apart = tl.where(inside, s - t, 0.0)
-            back_hot = back_hot * tl.exp(moved * inverse_temperature) + tl.sum(hot * apart, 0)
             block_max, block_top = tl.max(t, 0, return_indices=True)
             t_top = tl.where(block_max > t_max, start + block_top, t_top)
             new_max = tl.maximum(t_max, block_max)
@@ -123,21 +120,17 @@ def token_losses(
     squared = 1.0 / (inverse_temperature * inverse_temperature)
     s_hot_lse = s_lse
     t_hot_lse = tl.zeros((), tl.float32)
-    reverse = tl.zeros((), tl.float32)
     own = tl.zeros((), tl.float32)
     if TEACHER:
         t_lse = t_max + tl.log(t_sum)
         divergence = gap / t_sum - t_lse + s_lse
         t_hot_lse = t_lse
         forward = divergence
-        hot_sum = s_sum
         if TEMPERED:
             s_hot_lse = s_max * inverse_temperature + tl.log(s_hot)
             t_hot_lse = t_max * inverse_temperature + tl.log(t_hot)
             forward = gap_hot / t_hot * inverse_temperature - t_hot_lse + s_hot_lse
-            hot_sum = s_hot
-        reverse = back_hot / hot_sum * inverse_temperature - s_hot_lse + t_hot_lse
-        loss += squared * (weight_forward * forward + weight_reverse * reverse)
+        loss += squared * weight_forward * forward
         if JS:
             log_mix = tl.log(mix)
             log_rest = tl.log(1.0 - mix)
@@ -208,9 +201,7 @@ def token_losses(
                 s = z * inverse_temperature - s_hot_lse
                 t = t * inverse_temperature - t_hot_lse
                 share = tl.exp(s)
-                gradient += hotness * (
-                    weight_forward * (share - tl.exp(t)) + weight_reverse * share * (s - t - reverse)
-                )
+                gradient += hotness * weight_forward * (share - tl.exp(t))
                 if JS:
                     log_mix = tl.log(mix)
                     log_rest = tl.log(1.0 - mix)

@@ -23,7 +23,6 @@ from rehead.data.store import IGNORED
 from rehead.errors import UsageError
 from rehead.recipes.training.losses.chunked import Side, head_loss
 from rehead.recipes.training.losses.head import Head, base_model, final_hidden, find_head, transformer
-from rehead.recipes.training.losses.hidden import chosen_layers, hidden_loss
 from rehead.recipes.training.losses.registry import Objective, parse_objective
 
 
@@ -34,8 +33,7 @@ class LossOutput(NamedTuple):
         loss_sum: scalar with a gradient, summed over counted tokens, float32 or wider.
         counted: how many tokens were counted, an int64 scalar tensor on the loss's device.
         metrics: detached sums over the counted tokens: ``cross_entropy``; with a teacher ``kl`` (teacher || student, at
-            temperature 1) and ``top1_agreement``; with hidden-state terms ``hidden``, what they add to the loss. Empty
-            of the first three where no term reads logits.
+            temperature 1) and ``top1_agreement``.
     """
 
     loss_sum: Tensor
@@ -88,7 +86,6 @@ class StudentWithLoss(nn.Module):
             teacher.requires_grad_(False).eval()
             self._frozen = (teacher, find_head(teacher))
         self._fit(vocabulary)
-        self._layers = self._compared_layers()
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -126,8 +123,6 @@ class StudentWithLoss(nn.Module):
         inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        if self._layers:
-            inputs["output_hidden_states"] = True
         theirs: Any = None
         if self._frozen is not None:
             with torch.no_grad(), _as_it_is(self._frozen[0], input_ids.device):
@@ -136,19 +131,9 @@ class StudentWithLoss(nn.Module):
 
         device = final_hidden(ours).device
         targets = _picked(labels.to(device), index)
-        loss = final_hidden(ours).new_zeros((), dtype=torch.float32)
-        metrics: dict[str, Tensor] = {}
-        if self.objective.of_kind("logits"):
-            student = _side(final_hidden(ours), index, self._head, True)
-            teacher = None if self._frozen is None else _side(final_hidden(theirs), index, self._frozen[1], False)
-            loss, metrics = head_loss(student, teacher, targets, self.objective, self.chunk)
-        if self._layers:
-            added: Any = 0
-            for layer in self._layers:
-                pair = [_picked(out.hidden_states[layer + 1].flatten(0, 1), index) for out in (ours, theirs)]
-                added = added + hidden_loss(pair[0], pair[1], self.objective) / len(self._layers)
-            metrics = metrics | {"hidden": added.detach()}
-            loss = loss + added
+        student = _side(final_hidden(ours), index, self._head, True)
+        teacher = None if self._frozen is None else _side(final_hidden(theirs), index, self._frozen[1], False)
+        loss, metrics = head_loss(student, teacher, targets, self.objective, self.chunk)
         return LossOutput(loss, torch.full((), targets.numel(), device=device), metrics)
 
     def _fit(self, vocabulary: int | None) -> None:
@@ -168,19 +153,6 @@ class StudentWithLoss(nn.Module):
                 "with the student's tokenizer"
             )
         self._frozen = (teacher, head)
-
-    def _compared_layers(self) -> tuple[int, ...]:
-        if not self.objective.of_kind("hidden") or self._frozen is None:
-            return ()
-        configs = [transformer(model).config.get_text_config() for model in (self.student, self._frozen[0])]
-        for name in ("num_hidden_layers", "hidden_size"):
-            ours, theirs = (getattr(config, name) for config in configs)
-            if ours != theirs:
-                raise UsageError(
-                    f"--loss {self.objective}: compares hidden states, but {name} is {ours} in the student and "
-                    f"{theirs} in the teacher; use kd"
-                )
-        return chosen_layers(self.objective, configs[0].num_hidden_layers)
 
 
 def _counted(labels: Tensor, index: Tensor | None) -> Tensor | None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rehead.errors import UsageError
 from rehead.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Kind = Literal["logits", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +20,9 @@ class Term:
 
     Attributes:
         name: as in ``--loss``.
-        function: of a :class:`~.tokens.TokenBatch` where ``kind`` is ``"logits"``; of the student's and the teacher's
-            hidden states, both [N, hidden] in float32 or wider, where it is ``"hidden"``. Gives one number per token,
-            [N], and need only be differentiable: gradients are taken a chunk of tokens at a time.
+        function: of a :class:`~.tokens.TokenBatch`. Gives one number per token, [N], and need only be differentiable:
+            gradients are taken a chunk of tokens at a time.
         summary: one line for the help.
-        kind: what the function reads.
         needs_teacher: whether there must be a teacher.
         fused: the coefficient of the GPU kernel that computes this loss, where there is one.
     """
@@ -34,20 +30,17 @@ class Term:
     name: str
     function: Callable[..., Tensor]
     summary: str
-    kind: Kind = "logits"
     needs_teacher: bool = True
     fused: str | None = None
 
 
 # The modules that register a loss when imported; importing them needs torch, naming them does not.
-TERM_MODULES: dict[str, str] = {
-    name: f"rehead.recipes.training.losses.{name}" for name in ("kd", "ce", "reverse", "js", "mse", "cosine")
-}
+TERM_MODULES: dict[str, str] = {name: f"rehead.recipes.training.losses.{name}" for name in ("kd", "ce", "js")}
 TERMS: Registry[Term] = Registry("loss", TERM_MODULES)
 
 
 def loss(
-    name: str, summary: str, *, kind: Kind = "logits", needs_teacher: bool = True, fused: str | None = None
+    name: str, summary: str, *, needs_teacher: bool = True, fused: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as a loss; the arguments are :class:`Term`'s.
 
@@ -58,7 +51,7 @@ def loss(
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         if not re.fullmatch(_NAME, name):
             raise ValueError(f"{name!r} cannot name a loss; use a letter first, then letters, digits and underscores")
-        TERMS.add(name, Term(name, function, summary, kind, needs_teacher, fused))
+        TERMS.add(name, Term(name, function, summary, needs_teacher, fused))
         return function
 
     return add
@@ -91,32 +84,27 @@ class Objective:
         temperature: of the losses that compare two distributions; their values are multiplied by its square, so that
             the size of the gradient does not depend on it (Hinton et al. 2015, arXiv 1503.02531).
         mix: the teacher's share of the mixture in ``js``, between 0 and 1.
-        layers: the layers whose outputs ``mse`` and ``cosine`` compare, 0 being the first; None for all of them.
     """
 
     terms: tuple[tuple[float, str], ...] = ((1.0, "kd"),)
     temperature: float = 1.0
     mix: float = 0.5
-    layers: tuple[int, ...] | None = None
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
         return any(get_loss(name).needs_teacher for _, name in self.terms)
 
-    def of_kind(self, kind: Kind) -> tuple[tuple[float, Term], ...]:
-        """The terms that read logits, or those that read hidden states."""
-        terms = [(weight, get_loss(name)) for weight, name in self.terms]
-        return tuple((weight, term) for weight, term in terms if term.kind == kind)
+    def weighted(self) -> tuple[tuple[float, Term], ...]:
+        """The registered losses with their weights."""
+        return tuple((weight, get_loss(name)) for weight, name in self.terms)
 
     def __str__(self) -> str:
         return "+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name in self.terms)
 
 
-def parse_objective(
-    text: str, *, temperature: float = 1.0, mix: float = 0.5, layers: tuple[int, ...] | None = None
-) -> Objective:
-    """Read a ``--loss``: a name, or a sum of names with weights such as ``kd+0.1*ce+0.5*cosine``.
+def parse_objective(text: str, *, temperature: float = 1.0, mix: float = 0.5) -> Objective:
+    """Read a ``--loss``: a name, or a sum of names with weights such as ``kd+0.1*ce``.
 
     Raises:
         UsageError: the text is no such sum, a name is unknown or comes twice, a number is out of range.
@@ -136,4 +124,4 @@ def parse_objective(
         raise UsageError(f"temperature {temperature:g}: must be positive and finite; 1 is the usual one")
     if not 0 < mix < 1:
         raise UsageError(f"mix {mix:g}: must lie between 0 and 1; 0.5 is the usual one")
-    return Objective(tuple(terms), temperature, mix, layers)
+    return Objective(tuple(terms), temperature, mix)

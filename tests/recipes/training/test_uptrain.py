@@ -136,7 +136,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(tiny, tmp_path: Path) -> N
     "changes",
     [
         {"loss": "ce"},
-        {"loss": "kd+0.1*ce+0.5*cosine", "packing": "joined"},
+        {"loss": "kd+0.1*ce+0.5*js", "packing": "joined"},
         {"train": "attention", "learning_rates": {"k_proj": 2.0, "o_proj": 0.5}},
         {"gradient_checkpointing": True, "attention": "sdpa"},
         {"dtype": "bfloat16", "attention": "eager"},
