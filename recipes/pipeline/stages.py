@@ -162,7 +162,7 @@ def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> 
 def error_of(message: str, exit_code: int) -> ReheadError:
     """An error of the class that an exit code stands for."""
     if exit_code >= 128:
-        from rehead.recipes.training.interruption import Interrupted
+        from rehead.recipes.training.loop import Interrupted
 
         return Interrupted(message, 2 if exit_code == EXIT_INTERRUPTED else exit_code - 128)
     kinds = {kind.exit_code: kind for kind in (UsageError, VerificationError, QualityError)}

@@ -18,14 +18,12 @@ from rehead.data.order import rows_of_step
 from rehead.data.store import Rows, TokenStore
 from rehead.errors import UsageError
 from rehead.models.live import decoder_layers
-from rehead.recipes.training.batches import first_micro_batch, forward_inputs
 from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.losses.head import transformer
-from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.optimizer import Optimizer, Weights, rate_factor
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
-from rehead.recipes.training.schedule import rate_factor
-from rehead.recipes.training.weights import Weights
+from rehead.recipes.training.texts import first_micro_batch, forward_inputs
 
 _SMALL = 1e-12
 _ORDER = 0x70696E74  # so that this stage sees other rows than the training behind it

@@ -1,15 +1,18 @@
-"""The training loop."""
+"""The training loop: steps, evaluations, checkpoints, and a stop that keeps one."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,17 +22,59 @@ from rehead.checkpoints.stream import ResourceError
 from rehead.console import Progress
 from rehead.data.order import rows_of_step
 from rehead.data.store import IGNORED, Rows, TokenStore
-from rehead.errors import VerificationError
-from rehead.recipes.training.batches import first_micro_batch, forward_inputs
+from rehead.errors import EXIT_INTERRUPTED, ReheadError, VerificationError
 from rehead.recipes.training.checkpoints import WorkFolder, save
-from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
-from rehead.recipes.training.interruption import Interrupted, StopRequests
 from rehead.recipes.training.log import RunLog
-from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.optimizer import Optimizer, Weights, rate_factor
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
-from rehead.recipes.training.schedule import rate_factor
-from rehead.recipes.training.weights import Weights
+from rehead.recipes.training.texts import HeldOut, evaluate_held_out, first_micro_batch, forward_inputs
+
+
+class Interrupted(ReheadError):
+    """The run was asked to stop and has kept a checkpoint: exit code 130, or 143 for SIGTERM."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
+
+
+class StopRequests:
+    """Notes the first SIGINT or SIGTERM inside a ``with`` block; the second acts at once, as it would have.
+
+    Args:
+        announce: say on standard error that the step is finished first; a step can take a minute.
+
+    Attributes:
+        number: the signal that came, or 0.
+    """
+
+    def __init__(self, announce: bool = False) -> None:
+        self.number = 0
+        self._announce = announce
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+        if self._announce:
+            # Past Python's streams, which the signal may have found in the middle of a write.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once, without\n")
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError, UsageError
+from rehead.recipes.training.checkpoints import gathered
 from rehead.recipes.training.options import UptrainOptions
-from rehead.recipes.training.tensorfile import whole
 
 _ADAPTER = "uptraining"
 
@@ -85,7 +85,7 @@ def add(model: nn.Module, names: Sequence[str], options: UptrainOptions) -> Adap
 
 
 def _merged(module: Any) -> Tensor:
-    base = whole(module.base_layer.weight).float()
-    first, second = (whole(part[_ADAPTER].weight).float() for part in (module.lora_A, module.lora_B))
+    base = gathered(module.base_layer.weight).float()
+    first, second = (gathered(part[_ADAPTER].weight).float() for part in (module.lora_A, module.lora_B))
     delta = module.scaling[_ADAPTER] * (second @ first)
     return base + (delta.T if module.fan_in_fan_out else delta)

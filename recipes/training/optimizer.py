@@ -1,17 +1,148 @@
-"""AdamW over the trained weights: its groups, its state by name, and a step that a NaN does not get through."""
+"""What trains and how it moves: parameters chosen, float32 masters, AdamW, and the learning rate over the steps."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rehead.errors import UsageError, unknown_name
 from rehead.recipes.training.options import UptrainOptions
-from rehead.recipes.training.selection import parameter_groups
-from rehead.recipes.training.weights import Weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+#: What the words of ``--train`` mean, as regular expressions on parameter names.
+PARTS = {
+    "all": r"",
+    "attention": r"(^|\.)((self_|linear_)?attn|(self_|linear_)?attention|self_attn\w*|attn\w*)\."
+    r"|\.(mixer|temporal_block)\.[qkvo]_proj\.",
+    "mlp": r"(^|\.)(mlp|mlp_block|shared_mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert\w*|fc1|fc2)\.",
+    "norms": r"(norm\w*|ln_\w+|layernorm\w*)\.(weight|bias)$",
+    "embeddings": r"(^|\.)(embed_\w+|wte|wpe|word_embeddings|embeddings|lm_head)\.",
+}
+
+
+def choose(model: nn.Module, train: str) -> list[str]:
+    """Let the chosen parameters train and freeze the others.
+
+    Args:
+        model: changed in place (``requires_grad``).
+        train: words of :data:`PARTS` or regular expressions, joined by commas; a parameter that any of them finds
+            trains.
+
+    Returns:
+        The names of what trains.
+
+    Raises:
+        UsageError: one of them finds nothing.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    chosen: set[str] = set()
+    for part in (part.strip() for part in train.split(",")):
+        found = {name for name in names if re.search(PARTS.get(part, part), name)}
+        if not found:
+            known = f"; {unknown_name('part', part, PARTS)}" if part.isalpha() and part not in PARTS else ""
+            raise UsageError(f"--train {part}: no parameter of {type(model).__name__} is called so{known}")
+        chosen |= found
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return [name for name in names if name in chosen]
+
+
+class Weights:
+    """The trained parameters of a model, in float32 for the optimiser.
+
+    Where parameters compute in a narrower dtype, each has a float32 master: gradients are added up in float32 over the
+    micro-batches of a step, the optimiser moves the masters, and the parameters are their rounded copies. So a small
+    update is never lost to rounding, and no weight is cast in any forward pass (which autocast would do).
+
+    Args:
+        parameters: what trains, by name; plain or sharded (DTensor).
+
+    Attributes:
+        tensors: what the optimiser moves, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        narrow = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
+        self.tensors: dict[str, Tensor] = dict(parameters)
+        for name in narrow:
+            self.tensors[name] = parameters[name].detach().float()
+        self._copies: list[Tensor] = [parameters[name] for name in narrow]
+        self._masters = [self.tensors[name] for name in narrow]
+
+    def collect(self) -> None:
+        """Add the gradients of a micro-batch to the masters'; call after every backward pass."""
+        with torch.no_grad():
+            added: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for copy, master in zip(self._copies, self._masters):
+                if copy.grad is None:
+                    continue
+                if master.grad is None:
+                    master.grad = copy.grad.float()
+                else:
+                    added[0].append(master.grad)
+                    added[1].append(copy.grad)
+                copy.grad = None
+            if added[0]:
+                torch._foreach_add_(added[0], added[1])
+
+    def publish(self) -> None:
+        """Round the masters into the parameters; call after every optimiser step."""
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._masters)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of a step; zero where a parameter had no part in it."""
+        for tensor in self.tensors.values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        return [tensor.grad for tensor in self.tensors.values() if tensor.grad is not None]
+
+    def clear(self) -> None:
+        """Forget all gradients, of an unfinished step too."""
+        for tensor in (*self.tensors.values(), *self._copies):
+            tensor.grad = None
+
+
+def parameter_groups(
+    trained: Mapping[str, Any], learning_rate: float, factors: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: one for each learning rate and weight decay.
+
+    Args:
+        trained: tensors by parameter name.
+        learning_rate: peak rate.
+        factors: by regular expression on names; the first that finds a name counts.
+        weight_decay: of matrices; vectors (norms, biases) have none.
+
+    Returns:
+        Dicts with ``params``, ``names``, ``lr``, ``peak`` (the same, kept) and ``weight_decay``.
+
+    Raises:
+        UsageError: an expression finds no parameter that trains.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    used: set[str] = set()
+    for name, tensor in trained.items():
+        pattern = next((pattern for pattern in factors if re.search(pattern, name)), None)
+        factor = 1.0 if pattern is None else factors[pattern]
+        if pattern is not None:
+            used.add(pattern)
+        rate, decay = learning_rate * factor, weight_decay if tensor.ndim > 1 else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "peak": rate})
+        group["weight_decay"] = decay
+        group["params"].append(tensor)
+        group["names"].append(name)
+    idle = [pattern for pattern in factors if pattern not in used]
+    if idle:
+        raise UsageError(f"--lr-for {idle[0]}: no parameter that trains is called so; check the name or --train")
+    return list(groups.values())
 
 
 class Optimizer:
@@ -91,3 +222,24 @@ class Optimizer:
         """Say how many steps the moments have seen."""
         for state in self._adam.state.values():
             state["step"].fill_(step)
+
+
+def rate_factor(step: int, options: UptrainOptions) -> float:
+    """Linear warm-up, then cosine (Loshchilov and Hutter 2017, arXiv 1608.03983), warmup-stable-decay (Hu et al. 2024,
+    arXiv 2404.06395; linear decay) or constant.
+
+    Args:
+        step: from 0; the last step ends one step above the final rate, so that no step is wasted.
+        options: ``steps``, ``schedule``, ``warmup``, ``decay`` and ``final_learning_rate`` are read.
+    """
+    steps, end = options.steps, options.final_learning_rate
+    warmup = int(options.warmup) if options.warmup >= 1 else round(options.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if options.schedule == "constant":
+        return 1.0
+    if options.schedule == "wsd":
+        length = max(round(options.decay * steps), 1)
+        return end + (1 - end) * min(1.0, (steps - step) / length)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -18,9 +18,9 @@ from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.target import Target
 from rehead.errors import UnsupportedError, VerificationError
 from rehead.models.modeling import carried_files
+from rehead.recipes.training.checkpoints import gathered
 from rehead.recipes.training.log import LOG_NAME
 from rehead.recipes.training.models import Opened
-from rehead.recipes.training.tensorfile import whole
 from rehead.version import __version__
 
 Changed = Mapping[str, Callable[[], Tensor]]
@@ -39,7 +39,7 @@ def changed_tensors(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     masters = {id(parameter): trained[name] for name, parameter in model.named_parameters() if name in trained}
 
     def giver(tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: whole(tensor)
+        return lambda: gathered(tensor)
 
     return {
         name: giver(masters[id(parameter)])

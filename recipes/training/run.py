@@ -13,6 +13,7 @@ import torch
 
 from rehead.checkpoints.resume import finish_commit
 from rehead.checkpoints.staging import check_out
+from rehead.console import Progress
 from rehead.data.sources import identity as data_identity
 from rehead.errors import UsageError
 from rehead.models.live import decoder_layers
@@ -20,31 +21,27 @@ from rehead.models.positions import check_positions
 from rehead.options import takes
 from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
-from rehead.recipes.training.facts import end_facts, start_facts
-from rehead.recipes.training.identity import require_same, run_identity
-from rehead.recipes.training.isolation import prove_isolation
+from rehead.recipes.training.identity import end_facts, require_same, run_identity, start_facts
 from rehead.recipes.training.joint import fit_windows
 from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_trackers
-from rehead.recipes.training.loop import Loop, Progress
+from rehead.recipes.training.loop import Loop
 from rehead.recipes.training.models import (
     Opened,
     checkpoint_activations,
     load,
     open_checkpoint,
+    prove_isolation,
     refuse_latent,
     same_tokens,
     set_attention,
     share_frozen,
     teacher_name,
 )
-from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.optimizer import Optimizer, Weights, choose
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.output import changed_tensors, plan_output, sketched, trained_tensors, write_output
-from rehead.recipes.training.processes import Processes, join_processes
-from rehead.recipes.training.selection import choose
-from rehead.recipes.training.sharding import shard
+from rehead.recipes.training.processes import Processes, join_processes, shard
 from rehead.recipes.training.texts import held_out_windows, open_tokens, tokenizer_of
-from rehead.recipes.training.weights import Weights
 
 logger = logging.getLogger("rehead.recipes.training")
 

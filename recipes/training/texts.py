@@ -1,21 +1,28 @@
-"""The texts of a run as its student reads them: tokens to train on, and windows to evaluate on."""
+"""The texts of a run: tokens to train on, the arguments of a forward pass, and evaluation on held-out windows."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehead.data.beginning import begun, text_start
+import torch
+from torch import Tensor
+
+from rehead.console import Progress
+from rehead.data.beginning import NO_START, begun, text_start, uncounted
 from rehead.data.sources import identity
-from rehead.data.store import TokenStore, write_store
+from rehead.data.store import IGNORED, Rows, TokenStore, write_store
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UsageError
-from rehead.recipes.training.heldout import HeldOut
-from rehead.recipes.training.loop import Progress
+from rehead.models.modes import evaluating
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
+
+_CPU_TOKENS = 4096  # of a forward pass: more would leave the caches
 
 
 def tokenizer_of(opened: Opened, option: str, otherwise: Any = None) -> Any:
@@ -76,6 +83,43 @@ def open_tokens(
     return store
 
 
+def first_micro_batch(options: UptrainOptions, run: Processes) -> int:
+    """Rows in a forward pass, as asked for or to begin with: a GPU is given all of its share of a step."""
+    share = options.rows_per_step // run.world
+    by_default = share if run.device.type == "cuda" else max(_CPU_TOKENS // options.seq_length, 1)
+    return min(options.micro_batch or by_default, share)
+
+
+def forward_inputs(rows: Rows, device: torch.device) -> dict[str, Tensor]:
+    """Arguments of :class:`~rehead.recipes.training.losses.StudentWithLoss`, on the device.
+
+    What is the default is left out, which spares the model looking at it: positions where every row is one document.
+    Where labels count is found here, on the host; finding it on a GPU would wait for all that is queued there.
+    """
+    inputs = {"input_ids": rows.input_ids, "labels": rows.labels}
+    if bool((rows.position_ids[:, 1:] <= rows.position_ids[:, :-1]).any()):
+        inputs["position_ids"] = rows.position_ids
+    inputs["counted_index"] = (rows.labels.flatten() != IGNORED).nonzero().squeeze(-1)
+    if device.type == "cuda":
+        inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out text.
+
+    Attributes:
+        name: as the user wrote it.
+        windows: int64 [n, window], disjoint; in each, all but the first token are predicted.
+        start: int64 [p], how the tokenizer begins a text; these tokens are never predicted.
+    """
+
+    name: str
+    windows: Tensor
+    start: Tensor = NO_START
+
+
 def held_out_windows(name: str, student: Opened, tokenizer: Any, options: UptrainOptions) -> HeldOut:
     """Disjoint windows of a held-out text, each begun as the tokenizer begins a text.
 
@@ -92,6 +136,45 @@ def held_out_windows(name: str, student: Opened, tokenizer: Any, options: Uptrai
         )
     start = text_start(tokenizer)
     return HeldOut(name, begun(windows, start), start)
+
+
+def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> dict[str, Any]:
+    """Figures of one text, over disjoint windows: what ``rehead evaluate`` calls the disjoint convention.
+
+    Args:
+        module: the student with its loss (:class:`rehead.recipes.training.losses.StudentWithLoss`).
+        text: the text.
+        run: the processes; each takes its share of the windows.
+        rows: windows in a forward pass.
+
+    Returns:
+        ``tokens_counted``, ``perplexity``, and with a teacher ``kl`` (nats a token) and ``top1_agreement``.
+    """
+    sums: dict[str, float] = {}
+    counted = 0
+    with evaluating(module):
+        # Sharded parameters are gathered by all processes together, so all run as many passes; spare ones count
+        # nothing.
+        size = max(min(rows, -(-len(text.windows) // run.world)), 1)
+        for at in range(0, len(text.windows), size * run.world):
+            mine = text.windows[at + run.rank * size : at + (run.rank + 1) * size]
+            spare = not len(mine)
+            mine = text.windows[:1] if spare else mine
+            labels = torch.full_like(mine, IGNORED)
+            labels[:, :-1] = uncounted(mine[:, 1:], text.start)
+            index = (labels.flatten() != IGNORED).nonzero().squeeze(-1)
+            found = module(mine.to(run.device), labels=labels.to(run.device), counted_index=index.to(run.device))
+            counted += 0 if spare else len(index)
+            for name, value in found.metrics.items():
+                sums[name] = sums.get(name, 0.0) + (0.0 if spare else float(value))
+    names = sorted(sums)  # the same in every process, as each has made as many passes
+    total = run.sum(torch.tensor([counted, *(sums.get(name, 0.0) for name in names)], device=run.device))
+    count, *means = total.double().tolist()
+    figures = {name: mean / count for name, mean in zip(names, means)}
+    facts: dict[str, Any] = {"tokens_counted": int(count)}
+    if module.teacher is not None:
+        facts |= {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}
+    return facts | {"perplexity": math.exp(min(figures["cross_entropy"], 700.0))}
 
 
 def _vocab_size(student: Opened) -> int:

@@ -16,9 +16,9 @@ from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.divergence import compare
 from rehead.recipes.evaluation.needle import prompt
 from rehead.recipes.evaluation.perplexity import window_losses
-from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
 from rehead.recipes.training.losses import StudentWithLoss
 from rehead.recipes.training.processes import join_processes
+from rehead.recipes.training.texts import HeldOut, evaluate_held_out
 
 BOS, EOS = 1, 2
 

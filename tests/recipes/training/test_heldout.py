@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rehead.recipes.training.heldout import HeldOut, evaluate_held_out
 from rehead.recipes.training.losses import StudentWithLoss
 from rehead.recipes.training.processes import Processes
+from rehead.recipes.training.texts import HeldOut, evaluate_held_out
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.models.tiny import tiny_model
 from rehead.recipes import uptrain
 from rehead.recipes.training.models import load, open_checkpoint
+from rehead.recipes.training.optimizer import choose
 from rehead.recipes.training.output import changed_tensors, plan_output, sketched, trained_tensors
-from rehead.recipes.training.selection import choose
 
 _SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
@@ -79,11 +79,10 @@ def test_adapters_are_merged(tiny, tmp_path: Path) -> None:
         else:
             assert not change.any(), name
     # Merged, it computes what the last evaluation saw.
-    from rehead.recipes.training.heldout import evaluate_held_out
     from rehead.recipes.training.losses import StudentWithLoss
     from rehead.recipes.training.options import UptrainOptions
     from rehead.recipes.training.processes import join_processes
-    from rehead.recipes.training.texts import held_out_windows
+    from rehead.recipes.training.texts import evaluate_held_out, held_out_windows
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", tiny.teacher))
     text = held_out_windows(

@@ -19,15 +19,11 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.options import flag_of, parse_count
 from rehead.recipes.training import identity
 from rehead.recipes.training.balance import LIMIT, measure, warn_if_unbalanced
-from rehead.recipes.training.isolation import prove_isolation
+from rehead.recipes.training.checkpoints import read_tensors, write_tensors
 from rehead.recipes.training.log import RunLog
-from rehead.recipes.training.models import open_checkpoint, set_attention
-from rehead.recipes.training.optimizer import Optimizer
+from rehead.recipes.training.models import open_checkpoint, prove_isolation, set_attention
+from rehead.recipes.training.optimizer import Optimizer, Weights, choose, parameter_groups, rate_factor
 from rehead.recipes.training.options import UptrainOptions
-from rehead.recipes.training.schedule import rate_factor
-from rehead.recipes.training.selection import choose, parameter_groups
-from rehead.recipes.training.tensorfile import read_tensors, write_tensors
-from rehead.recipes.training.weights import Weights
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from rehead.recipes.training.processes import join_processes
 _WORKER = """
 import json, os, signal, sys
 from rehead.recipes import uptrain
-from rehead.recipes.training.interruption import Interrupted
+from rehead.recipes.training.loop import Interrupted
 
 student, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 uptrain(student, out + "/ddp", **options)

@@ -22,7 +22,7 @@ from rehead.errors import UsageError, VerificationError
 from rehead.recipes import uptrain
 from rehead.recipes.training import identity
 from rehead.recipes.training.checkpoints import WorkFolder, work_path
-from rehead.recipes.training.interruption import Interrupted
+from rehead.recipes.training.loop import Interrupted
 
 
 def _weights(out: Path) -> str:

@@ -164,4 +164,4 @@ def test_head_loss_through_the_kernel(padding, weights) -> None:
 def test_what_has_no_kernel_says_so() -> None:
     device = torch.device(DEVICE)
     assert "float64" in fused.unavailable(parse_objective("kd"), device, torch.float64)
-    assert fused.unavailable(parse_objective("kd+mse"), device, torch.bfloat16) is None
+    assert fused.unavailable(parse_objective("kd+ce"), device, torch.bfloat16) is None
