@@ -7,10 +7,13 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from rehead.console import echo, print_json, progress_bar
+from rehead.errors import UsageError, VerificationError, unknown_name
 
 PROVED, REFUSED, FAILED, WRONG, UNBUILT = "proved", "refused", "failed", "wrong", "not built"
 
@@ -251,3 +254,43 @@ def summary(outcomes: Iterable[Outcome]) -> dict[str, int]:
     """How many types ended in each status."""
     counts = Counter(outcome.status for outcome in outcomes)
     return {status: counts.get(status, 0) for status in (PROVED, REFUSED, FAILED, WRONG, UNBUILT)}
+
+
+def command(types: Sequence[str], workers: int, seconds: float, as_json: bool, quiet: bool) -> None:
+    """Try the types (all of them where none is named) and print what came out; ``rehead patches --coverage``.
+
+    Raises:
+        UsageError: there is no such type.
+        VerificationError: a type passed its proof and still computes something else.
+    """
+    from rehead.models.tiny import causal_types
+
+    known = causal_types()
+    for name in types:
+        if name not in known:
+            raise UsageError(unknown_name("causal model type", name, known))
+    chosen = list(types) or known
+    with progress_bar(quiet) as progress:
+        done = 0
+
+        def show(outcome: Outcome) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress.figures = outcome.model_type
+                progress("coverage", done, len(chosen))
+
+        outcomes = run(chosen, workers=workers, seconds=seconds, progress=show)
+    counts = summary(outcomes)
+    if as_json:
+        print_json({"counts": counts, "types": [o.to_dict() for o in outcomes]})
+    else:
+        for outcome in outcomes:
+            detail = f"difference {outcome.difference:.1e}, " if outcome.difference is not None else ""
+            echo(f"{outcome.model_type:<26} {outcome.status:<10} {detail}{outcome.reason}")
+        echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts[WRONG]:
+        wrong = [o.model_type for o in outcomes if o.status == WRONG]
+        raise VerificationError(
+            f"{', '.join(wrong)}: passed its proof and still computes something else; do not patch it"
+        )

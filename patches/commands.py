@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rehead.console import JSON, QUIET, LazyGroup, echo, print_json, progress_bar
+from rehead.console import JSON, QUIET, LazyGroup, echo, print_json
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "attention": ("rehead.benchmarks.attention", "GPU kernels beside SDPA flash, SDPA cuDNN and FlexAttention."),
@@ -38,7 +38,8 @@ def patches_command(
             raise click.UsageError("--type and --workers go with --coverage; add it")
         _list(as_json)
         return
-    _coverage(types, workers or os.cpu_count() or 1, seconds, as_json, quiet)
+    command = _benchmark("coverage", "rehead.benchmarks.coverage").command
+    command(types, workers or os.cpu_count() or 1, seconds, as_json, quiet)
 
 
 def _list(as_json: bool) -> None:
@@ -61,42 +62,6 @@ def _list(as_json: bool) -> None:
     for name in sorted(ADAPTERS):
         echo(f"  {name}")
     echo("everything else is refused; `rehead patches --coverage` tries every type")
-
-
-def _coverage(types: tuple[str, ...], workers: int, seconds: float, as_json: bool, quiet: bool) -> None:
-    from rehead.errors import UsageError, VerificationError, unknown_name
-    from rehead.models.tiny import causal_types
-    from rehead.patches import coverage
-
-    known = causal_types()
-    for name in types:
-        if name not in known:
-            raise UsageError(unknown_name("causal model type", name, known))
-    chosen = list(types) or known
-    with progress_bar(quiet) as progress:
-        done = 0
-
-        def show(outcome: coverage.Outcome) -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress.figures = outcome.model_type
-                progress("coverage", done, len(chosen))
-
-        outcomes = coverage.run(chosen, workers=workers, seconds=seconds, progress=show)
-    counts = coverage.summary(outcomes)
-    if as_json:
-        print_json({"counts": counts, "types": [o.to_dict() for o in outcomes]})
-    else:
-        for outcome in outcomes:
-            detail = f"difference {outcome.difference:.1e}, " if outcome.difference is not None else ""
-            echo(f"{outcome.model_type:<26} {outcome.status:<10} {detail}{outcome.reason}")
-        echo(", ".join(f"{count} {status}" for status, count in counts.items()))
-    if counts[coverage.WRONG]:
-        wrong = [o.model_type for o in outcomes if o.status == coverage.WRONG]
-        raise VerificationError(
-            f"{', '.join(wrong)}: passed its proof and still computes something else; do not patch it"
-        )
 
 
 def _load(module: str, name: str) -> click.Command:

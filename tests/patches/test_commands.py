@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from rehead.benchmarks import coverage
 from rehead.cli import main
-from rehead.patches import coverage
 
 
 def run(capsys, *argv):
