@@ -40,10 +40,11 @@ def parse_config(raw: bytes, file: str) -> dict[str, Any]:
         raise UnsupportedError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; that is not a model configuration")
     try:
         config = loads_strict(raw, file)
-    except UnsupportedError:
-        config = _lenient_config(raw)  # transformers itself writes Infinity, and older tools wrote keys twice
-        if config is None:
-            raise
+    except UnsupportedError as error:
+        try:
+            config = json.loads(raw.decode("utf-8"))  # transformers writes Infinity, and older tools wrote keys twice
+        except (ValueError, RecursionError):
+            raise error from None
     if not isinstance(config, dict):
         raise UnsupportedError(f"{file}: no JSON object; give a transformers checkpoint")
     return _without_preferences(config)
@@ -56,13 +57,6 @@ def _without_preferences(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _PREFERENCES
     }
-
-
-def _lenient_config(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def pick_layout(names: set[str], id: str) -> str:

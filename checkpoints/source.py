@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -169,14 +169,6 @@ class Source:
             if n == 0:
                 raise UnsupportedError(f"{shard}: ended early at byte {offset + done}; fetch the file again")
             done += n
-
-    def iter_bytes(self, name: str, chunk: int = 8 << 20) -> Iterator[bytes]:
-        """A tensor's raw bytes in pieces of at most ``chunk`` bytes."""
-        info = self.info(name)
-        for at in range(info.start, info.end, chunk):
-            piece = bytearray(min(chunk, info.end - at))
-            self.read_range(info.file, at, memoryview(piece))
-            yield bytes(piece)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the checkpoint's dtype and in memory of its own.

@@ -226,7 +226,7 @@ class Target:
                 pending.result()
         self._pool = None
         if len(shards) > 1:
-            self._write_bytes(INDEX_FILE, index_bytes(shards))
+            self.write_bytes(INDEX_FILE, index_bytes(shards))
         self._written.update(s.file for s in shards)
         return [s.file for s in shards]
 
@@ -312,13 +312,10 @@ class Target:
         Raises:
             ResourceError: the disk is full or fails.
         """
-        self._write_bytes(name, text.encode("utf-8"))
+        self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file into the output; raises as :meth:`write_text`."""
-        self._write_bytes(name, data)
-
-    def _write_bytes(self, name: str, data: bytes) -> None:
         self._write_stream(name, iter((data,)))
 
     def _write_stream(self, name: str, pieces: Iterator[bytes]) -> None:
@@ -355,7 +352,7 @@ class Target:
         self._drop_strays()
         files = {name: self._staging.files[name] for name in self._written}
         data = manifest_bytes(manifest or {}, files, self._staging.fingerprint)
-        self._write_bytes(MANIFEST_NAME, data)
+        self.write_bytes(MANIFEST_NAME, data)
         for folder in {(self.path / name).parent for name in files}:
             _sync_up(folder, self.path)
         self._staging.publish(self.overwrite)
