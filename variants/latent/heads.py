@@ -104,15 +104,20 @@ class LatentHeads:
         linear = torch.nn.functional.linear
         return linear(x, self.down, self.down_bias), linear(x, self.rope, self.rope_bias)
 
-    def mixed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def turn(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [S, P] for inputs [b, S, n], at positions int64 [S]; 0, 1, ... when None."""
+        positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+        angles = positions.double()[:, None] * self.frequencies.to(x.device, torch.float64)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def mixed(self, x: Tensor, positions: Tensor | None = None, turn: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What the output projection reads, [b, S, H * D], of inputs [b, S, n] under causal attention.
 
         Args:
             positions: int64 [S]; 0, 1, ... when None.
+            turn: as :meth:`turn` gives it, where it has been computed before.
         """
-        positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
-        angles = positions.double()[:, None] * self.frequencies.to(x.device, torch.float64)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = self.turn(x, positions) if turn is None else turn
         (still, turning), (latent, shared) = self.queries(x), self.cached(x)
         keys, values = (
             (latent @ up.flatten(0, 1).T).unflatten(-1, up.shape[:2]).transpose(1, 2)

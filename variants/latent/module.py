@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rehead.models.rewrite import Healing
@@ -38,6 +39,7 @@ class LatentAttention(nn.Module):
     def __init__(self, latent: LatentHeads) -> None:
         super().__init__()
         self._start = latent
+        self._turns: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         for name, weight in latent.weights().items():
             if name not in ("o", "o_bias"):
                 self.register_parameter(name, nn.Parameter(weight.detach().float().clone()))
@@ -53,7 +55,10 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """(the attention's output [b, S, m] of inputs [b, S, n], None), as attention modules of classes return it."""
-        return self.o_proj(self.latent.mixed(hidden_states)), None
+        latent, key = self.latent, (hidden_states.shape[1], hidden_states.device, hidden_states.dtype)
+        if key not in self._turns:  # hundreds of steps of a fit ask for the same
+            self._turns[key] = latent.turn(hidden_states)
+        return self.o_proj(latent.mixed(hidden_states, turn=self._turns[key])), None
 
 
 def module_weights(latent: LatentHeads) -> dict[str, Tensor]:
