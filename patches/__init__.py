@@ -4,7 +4,7 @@ Importing this module registers the attention implementation ``rehead_tiled`` wi
 """
 
 from rehead.attention.interface import NAME, register
-from rehead.patches.measure import calibration_tokens
+from rehead.data.calibration import calibration_tokens
 from rehead.patches.patch import Patch, live_names, patch_model
 from rehead.patches.report import LayerRecord, PatchReport
 

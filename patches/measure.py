@@ -52,28 +52,6 @@ class Measure:
         )
 
 
-def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512) -> Tensor:
-    """Token ids ``[tokens // length, length]`` of the text that ships with Rehead, spread evenly over it.
-
-    Args:
-        tokenizer: the model's own.
-        tokens: how many in all; at least one sequence.
-        length: of a sequence.
-    """
-    from rehead.data.calibration import built_in_text
-
-    text = built_in_text()
-    count = max(1, tokens // length)
-    stride, size, rows = len(text) // count, 10 * length, []
-    for start in range(0, count * stride, stride):
-        ids = tokenizer(text[start : start + min(size, len(text))]).input_ids[:length]
-        if len(ids) == length:
-            rows.append(ids)
-    if not rows:
-        raise UsageError(f"the built-in text gives no sequence of {length} tokens; ask for shorter ones")
-    return torch.tensor(rows)
-
-
 def measure(parts: Sequence[LiveVariant], *, input_ids: Tensor | None = None, length: int | None = None) -> Measure:
     """Compare a model with itself without some of its variants, and with the approximate ones switched off.
 

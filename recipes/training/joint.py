@@ -18,6 +18,7 @@ from rehead.data.order import rows_of_step
 from rehead.data.store import Rows, TokenStore
 from rehead.errors import UsageError
 from rehead.models.live import decoder_layers
+from rehead.models.watch import until_after
 from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.losses.head import transformer
 from rehead.recipes.training.optimizer import Optimizer, Weights, rate_factor
@@ -153,28 +154,15 @@ class _Window:
         return total
 
 
-class _Reached(Exception):
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
 def _output_of(model: nn.Module, layer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Hidden states behind a layer, [B, S, hidden]; nothing behind that is computed."""
     from rehead.recipes.training.losses.head import base_model
 
-    def stop(module: nn.Module, arguments: Any, output: Any) -> None:
-        raise _Reached(output)
-
-    handle = layer.register_forward_hook(stop)
-    try:
+    outputs: list[Any] = []
+    with until_after(layer, outputs.append):
         base_model(model)(**inputs, use_cache=False)
-    except _Reached as reached:
-        output = reached.output
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
-    finally:
-        handle.remove()
-    raise AssertionError("the layer was not called")
+    (output,) = outputs
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
