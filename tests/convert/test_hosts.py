@@ -78,7 +78,7 @@ def test_the_host_computes_the_same(name: str, changes: dict, host: str, folded:
     assert any(rewrite.rounds for rewrite in done.plan.rewrites) is folded
     facts = done.plan.as_json()
     assert facts["exact"]
-    assert facts["host"] == {"before": tiny.model_type_of(name), "after": host}
+    assert {"before": tiny.model_type_of(name), "after": host}.items() <= facts["host"].items()
     hosted = loaded(tmp_path / "out")
     assert hosted.config.model_type == host
     torch.testing.assert_close(logits(hosted), logits(source), atol=1e-5, rtol=1e-5)
