@@ -63,19 +63,6 @@ def open_checkpoint(name: str) -> Opened:
     return Opened(name, source, config, conversion)
 
 
-def refuse_latent(student: Opened) -> None:
-    """Refuse a latent that Rehead stored: at that scale its norm is a constant, which an optimiser would break at once.
-
-    Raises:
-        UnsupportedError: the student is one.
-    """
-    if student.conversion.get("latent") or student.conversion.get("conversion", {}).get("latent"):
-        raise UnsupportedError(
-            f"{student.name}: keeps its latents at a scale (about 1e-7) that no optimiser can train; recover it by "
-            "converting with --refit --fit 300 instead"
-        )
-
-
 def teacher_name(student: Opened, options: UptrainOptions) -> str | None:
     """Which model teaches: the one asked for, or what the student was converted from where the loss needs one.
 

@@ -23,6 +23,7 @@ from rehead.recipes.training import checkpoints, lora
 from rehead.recipes.training.balance import warn_if_unbalanced
 from rehead.recipes.training.identity import end_facts, require_same, run_identity, start_facts
 from rehead.recipes.training.joint import fit_windows
+from rehead.recipes.training.lanes import lanes_off
 from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_trackers
 from rehead.recipes.training.loop import Loop
 from rehead.recipes.training.models import (
@@ -31,7 +32,6 @@ from rehead.recipes.training.models import (
     load,
     open_checkpoint,
     prove_isolation,
-    refuse_latent,
     same_tokens,
     set_attention,
     share_frozen,
@@ -139,7 +139,6 @@ class _Run:
                 f"be shared evenly by {run.world} processes; give a multiple of {run.world * options.seq_length}"
             )
         student = open_checkpoint(self.student)
-        refuse_latent(student)
         name = teacher_name(student, options)
         teacher = None if name is None else open_checkpoint(name)
         if not self.overwrite or not os.path.lexists(self.out):
@@ -192,6 +191,7 @@ class _Run:
         found, broken = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
         dtype = _dtype(options.dtype, run.device)
         model, mentor, attention = self._load(student, teacher, dtype)
+        lanes = lanes_off(model, student.name)
         names = choose(model, options.train)
         adapters = lora.add(model, names, options) if options.lora_rank else None
         # Before anything is trained: what could not be written in the end.
@@ -237,7 +237,7 @@ class _Run:
             self.out,
             student,
             model,
-            adapters.changed() if adapters else changed_tensors(model, weights.tensors),
+            lanes.stored(adapters.changed() if adapters else changed_tensors(model, weights.tensors)),
             main=run.main,
             fingerprint=self._fingerprint(student, teacher),
             uptraining=facts,

@@ -15,7 +15,6 @@ from rehead.convert import convert, inspect, plan, verify
 from rehead.convert.commands import convert_command, plan_command
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.models.distance import distances
-from rehead.recipes.training.models import open_checkpoint, refuse_latent
 from rehead.variants.latent import rewrite
 from rehead.variants.latent.module import LatentAttention
 
@@ -81,8 +80,6 @@ def test_refit_and_fit_recover_and_the_summary_says_what_is_lost(tmp_path: Path)
     assert inspect(tmp_path / "out")["kv_bytes_per_token"] == tiny.LAYERS * 32 * 4
     with pytest.raises(UnsupportedError, match="latent"):
         convert(tmp_path / "out", tmp_path / "again", num_key_value_heads=1)
-    with pytest.raises(UnsupportedError, match="no optimiser can train"):
-        refuse_latent(open_checkpoint(str(tmp_path / "out")))
 
 
 def test_the_text_chooses_the_pairs_that_keep_turning(tmp_path: Path) -> None:
