@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rehead.benchmarks.block_products import Ranks, Rows, input_products, output_products, sum_over_ranks
 
+FORMS = ("serial", "parallel")
 HEAD_DIM = 128
 EPS = 1e-5
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from rehead.benchmarks import blocks
-from rehead.benchmarks.block_model import Pieces, Shape, Stack
+from rehead.benchmarks.block_model import FORMS, Pieces, Shape, Stack
 from rehead.benchmarks.block_products import Ranks
-from rehead.benchmarks.block_tables import FORMS
 from rehead.benchmarks.block_variants import Bench, variants
 from rehead.errors import UnsupportedError, UsageError
 
