@@ -66,10 +66,10 @@ def _line(error: BaseException) -> str:
 def _try(model_type: str) -> Outcome:
     import torch
 
+    from rehead.benchmarks.tiny import tiny_model
     from rehead.errors import ReheadError, UnsupportedError, VerificationError
     from rehead.models import probing
     from rehead.models.distance import difference
-    from rehead.models.tiny import tiny_model
     from rehead.patches import patch_model
 
     torch.set_num_threads(1)
@@ -141,9 +141,9 @@ def _decode(model: Any, ids: Any) -> Any:
 def _by_name(model_type: str, ids: Any, reference: Any) -> str:
     import torch
 
+    from rehead.benchmarks.tiny import tiny_model
     from rehead.models import probing
     from rehead.models.distance import difference
-    from rehead.models.tiny import tiny_model
 
     try:
         named = tiny_model(model_type, attn_implementation="rehead_tiled")
@@ -210,7 +210,7 @@ def run(
     Returns:
         Outcomes in the order of the types.
     """
-    from rehead.models.tiny import causal_types
+    from rehead.benchmarks.tiny import causal_types
 
     types = list(causal_types() if model_types is None else model_types)
     queue = list(reversed(types))
@@ -263,7 +263,7 @@ def command(types: Sequence[str], workers: int, seconds: float, as_json: bool, q
         UsageError: there is no such type.
         VerificationError: a type passed its proof and still computes something else.
     """
-    from rehead.models.tiny import causal_types
+    from rehead.benchmarks.tiny import causal_types
 
     known = causal_types()
     for name in types:

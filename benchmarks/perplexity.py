@@ -21,7 +21,7 @@ from torch import Tensor
 from rehead.benchmarks.machine import headline, machine
 from rehead.data.tokens import token_stream
 from rehead.errors import UnsupportedError
-from rehead.models.device import resolve_device
+from rehead.models.live import resolve_device
 from rehead.recipes.evaluation.divergence import compare
 from rehead.recipes.evaluation.models import load_model
 from rehead.recipes.evaluation.perplexity import prefix_token, window_losses

@@ -101,7 +101,6 @@ class Target:
         check_out(self.out, folder, overwrite)
         whole, parts = fingerprint_of(fingerprint)
         self._staging = Staging(self.out, whole, parts, resume=resume)
-        self._kept: set[str] = set()
         self._written: set[str] = set()
         self._committed = False
         self._pool: Pool | None = None

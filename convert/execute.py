@@ -19,7 +19,7 @@ from rehead.convert.latent import choose_sizes
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import LayerProvider, Plan, make_plan
 from rehead.errors import UsageError
-from rehead.models.device import resolve_device
+from rehead.models.live import resolve_device
 from rehead.models.model import open_model
 from rehead.models.modeling import carried_files
 from rehead.options import takes

@@ -15,7 +15,7 @@ from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import Plan, make_plan
 from rehead.errors import UsageError
 from rehead.healing.finished import FinishedLayers
-from rehead.models.device import resolve_device
+from rehead.models.live import resolve_device
 from rehead.models.model import open_model
 from rehead.options import takes
 

@@ -256,7 +256,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     options = options.but(num_key_value_heads=kv)
     check_count(model, kv)
     if options.block is not None:
-        from rehead.variants.blocks.reblock import reblock
+        from rehead.variants.blocks.forms import reblock
 
         model = rewritten(model, reblock(model, options.block, options.layers, options.plain))
     if options.host is not None or (kv != old and model.family.hosted):

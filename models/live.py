@@ -1,14 +1,16 @@
-"""Find the layers of a live transformers model, and record which variant is applied to each of them."""
+"""Live models: their layers, the state of a variant on each, the device they run on, and how they are measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, UsageError, first_line
 
 
 @dataclass(eq=False)
@@ -74,3 +76,33 @@ def decoder_layers(model: Any) -> nn.ModuleList:
             "need; leave those out"
         )
     return max(outer, key=len)
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's own mode is restored after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a name; ``auto`` is CUDA if available, else the CPU.
+
+    Raises:
+        UsageError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: cannot be used ({first_line(error)}); choose cpu or auto") from None
+    return device

@@ -24,6 +24,6 @@ def run(capsys: pytest.CaptureFixture[str]):
 @pytest.fixture
 def model():
     """A tiny random LLaMA."""
-    from rehead.models.tiny import tiny_model
+    from rehead.benchmarks.tiny import tiny_model
 
     return tiny_model("llama")

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from rehead.data.beginning import IGNORED, NO_START
 from rehead.errors import UnsupportedError
 from rehead.models.distance import distances
-from rehead.models.live import decoder_layers
-from rehead.models.modes import evaluating
+from rehead.models.live import decoder_layers, evaluating
 from rehead.recipes import evaluation_schema as schema
-from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
-from rehead.recipes.evaluation.windows import batches, cut
+from rehead.recipes.evaluation.windows import batch_size, batches, cut, predict_last, require_finite
 
 
 def layer_damage(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rehead.models import layout
 from rehead.models.layout import CONTEXTS, LayerLayout
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import vocabulary
 from rehead.recipes import evaluation_schema as schema

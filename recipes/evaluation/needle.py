@@ -26,10 +26,10 @@ from torch import Tensor
 
 from rehead.data.beginning import text_start
 from rehead.errors import UsageError
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 from rehead.models.positions import position_limit
 from rehead.recipes import evaluation_schema as schema
-from rehead.recipes.evaluation.scoring import batch_size, predict_last
+from rehead.recipes.evaluation.windows import batch_size, predict_last
 
 KEY, VALUE = 4, 2
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from rehead.data.beginning import IGNORED, NO_START, uncounted
 from rehead.errors import UsageError
 from rehead.models.distance import token_nll
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
-from rehead.recipes.evaluation.scoring import batch_size, predict_last, require_finite
-from rehead.recipes.evaluation.windows import batches, cut
+from rehead.recipes.evaluation.windows import batch_size, batches, cut, predict_last, require_finite
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rehead.console import Progress
 from rehead.data.beginning import text_start
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.device import resolve_device
+from rehead.models.live import resolve_device
 from rehead.models.positions import check_positions
 from rehead.models.predictions import vocabulary
 from rehead.options import takes

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import keeps_logits, vocabulary
 from rehead.recipes import evaluation_schema as schema

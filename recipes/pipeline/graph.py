@@ -9,7 +9,7 @@ from typing import Any
 
 from rehead.data import builtin
 from rehead.errors import UsageError
-from rehead.recipes.pipeline import named_models, sections
+from rehead.recipes.pipeline import named_models, schema
 from rehead.recipes.pipeline.schema import Recipe
 from rehead.recipes.pipeline.sweep import Cell
 from rehead.recipes.report.wording import short
@@ -125,7 +125,7 @@ class _Builder:
         if (recipe.model is None) == (recipe.new is None):
             raise UsageError(f"{self.where}: give either model or new, which says what is worked on")
         if recipe.new is not None:
-            data, options = sections.new_options(recipe.new, f"{self.where}: new")
+            data, options = schema.new_options(recipe.new, f"{self.where}: new")
             title = f"{options['num_hidden_layers']} layers, {options['num_attention_heads']} heads, random weights"
             return self.add(Stage(NEW, title, options, {}, {"data": _texts(data)}))
         assert recipe.model is not None
@@ -140,7 +140,7 @@ class _Builder:
     def convert(self, original: Place) -> Place | None:
         if self.recipe.convert is None:
             return None
-        options = sections.convert_options(self.recipe.convert, f"{self.where}: convert")
+        options = schema.convert_options(self.recipe.convert, f"{self.where}: convert")
         options["device"] = self.recipe.device
         data = {"calibration": _texts(options.pop("calibration"))}
         method = [options["method"]] + ["refit"] * bool(options["refit"])
@@ -160,8 +160,8 @@ class _Builder:
         where = f"{self.where}: uptrain"
         section = dict(self.recipe.uptrain)
         if "tokens" in section:
-            section["tokens"] = sections.share_of(section["tokens"], self.recipe.pretraining_tokens, where)
-        options = sections.uptrain_options(section, where, self.recipe.device)
+            section["tokens"] = schema.share_of(section["tokens"], self.recipe.pretraining_tokens, where)
+        options = schema.uptrain_options(section, where, self.recipe.device)
         if self.recipe.evaluate is not None and self.recipe.control is not False and self.recipe.convert is not None:
             self._control(original, options)
         models = {"student": student}
@@ -182,7 +182,7 @@ class _Builder:
 
     def _control(self, original: Place, uptrain: dict[str, Any]) -> None:
         changes = self.recipe.control if isinstance(self.recipe.control, dict) else {}
-        options = sections.control_options(uptrain, changes, f"{self.where}: control")
+        options = schema.control_options(uptrain, changes, f"{self.where}: control")
         models = {"student": original}
         teacher = options.pop("teacher")
         if teacher is not None:
@@ -206,7 +206,7 @@ class _Builder:
         if self.recipe.evaluate is None:
             return
         where = f"{self.where}: evaluate"
-        data, before, options = sections.evaluate_options(self.recipe.evaluate, where, self.recipe.device)
+        data, before, options = schema.evaluate_options(self.recipe.evaluate, where, self.recipe.device)
         label = cell.label or self.how or self.recipe.name
         last = uptrained or converted or original
         if converted is not None and uptrained is not None and before:

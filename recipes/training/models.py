@@ -16,7 +16,7 @@ from rehead.checkpoints.source import Source
 from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 from rehead.recipes.training.options import UptrainOptions
 
 

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rehead.errors import UsageError
-from rehead.models.device import resolve_device
-from rehead.models.live import decoder_layers
+from rehead.models.live import decoder_layers, resolve_device
 
 _BUCKET = 64 << 20
 

@@ -17,7 +17,7 @@ from rehead.data.sources import identity
 from rehead.data.store import IGNORED, Rows, TokenStore, write_store
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
 from rehead.errors import UsageError
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 from rehead.recipes.training.models import Opened
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes

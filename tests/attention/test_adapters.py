@@ -5,8 +5,9 @@ import torch
 from probes import TOKENS, logits, one_line
 from transformers import DynamicCache, EncoderDecoderCache, MvpConfig, MvpForConditionalGeneration
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
-from rehead.models.tiny import randomize, tiny_model
+from rehead.models.tiny import randomize
 from rehead.patches import patch_model
 
 DECODERS = ["rembert", "roformer", "xglm", "trocr"]

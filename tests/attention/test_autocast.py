@@ -5,7 +5,7 @@ import torch
 from probes import TOKENS
 
 from rehead.attention.attend import attention
-from rehead.models.tiny import tiny_model
+from rehead.benchmarks.tiny import tiny_model
 from rehead.patches import patch_model
 
 TYPES = ["llama", "gemma2", "gpt_neox", "falcon", "bloom", "gptj", "deepseek_v3", "roformer"]

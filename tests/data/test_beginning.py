@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.data.beginning import IGNORED, begun, text_start, uncounted
 from rehead.data.store import TokenStore, write_store
-from rehead.models.tiny import tiny_model
 from rehead.recipes.evaluation.damage import layer_damage
 from rehead.recipes.evaluation.divergence import compare
 from rehead.recipes.evaluation.needle import prompt

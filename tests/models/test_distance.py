@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.models import distance, predictions
 from rehead.models.distance import Distances, difference, distances, largest, token_nll
 from rehead.models.predictions import Predictions, predict, predict_step
-from rehead.models.tiny import tiny_model
 
 
 @pytest.fixture

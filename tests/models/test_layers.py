@@ -6,9 +6,9 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
 from rehead.models.live import decoder_layers
-from rehead.models.tiny import tiny_model
 
 
 def stack(count: int, width: int) -> nn.ModuleList:

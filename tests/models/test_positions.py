@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UsageError
 from rehead.models.positions import check_positions, position_rows
-from rehead.models.tiny import tiny_model
 
 
 def _opt():

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from rehead.attention.discover import mask_style
-from rehead.models.tiny import tiny_model
+from rehead.benchmarks.tiny import tiny_model
 from rehead.patches import patch_model
 
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}

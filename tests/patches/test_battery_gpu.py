@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from rehead.attention.attend import attention
-from rehead.models.tiny import tiny_model
+from rehead.benchmarks.tiny import tiny_model
 from rehead.patches import patch_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

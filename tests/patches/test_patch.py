@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from rehead.attention.adapters import register_adapter
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 from rehead.variants.contract import VARIANTS, Variant, VariantOptions
 

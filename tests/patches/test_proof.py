@@ -12,8 +12,9 @@ from transformers.masking_utils import AttentionMaskInterface
 import rehead.models.probing as probing
 from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError, VerificationError
-from rehead.models.tiny import randomize, tiny_model
+from rehead.models.tiny import randomize
 from rehead.patches import patch_model
 
 

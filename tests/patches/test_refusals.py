@@ -10,8 +10,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
-from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 
 

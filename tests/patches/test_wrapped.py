@@ -8,8 +8,8 @@ from probes import TOKENS, logits, one_line
 from torch import nn
 
 from rehead.attention.discover import find_attention
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
-from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 
 

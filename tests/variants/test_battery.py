@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from rehead.models.tiny import tiny_model
+from rehead.benchmarks.tiny import tiny_model
 from rehead.patches import live_names, patch_model
 from rehead.variants.contract import VARIANTS
 from rehead.variants.stack import stack_of

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UsageError
 from rehead.models.heads import Heads
-from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 from rehead.variants.contract import VARIANTS
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UnsupportedError, first_line
-from rehead.models.modes import evaluating
+from rehead.models.live import evaluating
 
 # Standard deviation of the raw logits on each rung: one shows the scale, the next the bend, the last the cap.
 _LADDER = (0.05, 1.0, 20.0, 2000.0)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.modeling import carried_files, modeling_file, parallel_config, parallel_families, serial_config
 from rehead.models.modeling import modeling_rehead_parallel as modeling
-from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.models.cache_layouts import config_layouts, layer_window
 from rehead.models.layout import bytes_per_token, cache_bytes
-from rehead.models.tiny import tiny_model
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation import speed
 from rehead.recipes.evaluation.kv_cache import (

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
 from rehead.models.live import decoder_layers
-from rehead.models.tiny import tiny_model
 from rehead.recipes.evaluation.damage import borrowed, layer_damage
 from rehead.recipes.evaluation.divergence import compare
 

@@ -13,7 +13,7 @@ from rehead.recipes.pipeline.graph import plan_cell
 from rehead.recipes.pipeline.load import library_names, load_recipe, parse_setting, recipe_text
 from rehead.recipes.pipeline.preview import preview
 from rehead.recipes.pipeline.run import plan_recipe
-from rehead.recipes.pipeline.sections import convert_options, share_of
+from rehead.recipes.pipeline.schema import convert_options, share_of
 from rehead.recipes.pipeline.sweep import cells
 
 BAD = [

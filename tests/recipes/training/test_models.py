@@ -21,10 +21,10 @@ from transformers import (
     T5Config,
 )
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.checkpoints.manifest import verify_files
 from rehead.data.tokens import load_tokenizer
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.tiny import tiny_model
 from rehead.recipes import uptrain
 from rehead.recipes.training.models import load, open_checkpoint
 from rehead.recipes.training.optimizer import choose
@@ -192,7 +192,7 @@ def test_what_a_model_adds_in_training_only_is_off(tmp_path: Path, key: str, kin
 
 
 def test_parts_of_models_with_names_of_their_own() -> None:
-    from rehead.models.tiny import tiny_model
+    from rehead.benchmarks.tiny import tiny_model
 
     chosen = {kind: choose(tiny_model(kind), "mlp") for kind in ("granitemoeshared", "recurrent_gemma")}
     assert any("shared_mlp.input_linear" in name for name in chosen["granitemoeshared"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from rehead.benchmarks.tiny import causal_types, tiny_model
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.tiny import causal_types, tiny_model
 from rehead.patches import patch_model
 from rehead.variants.blocks.anatomy import find_blocks
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UsageError
 from rehead.models.predictions import Predictions
-from rehead.models.tiny import tiny_model
 from rehead.patches import calibration_tokens, patch_model
 from rehead.variants.ranking import LayerSwitch, choose_layers, rank_layers
 from rehead.variants.stack import live_variant

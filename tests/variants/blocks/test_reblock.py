@@ -19,7 +19,7 @@ from rehead.convert import convert, plan, verify
 from rehead.convert.commands import convert_command
 from rehead.errors import UnsupportedError, UsageError
 from rehead.healing.finished import FinishedLayers
-from rehead.variants.blocks.reblock import parse_layers
+from rehead.variants.layer_choice import parse_layers
 
 CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 32}
 CARRIED = ["llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2"]

@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError, VerificationError
-from rehead.models.tiny import tiny_model
 from rehead.patches import patch_model
 from rehead.variants.fuse.norms import NormKind, fold, norm_kind
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
-from rehead.models.tiny import tiny_model
 from rehead.recipes.training.losses.head import base_model, final_hidden, find_head
 
 # What stands behind the head, by model type and the config that brings it about.

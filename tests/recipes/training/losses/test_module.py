@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UsageError
-from rehead.models.tiny import tiny_model
 from rehead.recipes.training.losses import StudentWithLoss
 
 VOCABULARY = 128
