@@ -55,11 +55,6 @@ class LatentSizes:
         return 2 * (self.parameters - self.rank - up + context * up + attention)
 
 
-def grouped_numbers(num_kv_heads: int, head_dim: int, ranks: int = 1) -> int:
-    """Cache numbers per token of plain grouped heads on each of ``ranks`` of a tensor-parallel engine."""
-    return -(-num_kv_heads // ranks) * 2 * head_dim
-
-
 def rank_for(numbers: int, pairs: int) -> int:
     """The latent that fills a cache of ``numbers`` per token beside ``pairs`` rotary pairs.
 

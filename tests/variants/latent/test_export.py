@@ -8,11 +8,12 @@ import pytest
 import torch
 from known_heads import WIDTH, angles, make_heads
 from latent_layers import latent_moments, planted
+from stored_latent import latent_heads
 
 from rehead.errors import UnsupportedError
 from rehead.models.heads import Heads
 from rehead.variants.latent.bias import constant_direction, without_biases
-from rehead.variants.latent.export import HOSTS, latent_config, latent_heads, layer_tensors, stream_scale
+from rehead.variants.latent.export import HOSTS, latent_config, layer_tensors, stream_scale
 from rehead.variants.latent.solve import solve
 
 LAYERS, VOCABULARY, FFN, EPS = 2, 61, 40, 1e-5

@@ -7,7 +7,7 @@ import torch
 
 from rehead.errors import UsageError
 from rehead.variants.latent.pairs import undecided
-from rehead.variants.latent.sizes import LatentSizes, grouped_numbers, rank_for, splits
+from rehead.variants.latent.sizes import LatentSizes, rank_for, splits
 
 SIZES = LatentSizes(width=48, num_heads=6, rank=20, rope_dim=8, nope_dim=12, value_dim=10)
 
@@ -34,12 +34,6 @@ def test_absorbing_pays_where_the_context_is_long() -> None:
     assert SIZES.decode_flops(0) == SIZES.decode_flops(1) - 2 * 6 * (2 * 20 + 8)
     assert SIZES.decode_flops(1, absorbed=False) < SIZES.decode_flops(1)
     assert SIZES.decode_flops(1000) < 0.2 * SIZES.decode_flops(1000, absorbed=False)
-
-
-def test_tensor_parallel_ranks_share_heads_but_not_a_latent() -> None:
-    assert grouped_numbers(8, 128) == 2048
-    assert grouped_numbers(8, 128, 8) == 256
-    assert grouped_numbers(8, 128, 16) == 256
 
 
 def test_a_cache_is_split_between_pairs_and_latent() -> None:
