@@ -18,13 +18,13 @@ from rehead.attention.kernels.bounds import MAX_HEAD_DIM
 from rehead.attention.layer import LAYER, AttentionLayer
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.live import enclosing_layer
-from rehead.models.undo import UndoLog, own_configs
+from rehead.models.undo import Undoing, UndoLog, own_configs
 
 INSTALLED = "_rehead_attention"
 """Attribute of a model that holds its :class:`Installation`."""
 
 
-class Installation:
+class Installation(Undoing):
     """The tiled attention in one model: installed for its first user, removed after the last.
 
     Args:
@@ -115,19 +115,6 @@ class Installation:
         for config in targets.values():
             # The public setter would also set the name in sub-configs, and so in towers that must stay unchanged.
             config._attn_implementation_internal = NAME
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied model keeps its attention, but gets an empty undo log: this one would change the original's modules.
-        clone = object.__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(self.__dict__, _undo=UndoLog())
-        return clone
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UsageError(
-            "a model under a patch cannot be pickled (torch.save of a whole model, a new process); "
-            "call revert() first, or save with save_pretrained or state_dict()"
-        )
 
 
 def installation(model: nn.Module) -> Installation | None:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from rehead.errors import UsageError
+
 
 class UndoLog:
     """Actions that undo the changes of a model, run last to first."""
@@ -50,6 +52,27 @@ class UndoLog:
         else:
             self.add(lambda: store.pop(name, None))
         store[name] = value
+
+
+class Undoing:
+    """What changes a live model and can undo it; a copy of the model keeps the change but not the way back."""
+
+    _undo: UndoLog
+    name: str = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # An empty undo log: this one would change the original's modules.
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(self.__dict__, _undo=UndoLog())
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        patch = f"patch {self.name!r}" if self.name else "a patch"
+        raise UsageError(
+            f"a model under {patch} cannot be pickled (torch.save of a whole model, a new process); "
+            "call revert() first, or save with save_pretrained or state_dict()"
+        )
 
 
 def own_configs(model: nn.Module, undo: UndoLog) -> dict[int, Any]:

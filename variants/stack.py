@@ -19,7 +19,7 @@ from rehead.attention.interface import NAME
 from rehead.attention.layer import AttentionLayer
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.live import LayerState
-from rehead.models.undo import UndoLog
+from rehead.models.undo import Undoing, UndoLog
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions
 from rehead.variants.layer_choice import check_known, parse_layers
 from rehead.variants.shapes import layouts
@@ -33,7 +33,7 @@ def stack_of(model: nn.Module) -> list[LiveVariant]:
     return model.__dict__.get(STACK, [])
 
 
-class LiveVariant:
+class LiveVariant(Undoing):
     """One variant on one live model; nothing is changed before :meth:`apply`.
 
     Args:
@@ -42,22 +42,18 @@ class LiveVariant:
         options: of the variant; its ``layers`` are named, not ``auto``.
 
     Attributes:
+        name: the variant's.
         states: what is being done, layer by layer; as of the last time where it is not applied.
         untouched: names of attention modules or blocks that are left alone.
     """
 
     def __init__(self, model: nn.Module, variant: Variant, options: VariantOptions) -> None:
-        self.model, self.variant, self.options = model, variant, options
+        self.model, self.variant, self.options, self.name = model, variant, options, variant.name
         self.states: list[LayerState] = []
         self.untouched: list[str] = []
         self._undo = UndoLog()
         self._memory: dict[str, Any] = {}
         self._suspended = False
-
-    @property
-    def name(self) -> str:
-        """The variant's name."""
-        return self.variant.name
 
     @property
     def applied(self) -> bool:
@@ -181,19 +177,6 @@ class LiveVariant:
             self._undo.add(functools.partial(_remove, layer, state))
             states.append(state)
         return states
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied model keeps what it computes, but this undo log would restore the original's modules.
-        clone = object.__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(self.__dict__, _undo=UndoLog())
-        return clone
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UsageError(
-            f"a model under patch {self.name!r} cannot be pickled (torch.save of a whole model, a new process); "
-            "call revert() first, or save with save_pretrained or state_dict()"
-        )
 
 
 def live_variant(model: nn.Module, name: str, **options: Any) -> LiveVariant:
