@@ -169,6 +169,8 @@ class Options(BaseModel):
             name, equals, value = (word.strip() for word in part.partition("="))
             if equals:
                 last = name.replace("-", "_")
+                if last in values:
+                    raise UsageError(f"{where}: {last} is given twice; give it once")
                 values[last] = value
             elif name in cls.model_fields and cls.model_fields[name].annotation is bool:
                 values[name] = True

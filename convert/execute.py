@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rehead.checkpoints.manifest import made_by
+from rehead.checkpoints.staging import check_out
 from rehead.checkpoints.target import Target, finish_commit
 from rehead.console import Progress
 from rehead.convert.card import model_card
@@ -92,6 +93,8 @@ def convert(
     started = time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
+        if not resume:  # before the model runs to choose layers or sizes
+            check_out(Path(os.path.abspath(out)), getattr(opened.source, "folder", None), overwrite)
         chosen: dict[str, Any] = {}
         if is_auto(asked.layers):
             from rehead.convert.auto_layers import choose

@@ -117,7 +117,13 @@ class ConvertOptions(Options):
         """``pool`` and the forms of blocks have flags of their own: what they are told is put there."""
         texts = values.get("variants") or () if isinstance(values, dict) else ()
         texts = (texts,) if isinstance(texts, str) else texts
-        own = [text for text in texts if text.partition(":")[0] in ("pool", "latent", *_BLOCKS)]
+        flagged = ("pool", "latent", *_BLOCKS)
+        names = {text: text.partition(":")[0] for text in texts if isinstance(text, str)}
+        seen = [names[text] for text in texts if isinstance(text, str) and names[text] not in flagged]
+        for name in seen:
+            if seen.count(name) > 1:
+                raise UsageError(f"--variant {name}: is given twice; give it once")
+        own = [text for text, name in names.items() if name in flagged]
         if not own:
             return values
         values = values | {"variants": tuple(text for text in texts if text not in own)}

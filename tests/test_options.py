@@ -131,3 +131,13 @@ def test_options_import_nothing_heavy() -> None:
     code = "import sys, rehead.options, rehead.convert.commands, rehead.recipes.evaluation.commands\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_conversion_takes_each_variant_and_each_of_its_keys_once():
+    from rehead.convert.options import ConvertOptions
+
+    for variants in (["temperature:start=1.25", "temperature:start=2"], ["temperature:start=1,start=2"]):
+        with pytest.raises(UsageError, match="is given twice; give it once"):
+            ConvertOptions.parse({"variants": variants})
+    with pytest.raises(UsageError):
+        ConvertOptions.parse({"variants": [3]})

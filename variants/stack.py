@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -167,7 +168,9 @@ class LiveVariant(Undoing):
             )
             if layer.name in made and self.variant.state is not None:
                 tensors = self.variant.state(made[layer.name], self.options)
-                device = next(self.model.get_submodule(layer.name).parameters()).device
+                # Attention whose products are fused has no parameters left.
+                weights = chain(self.model.get_submodule(layer.name).parameters(), self.model.parameters())
+                device = next(weights).device
                 state.tensors = {name: nn.Parameter(tensor.to(device)) for name, tensor in tensors.items()}
             # Parameters of the attention module, for optimizers, moves and copies to find.
             parameters = self.model.get_submodule(layer.name)._parameters

@@ -71,6 +71,15 @@ def test_only_some_layers(name):
         assert torch.equal(logits(model), full)
 
 
+def test_a_temperature_over_fused_products():
+    """Whose attention modules have no parameters left to tell the device from."""
+    model = tiny_model("llama")
+    with patch_model(model, "temperature", start=1.3):
+        want = logits(model)
+    with patch_model(model, "fuse"), patch_model(model, "temperature", start=1.3):
+        close(logits(model), want)
+
+
 def test_a_switched_block_under_a_fused_one():
     """Fused matrices hold the form of their blocks, so they are lifted while it is switched."""
     model = tiny_model("llama")
