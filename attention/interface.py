@@ -69,7 +69,7 @@ def _select(indices: Tensor, rules: dict[str, Any], mask: TiledMask | None, n_ke
     return {"causal": False, "bias": selected & bias if bias.dtype == torch.bool else _join(selected, bias)}
 
 
-def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def _as_bias(mask: Tensor, key: Tensor) -> Tensor:
     """A user's own 4-D mask, cut to the present keys as in eager attention."""
     if mask.ndim != 4:
         raise UnsupportedError(
@@ -163,7 +163,7 @@ def tiled_attention(
     mask = attention_mask if isinstance(attention_mask, TiledMask) else None
     rules: dict[str, Any]
     if attention_mask is not None and mask is None:
-        rules = {"causal": False, "bias": _as_bias(attention_mask, query, key)}  # type: ignore[arg-type]
+        rules = {"causal": False, "bias": _as_bias(attention_mask, key)}  # type: ignore[arg-type]
     else:
         if mask is None:
             mask = _no_mask(module, query, key, is_causal, sliding_window)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rehead.checkpoints.files import remove
+from rehead.checkpoints.files import exchange, remove
 from rehead.checkpoints.smallfiles import CONFIG_NAME, MANIFEST_NAME, is_checkpoint_file
 from rehead.checkpoints.stream import sync_dir, write_error
 from rehead.errors import UnsupportedError, UsageError, output_expected
@@ -365,7 +364,7 @@ class Staging:
 
     def _replace(self) -> None:
         """Rename the staging folder to OUT and the old OUT to ``retired``, atomically where the system can."""
-        if _exchange(self.path, self.out):
+        if exchange(self.path, self.out):
             os.rename(self.path, self.retired)
             return
         os.rename(self.out, self.retired)
@@ -387,16 +386,6 @@ class Staging:
     def keep(self) -> None:
         """Keep the staging folder, so that a later run can resume."""
         self._unlock()
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders atomically (Linux's renameat2); False where that cannot be done."""
-    at_cwd, swap = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    return renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), ctypes.c_uint(swap)) == 0
 
 
 def _alive(pid: int) -> bool:

@@ -71,7 +71,7 @@ def plan(rects: list[Rect], rules: Extent) -> list[Tile]:
         for part in _split_chunks(rect, rules):
             tiles.extend(_cover(part, rules))
     if rules.tiled:
-        tiles = [part for tile in tiles for part in _bounded(tile, rules)]
+        tiles = [part for tile in tiles for part in _bounded(tile)]
     return tiles
 
 
@@ -179,7 +179,7 @@ def _key_tiles(a: int, b: int, low: int, high: int, column: int) -> Iterator[Til
         yield Tile(a, b, start, min(start + width, high), "masked")
 
 
-def _bounded(tile: Tile, rules: Extent) -> Iterator[Tile]:
+def _bounded(tile: Tile) -> Iterator[Tile]:
     """Split one tile into tiles whose scores fit in memory."""
     for a, b in _query_blocks(tile.q0, tile.q1, QUERY_BLOCK // 2):
         if tile.kind == "causal":

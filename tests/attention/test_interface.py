@@ -9,11 +9,13 @@ from torch import nn
 from transformers import LlamaConfig, masking_utils
 
 from rehead.attention import mask_function as masking
-from rehead.attention.interface import IGNORED, tiled_attention
+from rehead.attention.interface import IGNORED, register, tiled_attention
 from rehead.attention.kernels import reference
 from rehead.attention.mask import TiledMask
 from rehead.attention.mask_function import tiled_mask
 from rehead.errors import UnsupportedError, UsageError
+
+register()  # what importing rehead.patches does
 
 CONFIG = LlamaConfig(sliding_window=6, attention_chunk_size=8)
 PAD = torch.ones(2, 20, dtype=torch.bool)

@@ -117,7 +117,7 @@ def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, model, monkeypatch
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Staging, "record", record)
     monkeypatch.setattr(os, "rename", noticing(os.rename))
-    monkeypatch.setattr(staging, "_exchange", noticing(staging._exchange))
+    monkeypatch.setattr(staging, "exchange", noticing(staging.exchange))
     with Target(out, source=source, fingerprint="x", overwrite=overwrite) as target:
         target.write_weights(*checkpoints.pooled_plan(source), "20KB")
         target.write_text("sub/deep/notes.txt", "x")

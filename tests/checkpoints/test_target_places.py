@@ -87,7 +87,7 @@ def test_checkpoints_of_others_are_known_by_their_files(tmp_path, model):
 def test_overwriting_replaces_the_old_output_at_the_very_end(tmp_path, model, monkeypatch, swap):
     """In one step where the system can exchange two folders, in two renames elsewhere."""
     if not swap:
-        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(staging, "exchange", lambda first, second: False)
     out = convert(model, tmp_path / "out", "20KB")
     old = hashes(out)
 
