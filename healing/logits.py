@@ -8,6 +8,7 @@ layer's logits on its own activations; the inputs are those that the changed lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -229,8 +230,11 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
     if not bool(length > 0):
         return change
     bend, states = (step * curvature(step)).sum(), side.curvature()
+    if not bool(bend > 0):
+        return change
     pull = DAMPING * bend / length
-    states *= bend / (states @ step @ metric * step).sum()  # as large as what it stands for
+    scale = bend / (states @ step @ metric * step).sum()  # makes it as large as what it stands for
+    states = states * scale if 0 < float(scale) < math.inf else torch.zeros_like(states)
     values, vectors = torch.linalg.eigh(states.double())
     inverse = ((vectors / (values.clamp_min(0) + pull)[:, None]) @ vectors.mT).to(residual)  # [heads, D, D]
     step = (inverse @ (residual @ smooth)) * free

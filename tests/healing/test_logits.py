@@ -7,8 +7,9 @@ import torch
 
 from rehead.healing import logits
 from rehead.healing.logits import LogitModel, LogitTargets, _KeySide, _QuerySide
+from rehead.healing.moments import Moments
 from rehead.healing.rotation import Rotation
-from rehead.models.heads import rotary_pairs
+from rehead.models.heads import Heads, rotary_pairs
 
 HEADS, KV, SIZE, WIDTH, LENGTH = 4, 2, 4, 6, 10
 
@@ -58,3 +59,20 @@ def test_weights_and_states_pull_alike() -> None:
         change, error = draw(*side.start.shape, seed=4), draw(*p.shape, seed=5)
         forward = (logits._weighted(p, error) * side.of(0, change)).sum()
         torch.testing.assert_close(forward, (side.gradient(0, error) * change).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dead", ["weights", "attention"])
+def test_a_layer_without_logits_or_with_one_key_alone_stays(dead: str) -> None:
+    """Emptied layers, and text whose queries all look at one token: nothing to match, and no number is lost."""
+    q = (torch.zeros if dead == "weights" else torch.ones)(HEADS, SIZE, WIDTH)
+    k, o = draw(KV, SIZE, WIDTH), draw(5, HEADS, SIZE)
+    heads = Heads(q, k * q[:KV], k, o, pairs=torch.empty(0, 2).long())
+    model = LogitModel(Rotation(torch.ones(LENGTH, 0, dtype=torch.complex64), torch.empty(0, 2).long()), 0.5)
+    x, rows = draw(2, LENGTH, WIDTH + 1, seed=2), torch.tensor([0, 5])
+    p = torch.zeros(2, HEADS, 2, LENGTH)
+    p[..., 0] = 1
+    targets = [LogitTargets(x, rows, p, torch.zeros(2, HEADS, 2, LENGTH))]
+    moment = x.flatten(0, 1).T @ x.flatten(0, 1) / 20
+    refitted = logits.refit_logits(heads, model, targets, Moments({"inputs": moment}))
+    torch.testing.assert_close(refitted.q, heads.q)
+    torch.testing.assert_close(refitted.k, heads.k)
