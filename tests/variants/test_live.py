@@ -72,11 +72,11 @@ def test_only_some_layers(name):
 
 
 def test_a_temperature_over_fused_products():
-    """Whose attention modules have no parameters left to tell the device from."""
+    """A fused parallel block leaves its attention module no parameters to tell the device from."""
     model = tiny_model("llama")
-    with patch_model(model, "temperature", start=1.3):
+    with patch_model(model, "parallel"), patch_model(model, "temperature", start=1.3):
         want = logits(model)
-    with patch_model(model, "fuse"), patch_model(model, "temperature", start=1.3):
+    with patch_model(model, "parallel", fused=True), patch_model(model, "temperature", start=1.3):
         close(logits(model), want)
 
 
