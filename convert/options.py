@@ -188,6 +188,9 @@ class ConvertOptions(Options):
         others = {"--kv-heads": self.num_key_value_heads, "--block": self.block, "--reinvest": self.reinvest}
         if both := [flag for flag, value in others.items() if value is not None]:
             raise UsageError(f"{both[0]}: does not go together with latent attention; give one of them")
+        for name in ("method", "grouping"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise UsageError(f"--{name} {getattr(self, name)}: says nothing with latent attention; leave it out")
         LatentOptions.parse({"rank": self.latent, "rope_dims": self.rope_dims, "kv_cache": self.kv_cache})
 
     @property

@@ -286,6 +286,8 @@ class _table_errors:  # noqa: N801
         self._logger.setLevel(self._level)
         if error is None or not isinstance(error, Exception) or isinstance(error, UsageError):
             return
+        if os.path.isfile(self._source.name) and not os.path.getsize(self._source.name):
+            _refuse(self._source, self._option, "is empty; give a source with text")
         local = os.path.exists(self._source.name)
         what = "cannot be read" if local else "is neither a file nor a Hub dataset that can be read"
         remedy = "check its form" if local else "check the name"

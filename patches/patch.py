@@ -53,6 +53,8 @@ class Patch:
             raise UsageError(
                 f"patch_model wants a loaded model, not {type(model).__name__}; call from_pretrained first"
             )
+        if not isinstance(name, str):
+            raise UsageError(f"patch_model wants the name of a variant, not {name!r}; choose one of {live_names()}")
         self.model = unwrapped(model)
         first = live_variant(self.model, name, **options)
         self.name, self.variant, self.options = name, first.variant, first.options

@@ -160,22 +160,31 @@ def patched(loaded: Loaded, patches: Sequence[str]) -> Loaded:
         return loaded
     from rehead.patches import patch_model
 
-    for name, options in map(patch_options, patches):
+    for name, options in read_patches(patches):
         loaded.patches.append(patch_model(loaded.model, name, **options).apply())
     loaded.patched_with = tuple(patches)
     return loaded
 
 
-def patch_options(text: str) -> tuple[str, dict[str, Any]]:
-    """``"window:size=1k"`` as the variant's name and what :func:`rehead.patches.patch_model` takes.
+def read_patches(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """``["window:size=1k"]`` as variants' names and what :func:`rehead.patches.patch_model` takes.
 
     Raises:
-        UsageError: an unknown variant or option (the nearest is suggested), or an invalid value.
+        UsageError: an unknown variant or option (the nearest is suggested), an invalid value, a variant that is named
+            twice, or one that changes checkpoints only.
     """
+    from rehead.patches.patch import live_names
     from rehead.variants.contract import VARIANTS
 
-    name, options = named_options(text, lambda name: VARIANTS.get(name).options, "--patch")
-    return name, dict(options)
+    patches: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, options = named_options(text, lambda name: VARIANTS.get(name).options, "--patch")
+        if name in patches:
+            raise UsageError(f"--patch {name}: is given twice; give all of its options once")
+        if name not in live_names():
+            raise UsageError(f"--patch {name}: changes checkpoints only; convert the model with it and evaluate that")
+        patches[name] = dict(options)
+    return list(patches.items())
 
 
 def open_named(name: str) -> Source:

@@ -27,7 +27,7 @@ from rehead.recipes.evaluation.models import (
     Loaded,
     load_model,
     open_named,
-    patch_options,
+    read_patches,
     require_same_tokenizer,
     tokenizer_of,
 )
@@ -92,8 +92,7 @@ def evaluate(
     """
     chosen = EvaluateOptions.parse(options)
     if chosen.patches:
-        for text in chosen.patches:
-            patch_options(text)
+        read_patches(chosen.patches)
         baseline = baseline or model
     notes = []
     if not data and tokenizer_of(open_named(baseline or model)) is not None:

@@ -89,6 +89,11 @@ def test_attention_weights_in_the_config():
     refused(eager, UsageError, "set it to False")
 
 
+def test_a_name_that_is_no_text_is_refused(model):
+    with pytest.raises(UsageError, match="wants the name of a variant, not 3"):
+        patch_model(model, 3)
+
+
 def test_something_that_is_not_a_model():
     with pytest.raises(UsageError, match="wants a loaded model, not str") as error:
         patch_model("gpt2", "tiled")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rehead.errors import UsageError
 from rehead.recipes import evaluate
 from rehead.recipes.evaluation.commands import evaluate_command
 from rehead.recipes.evaluation.options import EvaluateOptions
@@ -156,6 +157,18 @@ def test_patches_are_measured_as_checkpoints_are(original, text):
     assert exact.divergence[0].max < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("patches", "said"),
+    [
+        (["window:size=8", "window:size=4"], "--patch window: is given twice"),
+        (["pool:num_key_value_heads=1"], "--patch pool: changes checkpoints only"),
+    ],
+)
+def test_patches_that_cannot_be_are_refused_before_anything_is_loaded(patches, said):
+    with pytest.raises(UsageError, match=said):
+        evaluate("no-such-model", patches=patches)
+
+
 def test_a_model_is_at_no_distance_from_itself(run, original, text):
     code, out, _ = run(
         "evaluate", original, "--baseline", original, "--control", original, "--data", text, *SMALL, "--damage",
@@ -192,7 +205,7 @@ BAD = [
     (["MODEL", "--patch", "windw:size=8"], 2, "did you mean 'window'"),
     (["MODEL", "--patch", "window:sise=8"], 2, "did you mean 'size'"),
     (["MODEL", "--patch", "window:size=none"], 2, "--patch window"),
-    (["MODEL", "--patch", "window", "--patch", "window"], 2, "already applied"),
+    (["MODEL", "--patch", "window", "--patch", "window"], 2, "given twice"),
     (["MODEL", "--baseline", "OTHER", "--patch", "window", "--damage"], 2, "leave out --baseline or --patch"),
     (["MODEL", "--data", "TEXT", "--needle", "64,x"], 2, "--needle"),
     (["MODEL", "--data", "TEXT", "--needle", "8"], 2, "32 or more"),

@@ -109,6 +109,8 @@ def test_the_text_chooses_the_pairs_that_keep_turning(tmp_path: Path) -> None:
         ({"kv_cache": "8", "rope_dims": 8}, UsageError, "nothing for the latent"),
         ({"rope_dims": 8}, UsageError, "--latent"),
         ({"latent": 8, "num_key_value_heads": 1}, UsageError, "one of them"),
+        ({"latent": 8, "method": "svd"}, UsageError, "--method svd: says nothing"),
+        ({"latent": 8, "grouping": "similar"}, UsageError, "--grouping similar: says nothing"),
         ({"latent": 8, "host": "gemma"}, UnsupportedError, "deepseek_v3"),
         ({"latent": 8, "dtype": "float16"}, UnsupportedError, "bfloat16"),
         ({"variants": ["latent"]}, UsageError, "rank=R"),
