@@ -38,7 +38,7 @@ _FFN_WRITERS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2")
 
 @dataclass(frozen=True)
 class ChangedTensor:
-    """One tensor that the conversion computes anew; ``layer`` is None for one outside the layers."""
+    """One tensor that the conversion computes; ``layer`` is None for one outside the layers."""
 
     name: str
     layer: int | None
@@ -52,7 +52,7 @@ class Plan:
 
     Attributes:
         source: the checkpoint as it was opened.
-        model: the model whose layers are computed anew: the source, or the same in other blocks or another class.
+        model: the model whose layers are computed: the source, or the same in other blocks or another class.
         pooled: the model with its layers computed, before it is widened.
         result: the model at the end of the chain.
         options: what was asked, with the number of KV heads filled in.

@@ -40,7 +40,7 @@ class Verification:
             difference, over ``positions`` next-token predictions; None without a source.
         plain: transformers' own class loads it; otherwise it carries a modelling file of ours.
         missing: tensors that the class has and neither this checkpoint nor its source (a base model's head): each load
-            draws them anew.
+            draws them again.
         unexpected: tensors that both hold and the class ignores.
         drafts: layers that the class does not load and no conversion changes: they keep the source's heads.
         cache_bytes: of the cache that decoding left: its ``tokens``, the bytes ``measured`` in float32 and those that
@@ -103,8 +103,8 @@ def verify(
     shapes = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
     report = load_report(config, shapes)
     if report and (source is None or report.beyond(_report_of(source, revision))):
-        mend = "give --source MODEL if its source lacks them too" if source is None else "convert it again"
-        raise VerificationError(f"{out}: does not load cleanly: {report.line()}; {mend}")
+        remedy = "give --source MODEL if its source lacks them too" if source is None else "convert it again"
+        raise VerificationError(f"{out}: does not load cleanly: {report.line()}; {remedy}")
     tokens = _tokens(config, positions)
     model = _load(str(out), config)
     logits = _logits(model, tokens)

@@ -113,7 +113,7 @@ def _prove(
     states = [state for part in parts for state in part.states]
     names = list(dict.fromkeys(state.name for state in states))
     probe = probing.make_probe(model, input_ids, length, padding)
-    # First as the model is: taking the patch off and putting it back would mend what somebody changed since.
+    # First as the model is: taking the patch off and putting it back would repair what somebody changed since.
     before = [state.calls for state in states]
     plain = _plain_logits(model, probe)
     calls = dict.fromkeys(names, 0)
@@ -132,7 +132,7 @@ def _prove(
     if silent:
         raise VerificationError(
             f"{silent[0]}{f' and {len(silent) - 1} more layers' if len(silent) > 1 else ''} ran without calling "
-            "what the patch puts there: the model ignores it, or its attn_implementation was set anew; revert the patch"
+            "what the patch puts there: the model ignores it, or attn_implementation was set again; revert the patch"
         )
     if not reached:
         raise VerificationError(

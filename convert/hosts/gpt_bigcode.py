@@ -127,7 +127,7 @@ def _refuse(build: Builder) -> None:
             raise build.refuse(f"{switch} {effect}, which GPT-BigCode, its host, cannot; give a {kind} without it")
     act = getattr(config, _LAYOUTS[kind].act)
     if act not in ACT2FN:
-        raise build.refuse(f"transformers has no activation {act!r}; mend {_LAYOUTS[kind].act}")
+        raise build.refuse(f"transformers has no activation {act!r}; fix {_LAYOUTS[kind].act}")
     if not getattr(config, "do_layer_norm_before", True):
         raise build.refuse("it norms behind its sublayers and GPT-BigCode before them; give an OPT other than 350m")
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:

@@ -87,9 +87,9 @@ def _gptj(build: Builder) -> Rewrite:
     config, layers, root = build.config, build.source.layer, build.root
     size = build.source.head_dim(config)
     if not config.rotary_dim:
-        raise build.refuse("its config names no rotary_dim, so it is not known which positions turn; mend config.json")
+        raise build.refuse("its config names no rotary_dim, so it is not known which positions turn; fix config.json")
     if config.rotary_dim > size:
-        raise build.refuse(f"its config turns {config.rotary_dim} dimensions of heads of {size}; mend config.json")
+        raise build.refuse(f"its config turns {config.rotary_dim} dimensions of heads of {size}; fix config.json")
     result = _config(build) | {
         "intermediate_size": config.n_inner if config.n_inner is not None else 4 * config.n_embd,
         "hidden_act": config.activation_function,

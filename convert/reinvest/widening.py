@@ -58,8 +58,8 @@ def widen(model: Model, before: int, what: str, multiple: int | None = None, see
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # A class that ties other sizes to the one that grows fails somewhere in its own code.
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        mend = "use --reinvest ffn" if what == "hidden" else "leave --reinvest out"
-        raise UnsupportedError(f"{name}: its class does not run at another width ({reason}); {mend}") from error
+        remedy = "use --reinvest ffn" if what == "hidden" else "leave --reinvest out"
+        raise UnsupportedError(f"{name}: its class does not run at another width ({reason}); {remedy}") from error
 
 
 def _ffn_key(config: Config) -> str:

@@ -87,7 +87,7 @@ def evaluate(
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: an option, a text or a model that cannot be meant; different vocabularies.
+        UsageError: an option, a text or a model that is invalid; different vocabularies.
         UnsupportedError: a model that does not load or whose logits are not finite.
     """
     chosen = EvaluateOptions.parse(options)

@@ -19,7 +19,7 @@ def embedded_model() -> Path:
     """
     folder = Path(str(files("rehead.recipes.assets") / EMBEDDED))
     if not (folder / "config.json").is_file():
-        raise UnsupportedError("embedded: this installation lacks the embedded model; install Rehead anew")
+        raise UnsupportedError("embedded: this installation lacks the embedded model; install Rehead again")
     return folder
 
 

@@ -25,7 +25,7 @@ _UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+)(
 @click.argument("out")
 @flags(UptrainOptions)
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never",
-              help="auto: resume an interrupted run from its newest checkpoint; never: start anew.")  # fmt: skip
+              help="auto: resume an interrupted run from its newest checkpoint; never: start again.")  # fmt: skip
 @OVERWRITE
 @QUIET
 @JSON

@@ -165,7 +165,7 @@ def require_same(noted: Mapping[str, Any], identity: Mapping[str, Any], out: Pat
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise UsageError(
             f"{out}: cannot go on with the interrupted run, since {', '.join(differ[:3])}{more} changed; "
-            "give the old values back, or start anew with --resume never"
+            "give the old values back, or start from the beginning with --resume never"
         )
 
 

@@ -64,7 +64,7 @@ class RunLog:
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Drop what was written behind a checkpoint that the run goes on from."""
+        """Drop what was written behind a checkpoint that the run resumes from."""
         if self._file is not None:
             self._file.truncate(position)
             self._file.seek(0, os.SEEK_END)

@@ -149,7 +149,7 @@ class Loop:
                 if len(self._pending) > (0 if self.optimizer.waits else 1):
                     self._settle()
                 done = step + 1
-                # First, so that a run which goes on from the checkpoint finds the evaluation done.
+                # First, so that a run which resumes from the checkpoint finds the evaluation done.
                 if self.held_out and self._due(done, self._evaluation_interval()):
                     self._settle_all()
                     self._evaluate(done)
@@ -257,13 +257,13 @@ class Loop:
             kept = f"the checkpoint of step {self._saved} is kept" if self._saved >= 0 else "there is no checkpoint yet"
             raise VerificationError(
                 f"the {what} of step {done} is not finite, so training stopped; {kept}; "
-                "start anew with a lower --lr or a longer --warmup (--resume never)"
+                "start again with a lower --lr or a longer --warmup (--resume never)"
             )
         if self.progress is not None:
             self.progress("training", done, self.options.steps)
 
     def elapsed(self) -> float:
-        """Seconds of training, with those of the runs that this one goes on from."""
+        """Seconds of training, with those of the runs that this one resumes."""
         return self.seconds + time.monotonic() - self._started
 
     def _checkpoint(self, done: int) -> None:
@@ -306,7 +306,7 @@ class Loop:
                 self._checkpoint(done)
             raise Interrupted(
                 f"interrupted after step {done} of {self.options.steps}; its checkpoint is kept and the same command "
-                "goes on from it",
+                "resumes from it",
                 number,
             )
 

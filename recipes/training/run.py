@@ -94,7 +94,7 @@ def uptrain(
     Args:
         student: a folder or Hub id (``owner/name@revision``).
         out: the folder to write; must not exist unless ``overwrite``.
-        resume: ``auto`` goes on from the newest whole checkpoint of an interrupted run, ``never`` starts anew.
+        resume: ``auto`` resumes from the newest whole checkpoint of an interrupted run, ``never`` starts again.
         overwrite: replace an existing checkpoint at ``out``, at the very end.
         command: recorded in the manifest and the model card.
         progress: called with (stage, done, total); stages are "tokenising", "training", "writing".
@@ -104,7 +104,7 @@ def uptrain(
         What was done.
 
     Raises:
-        UsageError: an argument that cannot be meant, data that cannot be used, models that do not fit together, or an
+        UsageError: an invalid argument, data that cannot be used, models that do not fit together, or an
             interrupted run that differs.
         UnsupportedError: a checkpoint that cannot be trained, or a resource that ran out; ``out`` is as it was.
         VerificationError: a loss or gradient is not finite; the last good checkpoint is kept.
@@ -151,7 +151,7 @@ class _Run:
             done = self._train(student, teacher, work, progress, on_event)
         except BaseException:
             if work is not None:
-                work.close(remove=not work.steps())  # nothing to go on from
+                work.close(remove=not work.steps())  # nothing to resume from
             raise
         run.wait()
         if work is not None:
@@ -283,7 +283,7 @@ class _Run:
     def _earlier(
         self, work: checkpoints.WorkFolder | None, identity: dict[str, Any]
     ) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-        """The checkpoint to go on from, the same in every process; and what is wrong with newer ones."""
+        """The checkpoint to resume from, the same in every process; and what is wrong with newer ones."""
         step, folder = -1, checkpoints.work_path(self.out)
         broken: list[str] = []
         if work is not None:

@@ -189,7 +189,7 @@ def test_prove_catches_a_layer_that_ignores_the_patch(model):
 def test_prove_does_not_mend_what_it_finds(model):
     with patch_model(model, "tiled") as patch:
         model.set_attn_implementation("sdpa")
-        with pytest.raises(VerificationError, match="set anew") as error:
+        with pytest.raises(VerificationError, match="set again") as error:
             patch.prove()
         one_line(error)
 

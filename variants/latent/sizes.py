@@ -45,7 +45,7 @@ class LatentSizes:
 
         Args:
             absorbed: queries and outputs meet the latents themselves, as in engines and in Rehead's kernel; otherwise
-                keys and values of all heads are made anew from all latents, as transformers does.
+                keys and values of all heads are made again from all latents, as transformers does.
         """
         heads, up = self.num_heads, self.rank * self.num_heads * (self.nope_dim + self.value_dim)
         if absorbed:
