@@ -147,7 +147,8 @@ def imported_files(files: Iterable[Path], root: Path) -> list[Path]:
         for module, several, alone in _IMPORTS.findall(path.read_text(encoding="utf-8")):
             for name in (alone or module, *(f"{module}.{part}" for part in re.findall(r"\w+", several))):
                 package, *parts = name.split(".")
-                if package == root.name and parts:
+                # The package's own name: a clone's folder may have any.
+                if package == __name__.partition(".")[0] and parts:
                     place = root.joinpath(*parts)
                     left += [one for one in (place.with_suffix(".py"), place / "__init__.py") if one.is_file()]
     return sorted(found)

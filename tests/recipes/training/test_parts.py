@@ -345,3 +345,12 @@ def test_code_that_decides_a_run_is_found_by_its_imports() -> None:
     whole = identity.imported_files(Path(identity.__file__).parent.rglob("*.py"), root)
     assert {root / "data/beginning.py", root / "data/store.py", root / "models/live.py"} <= set(whole)
     assert not [path for path in whole if path.is_relative_to(root / "tests")]
+
+
+def test_imports_are_followed_whatever_the_clones_folder_is_called(tmp_path: Path) -> None:
+    root = tmp_path / "some-clone"
+    root.mkdir()
+    (root / "one.py").write_text("from rehead import two\n")
+    (root / "two.py").write_text("import rehead.three\n")
+    (root / "three.py").write_text("import other.one\n")
+    assert identity.imported_files([root / "one.py"], root) == [root / "one.py", root / "three.py", root / "two.py"]
