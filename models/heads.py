@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rehead.errors import UnsupportedError
+
 
 @dataclass
 class Heads:
@@ -21,6 +23,7 @@ class Heads:
             [D] that all heads share; or None.
         pairs: int64 [P, 2], the two dimensions of each rotary pair, real part first.
         key_norm: the family's key norm (see :data:`rehead.models.families.spec.KeyNorm`).
+        norm_offset: added by the class to the stored norm weights.
         fixed_values: the basis of V must not change, since a gate or norm acts on its channels before ``o``.
         extras: tensors [H, ...] that belong to query heads and are only reordered with them (sinks, output gates), by
             their names below the attention module.
@@ -38,6 +41,7 @@ class Heads:
     k_norm: Tensor | None = None
     pairs: Tensor | None = None
     key_norm: str = "none"
+    norm_offset: float = 0.0
     fixed_values: bool = False
     extras: dict[str, Tensor] = field(default_factory=dict)
 
@@ -62,6 +66,20 @@ class Heads:
         """Every weight that is not None, by field name (``pairs`` is layout, not a weight)."""
         fields = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
         return {name: tensor for name in fields if (tensor := getattr(self, name)) is not None}
+
+    def scaled_queries(self, factor: float) -> Heads:
+        """The same heads with every query multiplied by ``factor``, behind the query's norm where it has one.
+
+        Raises:
+            UnsupportedError: the norm has no weight, or a bias beside it, so that no stored number holds the factor.
+        """
+        if self.key_norm == "none":
+            return replace(self, q=self.q * factor, q_bias=None if self.q_bias is None else self.q_bias * factor)
+        if self.q_norm is None or self.key_norm == "layer":
+            raise UnsupportedError(
+                f"queries pass a norm ({self.key_norm}) whose weights cannot hold a factor; patch a live model instead"
+            )
+        return replace(self, q_norm=(self.q_norm + self.norm_offset) * factor - self.norm_offset)
 
     def map(self, function) -> Heads:
         """A copy with ``function`` applied to every weight."""

@@ -104,6 +104,7 @@ def split(family: Family, config: Config, layer: int, tensors: Mapping[str, Tens
         **fields,  # type: ignore[arg-type]
         pairs=rotary_pairs(family.pairing, family.rotary_dims(config, layer)),
         key_norm=norm,
+        norm_offset=family.norm_offset,
         fixed_values=family.fixed_values_of(config),
         extras=extras,
     )

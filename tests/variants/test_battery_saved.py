@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from rehead.checkpoints.target import Target
 from rehead.convert import convert, plan, verify
 from rehead.convert.commands import convert_command, plan_command, variants_command
-from rehead.errors import UsageError
+from rehead.errors import UnsupportedError, UsageError
 from rehead.models.cache_layouts import config_layouts
 from rehead.models.model import open_model
 from rehead.patches import live_names, patch_model
@@ -55,7 +55,7 @@ class Row:
 
 
 ROWS = (
-    Row("temperature", {"start": 1.25}),
+    Row("temperature", {"start": 1.25}, ("llama", "qwen3", "phi3", "gemma3_text")),
     Row("temperature", {"start": 0.8, "layers": "1"}, ("llama", "cohere")),
     Row("pool", {"num_key_value_heads": 2}),
     Row("pool", {"num_key_value_heads": 1, "method": "procrustes"}),
@@ -238,3 +238,12 @@ def test_a_flag_and_a_variant_that_disagree_are_refused(tmp_path: Path) -> None:
     source = tiny.save_tiny("llama", tmp_path / "source")
     with pytest.raises(UsageError, match="given twice"):
         plan(source, num_key_value_heads=2, variants=["pool:num_key_value_heads=1"])
+
+
+@pytest.mark.parametrize(("model", "changes"), [("llama4_text", {}), ("nanochat", {}), ("phi", {"qk_layernorm": True})])
+def test_a_factor_that_the_query_norm_cannot_hold_is_refused(model: str, changes: dict, tmp_path: Path) -> None:
+    """These norms undo a factor in the query's rows, so a checkpoint would silently be the original."""
+    source = tiny.save_tiny(model, tmp_path / "source", **changes)
+    with pytest.raises(UnsupportedError, match="cannot hold a factor"):
+        convert(source, tmp_path / "out", variants=["temperature:start=2"])
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,11 +32,8 @@ def attend(call: AttentionCall, options: Any, state: Mapping[str, Tensor], compu
 
 
 def weights(heads: Heads, options: TemperatureOptions, moments: Any) -> Heads:
-    """The same in the query's rows; norms and rotary positions pass a factor on, unless the query has a norm."""
-    factor = 1 / options.start
-    if heads.q_norm is not None:
-        return replace(heads, q_norm=heads.q_norm * factor)
-    return replace(heads, q=heads.q * factor, q_bias=None if heads.q_bias is None else heads.q_bias * factor)
+    """The same in the weights that make the query; rotary positions pass a factor on."""
+    return heads.scaled_queries(1 / options.start)
 
 
 def trains(module: nn.Module) -> Iterable[nn.Parameter]:
