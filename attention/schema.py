@@ -5,6 +5,7 @@ A field that may be a number or a tensor (``int | Tensor``) takes two arguments,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
@@ -68,3 +69,20 @@ class Flat(Generic[T]):
             if two and (tensor := next(rest)) is not None:
                 items[name] = tensor
         return self.record(**items)
+
+    @staticmethod
+    def save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+        """``setup_context`` of an operator whose arguments are the record alone: keeps its outputs and its inputs."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *(item for item in inputs if isinstance(item, Tensor)))
+        ctx.plain = [None if isinstance(item, Tensor) else item for item in inputs]
+        ctx.places = [place for place, item in enumerate(inputs) if isinstance(item, Tensor)]
+
+    @staticmethod
+    def saved(ctx: Any, outputs: int) -> tuple[list[Tensor], list[Any]]:
+        """What :meth:`save` kept: so many outputs, and the inputs in order."""
+        tensors = ctx.saved_tensors
+        inputs = list(ctx.plain)
+        for place, tensor in zip(ctx.places, tensors[outputs:], strict=True):
+            inputs[place] = tensor
+        return list(tensors[:outputs]), inputs

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'convention':<12}{'Rehead':>12}{'referee':>12}{'difference':>12}  of")
     for row in rows:
         print(f"{row.convention:<12}{row.ours:>12.5f}{row.theirs:>12.5f}{row.difference:>12.1e}  {row.referee}")
-    print(f"KL of the model to a second copy of itself: at most {itself:g} nats a token")
+    print(f"KL of the model to a second copy of itself: at most {itself:g} nats per token")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "svd+refit+fit": {"method": "svd", "refit": True, "fit": 300},
 }
 BEST = "svd+refit+fit"
-#: A start that was healed is near; large steps take it away from there before they lead back.
+#: A start that was recovered is near; large steps take it away from there before they lead back.
 MILLION = {"tokens": 1_000_000, "learning_rate": 3e-4}
 EIGHT = {"tokens": 8_000_000, "learning_rate": 5e-4}
 #: What a bad start recovers with.

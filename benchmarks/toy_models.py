@@ -132,14 +132,24 @@ def build(name: str) -> Any:
     torch.manual_seed(0)
     auto: Any = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     model = auto.from_config(config).float().eval()
-    generator = torch.Generator().manual_seed(0)
+    randomise(model)
+    return model
+
+
+def randomise(model: torch.nn.Module, seed: int | None = 0, scale: float = 0.6) -> None:
+    """Give every parameter random values that keep activations near one; norms and biases too, in place.
+
+    Args:
+        seed: of the numbers; torch's own generator when None.
+        scale: of matrices, relative to what keeps the size of their input.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim >= 2:
-                parameter.copy_(noise * 0.6 * parameter.shape[-1] ** -0.5)
-            elif "norm" in key or "ln_" in key:
-                parameter.copy_(0.2 * noise + (0.1 if key.endswith("bias") else 1.0))
+                parameter.copy_(noise * scale * parameter.shape[-1] ** -0.5)
+            elif "norm" in name or "ln_" in name:
+                parameter.copy_(0.2 * noise + (0.1 if name.endswith("bias") else 1.0))
             else:
                 parameter.copy_(0.3 * noise)
-    return model

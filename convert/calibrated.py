@@ -16,7 +16,7 @@ from rehead.data.calibration import CalibrationText, load_calibration
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job, LayerJob
 from rehead.healing.moments import Moments
-from rehead.healing.run import heal, solve
+from rehead.healing.run import recover, solve
 from rehead.models.by_heads import tensors_of
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
@@ -25,8 +25,8 @@ from rehead.models.rewritten import cast
 
 
 def calibrate(plan: Plan, finished: FinishedLayers, device: torch.device, progress: Progress | None) -> dict[str, Any]:
-    """Compute a plan's layers over its calibration text; as :func:`rehead.healing.run.heal`."""
-    return heal(job_of(plan), calibration_text(plan), finished, device, progress)
+    """Compute a plan's layers over its calibration text; as :func:`rehead.healing.run.recover`."""
+    return recover(job_of(plan), calibration_text(plan), finished, device, progress)
 
 
 def calibrate_many(
@@ -93,7 +93,7 @@ def _layer_job(plan: Plan, layer: int) -> LayerJob:
         trains=(lambda attention: attention.parameters())
         if style.module is not None
         else lambda attention: _projections(model.family, attention),
-        healing=style.healing,
+        settings=style.settings,
     )
 
 

@@ -12,7 +12,7 @@ from rehead.options import Count, Flag, Names, Options, parse_count
 from rehead.variants.contract import saved_variant
 from rehead.variants.latent.options import LatentOptions
 from rehead.variants.layer_choice import AUTO, is_auto
-from rehead.variants.pool.methods.registry import get_method
+from rehead.variants.pool.methods.registry import METHODS
 
 _BLOCKS = ("parallel", "serial")
 _STEPS = ("host", "reinvest", "block")
@@ -146,7 +146,7 @@ class ConvertOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> ConvertOptions:
-        get_method(self.method)
+        METHODS.get(self.method)
         self._check_latent()
         if self.num_key_value_heads is None:
             if self.reinvest is not None:
@@ -216,7 +216,7 @@ class ConvertOptions(Options):
         """Whether the model has to be run over text."""
         asked = [saved_variant(text) for text in self.variants]
         reads = any(variant.needs(options) for variant, options in asked)
-        return self.is_latent or get_method(self.method).needs_calibration or reads or self.refit or self.fit > 0
+        return self.is_latent or METHODS.get(self.method).needs_calibration or reads or self.refit or self.fit > 0
 
     def lengths_within(self, positions: int | None) -> tuple[int, ...]:
         """The calibration lengths of a model that has so many positions; None for any number."""

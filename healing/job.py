@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rehead.healing.moments import Moments
 from rehead.models.heads import Heads
 from rehead.models.model import Model
-from rehead.models.rewrite import Changed, Healing
+from rehead.models.rewrite import Changed, RecoverySettings
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LayerJob:
         writers: matrices, below the layer's prefix, to refit together to the original block's output at the end.
         fit: optimiser steps of the layer-wise fit.
         trains: attention module -> the parameters that the fit trains.
-        healing: settings of the recovery, where they differ from the usual.
+        settings: settings of the recovery, where they differ from the usual.
     """
 
     closed_form: Callable[[Heads, Moments | None], Changed] | None
@@ -38,7 +38,7 @@ class LayerJob:
     writers: tuple[str, ...] = ()
     fit: int = 0
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = lambda attention: attention.parameters()
-    healing: Healing = field(default_factory=Healing)
+    settings: RecoverySettings = field(default_factory=RecoverySettings)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _DAMPING = 1e-4
 
 
 @dataclass
-class Healer:
+class LayerRecovery:
     """Changes a model's layers one after another.
 
     Attributes:
@@ -37,7 +37,7 @@ class Healer:
     original: Runner
     changed: Runner
 
-    def heal(
+    def change(
         self, layer: int, before: TextState, prefix: TextState, moments: Moments | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Change the layer that is loaded in ``original``; it stays loaded in ``changed`` if it was run there.
@@ -67,7 +67,7 @@ class Healer:
         target = run_original(self.original, layer, before, prefix)
         self.changed.model.load_layer(layer, tensors)
         fits = job.fit > 0 and inputs is not None
-        if job.refit and (job.healing.refit_first or not fits):
+        if job.refit and (job.settings.refit_first or not fits):
             tensors |= self._refit(layer, prefix, target, facts)
         if fits and inputs is not None:
             moved, facts["fit_loss"] = self._fit(layer, job, inputs, prefix, target)
@@ -75,7 +75,7 @@ class Healer:
             if job.refit:
                 tensors |= self._refit(layer, prefix, target, facts)
         if job.writers:
-            refitted, errors = refit_writers(self.changed, layer, job.writers, prefix, before, job.healing.ridge)
+            refitted, errors = refit_writers(self.changed, layer, job.writers, prefix, before, job.settings.ridge)
             tensors |= refitted
             facts["block_error"] = [round(error, 6) for error in errors]
         return self._stored(tensors), facts
@@ -107,7 +107,7 @@ class Healer:
         inputs = self.original.attention_inputs(layer, prefix)
         if moments is None and (job.needs or job.refit):
             state, read = prefix, inputs
-            if job.healing.on_original:
+            if job.settings.on_original:
                 state, read = before, self.original.attention_inputs(layer, before)
             moments = gather_moments(self.original, layer, heads, state, read, job.needs, job.groups, rotation)
         changed = job.closed_form(heads, moments)
@@ -130,21 +130,21 @@ class Healer:
         attention, _, _ = self.changed.modules(layer)
         trained = {id(parameter) for parameter in job.trains(attention)}
         moved = {name: parameter for name, parameter in attention.named_parameters() if id(parameter) in trained}
-        healing = job.healing
-        drift = DRIFT if healing.drift is None else healing.drift
-        back = self._whiten([moved[name] for name in healing.reads if name in moved], inputs)
+        settings = job.settings
+        drift = DRIFT if settings.drift is None else settings.drift
+        back = self._whiten([moved[name] for name in settings.reads if name in moved], inputs)
         forwards = [self._attention(layer, prefix, index) for index in range(len(inputs))]
         loss = fit_attention(
             moved,
             lambda index, rows: forwards[index](inputs[index][rows].to(self.changed.device), rows),
             lambda index, rows: target.at(index, rows, drift, self.changed.device),
             job.fit,
-            [(len(part), self._fit_rows(part, healing.tokens)) for part in inputs],
+            [(len(part), self._fit_rows(part, settings.tokens)) for part in inputs],
             self.job.seed + layer,
-            RELATIVE_RATE if healing.rate is None else healing.rate,
+            RELATIVE_RATE if settings.rate is None else settings.rate,
         )
         if back is not None:
-            for name in set(healing.reads) & set(moved):
+            for name in set(settings.reads) & set(moved):
                 moved[name].data = (moved[name].data.double() @ back).float()
         stem = self.changed.family.prefix(layer)
         return {stem + name: parameter.detach().clone() for name, parameter in moved.items()}, round(loss, 6)

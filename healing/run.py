@@ -18,7 +18,7 @@ from rehead.console import Progress
 from rehead.data.calibration import CalibrationText
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job
-from rehead.healing.layer import Healer
+from rehead.healing.layer import LayerRecovery
 from rehead.healing.layerwise import LayerwiseModel
 from rehead.healing.moments import Moments
 from rehead.healing.rotation import rotation_of
@@ -32,7 +32,7 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @torch.no_grad()
-def heal(
+def recover(
     job: Job,
     text: CalibrationText,
     finished: FinishedLayers,
@@ -57,7 +57,7 @@ def heal(
     original, before = _start(job.original, text, device)
     changed = Runner(LayerwiseModel(job.changed, job.config, device, job.module), original.batch_tokens)
     changed.model.calls = original.model.calls
-    healer, prefix = Healer(job, original, changed), before.clone()
+    recovery, prefix = LayerRecovery(job, original, changed), before.clone()
     for layer in _layers(job.original, progress):
         original.model.load_layer(layer)
         if layer not in job.layers:
@@ -67,7 +67,7 @@ def heal(
             continue
         tensors = finished.load(layer)
         if tensors is None:
-            tensors, facts = healer.heal(layer, before, prefix)
+            tensors, facts = recovery.change(layer, before, prefix)
             finished.save(layer, tensors, facts)
         else:
             original.run(layer, before)
@@ -89,7 +89,7 @@ def solve(
     """Solve the closed forms of several jobs for one original in one pass over the text.
 
     Moments are gathered once for each layer, for groups as fine as any job needs, on the original's own inputs. Unlike
-    in :func:`heal`, a layer does not take the errors of the changed layers before it into account.
+    in :func:`recover`, a layer does not take the errors of the changed layers before it into account.
 
     Args:
         jobs: jobs without refit and fit, since those depend on each job's own errors.

@@ -84,7 +84,7 @@ class Changed:
 
 
 @dataclass(frozen=True)
-class Healing:
+class RecoverySettings:
     """How recovery differs for layers in a form; None stands for the usual setting.
 
     Attributes:
@@ -119,7 +119,7 @@ class LayerForm:
         module: an attention module, as shapes, whose parameters are ``closed``'s tensors; it replaces the class's own
             during recovery. None where the class's own computes the form.
         writers: names of matrices below the layer that are refitted last, to the output of the original block.
-        healing: settings of the recovery of such layers.
+        settings: settings of the recovery of such layers.
     """
 
     closed: Callable[[int, Heads, Any], Changed]
@@ -128,7 +128,7 @@ class LayerForm:
     calibrated: bool = False
     module: Callable[[], Any] | None = None
     writers: tuple[str, ...] = ()
-    healing: Healing = field(default_factory=Healing)
+    settings: RecoverySettings = field(default_factory=RecoverySettings)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Patch:
 
         Raises:
             UsageError: the patch is not applied.
-            UnsupportedError: weights trained while fused cannot be taken apart; the model stays as it is.
+            UnsupportedError: weights trained while fused cannot be split again; the model is not changed.
         """
         if not self.applied:
             raise UsageError(f"patch {self.name!r} is not applied; nothing to revert")

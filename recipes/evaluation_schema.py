@@ -147,7 +147,7 @@ class Histogram(Section):
 
 
 class Divergence(Section):
-    """KL(baseline || who) of the next-token distributions, in nats a token, over disjoint windows.
+    """KL(baseline || who) of the next-token distributions, in nats per token, over disjoint windows.
 
     Attributes:
         tokens: predictions compared.
@@ -177,7 +177,7 @@ class Divergence(Section):
 
 
 class LayerDamage(Section):
-    """KL(baseline || baseline with this one layer taken from the model), in nats a token."""
+    """KL(baseline || baseline with this one layer taken from the model), in nats per token."""
 
     layer: int
     kl: float

@@ -69,7 +69,6 @@ class Variant:
             tiled attention below it whatever the model was loaded with.
         state: (layer, options) -> the layer's own tensors by name, fp32 (a sink logit for each head), which
             ``attend`` reads, the fit moves and the checkpoint stores. Empty for most.
-        cache: (layer, options) -> the layer's cache where transformers' own would keep too much or too little.
         redirect: (model, options, indices, undo, memory) -> what was done to each layer: changes a live model where
             ``attend`` is not enough (a block's wiring, fused matrices). ``indices`` are the layers asked for, or None
             for all; every change goes through ``undo``; ``memory`` is a dictionary that outlives a patch that is taken
@@ -93,7 +92,6 @@ class Variant:
     layout: Callable[[LayerLayout, Any], LayerLayout] = lambda layer, options: layer
     attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
     state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None
-    cache: Callable[[LayerLayout, Any], Any] | None = None
     redirect: Callable[[Any, Any, set[int] | None, UndoLog, dict[str, Any]], list[LayerState]] | None = None
     settles: bool = False
     also: Callable[[Any], list[tuple[str, dict[str, Any]]]] = lambda options: []

@@ -32,7 +32,7 @@ class Choice:
 
     Attributes:
         layers: chosen, ascending.
-        kl: of the model with all of them changed, in nats a token.
+        kl: of the model with all of them changed, in nats per token.
         path: (layer, KL of the model with it and all before it changed), in the order of choice.
         alone: every layer changed alone, cheapest first.
     """
@@ -135,7 +135,7 @@ def choose_layers(
     Args:
         live: a variant of all layers of a model, not applied; the model is left as it was.
         input_ids: int ``[B, S]`` calibration tokens.
-        kl_budget: stop before the model's loss exceeds this, in nats a token.
+        kl_budget: stop before the model's loss exceeds this, in nats per token.
         count: stop at this many layers, or before the first that leaves no finite loss.
         exhaustive: measure every remaining layer at every step.
         progress: called with ("choosing layers", chosen, at most).

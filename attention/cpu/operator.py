@@ -65,18 +65,8 @@ def _(grad_out, grad_lse, out, lse, bias_grad, *args):
     )
 
 
-def _setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *(item for item in inputs if isinstance(item, Tensor)))
-    ctx.plain = [None if isinstance(item, Tensor) else item for item in inputs]
-    ctx.places = [place for place, item in enumerate(inputs) if isinstance(item, Tensor)]
-
-
 def _backward(ctx, grad_out, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors
-    inputs = list(ctx.plain)
-    for place, tensor in zip(ctx.places, tensors, strict=True):
-        inputs[place] = tensor
+    (out, lse), inputs = CALL.saved(ctx, outputs=2)
     sinks, bias = (NAMES.index(name) for name in ("sinks", "bias"))
     bias_grad = inputs[bias] is not None and inputs[bias].is_floating_point() and ctx.needs_input_grad[bias]
     if grad_out is None:
@@ -88,7 +78,7 @@ def _backward(ctx, grad_out, grad_lse):
     return tuple(result)
 
 
-cpu_attention.register_autograd(_backward, setup_context=_setup)
+cpu_attention.register_autograd(_backward, setup_context=CALL.save)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor:

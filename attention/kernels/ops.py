@@ -49,18 +49,8 @@ def _(grad, grad_lse, out, lse, *args):
     return grads[0], grads[1], grads[2], out.new_empty(0) if call.sinks is None else torch.empty_like(call.sinks)
 
 
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *(item for item in inputs if isinstance(item, Tensor)))
-    ctx.plain = [None if isinstance(item, Tensor) else item for item in inputs]
-    ctx.places = [place for place, item in enumerate(inputs) if isinstance(item, Tensor)]
-
-
 def _differentiate(ctx, grad, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors
-    inputs = list(ctx.plain)
-    for place, tensor in zip(ctx.places, tensors, strict=True):
-        inputs[place] = tensor
+    (out, lse), inputs = CALL.saved(ctx, outputs=2)
     grad = torch.zeros_like(out) if grad is None else grad
     *grads, dsinks = attention_backward(grad, grad_lse, out, lse, *inputs)
     result: list[Any] = [*(item.transpose(1, 2) for item in grads), *(None for _ in inputs[3:])]
@@ -69,7 +59,7 @@ def _differentiate(ctx, grad, grad_lse):
     return tuple(result)
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save)
+attention_forward.register_autograd(_differentiate, setup_context=CALL.save)
 
 
 @torch.library.custom_op("rehead::decode", mutates_args=(), schema=CALL.schema("", "Tensor"))

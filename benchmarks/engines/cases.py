@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rehead.benchmarks.toy_models import randomise
 from rehead.convert import convert
 from rehead.recipes.pipeline.named_models import embedded_model, write_smollm2
 
@@ -258,20 +259,7 @@ def _random_model(case: Case, out: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto.from_config(config, dtype=torch.float32)
-        randomise(model)
+        randomise(model, seed=None, scale=0.8)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     return out
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Random weights that keep activations near one; norms and biases too, so that nothing hides behind ones."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * 0.8 * parameter.shape[-1] ** -0.5)
-            elif "norm" in name or "ln_" in name:
-                parameter.copy_(0.2 * noise + (0.1 if name.endswith("bias") else 1.0))
-            else:
-                parameter.copy_(0.3 * noise)

@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def kl(self) -> float:
-        """Mean KL(baseline || model), nats a token."""
+        """Mean KL(baseline || model), nats per token."""
         return self.tokens.mean_kl
 
     @property

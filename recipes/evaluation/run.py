@@ -81,7 +81,7 @@ def evaluate(
     Args:
         model: the model that is judged: a folder, a Hub id, or ``id@revision``.
         baseline: what it was made from; of a model that is patched, the model as it is unless another is named.
-        control: the baseline trained on the same tokens, so that what a text taught does not pass for what was healed.
+        control: the baseline trained on the same tokens, so that what a text taught is not taken for recovery.
         data: texts, as ``rehead.data.sources.read_documents`` takes them; ``built-in:heldout`` where none is named and
             the model has a tokenizer.
         progress: called with (stage, done, total).

@@ -83,7 +83,7 @@ def _quality(found: Evaluation) -> Table:
         cells.setdefault((row.data, row.who), {})[row.convention] = row
     distances: dict[tuple[str, str], Any] = {(row.data, row.who): row for row in found.divergence}
     table = _table(head, left=2)
-    table.title = "Perplexity by convention" + (", × the baseline's; KL in nats a token" if found.divergence else "")
+    table.title = "Perplexity by convention" + (", × the baseline's; KL in nats per token" if found.divergence else "")
     for data in dict.fromkeys(row.data for row in found.perplexity):
         for who in _ORDER:
             if (data, who) not in cells:

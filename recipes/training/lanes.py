@@ -43,7 +43,7 @@ class Lanes:
 
 @torch.no_grad()
 def lanes_off(model: nn.Module, name: str) -> Lanes:
-    """Give a model's stored latents their natural scale, in place; other models stay as they are.
+    """Give a model's stored latents their natural scale, in place; other models are not changed.
 
     Args:
         name: of the checkpoint, for messages.

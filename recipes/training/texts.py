@@ -148,7 +148,7 @@ def evaluate_held_out(module: Any, text: HeldOut, run: Processes, rows: int) -> 
         rows: windows in a forward pass.
 
     Returns:
-        ``tokens_counted``, ``perplexity``, and with a teacher ``kl`` (nats a token) and ``top1_agreement``.
+        ``tokens_counted``, ``perplexity``, and with a teacher ``kl`` (nats per token) and ``top1_agreement``.
     """
     sums: dict[str, float] = {}
     counted = 0

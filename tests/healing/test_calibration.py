@@ -1,4 +1,4 @@
-"""Calibration on tiny models: the layer-by-layer run is the model's own, and each stage of healing heals."""
+"""Calibration on tiny models: the layer-by-layer run is the model's own, and each stage of recovery recovers."""
 
 from __future__ import annotations
 
@@ -188,15 +188,15 @@ def test_refit_finds_queries_and_keys_that_give_the_logits(kv: int, bias: bool) 
     if bias:
         start.q_bias, start.k_bias = torch.zeros(heads, size), torch.zeros(kv, size)
     assert logit_error(model, targets, true) < 1e-5
-    healed = refit_logits(start, model, targets, Moments({"inputs": inputs}))
-    assert logit_error(model, targets, healed) < 0.2 * logit_error(model, targets, start)
-    torch.testing.assert_close(healed.q[..., 0], start.q[..., 0])
-    torch.testing.assert_close(healed.k[..., 0], start.k[..., 0])
+    refitted = refit_logits(start, model, targets, Moments({"inputs": inputs}))
+    assert logit_error(model, targets, refitted) < 0.2 * logit_error(model, targets, start)
+    torch.testing.assert_close(refitted.q[..., 0], start.q[..., 0])
+    torch.testing.assert_close(refitted.k[..., 0], start.k[..., 0])
     if not bias:
-        assert healed.q_bias is None
+        assert refitted.q_bias is None
         return
-    unbiased = replace(healed, q_bias=start.q_bias, k_bias=start.k_bias)
-    assert logit_error(model, targets, healed) < 0.5 * logit_error(model, targets, unbiased)
+    unbiased = replace(refitted, q_bias=start.q_bias, k_bias=start.k_bias)
+    assert logit_error(model, targets, refitted) < 0.5 * logit_error(model, targets, unbiased)
 
 
 def test_a_tokenizer_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rehead.benchmarks.toy_models import randomise as randomise
+
 LAYERS, HIDDEN, HEADS, KV_HEADS, VOCAB = 2, 64, 8, 4, 96
 
 # What every config is given, of those keys that it knows.
@@ -205,20 +207,6 @@ def tiny_model(name: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), attn_implementation="eager")
     randomise(model, seed)
     return model.float().eval()
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Give every parameter random values of a size that keeps activations near one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * 0.6 * parameter.shape[-1] ** -0.5)
-            elif "norm" in name or "ln_" in name:
-                parameter.copy_(0.2 * noise + (0.1 if name.endswith("bias") else 1.0))
-            else:
-                parameter.copy_(0.3 * noise)
 
 
 def save_tiny(name: str, folder: Path | str, seed: int = 0, **overrides: Any) -> Path:

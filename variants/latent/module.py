@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.models.rewrite import Healing
+from rehead.models.rewrite import RecoverySettings
 from rehead.variants.latent.heads import LatentHeads
 
 #: Measured on SmolLM2-135M at a third of the cache. More than some 300 steps on the default 131k tokens fit the text
 #: itself: the loss falls, and the divergence on other text rises. Moments of what the changed prefix gives cost a tenth
 #: more than the original's, and so does a ridge of the FFN's output as weak as that of other forms.
-HEALING = Healing(
+RECOVERY = RecoverySettings(
     rate=3e-2,
     tokens=8192,
     drift=0.5,

@@ -1,7 +1,7 @@
 """Latent attention as changes of a checkpoint: first every layer at its natural scale, then as its host stores it.
 
 Between the two stands the model in its own class with :class:`~rehead.variants.latent.module.LatentAttention` in the
-place of each attention, which is what heals; the second step is exact, up to rounding.
+place of each attention, which is what recovers; the second step is exact, up to rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rehead.models.model import Model
 from rehead.models.rewrite import Changed, Derived, LayerForm, Read, Rewrite
 from rehead.variants.latent.export import latent_config, layer_tensors, stream_scale
 from rehead.variants.latent.heads import LatentHeads
-from rehead.variants.latent.module import HEALING, LatentAttention, module_weights, with_module_weights
+from rehead.variants.latent.module import RECOVERY, LatentAttention, module_weights, with_module_weights
 from rehead.variants.latent.options import LatentOptions
 from rehead.variants.latent.seen import NEEDS
 from rehead.variants.latent.settle import kept_pairs
@@ -120,12 +120,12 @@ def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool) -
         calibrated=True,
         module=lambda: LatentAttention(like),
         writers=(_WRITER,) if refits else (),
-        healing=HEALING,
+        settings=RECOVERY,
     )
     source = model.source.config
     facts = _facts(model, options, angles)
     layers = tuple(model.layers)
-    # While layers heal, what reads the attention's input is the attention module itself.
+    # While layers recover, what reads the attention's input is the attention module itself.
     target = replace(family, names=replace(family.names, query=""))
     return Rewrite("latent", dict(source), target, tensors, None, exact=False, layers=layers, facts=facts, form=form)
 

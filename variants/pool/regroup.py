@@ -10,7 +10,7 @@ from torch import Tensor
 from rehead.healing.moments import Moments
 from rehead.models.heads import Heads, augmented
 from rehead.variants.pool.grouping import contiguous_groups, permute, similar_groups
-from rehead.variants.pool.methods.registry import MethodContext, get_method
+from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.methods.svd import SLOW_TURN
 
 POOL_MOMENTS = ("inputs", "key_inputs", "mixed_inputs")
@@ -56,14 +56,14 @@ def regroup(
     if kv == heads.num_kv_heads:
         return LayerResult(heads, groups, 0.0, 0.0)
     moments = context.moments
-    if not get_method(method).any_dtype or grouping == "similar" or moments is not None:
+    if not METHODS.get(method).any_dtype or grouping == "similar" or moments is not None:
         heads = heads.to(torch.float32)
     if grouping == "similar":
         groups = similar_groups(heads, kv, method, moments)
         heads = permute(heads, groups)
     if moments is not None:
         moments = moments.merged(groups if grouping == "similar" else contiguous_groups(moments.groups, kv))
-    pooled = get_method(method).pool(heads, kv, replace(context, moments=moments))
+    pooled = METHODS.get(method).pool(heads, kv, replace(context, moments=moments))
     if pooled.q is heads.q and moments is None:
         errors = weight_error(heads.k, pooled.k), weight_error(heads.v, pooled.v)
     else:

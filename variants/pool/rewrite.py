@@ -17,7 +17,7 @@ from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, LayerForm, Rewrite
 from rehead.variants.pool.methods.mean import mean
-from rehead.variants.pool.methods.registry import MethodContext, get_method
+from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 
 #: Methods that leave queries and the output projection alone.
@@ -71,7 +71,7 @@ def pool_form(model: Model, kv: int, method: str, grouping: str, seed: int) -> L
     """What pooling makes of one layer's heads."""
     spread = getattr(model.config, "initializer_range", None) or 0.02
     alike = grouping != "contiguous"
-    calibrated = get_method(method).needs_calibration
+    calibrated = METHODS.get(method).needs_calibration
 
     def closed(layer: int, heads: Heads, moments: Moments | None) -> Changed:
         result = regroup(heads, kv, method, grouping, MethodContext(layer, seed, moments, spread))

@@ -13,7 +13,7 @@ from rehead.models.model import Model
 from rehead.models.rewrite import Rewrite
 from rehead.options import Count
 from rehead.variants.contract import ALL, Variant, VariantOptions, register
-from rehead.variants.pool.methods.registry import MethodContext, get_method
+from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 from rehead.variants.pool.rewrite import pool
 
@@ -49,7 +49,7 @@ def _layout(layer: LayerLayout, options: PoolOptions) -> LayerLayout:
 
 
 def _needs(options: PoolOptions) -> tuple[str, ...]:
-    return POOL_MOMENTS if get_method(options.method).needs_calibration else ()
+    return POOL_MOMENTS if METHODS.get(options.method).needs_calibration else ()
 
 
 VARIANT = register(

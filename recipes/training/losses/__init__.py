@@ -6,11 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 from rehead.recipes.training.losses.registry import (
+    TERMS,
     Objective,
     Term,
-    get_loss,
     loss,
-    loss_names,
     parse_objective,
 )
 
@@ -18,13 +17,12 @@ if TYPE_CHECKING:
     from rehead.recipes.training.losses.module import LossOutput, StudentWithLoss
 
 __all__ = [
+    "TERMS",
     "LossOutput",
     "Objective",
     "StudentWithLoss",
     "Term",
-    "get_loss",
     "loss",
-    "loss_names",
     "parse_objective",
 ]
 

@@ -57,20 +57,6 @@ def loss(
     return add
 
 
-def loss_names() -> list[str]:
-    """Every loss that can be asked for, those that ship and those that a user registered."""
-    return TERMS.names()
-
-
-def get_loss(name: str) -> Term:
-    """The loss registered as ``name``.
-
-    Raises:
-        UsageError: there is none; the nearest name is suggested.
-    """
-    return TERMS.get(name)
-
-
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"
 _PART = re.compile(rf"(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*\*\s*)?({_NAME})")
 
@@ -93,11 +79,11 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return any(get_loss(name).needs_teacher for _, name in self.terms)
+        return any(TERMS.get(name).needs_teacher for _, name in self.terms)
 
     def weighted(self) -> tuple[tuple[float, Term], ...]:
         """The registered losses with their weights."""
-        return tuple((weight, get_loss(name)) for weight, name in self.terms)
+        return tuple((weight, TERMS.get(name)) for weight, name in self.terms)
 
     def __str__(self) -> str:
         return "+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name in self.terms)
@@ -114,7 +100,7 @@ def parse_objective(text: str, *, temperature: float = 1.0, mix: float = 0.5) ->
         match = _PART.fullmatch(part.strip())
         if match is None:
             raise UsageError(f"--loss {text!r}: cannot read {part.strip()!r}; write a sum such as kd+0.1*ce")
-        weight, name = float(match[1]) if match[1] else 1.0, get_loss(match[2]).name
+        weight, name = float(match[1]) if match[1] else 1.0, TERMS.get(match[2]).name
         if weight == 0:
             raise UsageError(f"--loss {text!r}: the weight of {name} is 0; leave {name} out")
         if any(name == other for _, other in terms):

@@ -35,7 +35,7 @@ def test_the_config_promises_what_is_kept(kind):
 
 @pytest.mark.parametrize("kind", [*DENSE, "gemma3_text", "jamba", "deepseek_v2", "mamba2", "llama4_text"])
 def test_a_filled_cache_is_as_large_as_one_that_was_read(kind):
-    """Windows of 16 tokens are full at 40; states of recurrent layers stay as they are."""
+    """Windows of 16 tokens are full at 40; states of recurrent layers do not grow."""
     model = tiny_model(kind)
     found = measure_cache(model)
     tokens = torch.randint(8, 120, (1, 40), generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ from rehead.errors import UsageError
 from rehead.healing.moments import Moments
 from rehead.models.heads import Heads, rotary_pairs
 from rehead.models.linalg import balance, ridge, sqrt_pair
-from rehead.variants.pool.methods.registry import METHOD_MODULES, MethodContext, get_method, register
+from rehead.variants.pool.methods.registry import METHOD_MODULES, METHODS, MethodContext, register
 from rehead.variants.pool.regroup import regroup
 
 
@@ -38,7 +38,7 @@ def test_heads_in_their_own_bases_are_recovered(method, rigid, pairing, dims, bi
     assert torch.allclose(wanted, attend(base, x)[0], rtol=1e-6, atol=1e-6)
     context = MethodContext(moments=gathered(heads, x, 2))
     result = regroup(heads, 2, method, context=context)
-    far = attend(get_method("mean").pool(heads, 2, context), x)[0]
+    far = attend(METHODS.get("mean").pool(heads, 2, context), x)[0]
     error = lambda y: float((y - wanted).norm() / wanted.norm())  # noqa: E731
     assert error(attend(result.heads, x)[0]) < 1e-4
     assert error(far) > 0.1
@@ -71,7 +71,7 @@ def test_groups_do_not_see_one_another(method, bias) -> None:
         for name, t in heads.tensors().items()
     }
     mixed["o"] = torch.cat([heads.o[:, :4], others.o[:, 4:]], 1)
-    one, other = (get_method(method).pool(h, 2, context).tensors() for h in (heads, replace(heads, **mixed)))
+    one, other = (METHODS.get(method).pool(h, 2, context).tensors() for h in (heads, replace(heads, **mixed)))
     for name, tensor in one.items():
         same = tensor[:, :4] - other[name][:, :4] if name == "o" else (tensor - other[name])[: len(tensor) // 2]
         assert not same.any(), name
@@ -163,16 +163,16 @@ def test_a_layer_of_zeros_stays_one() -> None:
         angles=torch.full((4,), 1e-4),
         length=64,
     )
-    pooled = get_method("svd").pool(heads, 1, MethodContext(moments=moments))
+    pooled = METHODS.get("svd").pool(heads, 1, MethodContext(moments=moments))
     assert max(float(tensor.abs().max()) for tensor in (pooled.q, pooled.k, pooled.v, pooled.o)) < 1e-20
 
 
 def test_random_is_seeded_and_first_is_first() -> None:
     heads = make_heads(4).to(torch.float32)
-    draw = lambda seed: get_method("random").pool(heads, 2, MethodContext(seed=seed)).k  # noqa: E731
+    draw = lambda seed: METHODS.get("random").pool(heads, 2, MethodContext(seed=seed)).k  # noqa: E731
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
-    assert torch.equal(get_method("first").pool(heads, 2, MethodContext()).v, heads.v[::2])
+    assert torch.equal(METHODS.get("first").pool(heads, 2, MethodContext()).v, heads.v[::2])
 
 
 def test_square_roots_balance_and_ridge() -> None:
@@ -191,6 +191,6 @@ def test_square_roots_balance_and_ridge() -> None:
 
 def test_registry_rejects_duplicates_and_suggests() -> None:
     with pytest.raises(ValueError, match="registered already"):
-        get_method("mean") and register("mean", "again")(lambda heads, kv, context: heads)
+        METHODS.get("mean") and register("mean", "again")(lambda heads, kv, context: heads)
     with pytest.raises(UsageError, match="did you mean 'procrustes'"):
-        get_method("procrustis")
+        METHODS.get("procrustis")

@@ -75,17 +75,3 @@ def register(
         return pool
 
     return add
-
-
-def method_names() -> list[str]:
-    """Every method that can be asked for, those that ship and those that a user registered."""
-    return METHODS.names()
-
-
-def get_method(name: str) -> Method:
-    """The method registered as ``name``.
-
-    Raises:
-        UsageError: there is none; the nearest name is suggested.
-    """
-    return METHODS.get(name)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from rehead.errors import UsageError
-from rehead.recipes.training.losses import Objective, get_loss, loss, loss_names, parse_objective, registry
+from rehead.recipes.training.losses import TERMS, Objective, loss, parse_objective, registry
 
 
 def test_every_shipped_loss_is_registered_under_its_own_name() -> None:
     for name in registry.TERM_MODULES:
-        term = get_loss(name)
+        term = TERMS.get(name)
         assert term.name == name
         assert term.summary
-        assert name in loss_names()
+        assert name in TERMS.names()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_only_cross_entropy_does_without_a_teacher() -> None:
 
 def test_a_name_is_registered_once_and_can_be_written(monkeypatch) -> None:
     monkeypatch.setattr(registry.TERMS, "_known", dict(registry.TERMS._known))
-    get_loss("kd")
+    TERMS.get("kd")
     with pytest.raises(ValueError, match="registered already"):
         loss("kd", "again")(lambda batch: batch.student.sum(-1))
     with pytest.raises(ValueError, match="cannot name a loss"):
