@@ -23,7 +23,7 @@ from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
 from rehead.models.model import Model
-from rehead.models.rewrite import Derived, Read, Rewrite, Step, unchanged
+from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import RewrittenSource, rewritten
 from rehead.variants.pool.rewrite import check_count, pool
 
@@ -124,7 +124,10 @@ class Plan:
                 if first in old:
                     new[name] = old[first]
                 elif derived.changed:
-                    new[name] = _layer_of(name, derived), step.inner.tensors[first].shape
+                    new[name] = (
+                        layer_in(name) if derived.layer is None else derived.layer,
+                        step.inner.tensors[first].shape,
+                    )
         after = self.result.source.tensors
         return [ChangedTensor(name, layer, shape, after[name].shape) for name, (layer, shape) in new.items()]
 
@@ -372,9 +375,3 @@ def _provided(provide: LayerProvider) -> Step:
         return provide(layer), {}
 
     return step
-
-
-def _layer_of(name: str, derived: Derived) -> int | None:
-    if derived.layer is not None:
-        return derived.layer
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -196,6 +196,11 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 """Dtypes that a conversion may cast."""
 
 
+def layer_in(name: str) -> int | None:
+    """The layer that a tensor belongs to by its name, whatever the class; None for one outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def unchanged(name: str, config: Mapping[str, Any], target: Family, tensors: Mapping[str, TensorInfo]) -> Rewrite:
     """A Rewrite that copies every tensor, to start from."""
     return Rewrite(name, dict(config), target, {key: Derived((key,), info.shape) for key, info in tensors.items()})

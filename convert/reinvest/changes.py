@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError
 from rehead.models.config import causal_lm_class
+from rehead.models.rewrite import layer_in
 
 Resize = Callable[[Tensor], Tensor]
 """What becomes of one tensor when its model is widened."""
@@ -155,7 +156,7 @@ def hidden_changes(
 
 def _is_final(name: str, before: Mapping[str, Slot]) -> bool:
     """Whether a norm stands outside the layers: the last one, whose output only the head reads."""
-    return not any(part.isdigit() for part in name.split(".")) and len(before[name].shape) == 1
+    return layer_in(name) is None and len(before[name].shape) == 1
 
 
 def _is_linear(module: nn.Module) -> bool:

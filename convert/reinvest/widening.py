@@ -14,7 +14,7 @@ from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.models.config import resolve_config
 from rehead.models.families.spec import Config
 from rehead.models.model import Model
-from rehead.models.rewrite import Derived, Rewrite, unchanged
+from rehead.models.rewrite import Derived, Rewrite, layer_in, unchanged
 
 #: Where configs keep the FFN's width and the norms' epsilon; the first that a config has counts.
 _FFN_KEYS = ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
@@ -80,14 +80,9 @@ def _sizes(model: Model, ffn_matrices: int) -> BlockSizes:
     hidden, blocks = int(config.hidden_size), int(config.num_hidden_layers)
     width = _ffn_width(config)
     sizes = BlockSizes(hidden, model.num_heads, model.head_dim, width, ffn_matrices, blocks, len(model.layers))
-    shapes = [slot.shape for name, slot in slots(config).items() if _layer_of(name) is not None]
+    shapes = [slot.shape for name, slot in slots(config).items() if layer_in(name) is not None]
     every = sum(math.prod(shape) for shape in shapes if len(shape) > 1 and hidden in shape)
     return replace(sizes, other=(every - sizes.weights(model.num_kv_heads)) // hidden)
-
-
-def _layer_of(name: str) -> int | None:
-    """The layer that a parameter belongs to, or None."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _ffn_matrices(config: Config, wider: Config, by: int) -> int:
@@ -99,7 +94,7 @@ def _ffn_matrices(config: Config, wider: Config, by: int) -> int:
     before, after = slots(config), slots(wider)
     blocks, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     grown = [name for name in resized(before, after) if len(before[name].shape) > 1]
-    having = {_layer_of(name) for name in grown}
+    having = {layer_in(name) for name in grown}
     if len(having) != blocks:
         raise UnsupportedError(
             f"{len(having)} of its {blocks} layers alone have an FFN of that width (a mixture of experts?) and would "
