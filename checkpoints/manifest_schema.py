@@ -14,32 +14,32 @@ T = TypeVar("T")
 FORMAT = 1
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
 
-class BeforeAfter(_Part, Generic[T]):
+class BeforeAfter(_Section, Generic[T]):
     """A value in the source and in the result."""
 
     before: T
     after: T
 
 
-class Tool(_Part):
+class Tool(_Section):
     """The program that wrote the manifest."""
 
     name: str
     version: str
 
 
-class FileEntry(_Part):
+class FileEntry(_Section):
     """One file of the folder."""
 
     size: int = Field(ge=0, description="Bytes.")
     sha256: str
 
 
-class Manifest(_Part):
+class Manifest(_Section):
     """What a conversion or an uptraining did, and the size and SHA-256 of every file that it wrote.
 
     Attributes:

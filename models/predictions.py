@@ -23,7 +23,7 @@ PIECE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
-class Head:
+class ForwardHead:
     """A causal language model's head: its own forward pass with the body left out.
 
     Attributes:
@@ -57,7 +57,7 @@ class Predictions:
     """
 
     states: Tensor
-    head: Head | None
+    head: ForwardHead | None
     vocabulary: int
     dtype: torch.dtype
 
@@ -145,7 +145,7 @@ def predict_step(
         same_batch = bool(kept) and len(kept[0].last_hidden_state) == len(tokens)
         if same_batch and isinstance(logits, Tensor) and logits.shape[:-1] == (len(tokens), 1):
             # Virtual tokens (prompt tuning) come before those of the text.
-            head = Head(model, body, type(kept[0]))
+            head = ForwardHead(model, body, type(kept[0]))
             return Predictions(kept[0].last_hidden_state[:, -last:], head, logits.shape[-1], logits.dtype), out
         if kept:
             out = model(**inputs)

@@ -16,7 +16,7 @@ from rehead.attention.kernels.bounds import mask_bounds, segment_bounds
 
 
 @dataclass(frozen=True)
-class Tile:
+class LaunchShape:
     """Rows of queries, rows of keys, warps and pipeline stages of one kernel."""
 
     block_m: int
@@ -38,7 +38,7 @@ def shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99_000)
 
 
-def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
+def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> LaunchShape:
     """The tile of ``kernel`` ("forward", "grad_key_value", "grad_query") for heads of ``width`` (a power of two).
 
     Args:
@@ -47,28 +47,28 @@ def tile_for(kernel: str, width: int, itemsize: int, shared: int) -> Tile:
         shared: shared memory a block may use, in bytes (228 KB on Hopper, 164 KB on A100, 100 KB on most others).
     """
     if shared == 0:  # the interpreter: small tiles, so that tiny inputs still cross block borders
-        return Tile(16, 16, 4, 1)
+        return LaunchShape(16, 16, 4, 1)
     roomy = shared > 150_000
     if itemsize == 4:
         if width > 128 and shared < 200_000:
-            return Tile(16, 16, 4, 1)
+            return LaunchShape(16, 16, 4, 1)
         side = 64 if width <= 64 else 32
-        return Tile(side, 32, 4, 2 if roomy and width <= 128 else 1)
+        return LaunchShape(side, 32, 4, 2 if roomy and width <= 128 else 1)
     if kernel == "forward":
         if width <= 64:
-            return Tile(128, 64, 4, 3)
+            return LaunchShape(128, 64, 4, 3)
         if width <= 128:
-            return Tile(128, 64, 8, 3 if roomy else 2)
-        return Tile(64, 64, 4, 2) if roomy else Tile(64, 32, 4, 1)
+            return LaunchShape(128, 64, 8, 3 if roomy else 2)
+        return LaunchShape(64, 64, 4, 2) if roomy else LaunchShape(64, 32, 4, 1)
     if width <= 64:
-        return Tile(64, 128, 4 if kernel == "grad_query" else 8, 2) if roomy else Tile(64, 64, 4, 2)
+        return LaunchShape(64, 128, 4 if kernel == "grad_query" else 8, 2) if roomy else LaunchShape(64, 64, 4, 2)
     if width <= 128:
         if not roomy:
-            return Tile(32, 64, 4, 1) if kernel == "grad_key_value" else Tile(64, 32, 4, 1)
-        return Tile(64, 128, 8, 2) if kernel == "grad_key_value" else Tile(128, 64, 8, 2)
+            return LaunchShape(32, 64, 4, 1) if kernel == "grad_key_value" else LaunchShape(64, 32, 4, 1)
+        return LaunchShape(64, 128, 8, 2) if kernel == "grad_key_value" else LaunchShape(128, 64, 8, 2)
     if kernel == "grad_query":
-        return Tile(64, 32, 8, 1)
-    return Tile(32, 64, 8, 1) if roomy else Tile(32, 32, 4, 1)
+        return LaunchShape(64, 32, 8, 1)
+    return LaunchShape(32, 64, 8, 1) if roomy else LaunchShape(32, 32, 4, 1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
-def _options(tile: Tile) -> dict:
+def _options(tile: LaunchShape) -> dict:
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

@@ -25,7 +25,7 @@ TILED = "tiled"
 
 
 @dataclass
-class Loaded:
+class JudgedModel:
     """A live model with its tokenizer and facts.
 
     Attributes:
@@ -89,7 +89,7 @@ def load_model(
     dtype: str = "auto",
     attention: str | None = None,
     patches: Sequence[str] = (),
-) -> Loaded:
+) -> JudgedModel:
     """Load a checkpoint for evaluation, and patch it.
 
     Args:
@@ -145,11 +145,11 @@ def load_model(
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))[0]
         raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")
     size = sum(info.nbytes for info in source.tensors.values())
-    loaded = Loaded(who, name, model, _dtype_of(source), size, tokenizer_of(source))
+    loaded = JudgedModel(who, name, model, _dtype_of(source), size, tokenizer_of(source))
     return patched(loaded, [*((TILED,) if attention == TILED else ()), *patches])
 
 
-def patched(loaded: Loaded, patches: Sequence[str]) -> Loaded:
+def patched(loaded: JudgedModel, patches: Sequence[str]) -> JudgedModel:
     """The same model with variants on top of each other.
 
     Raises:
@@ -208,7 +208,7 @@ def tokenizer_of(source: Source) -> Any:
         return None
 
 
-def require_same_tokenizer(baseline: Loaded, other: Loaded) -> None:
+def require_same_tokenizer(baseline: JudgedModel, other: JudgedModel) -> None:
     """Raise UsageError where two models would not read a text as the same tokens."""
     if other is baseline:
         return

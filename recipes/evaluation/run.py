@@ -24,7 +24,7 @@ from rehead.recipes.evaluation import divergence, gates, perplexity
 from rehead.recipes.evaluation.damage import layer_damage, patch_damage
 from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
 from rehead.recipes.evaluation.models import (
-    Loaded,
+    JudgedModel,
     load_model,
     open_named,
     read_patches,
@@ -111,7 +111,7 @@ def evaluate(
     if texts:
         require_length(texts[0].tokens, chosen.needle)
     loaded = _load({"baseline": baseline, "control": control, "model": model}, chosen, device, progress)
-    run = _Run(loaded, texts, chosen, progress)
+    run = _Evaluation(loaded, texts, chosen, progress)
     facts = {item.who: item.facts() for item in loaded}
     found = schema.Evaluation(
         model=facts["model"],
@@ -154,10 +154,10 @@ def _check_request(chosen: EvaluateOptions, model: str, baseline: str | None, da
 
 def _load(
     names: Mapping[schema.Who, str | None], chosen: EvaluateOptions, device: torch.device, progress: Progress | None
-) -> list[Loaded]:
+) -> list[JudgedModel]:
     """The models that are named, in that order; all read a text as the same tokens."""
     wanted = {who: name for who, name in names.items() if name is not None}
-    loaded: list[Loaded] = []
+    loaded: list[JudgedModel] = []
     for done, (who, name) in enumerate(wanted.items()):
         if progress is not None:
             progress("loading", done, len(wanted))
@@ -190,7 +190,7 @@ def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[Toke
 
 
 def _conditions(
-    device: torch.device, model: Loaded, texts: list[TokenisedText], chosen: EvaluateOptions
+    device: torch.device, model: JudgedModel, texts: list[TokenisedText], chosen: EvaluateOptions
 ) -> schema.Conditions:
     attention = chosen.attention or getattr(model.model.config, "_attn_implementation", None) or "its own"
     return schema.Conditions(
@@ -206,10 +206,10 @@ def _conditions(
 
 
 @dataclass
-class _Run:
+class _Evaluation:
     """The stages of an evaluation over the same models, texts and options; each fills in its section."""
 
-    loaded: list[Loaded]
+    loaded: list[JudgedModel]
     texts: list[TokenisedText]
     chosen: EvaluateOptions
     progress: Progress | None
@@ -224,7 +224,7 @@ class _Run:
         """Whether a gate waits for a figure: then it must not be left out with a note."""
         return name in {gate.lower() for gate in (*self.chosen.fail_above, *self.chosen.fail_below)}
 
-    def _by_who(self) -> dict[schema.Who, Loaded]:
+    def _by_who(self) -> dict[schema.Who, JudgedModel]:
         return {item.who: item for item in self.loaded}
 
     def notes(self, found: schema.Evaluation) -> list[str]:
@@ -289,7 +289,7 @@ class _Run:
             losses["disjoint", "baseline"] = result.baseline_losses
         return losses
 
-    def _losses(self, item: Loaded, text: TokenisedText, convention: str) -> perplexity.WindowLosses:
+    def _losses(self, item: JudgedModel, text: TokenisedText, convention: str) -> perplexity.WindowLosses:
         return perplexity.window_losses(
             item.model,
             text.tokens,

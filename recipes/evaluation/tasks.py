@@ -19,7 +19,7 @@ from rehead.errors import UnsupportedError, UsageError, first_line, unknown_name
 from rehead.recipes import evaluation_schema as schema
 
 if TYPE_CHECKING:
-    from rehead.recipes.evaluation.models import Loaded
+    from rehead.recipes.evaluation.models import JudgedModel
 
 #: Harness metrics that are notes on the run rather than scores.
 _NOT_SCORES = ("alias", "name", "sample_len", "sample_count", "samples")
@@ -62,7 +62,7 @@ def task_manager(tasks: Sequence[str], folder: str | None = None) -> Any:
 
 
 def task_scores(
-    loaded: Loaded,
+    loaded: JudgedModel,
     tasks: Sequence[str],
     manager: Any,
     *,

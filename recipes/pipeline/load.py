@@ -25,7 +25,7 @@ _TEXT_ENDINGS = (".txt", ".txt.gz", ".gz", ".md", ".rst", ".jsonl", ".json", ".p
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRecipe:
     """A recipe as written.
 
     Attributes:
@@ -69,7 +69,7 @@ def recipe_text(recipe: str) -> tuple[str, str, Path]:
         raise UsageError(f"{recipe}: cannot be read ({reason}); give a recipe's file") from None
 
 
-def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Loaded:
+def load_recipe(recipe: str, settings: Sequence[str] = ()) -> LoadedRecipe:
     """Read a recipe and apply ``--set``; nothing is checked yet but the form.
 
     Args:
@@ -91,7 +91,7 @@ def load_recipe(recipe: str, settings: Sequence[str] = ()) -> Loaded:
         if key in swept:
             raise UsageError(f"--set {key}: the recipe's sweep varies it; set sweep itself, or choose a --cell")
         put(raw, key, value, f"--set {setting}")
-    return Loaded(with_places(raw, Path.cwd()), origin, base)
+    return LoadedRecipe(with_places(raw, Path.cwd()), origin, base)
 
 
 def parse_yaml(text: str, origin: str) -> Any:

@@ -16,7 +16,7 @@ from rehead.checkpoints.files import write_file
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UsageError
 from rehead.recipes.pipeline.graph import TRAININGS, CellPlan, Stage, plan_cell
 from rehead.recipes.pipeline.labels import shown_names
-from rehead.recipes.pipeline.load import Loaded, load_recipe
+from rehead.recipes.pipeline.load import LoadedRecipe, load_recipe
 from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
 from rehead.recipes.pipeline.schema import Recipe
 from rehead.recipes.pipeline.stages import Site, error_of, free_memory, require, run_stage
@@ -31,7 +31,7 @@ Say = Callable[[str, str, str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageOutcome:
     """What became of one stage: ``done`` in so many seconds, or ``skipped`` since its output holds."""
 
     name: str
@@ -55,7 +55,7 @@ class RecipeRun:
 
     out: Path
     report: ReportPaths | None = None
-    stages: list[Outcome] = field(default_factory=list)
+    stages: list[StageOutcome] = field(default_factory=list)
     failures: list[tuple[str, ReheadError]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class RecipeRun:
 class Planned:
     """A recipe that has been read and checked: where it writes, its cells, and what it was read from."""
 
-    loaded: Loaded
+    loaded: LoadedRecipe
     recipe: Recipe
     out: Path
     cells: list[CellPlan]
@@ -256,7 +256,7 @@ class _Runner:
             finished = state(stage, self.out, inputs, around)
             if finished.done:
                 self.say("skip", stage.kind, stage.title)
-                self.result.stages.append(Outcome(stage.name, stage.kind, stage.title, "skipped", "", 0.0))
+                self.result.stages.append(StageOutcome(stage.name, stage.kind, stage.title, "skipped", "", 0.0))
                 return finished.content
             self.say("run", stage.kind, stage.title)
             drop(stage, self.out)
@@ -268,7 +268,7 @@ class _Runner:
         free_memory()
         self.say("done", stage.kind, f"{stage.title}  {seconds:.1f} s")
         self.result.stages.append(
-            Outcome(stage.name, stage.kind, stage.title, "done", finished.reason, round(seconds, 2))
+            StageOutcome(stage.name, stage.kind, stage.title, "done", finished.reason, round(seconds, 2))
         )
         return content
 

@@ -78,7 +78,7 @@ class StopRequests:
 
 
 @dataclass
-class _Pending:
+class _PendingLog:
     """Figures of a step that the device may still be computing."""
 
     step: int
@@ -121,7 +121,7 @@ class Loop:
     last: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[_PendingLog] = deque()
         self._started = self._ticked = time.monotonic()
         self._stopping = False
         self._saved = -1
@@ -186,7 +186,7 @@ class Loop:
         factor = rate_factor(step, options)
         norm = self.optimizer.step(factor, values[0])
         values = torch.cat([norm.to(values)[None], values])
-        pending = _Pending(step, values, ["gradient_norm", "loss", *names, "stop"], self.optimizer.rate())
+        pending = _PendingLog(step, values, ["gradient_norm", "loss", *names, "stop"], self.optimizer.rate())
         if values.is_cuda:
             pending.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             pending.values.copy_(values, non_blocking=True)

@@ -114,13 +114,13 @@ def uptrain(
     if resume not in RESUME:
         raise UsageError(f"--resume {resume}: choose auto or never")
     run = join_processes(chosen.device)
-    return _Run(os.fspath(student), Path(os.path.abspath(out)), chosen, run, resume, overwrite, command)(
+    return _Uptraining(os.fspath(student), Path(os.path.abspath(out)), chosen, run, resume, overwrite, command)(
         progress if run.main else None, on_event if run.main else None
     )
 
 
 @dataclass
-class _Run:
+class _Uptraining:
     """The steps of :func:`uptrain`."""
 
     student: str
