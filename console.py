@@ -26,10 +26,16 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, float], None]
 """What functions take as ``progress``: called with (stage, done, total)."""
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.")
-QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
-REVISION = click.option("--revision", metavar="R", help="Hub revision: branch, tag or commit.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.")
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print the facts as JSON on standard output.  [default: off]"
+)
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.  [default: off]")
+REVISION = click.option(
+    "--revision", metavar="R", help="Hub revision: branch, tag or commit.  [default: the main branch]"
+)
+OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.  [default: off]"
+)
 
 
 class LazyGroup(click.Group):

@@ -39,7 +39,7 @@ def _click_option(options: type[Options], name: str, entry: FieldInfo) -> Callab
     kinds = [kind for kind in alternatives(entry.annotation) if kind is not type(None)]
     settings: dict[str, Any] = {"default": None, "required": entry.is_required()}
     if kinds == [bool]:
-        settings |= {"is_flag": True, "help": entry.description}
+        settings |= {"is_flag": True, "help": f"{entry.description}  [default: off]"}
         return click.option(*spelled, name, **settings)
     settings |= {
         "metavar": flag_note(entry).metavar or _metavar(kinds),

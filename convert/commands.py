@@ -80,9 +80,9 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 @flags(ConvertOptions)
 @click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
 @REVISION
-@click.option("--resume", is_flag=True, help="Continue from what a killed run left.")
+@click.option("--resume", is_flag=True, help="Continue from what a killed run left.  [default: off]")
 @OVERWRITE
-@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.  [default: no upload]")
 @QUIET
 @JSON
 def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: Any) -> None:
@@ -113,7 +113,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
 
 @click.command("verify")
 @click.argument("out")
-@click.option("--source", metavar="MODEL", help="Compare logits with this model.")
+@click.option("--source", metavar="MODEL", help="Compare logits with this model.  [default: none]")
 @REVISION
 @JSON
 def verify_command(out: str, source: str | None, revision: str | None, as_json: bool) -> None:

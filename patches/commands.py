@@ -21,10 +21,18 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 
 
 @click.command("patches")
-@click.option("--coverage", is_flag=True, help="Try every causal model type that transformers can build tiny.")
-@click.option("--type", "types", multiple=True, metavar="TYPE", help="With --coverage: only this type; repeatable.")
 @click.option(
-    "--workers", type=click.IntRange(1), default=None, help="With --coverage: processes (default: one a core)."
+    "--coverage", is_flag=True, help="Try every causal model type that transformers can build tiny.  [default: off]"
+)
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    help="With --coverage: only this type; repeat for more.  [default: all]",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=None, help="With --coverage: processes.  [default: one for each core]"
 )
 @click.option("--seconds", type=click.FloatRange(1), default=90.0, show_default=True, help="With --coverage: per type.")
 @JSON

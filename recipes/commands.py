@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SETTINGS = click.option(
     "--set", "settings", multiple=True, metavar="A.B=VALUE",
-    help="Change a key of the recipe, e.g. --set uptrain.tokens=2M; repeat for more.",
+    help="Change a key of the recipe, e.g. --set uptrain.tokens=2M; repeat for more.  [default: none]",
 )  # fmt: skip
 _EVENTS = {"run": "running", "done": "done", "skip": "kept", "wait": "waiting", "fail": "failed"}
 
@@ -25,10 +25,12 @@ _EVENTS = {"run": "running", "done": "done", "skip": "kept", "wait": "waiting", 
 @click.argument("recipe")
 @SETTINGS
 @click.option("--out", metavar="DIR", help="Where everything goes.  [default: as the recipe says]")
-@click.option("--cell", type=int, metavar="K", help="Run one cell of the recipe's sweep.")
-@click.option("--gather", is_flag=True, help="Run nothing; report on the cells that have been run.")
-@click.option("--list-cells", is_flag=True, help="List the cells with the command of each, and stop.")
-@click.option("--plan", "only_plan", is_flag=True, help="Show the stages and which of them would run, and stop.")
+@click.option("--cell", type=int, metavar="K", help="Run one cell of the recipe's sweep.  [default: all]")
+@click.option("--gather", is_flag=True, help="Run nothing; report on the cells that have been run.  [default: off]")
+@click.option("--list-cells", is_flag=True, help="List the cells with the command of each, and stop.  [default: off]")
+@click.option(
+    "--plan", "only_plan", is_flag=True, help="Show the stages and which of them would run, and stop.  [default: off]"
+)
 @QUIET
 @JSON
 def run_command(
@@ -151,7 +153,7 @@ def show_command(name: str) -> None:
 @recipes_command.command("copy")
 @click.argument("name")
 @click.argument("file")
-@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE.  [default: off]")
 def copy_command(name: str, file: str, overwrite: bool) -> None:
     """Copy the recipe NAME to FILE, to change it there."""
     from pathlib import Path

@@ -13,17 +13,21 @@ from rehead.recipes.evaluation.options import EvaluateOptions
 
 @click.command("evaluate")
 @click.argument("model")
-@click.option("--baseline", metavar="MODEL", help="What MODEL was made from; divergence is measured from it.")
-@click.option("--control", metavar="MODEL", help="The baseline uptrained on the same tokens.")
+@click.option(
+    "--baseline",
+    metavar="MODEL",
+    help="What MODEL was made from; divergence is measured from it.  [default: none; MODEL itself with --patch]",
+)
+@click.option("--control", metavar="MODEL", help="The baseline uptrained on the same tokens.  [default: none]")
 @click.option(
     "--data",
     multiple=True,
     metavar="TEXT",
-    help="Text file (.txt, .md, .rst, also .gz; .jsonl, .parquet), folder or Hub dataset; repeat for more. "
-    "Without one: built-in:heldout.",
+    help="Text file (.txt, .md, .rst, also .gz; .jsonl, .parquet), folder or Hub dataset; repeat for more."
+    "  [default: built-in:heldout]",
 )
 @flags(EvaluateOptions)
-@click.option("--out", metavar="DIR", help="Write evaluation.json and the report there.")
+@click.option("--out", metavar="DIR", help="Write evaluation.json and the report there.  [default: nothing is written]")
 @QUIET
 @JSON
 def evaluate_command(
