@@ -166,6 +166,22 @@ def predict_step(
     return Predictions.of(logits[:, -last:]), out
 
 
+#: Tokens of a batch, by the kind of device.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def batch_size(model: Any, length: int, batch_tokens: int | None = None) -> int:
+    """Texts in a batch: as many as keep the device busy.
+
+    Args:
+        model: a transformers causal language model.
+        length: tokens of a text.
+        batch_tokens: tokens in a batch; by the kind of device when None.
+    """
+    kind = next(model.parameters()).device.type
+    return max(1, (batch_tokens or _BATCH_TOKENS.get(kind, _BATCH_TOKENS["cuda"])) // length)
+
+
 def keeps_logits(model: nn.Module) -> bool:
     """Whether a model's forward pass takes ``logits_to_keep``."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError
 from rehead.models import probing
-from rehead.models.distance import Distances, difference, distances
+from rehead.models.distance import Distances, difference
+from rehead.models.distance import distances as divergences
 from rehead.models.live import LayerState, enclosing_layer
+from rehead.models.positions import position_limit
 from rehead.models.predictions import Predictions, predict
-from rehead.variants.stack import LiveVariant, off, without
+from rehead.models.recall import SHORTEST, Recall, RecallText, fitting, recall, recall_texts
+from rehead.variants.stack import LiveVariant, ablated, off, without
 
 
 @dataclass
@@ -32,6 +35,9 @@ class Measure:
             ``|changed - original| / |original|`` over all tokens.
         updates: the same as a share of what the layer adds to its input, which the stream does not hide.
         tokens: how many were measured on.
+        ablated: ``kl`` without what the variant adds to make up for what it takes away (sink tokens beside a window);
+            None where it adds nothing. Near ``kl``, the addition is decoration.
+        recall, recall_original: what the patched model and the original copy and look up, by distance.
     """
 
     kl: float
@@ -41,24 +47,42 @@ class Measure:
     layers: dict[int, float] = field(default_factory=dict)
     updates: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
+    ablated: float | None = None
+    recall: list[Recall] = field(default_factory=list)
+    recall_original: list[Recall] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        return (
+        said = [
             f"KL {self.kl:.4f} nats per token, same next token {self.agreement:.1%}, logits differ by up to "
             f"{self.difference:.2e}; {self.residual:.1e} with the variant off"
-        )
+        ]
+        if self.ablated is not None:
+            said.append(f"{self.ablated:.4f} without what it adds")
+        said += [
+            f"{row.kind} at {row.distance} {row.top1:.1%} of {before.top1:.1%}"
+            for row, before in zip(self.recall, self.recall_original)
+        ]
+        return "; ".join(said)
 
 
-def measure(parts: Sequence[LiveVariant], *, input_ids: Tensor | None = None, length: int | None = None) -> Measure:
+def measure(
+    parts: Sequence[LiveVariant],
+    *,
+    input_ids: Tensor | None = None,
+    length: int | None = None,
+    distances: Sequence[int] | None = None,
+) -> Measure:
     """Compare a model with itself without some of its variants, and with the approximate ones switched off.
 
     Args:
         parts: applied variants of one model, not all exact.
         input_ids: int ``[B, S]``; random tokens by default, which say little about text.
         length: tokens a row of the random ones.
+        distances: tokens back at which copying and key-value recall are tried (:mod:`rehead.models.recall`); by
+            default half and twice the reach of a variant that has one, as far as the rows are as long.
 
     Raises:
         UsageError: the model does not have these tokens, or their rows are too short to show anything.
@@ -78,19 +102,23 @@ def measure(parts: Sequence[LiveVariant], *, input_ids: Tensor | None = None, le
                 "give measure() longer input_ids"
             )
 
+    texts = _recall_texts(approximate, rows, distances)
+
     def run() -> list[Predictions]:
         return [predict(model, {"input_ids": row}) for row in rows]
 
     with probing.frozen(model):
-        changed = run()
+        changed, recalled = run(), recall(model, texts)
         with without(parts):
-            references = run()
+            references, original = run(), recall(model, texts)
+        with ablated(approximate) as less:
+            lessened = run() if less else None
         with without(fixed) if fixed else ExitStack():
             plain = run() if fixed else changed
             share, update = layer_errors(model, [state for part in approximate for state in part.states], rows)
             with off(approximate):
                 unchanged = predict(model, {"input_ids": rows[0]})
-    apart = Distances.cat([distances(a, b) for a, b in zip(references, changed)])
+    apart = _apart(references, changed)
     residual = difference(unchanged, references[0])
     return Measure(
         kl=apart.mean_kl,
@@ -100,7 +128,29 @@ def measure(parts: Sequence[LiveVariant], *, input_ids: Tensor | None = None, le
         layers=share,
         updates=update,
         tokens=int(input_ids.numel()),
+        ablated=None if lessened is None else _apart(references, lessened).mean_kl,
+        recall=recalled,
+        recall_original=original,
     )
+
+
+def _apart(references: list[Predictions], others: list[Predictions]) -> Distances:
+    return Distances.cat([divergences(a, b) for a, b in zip(references, others)])
+
+
+def _recall_texts(
+    parts: Sequence[LiveVariant], rows: Sequence[Tensor], distances: Sequence[int] | None
+) -> list[RecallText]:
+    """Texts to recall from, at distances that were asked for or that the variants' reach suggests."""
+    model = parts[0].model
+    if distances is None:
+        reaches = {part.variant.reach(part.options) for part in parts}
+        suggested = sorted({half for reach in reaches if reach for half in (reach // 2, 2 * reach)})
+        distances = [d for d in fitting(suggested, model) if SHORTEST <= d <= rows[0].shape[1]]
+    elif len(fits := fitting(distances, model)) < len(distances):
+        beyond = next(distance for distance in distances if distance not in fits)
+        raise UsageError(f"recall at a distance of {beyond}: the model has positions for {position_limit(model)}")
+    return recall_texts(torch.cat([row.flatten() for row in rows]), distances)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ and reverted in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -195,12 +195,15 @@ class Patch:
             )
         return proof.prove(parts, **options)
 
-    def measure(self, *, input_ids: Tensor | None = None, length: int | None = None) -> measuring.Measure:
+    def measure(
+        self, *, input_ids: Tensor | None = None, length: int | None = None, distances: Sequence[int] | None = None
+    ) -> measuring.Measure:
         """How far the patched model is from the one without the patch; kept for :meth:`report`.
 
         Args:
             input_ids: int ``[B, S]``; by default the patch's ``calibration``, or random tokens, which say little.
             length: tokens a row of the random ones.
+            distances: tokens back at which copying and key-value recall are tried, beside the original.
 
         Raises:
             UsageError: the patch is not applied, is exact, or the tokens reach nothing that it changes.
@@ -210,7 +213,7 @@ class Patch:
         if self.exact:
             raise UsageError(f"patch {self.name!r} with these options is exact; call prove()")
         tokens = self.calibration if input_ids is None else input_ids
-        self._measured = measuring.measure(self.parts, input_ids=tokens, length=length)
+        self._measured = measuring.measure(self.parts, input_ids=tokens, length=length, distances=distances)
         self._measured_on = "random tokens" if tokens is None else "the tokens given"
         return self._measured
 

@@ -200,6 +200,25 @@ class NeedleCell(Section):
     trials: int
 
 
+class RecallRow(Section):
+    """Copying a random stretch, or giving values by their keys, from some tokens back; see ``rehead.models.recall``.
+
+    Attributes:
+        kind: ``copy`` or ``pairs``.
+        distance: tokens back.
+        top1: share of the recalled tokens that the model finds most likely; chance is one in the vocabulary.
+        nll: their mean negative log-likelihood, nats.
+        tokens: how many were asked for.
+    """
+
+    who: Who
+    kind: Literal["copy", "pairs"]
+    distance: int
+    top1: float
+    nll: float
+    tokens: int
+
+
 class TaskScore(Section):
     """One metric of one lm-evaluation-harness task; ``stderr`` None where the harness gives none."""
 
@@ -287,6 +306,7 @@ class Evaluation(Section):
     divergence: list[Divergence] = []
     damage: list[LayerDamage] = []
     needle: list[NeedleCell] = []
+    recall: list[RecallRow] = []
     tasks: list[TaskScore] = []
     kv_cache: list[KVCache] = []
     speed: list[Speed] = []

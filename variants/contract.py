@@ -63,6 +63,8 @@ class Variant:
         options: its own options; each field has a default, a type and a description.
         exact: (options) -> whether the result computes the same function as the original.
         off: (options) -> options under which nothing changes: the battery's first row and the ablation of `measure()`.
+        ablated: (options) -> options without what is added to make up for what is taken away (sink tokens beside a
+            window), or None. `measure()` says what the addition is worth: one that is worth nothing is decoration.
         layout: (layer, options) -> what that layer caches afterwards.
         attend: (call, options, state, compute) -> [B, Sq, H, Dv]. What the layer computes, in terms of the attention
             below it: change the call and hand it on, or merge several calls. Patches stack by handing on. It finds the
@@ -89,6 +91,7 @@ class Variant:
     options: type[VariantOptions]
     exact: Callable[[Any], bool]
     off: Callable[[Any], Any]
+    ablated: Callable[[Any], Any | None] = lambda options: None
     layout: Callable[[LayerLayout, Any], LayerLayout] = lambda layer, options: layer
     attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
     state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None

@@ -307,6 +307,23 @@ def off(lives: Iterable[LiveVariant]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ablated(lives: Iterable[LiveVariant]) -> Iterator[bool]:
+    """Inside the block applied variants work without what they add; gives whether any of them adds something."""
+    changed = []
+    for live in lives:
+        less = live.variant.ablated(live.options) if live.variant.attend is not None else None
+        if less is not None:
+            changed += [(state, state.options, less) for state in live.states]
+    try:
+        for state, _, less in changed:
+            state.options = less
+        yield bool(changed)
+    finally:
+        for state, options, _ in changed:
+            state.options = options
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel``, which share its modules."""
     while True:

@@ -17,8 +17,9 @@ from rehead.data.beginning import IGNORED, NO_START
 from rehead.errors import UnsupportedError
 from rehead.models.distance import distances
 from rehead.models.live import decoder_layers, evaluating
+from rehead.models.predictions import batch_size
 from rehead.recipes import evaluation_schema as schema
-from rehead.recipes.evaluation.windows import batch_size, batches, cut, predict_last, require_finite
+from rehead.recipes.evaluation.windows import batches, cut, predict_last, require_finite
 
 
 def layer_damage(

@@ -19,11 +19,11 @@ from rehead.data.beginning import IGNORED, NO_START
 from rehead.errors import UsageError
 from rehead.models.distance import Distances, distances
 from rehead.models.live import evaluating
-from rehead.models.predictions import vocabulary
+from rehead.models.predictions import batch_size, vocabulary
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
 from rehead.recipes.evaluation.perplexity import WindowLosses, begins_with, dtype_name
-from rehead.recipes.evaluation.windows import batch_size, batches, cut, predict_last, require_finite
+from rehead.recipes.evaluation.windows import batches, cut, predict_last, require_finite
 
 #: Edges of the histogram, in nats: everything below the first, then eight to a decade.
 EDGES: tuple[float, ...] = (0.0, *(float(edge) for edge in np.logspace(-6, 2, 65)))

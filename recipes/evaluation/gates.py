@@ -27,6 +27,17 @@ def _needle(found: Evaluation) -> list[float]:
     return [row.hits / row.trials for row in found.needle if row.who == "model"]
 
 
+def _recall(kind: str) -> Callable[[Evaluation], list[float]]:
+    """The model's share of right tokens over the baseline's, or its own where there is no baseline."""
+
+    def read(found: Evaluation) -> list[float]:
+        original = {row.distance: row.top1 for row in found.recall if (row.kind, row.who) == (kind, "baseline")}
+        rows = [row for row in found.recall if (row.kind, row.who) == (kind, "model")]
+        return [row.top1 / (original.get(row.distance, 1.0) or 1.0) for row in rows]
+
+    return read
+
+
 def _damage(found: Evaluation) -> list[float]:
     return [row.kl for row in found.damage]
 
@@ -43,6 +54,8 @@ GATES: dict[str, tuple[Callable[[Evaluation], list[float]], str]] = {
     "bits-per-byte": (_perplexity("bits_per_byte"), "--data"),
     "damage": (_damage, "--baseline and --damage"),
     "needle": (_needle, "--needle"),
+    "copy": (_recall("copy"), "--recall"),
+    "pairs": (_recall("pairs"), "--recall"),
 }
 
 
@@ -84,7 +97,7 @@ def missing(options_above: Mapping[str, float], options_below: Mapping[str, floa
     """Refuse gates whose figures will not be measured, before hours are spent on those that will.
 
     Args:
-        measured: what there will be: ``baseline``, ``data``, ``damage``, ``needle``.
+        measured: what there will be: ``baseline``, ``data``, ``damage``, ``needle``, ``recall``.
 
     Raises:
         UsageError: a gate needs more.

@@ -28,8 +28,9 @@ from rehead.data.beginning import text_start
 from rehead.errors import UsageError
 from rehead.models.live import evaluating
 from rehead.models.positions import position_limit
+from rehead.models.predictions import batch_size
 from rehead.recipes import evaluation_schema as schema
-from rehead.recipes.evaluation.windows import batch_size, predict_last
+from rehead.recipes.evaluation.windows import predict_last
 
 KEY, VALUE = 4, 2
 

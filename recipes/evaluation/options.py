@@ -11,6 +11,8 @@ from rehead.options import SPLIT, Count, Flag, Options, pairs
 from rehead.options import Names as Texts
 from rehead.recipes.evaluation.gates import check_gates
 
+#: As :data:`rehead.models.recall.SHORTEST`, which a command's help must not import torch for.
+SHORTEST = 6
 #: A needle, its line ends and its repeated key take about half of this.
 MIN_NEEDLE = 32
 
@@ -43,6 +45,10 @@ class EvaluateOptions(Options):
         (0.0, 0.25, 0.5, 0.75, 1.0), description="Where the needle stands, from 0 to 1."
     )
     needle_trials: Count = Field(8, ge=1, description="At each length and depth.")
+    recall: Counts = Field(
+        (), description="Distances at which copying and key-value recall are tried, e.g. 256,1024; what windows cost."
+    )
+    recall_trials: Count = Field(8, ge=1, description="Texts at each distance.")
     tasks: Annotated[Names, Flag(metavar="NAMES")] = Field(
         (), description="lm-evaluation-harness tasks: arc_easy,piqa (extra: rehead[tasks])."
     )
@@ -85,5 +91,7 @@ class EvaluateOptions(Options):
             raise UsageError(f"--tokens {self.tokens}: is less than one window of {self.window}; give more")
         if self.needle and min(self.needle) < MIN_NEEDLE:
             raise UsageError(f"--needle {min(self.needle)}: must be {MIN_NEEDLE} or more tokens")
+        if self.recall and min(self.recall) < SHORTEST:
+            raise UsageError(f"--recall {min(self.recall)}: must be {SHORTEST} or more tokens")
         check_gates(self.fail_above, self.fail_below)
         return self

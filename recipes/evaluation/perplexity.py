@@ -15,9 +15,10 @@ from rehead.data.beginning import IGNORED, NO_START, uncounted
 from rehead.errors import UsageError
 from rehead.models.distance import token_nll
 from rehead.models.live import evaluating
+from rehead.models.predictions import batch_size
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.bootstrap import Array, interval
-from rehead.recipes.evaluation.windows import batch_size, batches, cut, predict_last, require_finite
+from rehead.recipes.evaluation.windows import batches, cut, predict_last, require_finite
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from rehead.recipes.evaluation.models import (
 )
 from rehead.recipes.evaluation.needle import needle_cells, require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
+from rehead.recipes.evaluation.recalling import recall_rows
 from rehead.recipes.evaluation.speed import speed_rows
 from rehead.version import __version__
 
@@ -127,6 +128,8 @@ def evaluate(
         run.damage(found)
     if chosen.needle:
         run.needle(found)
+    if chosen.recall:
+        run.recall(found)
     if chosen.tasks:
         run.tasks(found, manager)
     if chosen.speed:
@@ -137,7 +140,7 @@ def evaluate(
 
 def _check_request(chosen: EvaluateOptions, model: str, baseline: str | None, data: Sequence[str]) -> None:
     """Refuse what cannot be measured before anything is loaded."""
-    asked = [("--damage", chosen.damage), ("--needle", bool(chosen.needle))]
+    asked = [("--damage", chosen.damage), ("--needle", bool(chosen.needle)), ("--recall", bool(chosen.recall))]
     for flag, wanted in asked:
         if wanted and not data:
             raise UsageError(f"{flag}: is measured on a text; give --data")
@@ -147,7 +150,7 @@ def _check_request(chosen: EvaluateOptions, model: str, baseline: str | None, da
         raise UsageError("--damage: puts layers into the baseline; give --baseline")
     measured = {word for word, there in (
         ("baseline", baseline is not None), ("data", bool(data)), ("damage", chosen.damage),
-        ("needle", bool(chosen.needle)),
+        ("needle", bool(chosen.needle)), ("recall", bool(chosen.recall)),
     ) if there}  # fmt: skip
     gates.missing(chosen.fail_above, chosen.fail_below, measured)
 
@@ -343,6 +346,21 @@ class _Evaluation:
         if not cells and self._gated("needle"):
             raise UnsupportedError(f"{notes[0]}; give smaller lengths or drop the gate")
         found.needle, found.notes = cells, [*found.notes, *notes]
+
+    def recall(self, found: schema.Evaluation) -> None:
+        """Copying and key-value recall at every distance, in passages of the first text."""
+        rows, notes = recall_rows(
+            {item.who: item.model for item in self.loaded},
+            self.texts[0].tokens,
+            self.loaded[0].tokenizer,
+            self.chosen.recall,
+            self.chosen.recall_trials,
+            self.chosen.seed,
+            progress=self._stage("recall"),
+        )
+        if not rows and (self._gated("copy") or self._gated("pairs")):
+            raise UnsupportedError(f"{notes[0]}; give smaller distances or drop the gate")
+        found.recall, found.notes = rows, [*found.notes, *notes]
 
     def tasks(self, found: schema.Evaluation, manager: Any) -> None:
         """The harness's tasks for each model."""

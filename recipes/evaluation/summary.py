@@ -23,7 +23,7 @@ from rehead.recipes.report.wording import bytes_of, count, figure, heads, percen
 #: A terminal shows the layers that matter; the report shows all.
 _WORST_LAYERS = 5
 #: Report tables that are short enough for a terminal as they are.
-_WHOLE = ("needle", "tasks", "speed", "gates")
+_WHOLE = ("needle", "recall", "tasks", "speed", "gates")
 _ORDER = ("baseline", "control", "model")
 
 

@@ -125,22 +125,6 @@ def batches(
             yield rows[:, : length - 1], uncounted(rows[:, length - counted :], start)
 
 
-#: Tokens of a batch, by the kind of device.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-def batch_size(model: Any, window: int, batch_tokens: int | None = None) -> int:
-    """Windows in a batch: as many as keep the device busy.
-
-    Args:
-        model: a transformers causal language model.
-        window: tokens in a window.
-        batch_tokens: tokens in a batch; by the kind of device when None.
-    """
-    kind = next(model.parameters()).device.type
-    return max(1, (batch_tokens or _BATCH_TOKENS.get(kind, _BATCH_TOKENS["cuda"])) // window)
-
-
 def predict_last(model: Any, inputs: Tensor, counted: int) -> Predictions:
     """Predictions ``[b, counted]`` at the last positions of each row.
 

@@ -75,7 +75,7 @@ def overview(summaries: list[Summary]) -> Table:
 def details(entry: Entry) -> list[Table]:
     """Every figure of one evaluation."""
     found = entry.evaluation
-    made = (_perplexity, _divergence, _damage, _needle, _tasks, _cache, _speed, _gates)
+    made = (_perplexity, _divergence, _damage, _needle, _recall, _tasks, _cache, _speed, _gates)
     return [table for make in made for table in [make(found)] if table.rows]
 
 
@@ -123,6 +123,16 @@ def _needle(found: Evaluation) -> Table:
     for who, length in dict.fromkeys((c.who, c.length) for c in found.needle):
         table.rows.append([who, count(length), *(cells.get((who, length, d), "–") for d in depths)])
     table.note = "Times that greedy decoding gave the whole hidden value."
+    return table
+
+
+def _recall(found: Evaluation) -> Table:
+    distances = sorted({row.distance for row in found.recall})
+    table = Table("recall", "Recall by distance", ["of", "probe", *(f"{count(d)} back" for d in distances)])
+    rows = {(r.who, r.kind, r.distance): f"{percent(r.top1)} ({figure(r.nll)} nats)" for r in found.recall}
+    for who, kind in dict.fromkeys((r.who, r.kind) for r in found.recall):
+        table.rows.append([who, kind, *(rows.get((who, kind, d), "–") for d in distances)])
+    table.note = "Most likely tokens that are right: of a random stretch repeated, and of values asked for by key."
     return table
 
 
@@ -215,7 +225,7 @@ def caveats(summaries: list[Summary]) -> list[str]:
                      "at large batches and long contexts.")  # fmt: skip
     if not any(s.entry.evaluation.tasks for s in summaries):
         found.append("No downstream task was run: perplexity and KL can miss the loss of an ability.")
-    if not any(s.entry.evaluation.needle for s in summaries):
+    if not any(s.entry.evaluation.needle or s.entry.evaluation.recall for s in summaries):
         found.append("Retrieval over long contexts was not tested, where a smaller cache tends to cost most.")
     notes = dict.fromkeys(note for s in summaries for note in s.entry.evaluation.notes)
     return found + list(notes)

@@ -44,6 +44,7 @@ VARIANT = register(
         options=WindowOptions,
         exact=lambda options: options.size >= UNLIMITED,
         off=lambda options: options.but(size=UNLIMITED),
+        ablated=lambda options: options.but(sinks=0) if options.sinks else None,
         layout=layout,
         attend=attend,
         reach=lambda options: options.size,

@@ -28,7 +28,8 @@ def found(original, converted, control, text) -> Evaluation:
     return evaluate(
         str(converted), baseline=str(original), control=str(control), data=[str(text)], window=64, tokens=1024,
         conventions=("disjoint", "strided", "rolling"), damage=True, damage_tokens=256, needle=(48, 96),
-        needle_depths=(0.0, 1.0), needle_trials=2, speed=True, speed_batch=(1,), speed_context=(32,), speed_repeats=1,
+        needle_depths=(0.0, 1.0), needle_trials=2, recall=(16, 128, 600), recall_trials=1,
+        speed=True, speed_batch=(1,), speed_context=(32,), speed_repeats=1,
         fail_above={"KL": 100.0}, fail_below={"top1-agreement": 1.0}, resamples=200,
     )  # fmt: skip
 
@@ -40,6 +41,10 @@ def test_every_section_is_there_for_everybody(found):
     }
     assert {row.who for row in found.divergence} == {"model", "control"}
     assert {row.who for row in found.needle} == {row.who for row in found.speed} == whos
+    assert {(row.who, row.kind, row.distance) for row in found.recall} == {
+        (who, kind, distance) for who in whos for kind in ("copy", "pairs") for distance in (16, 128)
+    }
+    assert "recall at a distance of 600 left out for the model: it has positions for 512" in found.notes
     assert [row.layer for row in found.damage] == [0, 1, 2]
     assert found.model.num_key_value_heads == [1, 1, 1]
     assert found.baseline.num_key_value_heads == [4, 4, 4]
@@ -209,6 +214,7 @@ BAD = [
     (["MODEL", "--baseline", "OTHER", "--patch", "window", "--damage"], 2, "leave out --baseline or --patch"),
     (["MODEL", "--data", "TEXT", "--needle", "64,x"], 2, "--needle"),
     (["MODEL", "--data", "TEXT", "--needle", "8"], 2, "32 or more"),
+    (["MODEL", "--data", "TEXT", "--recall", "5"], 2, "--recall 5: must be 6 or more tokens"),
     (["MODEL", "--data", "TEXT", "--fail-above", "KL=0.5"], 2, "needs --baseline"),
     (["MODEL", "--data", "TEXT", "--fail-above", "KL"], 2, "NAME=LIMIT"),
     (["MODEL", "--data", "TEXT", "--fail-above", "KL=nan"], 2, "NAME=LIMIT"),

@@ -13,7 +13,7 @@ from rehead.recipes.evaluation.options import EvaluateOptions
 
 def found(**sections) -> SimpleNamespace:
     rows = {name: [SimpleNamespace(**row) for row in rows] for name, rows in sections.items()}
-    return SimpleNamespace(**{"divergence": [], "perplexity": [], "needle": [], "damage": [], **rows})
+    return SimpleNamespace(**{"divergence": [], "perplexity": [], "needle": [], "damage": [], "recall": [], **rows})
 
 
 TWO_TEXTS = found(
@@ -28,6 +28,11 @@ TWO_TEXTS = found(
         {"who": "baseline", "value": 90.0, "ratio": None, "bits_per_byte": 5.0},
     ],
     damage=[{"kl": 0.01}, {"kl": 0.4}],
+    recall=[
+        {"who": "baseline", "kind": "copy", "distance": 64, "top1": 0.8},
+        {"who": "model", "kind": "copy", "distance": 64, "top1": 0.6},
+        {"who": "model", "kind": "pairs", "distance": 64, "top1": 0.3},
+    ],
     needle=[{"who": "model", "hits": 3, "trials": 4}, {"who": "baseline", "hits": 0, "trials": 4}],
 )
 
@@ -48,6 +53,8 @@ TWO_TEXTS = found(
         ({"damage": 0.3}, {}, 0.4, False),
         ({}, {"needle": 0.75}, 0.75, True),
         ({}, {"needle": 0.8}, 0.75, False),
+        ({}, {"copy": 0.7}, pytest.approx(0.75), True),
+        ({}, {"pairs": 0.5}, 0.3, False),
     ],
 )
 def test_the_worst_of_several_texts_counts(above, below, value, passed) -> None:
@@ -82,7 +89,7 @@ def test_a_gate_without_its_figure_is_refused_before_the_measuring(name, measure
     for above, below, flag in (({name: 1.0}, {}, "above"), ({}, {name: 1.0}, "below")):
         with pytest.raises(UsageError, match=f"--fail-{flag} {name}: needs {needs}; give it or drop the gate"):
             missing(above, below, measured)
-        missing(above, below, measured | {"baseline", "data", "damage", "needle"})
+        missing(above, below, measured | {"baseline", "data", "damage", "needle", "recall"})
 
 
 @pytest.mark.parametrize("flag", ["kl", "kl=", "kl=x", "kl=nan", "=0.5x"])
