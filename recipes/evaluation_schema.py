@@ -263,14 +263,48 @@ class KVCache(Section):
         return None if per_token is None or self.sizes else per_token * context
 
 
+class Continuation(Section):
+    """How one model continues a text, greedily.
+
+    Attributes:
+        text: the continuation, up to the token that ends a text.
+        tokens: that it has.
+        same: tokens at its beginning that are the baseline's too; None for the baseline and without one.
+        same_text: these as text.
+    """
+
+    who: Who
+    text: str
+    tokens: int
+    same: int | None = None
+    same_text: str = ""
+
+
+class Sample(Section):
+    """A piece of a text and how each model continues it.
+
+    Attributes:
+        data: the text; position: the piece's first token in it.
+        prompt: the piece; truth: how the text itself goes on.
+    """
+
+    data: str
+    position: int
+    prompt: str
+    truth: str
+    continuations: list[Continuation]
+
+
 class Speed(Section):
     """Throughput at one size.
 
     Attributes:
         phase: ``prefill`` (the context in one pass) or ``decode`` (one token a sequence on a cache of ``context``).
         tokens_per_second: over the batch; the median of the repeats.
+        low, high: 95% interval of that median (:mod:`rehead.recipes.evaluation.speed`); older documents have none.
+        ratio: to the baseline's, of repeats in which the models took turns; None for the baseline.
         seconds: median time of one pass or one step.
-        repeats: how many passes or steps the median is of.
+        repeats: how many the median is of; each is one pass, or the median of a few steps.
         peak_memory_bytes: of cache and activations, beyond the weights; None on a CPU.
     """
 
@@ -279,6 +313,9 @@ class Speed(Section):
     batch: int
     context: int
     tokens_per_second: float
+    low: float | None = None
+    high: float | None = None
+    ratio: Interval | None = None
     seconds: float
     repeats: int
     peak_memory_bytes: int | None = None
@@ -308,6 +345,7 @@ class Evaluation(Section):
     needle: list[NeedleCell] = []
     recall: list[RecallRow] = []
     tasks: list[TaskScore] = []
+    samples: list[Sample] = []
     kv_cache: list[KVCache] = []
     speed: list[Speed] = []
     gates: list[Gate] = []

@@ -20,6 +20,7 @@ from rehead.models.probing import config_value
 from rehead.options import named_options
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
+from rehead.recipes.evaluation.options import EvaluateOptions
 
 TILED = "tiled"
 
@@ -185,6 +186,31 @@ def read_patches(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
             raise UsageError(f"--patch {name}: changes checkpoints only; convert the model with it and evaluate that")
         patches[name] = dict(options)
     return list(patches.items())
+
+
+def wider_than_read(loaded: JudgedModel, options: EvaluateOptions) -> str | None:
+    """A note where a variant's window leaves every text unchanged, since no more of it is read at once.
+
+    Raises:
+        UsageError: nothing else that is measured reads more, so nothing would be measured.
+    """
+    read = options.window if "rolling" in options.conventions else options.window - 1
+    most = max([read, *options.needle, *options.recall, *(options.speed_context if options.speed else ())])
+    for text, patch in zip(loaded.patched_with, loaded.patches[-len(loaded.patched_with) :]):
+        seen = [
+            layer.window + layer.sinks
+            for layer in loaded.layouts() or []
+            for part in patch.parts
+            if layer.window is not None and any(state.index == layer.index for state in part.states)
+        ]
+        if seen and min(seen) >= read:
+            said = f"--patch {text}: lets each token see {min(seen):,} tokens, and a text is read {read:,} at a time"
+            if min(seen) >= most:
+                raise UsageError(
+                    f"{said}, so nothing would change; give a larger --window, or the variant a smaller size"
+                )
+            return f"{said}, so its perplexity and KL are the model's own"
+    return None
 
 
 def open_named(name: str) -> Source:

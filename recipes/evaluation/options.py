@@ -38,6 +38,8 @@ class EvaluateOptions(Options):
         description="Of the perplexity: disjoint, strided, or rolling as the harness has it; repeat for more.",
     )
     tokens: Count = Field(32768, ge=1, description="The first so many of each text.")
+    samples: Count = Field(3, ge=0, description="Pieces of the first text that the models continue, word for word.")
+    sample_tokens: Count = Field(32, ge=1, description="Tokens of each continuation, the most likely ones.")
     damage: bool = Field(False, description="Measure each layer of MODEL alone in the baseline.")
     damage_tokens: Count = Field(2048, ge=1, description="On so many tokens of the first text.")
     needle: Counts = Field((), description="Context lengths at which retrieval is tried, e.g. 512,2048.")
@@ -62,7 +64,7 @@ class EvaluateOptions(Options):
     speed: bool = Field(False, description="Measure prefill and decoding, tokens per second.")
     speed_batch: Counts = Field((1, 8), description="Sequences at once.")
     speed_context: Counts = Field((512, 2048), description="Tokens of context.")
-    speed_repeats: Count = Field(5, ge=1, description="Runs of which medians are taken.")
+    speed_repeats: Count = Field(6, ge=1, description="Runs of which medians are taken; 6 or more give 95% intervals.")
     batch_tokens: Annotated[Count | None, Flag(default="by the device")] = Field(
         None, ge=1, description="Tokens in a forward pass."
     )

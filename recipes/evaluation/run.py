@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rehead.checkpoints.manifest import versions
 from rehead.console import Progress
-from rehead.data.beginning import text_start
-from rehead.data.tokens import load_tokenizer, require_known, token_stream
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UsageError
 from rehead.models.live import resolve_device
-from rehead.models.positions import check_positions
-from rehead.models.predictions import vocabulary
 from rehead.options import takes
 from rehead.recipes import evaluation_schema as schema
-from rehead.recipes.evaluation import divergence, gates, perplexity
-from rehead.recipes.evaluation.damage import layer_damage, patch_damage
-from rehead.recipes.evaluation.kv_cache import cache_note, cache_row, measure_cache
+from rehead.recipes.evaluation import gates, perplexity
+from rehead.recipes.evaluation.kv_cache import cache_row
 from rehead.recipes.evaluation.models import (
     JudgedModel,
     load_model,
@@ -31,31 +24,11 @@ from rehead.recipes.evaluation.models import (
     require_same_tokenizer,
     tokenizer_of,
 )
-from rehead.recipes.evaluation.needle import needle_cells, require_length
+from rehead.recipes.evaluation.needle import require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
-from rehead.recipes.evaluation.recalling import recall_rows
-from rehead.recipes.evaluation.speed import speed_rows
+from rehead.recipes.evaluation.stages import Stages
+from rehead.recipes.evaluation.texts import HELD_OUT, TokenisedText, read_texts
 from rehead.version import __version__
-
-#: What is read where no text is named.
-HELD_OUT = "built-in:heldout"
-
-
-@dataclass(frozen=True)
-class TokenisedText:
-    """A text as the models read it.
-
-    Attributes:
-        name: as the user wrote it.
-        tokens: int64 [T].
-        start: int64 [p], how the tokenizer begins a text.
-        bytes: UTF-8 bytes that they stand for.
-    """
-
-    name: str
-    tokens: Tensor
-    start: Tensor
-    bytes: int
 
 
 @takes(EvaluateOptions)
@@ -108,11 +81,11 @@ def evaluate(
         require_harness()
         manager = task_manager(chosen.tasks, chosen.tasks_dir)
     device = resolve_device(chosen.device)
-    texts = _texts(data, baseline or model, chosen)
+    texts = read_texts(data, baseline or model, chosen)
     if texts:
         require_length(texts[0].tokens, chosen.needle)
     loaded = _load({"baseline": baseline, "control": control, "model": model}, chosen, device, progress)
-    run = _Evaluation(loaded, texts, chosen, progress)
+    run = Stages(loaded, texts, chosen, progress)
     facts = {item.who: item.facts() for item in loaded}
     found = schema.Evaluation(
         model=facts["model"],
@@ -124,6 +97,8 @@ def evaluate(
     found.notes += [*notes, *run.notes(found)]
     if texts:
         run.quality(found)
+        if chosen.samples:
+            run.samples(found)
     if chosen.damage:
         run.damage(found)
     if chosen.needle:
@@ -174,24 +149,6 @@ def _load(
     return loaded
 
 
-def _texts(data: Sequence[str], name: str, chosen: EvaluateOptions) -> list[TokenisedText]:
-    """The texts as tokens of a checkpoint's tokenizer; read before any model is, since texts are what is mistyped."""
-    if not data:
-        return []
-    tokenizer = load_tokenizer(open_named(name))
-    found = []
-    for source in data:
-        tokens = token_stream([source], tokenizer, chosen.tokens)
-        if len(tokens) < chosen.window:
-            raise UsageError(
-                f"--data {source}: has {len(tokens)} tokens, less than one window of {chosen.window}; "
-                "give more text or a smaller --window"
-            )
-        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found.append(TokenisedText(source, tokens, text_start(tokenizer), len(text.encode("utf-8"))))
-    return found
-
-
 def _conditions(
     device: torch.device, model: JudgedModel, texts: list[TokenisedText], chosen: EvaluateOptions
 ) -> schema.Conditions:
@@ -206,187 +163,3 @@ def _conditions(
         threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-
-
-@dataclass
-class _Evaluation:
-    """The stages of an evaluation over the same models, texts and options; each fills in its section."""
-
-    loaded: list[JudgedModel]
-    texts: list[TokenisedText]
-    chosen: EvaluateOptions
-    progress: Progress | None
-
-    def _stage(self, name: str) -> Callable[[float, float], None] | None:
-        if self.progress is None:
-            return None
-        progress = self.progress
-        return lambda done, total: progress(name, done, total)
-
-    def _gated(self, name: str) -> bool:
-        """Whether a gate waits for a figure: then it must not be left out with a note."""
-        return name in {gate.lower() for gate in (*self.chosen.fail_above, *self.chosen.fail_below)}
-
-    def _by_who(self) -> dict[schema.Who, JudgedModel]:
-        return {item.who: item for item in self.loaded}
-
-    def notes(self, found: schema.Evaluation) -> list[str]:
-        """What a reader must know of the models before any figure.
-
-        Raises:
-            UsageError: a window is longer than a model has positions for, or a token is outside its vocabulary.
-        """
-        notes = [cache_note(row, found.facts()[row.who].model_type) for row in found.kv_cache]
-        if self.texts:
-            window = self.chosen.window
-            for item in self.loaded:
-                require_known(max(int(text.tokens.max()) for text in self.texts), vocabulary(item.model), "--data")
-            # The last token of a window is only predicted, but for what begins with a prefix.
-            read = window if "rolling" in self.chosen.conventions else window - 1
-            notes += [check_positions(item.model, read, item.name, f"--window {window}") for item in self.loaded]
-        return list(dict.fromkeys(note for note in notes if note))
-
-    def quality(self, found: schema.Evaluation) -> None:
-        """Perplexity and divergence on every text."""
-        for text in self.texts:
-            losses: dict[tuple[str, schema.Who], perplexity.WindowLosses] = {}
-            if "baseline" in self._by_who():
-                losses = self._compare(found, text)
-            for convention in self.chosen.conventions:
-                for item in self.loaded:
-                    if (convention, item.who) not in losses:
-                        losses[convention, item.who] = self._losses(item, text, convention)
-            for convention in self.chosen.conventions:
-                for item in self.loaded:
-                    beside = None if item.who == "baseline" else losses.get((convention, "baseline"))
-                    found.perplexity.append(
-                        perplexity.described(
-                            losses[convention, item.who], item.who, text.name, beside,
-                            text.bytes / len(text.tokens) if text.bytes else None,
-                            self.chosen.resamples, self.chosen.seed,
-                        )
-                    )  # fmt: skip
-
-    def _compare(
-        self, found: schema.Evaluation, text: TokenisedText
-    ) -> dict[tuple[str, schema.Who], perplexity.WindowLosses]:
-        """Divergences of the text; the losses that came with them spare the disjoint windows a second pass."""
-        others = {item.who: item for item in self.loaded if item.who != "baseline"}
-        compared = divergence.compare(
-            self._by_who()["baseline"].model,
-            {who: item.model for who, item in others.items()},
-            text.tokens,
-            self.chosen.window,
-            start=text.start,
-            batch_tokens=self.chosen.batch_tokens,
-            names={item.who: item.name for item in self.loaded},
-            progress=self._stage("divergence"),
-        )
-        losses: dict[tuple[str, schema.Who], perplexity.WindowLosses] = {}
-        for who in others:
-            result = compared[who]
-            found.divergence.append(
-                divergence.described(result, who, text.name, self.chosen.resamples, self.chosen.seed)
-            )
-            losses["disjoint", who] = result.losses
-            losses["disjoint", "baseline"] = result.baseline_losses
-        return losses
-
-    def _losses(self, item: JudgedModel, text: TokenisedText, convention: str) -> perplexity.WindowLosses:
-        return perplexity.window_losses(
-            item.model,
-            text.tokens,
-            convention,
-            self.chosen.window,
-            self.chosen.stride,
-            start=text.start,
-            prefix=perplexity.prefix_token(item.tokenizer),
-            batch_tokens=self.chosen.batch_tokens,
-            name=item.name,
-            progress=self._stage(f"{convention}, {item.who}"),
-        )
-
-    def damage(self, found: schema.Evaluation) -> None:
-        """Each layer alone in the baseline, on a sample of the first text."""
-        models = self._by_who()
-        sample = self.texts[0].tokens[: max(self.chosen.damage_tokens, self.chosen.window)]
-        try:
-            options: dict[str, Any] = {
-                "start": self.texts[0].start,
-                "batch_tokens": self.chosen.batch_tokens,
-                "name": models["model"].name,
-                "progress": self._stage("damage"),
-            }
-            both = models["baseline"].model, models["model"].model
-            if self.chosen.patches and models["model"].name == models["baseline"].name:
-                patches = models["model"].patches
-                found.damage = patch_damage(*both, patches, sample, self.chosen.window, **options)
-            else:
-                found.damage = layer_damage(*both, sample, self.chosen.window, **options)
-        except UnsupportedError as error:
-            if self._gated("damage"):
-                raise
-            found.notes.append(f"damage left out: {error}")
-        else:
-            if not found.damage:
-                found.notes.append("damage left out: no layer differs from the baseline's")
-
-    def needle(self, found: schema.Evaluation) -> None:
-        """Retrieval at every length and depth, in passages of the first text."""
-        cells, notes = needle_cells(
-            {item.who: item.model for item in self.loaded},
-            self.texts[0].tokens,
-            self.loaded[0].tokenizer,
-            self.chosen.needle,
-            self.chosen.needle_depths,
-            self.chosen.needle_trials,
-            self.chosen.seed,
-            progress=self._stage("needle"),
-        )
-        if not cells and self._gated("needle"):
-            raise UnsupportedError(f"{notes[0]}; give smaller lengths or drop the gate")
-        found.needle, found.notes = cells, [*found.notes, *notes]
-
-    def recall(self, found: schema.Evaluation) -> None:
-        """Copying and key-value recall at every distance, in passages of the first text."""
-        rows, notes = recall_rows(
-            {item.who: item.model for item in self.loaded},
-            self.texts[0].tokens,
-            self.loaded[0].tokenizer,
-            self.chosen.recall,
-            self.chosen.recall_trials,
-            self.chosen.seed,
-            progress=self._stage("recall"),
-        )
-        if not rows and (self._gated("copy") or self._gated("pairs")):
-            raise UnsupportedError(f"{notes[0]}; give smaller distances or drop the gate")
-        found.recall, found.notes = rows, [*found.notes, *notes]
-
-    def tasks(self, found: schema.Evaluation, manager: Any) -> None:
-        """The harness's tasks for each model."""
-        from rehead.recipes.evaluation.tasks import task_scores
-
-        for item in self.loaded:
-            found.tasks += task_scores(
-                item,
-                self.chosen.tasks,
-                manager,
-                shots=self.chosen.shots,
-                limit=self.chosen.task_limit,
-                seed=self.chosen.seed,
-                progress=self._stage(f"tasks, {item.who}"),
-            )
-
-    def speed(self, found: schema.Evaluation) -> None:
-        """Prefill and decoding at every size."""
-        caches = {item.who: measure_cache(item.model) for item in self.loaded}
-        rows, notes = speed_rows(
-            {item.who: item.model for item in self.loaded},
-            {who: cache.bytes_per_token if cache else None for who, cache in caches.items()},
-            self.chosen.speed_batch,
-            self.chosen.speed_context,
-            self.chosen.speed_repeats,
-            self.chosen.seed,
-            progress=self._stage("speed"),
-        )
-        found.speed, found.notes = rows, [*found.notes, *notes]

@@ -3,11 +3,16 @@
 Both use the dynamic cache that ``generate`` uses by default, plain eager forward passes and no compilation: this is the
 speed of the checkpoint in transformers, not the ceiling of its architecture, and serving engines will be faster. What
 carries over is the ratio between models with and without shared KV heads, as far as the cache decides it. Models take
-turns within each repeat, so that a machine that slows down does so for all.
+turns within each repeat, in an order that alternates, so that a machine that slows down does so for all.
+
+Every figure is a median over repeats with its 95% interval by order statistics, which assumes no distribution: the
+lowest and highest of the repeats, less k at each end, where k or fewer of as many fair coins show heads with a
+probability of at most 2.5%. Fewer than six repeats cannot give 95%; their interval is from the lowest to the highest.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +40,7 @@ def speed_rows(
     kv_bytes_per_token: Mapping[schema.Who, float | None],
     batches: Sequence[int],
     contexts: Sequence[int],
-    repeats: int = 5,
+    repeats: int = 6,
     seed: int = 0,
     *,
     progress: Callable[[float, float], None] | None = None,
@@ -46,8 +51,8 @@ def speed_rows(
         models: transformers causal language models on one device.
         kv_bytes_per_token: of each, to leave out what does not fit into a CPU's memory.
         batches, contexts: sizes; every batch is tried at every context.
-        repeats: prefills of which the median is taken, each followed by :data:`STEPS` timed decoding steps; one more
-            goes before them to warm up.
+        repeats: prefills of which the median is taken, each followed by :data:`STEPS` timed decoding steps, whose
+            median is one repeat; one more goes before them to warm up.
         seed: of the tokens, which are random.
         progress: called with (sizes done, sizes).
 
@@ -82,24 +87,45 @@ def _measure(models: Mapping[schema.Who, Any], batch: int, context: int, repeats
     steps: dict[schema.Who, list[float]] = {who: [] for who in models}
     peaks: dict[schema.Who, int | None] = dict.fromkeys(models)
     for repeat in range(repeats + 1):
-        for who, model in models.items():
+        for who, model in list(models.items())[:: -1 if repeat % 2 else 1]:
             tokens = torch.randint(0, vocabulary(model), (batch, context), generator=generator)
             prefill, decode, peak = _once(model, tokens)
             if repeat:
                 prefills[who].append(prefill)
-                steps[who] += decode
+                steps[who].append(statistics.median(decode))
             peaks[who] = peak
     rows = []
     for who in models:
-        first, then = statistics.median(prefills[who]), statistics.median(steps[who])
-        size: dict[str, Any] = {"who": who, "batch": batch, "context": context, "peak_memory_bytes": peaks[who]}
+        size: dict[str, Any] = {"batch": batch, "context": context, "peak_memory_bytes": peaks[who]}
         rows += [
-            schema.Speed(phase="prefill", tokens_per_second=batch * context / first, seconds=first,
-                         repeats=len(prefills[who]), **size),
-            schema.Speed(phase="decode", tokens_per_second=batch / then, seconds=then,
-                         repeats=len(steps[who]), **size),
-        ]  # fmt: skip
+            _row(batch * context, prefills, who, phase="prefill", **size),
+            _row(batch, steps, who, phase="decode", **size),
+        ]
     return rows
+
+
+def _row(tokens: int, seconds: Mapping[schema.Who, list[float]], who: schema.Who, **size: Any) -> schema.Speed:
+    """One figure with its intervals: of a pass or step over ``tokens``, from the seconds of every repeat."""
+    own = median_interval([tokens / second for second in seconds[who]])
+    ratio = None
+    if who != "baseline" and "baseline" in seconds:
+        ratio = median_interval([base / mine for base, mine in zip(seconds["baseline"], seconds[who])])
+    return schema.Speed(
+        who=who, tokens_per_second=own.value, low=own.low, high=own.high, ratio=ratio,
+        seconds=statistics.median(seconds[who]), repeats=len(seconds[who]), **size,
+    )  # fmt: skip
+
+
+def median_interval(values: Sequence[float]) -> schema.Interval:
+    """The median with its 95% interval by order statistics; see the module's text."""
+    ranked, count = sorted(values), len(values)
+    skipped, tail = 0, 0.5**count  # the chance that no value lies below the true median
+    while skipped < count:
+        tail += math.comb(count, skipped + 1) * 0.5**count
+        if tail > 0.025:
+            break
+        skipped += 1
+    return schema.Interval(value=statistics.median(ranked), low=ranked[skipped], high=ranked[count - 1 - skipped])
 
 
 def _once(model: Any, tokens: Tensor) -> tuple[float, list[float], int | None]:

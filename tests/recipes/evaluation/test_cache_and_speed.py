@@ -100,9 +100,11 @@ def test_speed_takes_turns_and_counts_tokens(load, original, converted, monkeypa
     for row in rows:  # a clock that ticks once for each look at it: every pass takes one second
         assert row.seconds == 1
         assert row.tokens_per_second == (row.batch * 16 if row.phase == "prefill" else row.batch)
-        assert row.repeats == (3 if row.phase == "prefill" else 3 * speed.STEPS)
+        assert row.repeats == 3
+        assert row.low == row.high == row.tokens_per_second
+        assert (row.ratio is None) == (row.who == "baseline")
     prefills = [who for who, shape in order if shape == (2, 16)]
-    assert prefills == ["model", "baseline"] * 4  # one round to warm up
+    assert prefills == ["model", "baseline", "baseline", "model"] * 2  # in turns, one round to warm up
     assert order.count(("model", (2, 1))) == 4 * (speed.STEPS + 1)
 
 
@@ -151,3 +153,21 @@ def test_a_model_without_a_cache_is_not_timed():
     rows, notes = speed.speed_rows({"model": tiny_model("mamba")}, {}, [1], [16], repeats=1)
     assert not rows
     assert notes == ["speed left out: mamba gives back no KV cache to decode with"]
+
+
+@pytest.mark.parametrize(
+    ("values", "interval"),
+    [([3.0], (3, 3, 3)), ([5.0, 1, 3], (1, 3, 5)), (range(1, 7), (1, 3.5, 6)), (range(1, 9), (1, 4.5, 8)),
+     (range(1, 10), (2, 5, 8)), (range(1, 101), (40, 50.5, 61))],
+)  # fmt: skip
+def test_intervals_of_medians_are_those_of_the_tables(values, interval):
+    """Conover's tables of order statistics for 95%: of 9 values the second and eighth, of 100 the 40th and 61st."""
+    result = speed.median_interval(list(map(float, values)))
+    assert (result.low, result.value, result.high) == interval
+
+
+def test_intervals_hold_the_median_as_often_as_they_say():
+    draw = torch.Generator().manual_seed(0)
+    found = [speed.median_interval(row.exp().tolist()) for row in torch.randn(4000, 9, generator=draw)]
+    held = sum(one.low <= 1 <= one.high for one in found) / len(found)  # the median of exp(normal) is 1
+    assert 0.95 < held < 0.975  # 96.1% by the binomial distribution

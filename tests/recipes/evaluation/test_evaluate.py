@@ -162,6 +162,12 @@ def test_patches_are_measured_as_checkpoints_are(original, text):
     assert exact.divergence[0].max < 1e-6
 
 
+def test_a_window_that_only_a_longer_part_notices_is_said_to_change_no_perplexity(original, text):
+    found = evaluate(str(original), data=[str(text)], window=64, tokens=512, patches=["window:size=80"], needle=(96,))
+    assert found.divergence[0].max == 0
+    assert any("lets each token see 80 tokens, and a text is read 63 at a time" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("patches", "said"),
     [
@@ -211,6 +217,7 @@ BAD = [
     (["MODEL", "--patch", "window:sise=8"], 2, "did you mean 'size'"),
     (["MODEL", "--patch", "window:size=none"], 2, "--patch window"),
     (["MODEL", "--patch", "window", "--patch", "window"], 2, "given twice"),
+    (["MODEL", "--data", "TEXT", "--patch", "window:size=1k"], 2, "so nothing would change; give a larger --window"),
     (["MODEL", "--baseline", "OTHER", "--patch", "window", "--damage"], 2, "leave out --baseline or --patch"),
     (["MODEL", "--data", "TEXT", "--needle", "64,x"], 2, "--needle"),
     (["MODEL", "--data", "TEXT", "--needle", "8"], 2, "32 or more"),
