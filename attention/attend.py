@@ -34,7 +34,10 @@ def attend(call: AttentionCall) -> Tensor:
         UnsupportedError: a device, dtype, head_dim or combination that no path here computes.
     """
     call = _prepared(call)
-    if call.query.device.type == "cpu":
+    on_cpu = call.query.device.type == "cpu"
+    if call.key_tail is not None and (on_cpu or not _is_decode(call)):
+        return attend(call.joined())[..., : call.key.shape[-1]]
+    if on_cpu:
         return _with_sink_tokens(call)[0] if call.sink_tokens else cpu.run(call)[0]
     if _is_decode(call):
         from rehead.attention import kernels
@@ -51,6 +54,9 @@ def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
         sees nothing. Both have gradients.
     """
     call = _prepared(call)
+    if call.key_tail is not None:
+        out, lse = attend_with_lse(call.joined())
+        return out[..., : call.key.shape[-1]], lse
     if call.sink_tokens:
         return _with_sink_tokens(call)
     if call.query.device.type == "cpu":
@@ -89,10 +95,14 @@ def _prepared(call: AttentionCall) -> AttentionCall:
     """The call with autocast's dtype and a scale; on a GPU also with a bias for all rows and keys."""
     query, key, value = _autocast(call.query, call.key, call.value)
     changes: dict[str, Any] = {}
+    if call.key_tail is not None:
+        value = key
+        changes["key_tail"] = _autocast(call.key_tail, key)[0]
     if call.query.device.type != "cpu":
-        query, key, value = (
-            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value)
-        )
+        query, key, value = (_in_rows(x) for x in (query, key, value))
+        if call.key_tail is not None:
+            value = key
+            changes["key_tail"] = _in_rows(changes["key_tail"])
         if call.bias is not None:
             changes["bias"] = call.bias.expand(-1, -1, query.shape[2], key.shape[2])
     if call.sink_tokens and call.window is None:
@@ -102,6 +112,10 @@ def _prepared(call: AttentionCall) -> AttentionCall:
     if changes or query is not call.query or key is not call.key or value is not call.value:
         call = call.with_(query=query, key=key, value=value, **changes)
     return call
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _autocast(*tensors: Tensor) -> Any:

@@ -38,6 +38,8 @@ class AttentionCall:
         sinks: float ``[H]``; one more logit per head in the softmax's denominator, with a gradient.
         bias: added to the scores, broadcastable to ``[B, H, Sq, Skv]``; a bool bias hides where it is False.
         deterministic: a GPU backward that is the same bit for bit from run to run, slower on Hopper.
+        key_tail: ``[B, K, Skv, E]``, the last columns of keys that are stored in two parts; the query has E more than
+            ``key``, and ``value`` is ``key`` itself (latent attention: latents, and a rotated key beside them).
     """
 
     query: Tensor
@@ -59,6 +61,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     bias: Tensor | None = None
     deterministic: bool = False
+    key_tail: Tensor | None = None
 
     @property
     def factor(self) -> float:
@@ -86,6 +89,13 @@ class AttentionCall:
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def joined(self) -> AttentionCall:
+        """The same with keys in one part. Its values have the tail's columns too, which the caller cuts off."""
+        if self.key_tail is None:
+            return self
+        whole = torch.cat([self.key, self.key_tail], -1)
+        return self.with_(key=whole, value=whole, key_tail=None)
 
     def narrowed(self, window: int, sink_tokens: int = 0) -> AttentionCall:
         """A copy with a window of at most ``window``; a call that is not causal is returned unchanged.
@@ -118,6 +128,12 @@ def check(call: AttentionCall) -> None:
         raise UsageError("attention needs query, key and value of four dimensions, [batch, heads, sequence, head_dim]")
     batch, heads, num_q, dim = query.shape
     kv_heads, num_k = key.shape[1], key.shape[2]
+    if call.key_tail is not None:
+        if call.key_tail.shape[:3] != key.shape[:3] or value.shape != key.shape:
+            raise UsageError(
+                f"shapes disagree: key {_shape(key)}, its tail {_shape(call.key_tail)}, value {_shape(value)}"
+            )
+        dim -= call.key_tail.shape[3]
     if key.shape[0] != batch or value.shape[:3] != key.shape[:3] or key.shape[3] != dim:
         raise UsageError(f"shapes disagree: query {_shape(query)}, key {_shape(key)}, value {_shape(value)}")
     if kv_heads == 0 or heads % kv_heads:

@@ -87,7 +87,7 @@ class Installation(Undoing):
             copies = own_configs(self.model, undo)
             for layer, module in zip(self.layers, modules, strict=True):
                 undo.set_attribute(module, LAYER, layer)
-                if layer.how == "adapter":
+                if adapters.adapter_for(module) is not None:
                     adapters.adapt(module, undo)
             self._set_implementation(modules, copies)
             undo.add(self.model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True).remove)

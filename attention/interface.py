@@ -11,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
+from rehead.attention.latent import LATENT, attend_latents
 from rehead.attention.layer import LAYER
 from rehead.attention.mask import TiledMask
 from rehead.errors import UnsupportedError, UsageError
@@ -188,8 +189,11 @@ def tiled_attention(
     if head_sinks is not None:
         rules["sinks"] = head_sinks.reshape(-1)
     layer = getattr(module, LAYER, None)
-    call = AttentionCall(query, key, value, scale=scaling, softcap=softcap, **rules)
-    return (attend(call) if layer is None else layer.attend(call)), None
+    compute = attend if layer is None else layer.attend
+    rules["softcap"] = softcap
+    if getattr(module, LATENT, False):  # key and value are the latents and the rotated key beside them
+        return attend_latents(module, query, key, value, scaling, rules, compute), None
+    return compute(AttentionCall(query, key, value, scale=scaling, **rules)), None
 
 
 NO_WEIGHTS = (

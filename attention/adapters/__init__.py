@@ -4,7 +4,7 @@ An adapter is a function of one module that returns the instance attributes to s
 inner method). It is registered for exact classes by qualified name, so that no transformers module is imported for it.
 """
 
-from rehead.attention.adapters import alibi, encoder_decoder, inner
+from rehead.attention.adapters import alibi, encoder_decoder, inner, latent
 from rehead.attention.adapters.registry import ADAPTERS, Adapter, adapt, adapter_for, qualified, register_adapter
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "alibi",
     "encoder_decoder",
     "inner",
+    "latent",
     "qualified",
     "register_adapter",
 ]

@@ -11,6 +11,8 @@ from rehead.attention.call import AttentionCall
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
+MAX_LATENT, MAX_TAIL = 1024, 128
+"""Bytes of a key that is also the value, and columns that keys may have besides, in a decode step."""
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -20,11 +22,15 @@ def refusal(call: AttentionCall) -> str | None:
         return f"dtype {query.dtype} is not one of bfloat16, float16, float32"
     if key.dtype != query.dtype or value.dtype != query.dtype:
         return f"query, key and value differ in dtype ({query.dtype}, {key.dtype}, {value.dtype})"
+    tail = call.key_tail
     widest = max(query.shape[-1], value.shape[-1])
-    if widest > MAX_HEAD_DIM:
+    if tail is not None:
+        if not latent_fits(key, tail):
+            return f"latents of {key.shape[-1]} {key.dtype} beside {tail.shape[-1]} are over {MAX_LATENT} bytes"
+    elif widest > MAX_HEAD_DIM:
         return f"head_dim {widest} is over {MAX_HEAD_DIM}"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("key_tail", tail)):
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name} is not contiguous in its last dimension"
     if not math.isfinite(call.factor):
         return f"scale is {call.scale}"
@@ -32,6 +38,11 @@ def refusal(call: AttentionCall) -> str | None:
         if added is not None and added.requires_grad and torch.is_grad_enabled():
             return f"{name} wants a gradient, which the kernels do not give"
     return None
+
+
+def latent_fits(latents: Tensor, tail: Tensor) -> bool:
+    """Whether the decode kernel holds latents of this size and dtype."""
+    return latents.shape[-1] * latents.element_size() <= MAX_LATENT and tail.shape[-1] <= MAX_TAIL
 
 
 def segment_bounds(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,12 @@ def run_decode(call: AttentionCall) -> Tensor:
     from rehead.attention.kernels.general import float_bias, interpreting
 
     query, key, value, scale = call.query, call.key, call.value, call.factor
+    latent = call.key_tail is not None
+    if call.key_tail is not None:  # the kernel takes the values as the first columns of the keys
+        key, value = call.key_tail, call.key
     end_tensor, offset_tensor = (x if isinstance(x, Tensor) else None for x in (call.kv_end, call.q_offset))
-    batch, heads, num_q, dim = query.shape
-    kv_heads, num_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+    batch, heads, num_q, _ = query.shape
+    kv_heads, num_k, dim, dim_v = *key.shape[1:], value.shape[3]
     out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
     if 0 in query.shape or 0 in key.shape:
         return out.zero_()
@@ -48,7 +51,8 @@ def run_decode(call: AttentionCall) -> Tensor:
     total = num_q * group
     block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
     early = _is_hopper(query.device)
-    shape = launch_shape(query.device, query.element_size(), max(block_d, block_dv), total)
+    shapes = latent_shape if latent else launch_shape
+    shape = shapes(query.device, query.element_size(), max(block_d, block_dv), total)
     row_tiles = triton.cdiv(total, shape.rows)
     # Rounded up, so that a growing cache changes the split only every 256 keys.
     length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256
@@ -83,7 +87,8 @@ def run_decode(call: AttentionCall) -> Tensor:
             MASK=mask is not None, OFFSET=offset_tensor is not None, ALIBI=call.alibi_slopes is not None,
             SINKS=call.sinks is not None, BIAS=bias is not None, DIRECT=splits == 1, EARLY=early, AHEAD=shape.ahead,
             SINGLE=num_q == 1,
-            PLAIN=plain, PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
+            PLAIN=plain, TAIL=latent,
+            PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
             # A tile of biases in every stage would not fit beside those of K and V.
             num_warps=shape.warps, num_stages=shape.stages if bias is None else min(2, shape.stages), **launch,
         )  # fmt: skip
@@ -162,6 +167,25 @@ def launch_shape(device: torch.device, itemsize: int, width: int, total: int) ->
     if width * itemsize > 256:
         return LaunchShape(rows, 32, 4, 3 if roomy else 2, slots)
     return LaunchShape(rows, 64, 4, 3 if roomy else 2, slots)
+
+
+@functools.lru_cache(maxsize=256)
+def latent_shape(device: torch.device, itemsize: int, width: int, total: int) -> LaunchShape:
+    """As :func:`launch_shape` where one tile, ``width`` wide, is both keys and values.
+
+    The sums of 64 rows of 512 take half of a multiprocessor's registers, so no more rows go together.
+    """
+    from rehead.attention.kernels.general import interpreting, shared_memory
+
+    if interpreting():
+        return launch_shape(device, itemsize, width, total)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    room = shared_memory(device)
+    rows = 16
+    if total > 16 and itemsize == 2 and room > 150_000:
+        rows = 64 if _is_hopper(device) else 32
+    block_n = 16 if itemsize == 4 or room < 150_000 else 32 if rows > 16 else 64
+    return LaunchShape(rows, block_n, 8 if rows > 16 else 4, 2, processors, 0, True)
 
 
 def merge_shape(rows: int, splits: int, width: int) -> tuple[int, int]:

@@ -75,12 +75,14 @@ def seen_range(mask_row, start_n, stop_n, SCAN: tl.constexpr):
 
 
 @triton.jit
-def attend(q, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row, slope, scale, softcap, clear_low, low,
-           stop_n, window, chunk, stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-           CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-           SINGLE: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add the keys n..n+BLOCK_N to the running softmax. Without EDGE every row sees all of them."""
+def attend(q, q_tail, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row, slope, scale, softcap,
+           clear_low, low, stop_n, window, chunk, stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr,
+           BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+           WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+           BIAS: tl.constexpr, SINGLE: tl.constexpr, PLAIN: tl.constexpr, TAIL: tl.constexpr, EDGE: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """Add the keys n..n+BLOCK_N to the running softmax. Without EDGE every row sees all of them. With TAIL the values
+    are the keys, read once, and ``k_tile`` has the columns that the keys have besides."""
     columns = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -101,7 +103,11 @@ def attend(q, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row
     if BIAS:
         bias = tl.load(bias_rows[:, None] + key[None, :], mask=inside[:, None] & here[None, :], other=0.0)
         bias = bias.to(tl.float32)
-    raw = tl.dot(q, k, input_precision=PRECISION)
+    if TAIL:
+        raw = tl.dot(q, tl.trans(v), input_precision=PRECISION)
+        raw = tl.dot(q_tail, k, raw, input_precision=PRECISION)
+    else:
+        raw = tl.dot(q, k, input_precision=PRECISION)
     if PLAIN and not EDGE:  # one multiply-add per element; the scale is positive, so the maximum may come before it
         factor = scale * LOG2E
         m_new = tl.maximum(m_i, tl.max(raw, 1) * factor)
@@ -137,8 +143,9 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
                       START: tl.constexpr, END: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr,
                       ALIBI: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr, DIRECT: tl.constexpr,
                       EARLY: tl.constexpr, AHEAD: tl.constexpr, SINGLE: tl.constexpr, PLAIN: tl.constexpr,
-                      PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (splits, B*K, row tiles). Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
+                      TAIL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Grid (splits, B*K, row tiles). With TAIL, k_ptr has the last D columns of the keys and v_ptr the others, which
+    are also the values. Writes the normalised partial output [B*K, splits, rows, BLOCK_DV] float32 and its
     base-2 log-sum-exp; with DIRECT (one split) the output [B, Sq, H, DV] itself, sinks included. With EARLY, the first
     AHEAD keys of a part are prefetched."""
     split = tl.program_id(0)
@@ -184,7 +191,12 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
         b, split, tile, start_ptr, end_ptr, offset_ptr, stride_start, stride_end, stride_offset, num_q, num_k, kv_end,
         q_offset, window, chunk, splits, GROUP, ROWS, BLOCK_N, CAUSAL, WINDOW, CHUNK, START, END, OFFSET,
     )  # fmt: skip
-    q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    if TAIL:
+        q = tl.load(q_ptr + q_rows[:, None] + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0)
+        q_tail = tl.load(q_ptr + q_rows[:, None] + DV + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    else:
+        q = tl.load(q_ptr + q_rows[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+        q_tail = q
     row = offset + position
     solid = True
     if MASK:  # looking once saves looking at every block, unless there are holes between the visible keys
@@ -210,18 +222,18 @@ def partial_attention(q_ptr, k_ptr, v_ptr, acc_ptr, lse_ptr, out_ptr, start_ptr,
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for n in range(clear, clear_end, BLOCK_N):
         m_i, l_i, acc = attend(
-            q, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row, slope, scale, softcap, clear_low,
-            low, stop_n, window, chunk, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK,
-            SOFTCAP, MASK, ALIBI, BIAS, SINGLE, PLAIN, False, PRECISION,
+            q, q_tail, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row, slope, scale, softcap,
+            clear_low, low, stop_n, window, chunk, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL,
+            WINDOW, CHUNK, SOFTCAP, MASK, ALIBI, BIAS, SINGLE, PLAIN, TAIL, False, PRECISION,
         )  # fmt: skip
     # What is left: an incomplete block at either end, or all of them where the mask has holes.
     skipped = clear_end - clear
     for left in range(start_n, stop_n - skipped, BLOCK_N):
         n = left + tl.where(left >= clear, skipped, 0)
         m_i, l_i, acc = attend(
-            q, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row, slope, scale, softcap, clear_low,
-            low, stop_n, window, chunk, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK,
-            SOFTCAP, MASK, ALIBI, BIAS, SINGLE, PLAIN, True, PRECISION,
+            q, q_tail, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, inside, row, slope, scale, softcap,
+            clear_low, low, stop_n, window, chunk, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL,
+            WINDOW, CHUNK, SOFTCAP, MASK, ALIBI, BIAS, SINGLE, PLAIN, TAIL, True, PRECISION,
         )  # fmt: skip
 
     if DIRECT and SINKS:

@@ -139,6 +139,21 @@ def test_decode_fits_every_card(total, width, kind, capability, tmp_path, monkey
         assert "registers" in report
 
 
+@pytest.mark.parametrize(("capability", "total"), [(90, 128), (90, 16), (80, 128), (89, 128)])
+@pytest.mark.parametrize(("kind", "width"), [("bf16", 512), ("fp32", 256)])
+def test_latents_fit_every_card(kind, width, total, capability, tmp_path, monkeypatch):
+    module = importlib.import_module("rehead.attention.kernels.decode")
+    general = importlib.import_module("rehead.attention.kernels.general")
+    monkeypatch.setattr(general, "shared_memory", lambda device: SHARED[capability])
+    monkeypatch.setattr(module, "_is_hopper", lambda device: capability == 90)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
+    shape = module.latent_shape.__wrapped__(torch.device("cuda"), 2 if kind == "bf16" else 4, width, total)
+    sizes = (shape.rows, shape.block_n, shape.stages, width, kind, capability, tmp_path, shape.warps)
+    report = assemble_decode(*sizes, D=64, BLOCK_D=64, TAIL=True, GROUP=total, AHEAD=0, MASK=False)
+    assert spilled(report) <= 64 or kind == "fp32"
+    assert "serialized" not in report
+
+
 def assemble_decode(
     rows: int, block_n: int, stages: int, width: int, kind: str, capability: int, tmp_path, warps: int = 4, **changed
 ) -> str:
@@ -149,7 +164,7 @@ def assemble_decode(
         "SCAN": 1024, "CAUSAL": True, "WINDOW": False, "CHUNK": False, "SOFTCAP": False, "START": True, "END": True,
         "MASK": True, "OFFSET": True, "ALIBI": False, "SINKS": True, "BIAS": False, "DIRECT": False,
         "EARLY": capability == 90, "AHEAD": 256, "SINGLE": True, "PLAIN": True,
-        "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
+        "TAIL": False, "PRECISION": "ieee" if kind == "bf16" else "tf32x3",
     }  # fmt: skip
     flags |= changed
     pointers = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")} | {"bias_ptr": "*fp32"}

@@ -170,6 +170,20 @@ def test_parity_in_float32(name):
     compare(CASES[name], torch.float32)
 
 
+@needs_kernels
+@pytest.mark.parametrize("tail", [8, 24])
+@pytest.mark.parametrize("name", CASES)
+def test_keys_that_are_also_the_values(name, tail):
+    """A latent is read once, as keys beside a tail of their own and as values."""
+    *sizes, dim, _, rules = CASES[name]
+    (query, key, _), rules = draw((*sizes, dim + tail, dim, rules), torch.float32)
+    latent, rest = key[..., :dim].contiguous(), key[..., dim:].contiguous()
+    out = decode(query, latent, latent, key_tail=rest, **rules)
+    want = exact([query, key, latent], rules)
+    assert out.shape == want.shape
+    assert float((out.double() - want).norm() / want.norm()) < 2e-5
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's stand-in for a Hopper GPU")
 @pytest.mark.parametrize("shape", [(64, 64, 4, 6, 12), (16, 128, 8, 3, 12)], ids=["64 rows", "16 rows"])
 @pytest.mark.parametrize("name", ["holes and window", "chunk", "range and soft cap"])

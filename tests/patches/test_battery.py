@@ -36,6 +36,8 @@ ARCHS = {
     "bloom": ("bloom", {}),
     "mpt": ("mpt", {}),
     "gptj": ("gptj", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "youtu": ("youtu", {}),
 }
 # Under eager, transformers adds falcon's ALiBi twice; its SDPA path is the function that falcon-rw was trained as.
 REFERENCE = {"falcon-alibi": "sdpa"}
@@ -220,7 +222,7 @@ def peft_wrapped(arch):
     linear = {
         name.rpartition(".")[2] for name, m in base.named_modules() if "attn" in name.lower() or "attention" in name
     }
-    names = [n for n in ("q_proj", "c_attn", "query_key_value", "Wqkv") if n in linear]
+    names = [n for n in ("q_proj", "c_attn", "query_key_value", "Wqkv", "kv_b_proj") if n in linear]
     assert names
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False))
     model.eval()

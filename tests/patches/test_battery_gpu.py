@@ -87,7 +87,7 @@ def test_any_layout_and_more_pairs_than_the_decode_grid_holds():
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma3", "gpt_oss", "llama4", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma3", "gpt_oss", "llama4", "gpt2", "deepseek_v3"])
 def test_decoding(arch, static):
     model = build(arch)
     ids, mask = TOKENS.cuda(), LEFT.cuda()
@@ -126,9 +126,10 @@ def test_gradients(arch):
         assert float((mine[name] - grad).abs().max()) <= 1e-3 * max(1e-2, float(grad.abs().max())), name
 
 
-def test_compiled_generation_under_a_static_cache():
+@pytest.mark.parametrize("arch", ["llama", "deepseek_v3"])
+def test_compiled_generation_under_a_static_cache(arch):
     """generate compiles its decode step and, with reduce-overhead, replays it as a CUDA graph."""
-    model = build("llama")
+    model = build(arch)
     arguments = {
         "attention_mask": LEFT.cuda(),
         "max_new_tokens": 12,
