@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rehead.errors import UnsupportedError
+
 _PIECE = 1 << 20
 _NATIVE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -27,3 +29,13 @@ def first_nonfinite(tensor: torch.Tensor) -> tuple[int, ...] | None:
             index = [int(i) for i in torch.unravel_index(torch.tensor(at), values.shape)]
             return tuple(index[: tensor.dim()])
     return None
+
+
+def check_finite(name: str, tensor: torch.Tensor, layer: int | None = None) -> None:
+    """Raise UnsupportedError when a weight has a NaN or an infinity."""
+    at = first_nonfinite(tensor)
+    if at is not None:
+        where = f" (layer {layer})" if layer is not None else ""
+        raise UnsupportedError(
+            f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or fix the weight"
+        )

@@ -46,7 +46,7 @@ class Manifest(_Section):
         command: the command line or Python call.
         source: the folder or Hub id that was converted, at ``revision``.
         model_type: the source's type.
-        host, block, reinvest, variants, latent: steps besides pooling, where there were any.
+        layout, host, block, reinvest, variants, latent: steps besides pooling, where there were any.
         kv_bytes_per_token: KV-cache bytes that each token adds over all layers while no window is full.
         cache_bytes: bytes of the whole cache by context, since version 0.2.
         exact: the result computes the same function as the source; ``rounded``: up to rounding in 16 bits.
@@ -64,6 +64,7 @@ class Manifest(_Section):
     source: str | None = None
     revision: str | None = None
     model_type: str | None = None
+    layout: BeforeAfter[str] | None = None
     host: BeforeAfter[str] | None = None
     block: dict[str, Any] | None = None
     reinvest: dict[str, Any] | None = None

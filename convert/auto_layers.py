@@ -12,6 +12,7 @@ from rehead.convert.options import ConvertOptions
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class
 from rehead.models.model import Model
+from rehead.models.remote import weights_for_loading
 from rehead.variants.blocks.forms import reblock
 from rehead.variants.blocks.switches import SWITCHES
 from rehead.variants.layer_choice import auto_count
@@ -57,7 +58,10 @@ def choose(
     with quiet_transformers():
         try:
             live: Any = causal_lm_class(model.config).from_pretrained(
-                where, config=model.config, revision=source.revision or "main", dtype=torch.float32
+                **weights_for_loading(source, where),
+                config=model.config,
+                revision=source.revision or "main",
+                dtype=torch.float32,
             )
         except Exception as error:
             raise UnsupportedError(

@@ -21,7 +21,7 @@ from rehead.models.by_heads import tensors_of
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
 from rehead.models.rewrite import Changed, LayerForm
-from rehead.models.rewritten import cast
+from rehead.models.rewritten_source import cast
 
 
 def calibrate(plan: Plan, finished: FinishedLayers, device: torch.device, progress: Progress | None) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def _title(table: dict[str, Any]) -> str:
             return f"with {table['options']['block']} blocks"
         if "variants" in table:
             return f"with {' and '.join(table['variants'])}"
-        if "host" in table:
-            return f"as {table['host']['after']}"
+        if change := table.get("host") or table.get("layout"):
+            return f"as {change['after']}"
     after = table["num_key_value_heads"]["after"]
     return f"with {after} KV head{'s' if after != 1 else ''}"
 
@@ -111,8 +111,8 @@ def _rows(table: dict[str, Any]) -> list[str]:
     for name, facts in table.get("variants", {}).items():
         told = ", ".join(f"{key} {plain(str(value))}" for key, value in facts["options"].items())
         rows.append(f"| {name} | | {told} |")
-    if "host" in table:
-        rows.append(f"| class | {table['host']['before']} | {table['host']['after']} |")
+    for change in (table[name] for name in ("layout", "host") if name in table):
+        rows.append(f"| class | {change['before']} | {change['after']} |")
     if "block" in table:
         rows.append(f"| blocks | {table['block']['before']} | {table['block']['after']} |")
     if spent := table.get("reinvest"):
@@ -133,8 +133,9 @@ def _notes(
             f"{what[0].upper()}{what[1:]} change{'s' if len(changes) == 1 else ''} what the model computes. Uptrain it "
             "briefly and evaluate it against the original before you rely on it."
         )
-    if note := table.get("host", {}).get("note"):
-        yield f"{note[0].upper()}{note[1:]}."
+    for note in (table.get(name, {}).get("note") for name in ("layout", "host")):
+        if note:
+            yield f"{note[0].upper()}{note[1:]}."
     if plan.raw_config.get("auto_map"):
         serial = " Its serial class would take the weights and compute something else."
         yield (

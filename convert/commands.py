@@ -232,11 +232,11 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     how += ["refit"] if options["refit"] else []
     how += [f"fit of {options['fit']} steps a layer"] if options["fit"] else []
     rows: list[tuple[str, str]] = []
+    for change in (facts[name] for name in ("layout", "host") if name in facts):
+        note = f"; {change['note']}" if "note" in change else ""
+        rows.append(("class", f"{change['before']} -> {change['after']}, which computes the same{note}"))
     if "latent" in facts:
-        return _latent_rows(facts, how[2:])
-    if "host" in facts:
-        note = f"; {facts['host']['note']}" if "note" in facts["host"] else ""
-        rows.append(("class", f"{facts['host']['before']} -> {facts['host']['after']}, which computes the same{note}"))
+        return rows + _latent_rows(facts, how[2:])
     rows += [
         ("method", ", ".join(how) if kv["before"] != kv["after"] else _unpooled(facts)),
         ("KV heads", f"{kv['before']} -> {kv['after']}"),

@@ -205,7 +205,8 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
     return {
         **made_by(command),
         **{key: table[key] for key in (
-            "source", "revision", "model_type", "host", "num_attention_heads", "head_dim", "num_key_value_heads",
+            "source", "revision", "model_type", "layout", "host",
+            "num_attention_heads", "head_dim", "num_key_value_heads",
             "kv_bytes_per_token", "cache_bytes", "parameters", "reinvest", "block", "variants", "latent",
             "exact", "rounded",
             "options", "config_changes",

@@ -6,15 +6,16 @@ import os
 from collections import Counter
 from typing import Any
 
-from rehead.checkpoints.opening import open_source
 from rehead.convert.hosts import hosts_of
 from rehead.models.config import resolve_config
 from rehead.models.families import FAMILIES, REFUSALS
 from rehead.models.families.latent import LATENT
+from rehead.models.families.remote import REMOTE
 from rehead.models.families.seq2seq import SEQ2SEQ
 from rehead.models.layout import bytes_per_token, sizes, windows
 from rehead.models.meta import draft_layers
 from rehead.models.model import model_of, open_model
+from rehead.models.remote import layout_facts, open_known
 
 
 def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         UsageError: no such model.
         UnsupportedError: it cannot be converted; the line says why.
     """
-    source = open_source(model, revision)
+    source = open_known(model, revision)
     config = resolve_config(source.config, source.id)
     latent = config.model_type in LATENT
     opened = model_of(source, config, LATENT[config.model_type]) if latent else open_model(source)
@@ -84,6 +85,7 @@ def inspect(model: str | os.PathLike[str], revision: str | None = None) -> dict[
         "ignored": sorted(source.ignored),
         "drafts": draft_layers(source),
         "hosts": hosts_of(config.model_type),
+        **({"layout": facts} if (facts := layout_facts(source)) else {}),
     }
 
 
@@ -106,6 +108,9 @@ def describe_families() -> list[dict[str, Any]]:
                 "notes": family.notes,
             }
         )
+    for model_type, layout in REMOTE.items():
+        host = next(row for row in rows if row["model_type"] == layout.host)
+        rows.append({**host, "model_type": model_type, "notes": f"published with remote code; read as {layout.host}"})
     return rows
 
 

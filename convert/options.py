@@ -76,7 +76,7 @@ class ConvertOptions(Options):
     host: Annotated[str | None, Flag(metavar="TYPE", default="only where needed")] = Field(
         None,
         description="Write the model under another class that computes the same: phi, starcoder2, nemotron, "
-        "gpt_bigcode or auto.",
+        "gpt_bigcode or auto. A checkpoint that needs remote code is written plainly with auto.",
     )
     reinvest: Literal["ffn", "hidden"] | None = Field(
         None, description="Widen the model by what sharing KV heads frees, keeping its function."

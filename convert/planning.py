@@ -23,8 +23,10 @@ from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
 from rehead.models.model import Model
+from rehead.models.remote import in_view_rounds, layout_facts
 from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
-from rehead.models.rewritten import RewrittenSource, rewritten
+from rehead.models.rewritten import rewritten
+from rehead.models.rewritten_source import RewrittenSource
 from rehead.variants.pool.rewrite import check_count, pool
 
 LayerProvider = Callable[[int], dict[str, Tensor]]
@@ -106,7 +108,7 @@ class Plan:
     @property
     def rounded(self) -> bool:
         """Whether weights that stand for the same function were computed and stored in less than 32 bits."""
-        rounds = any(rewrite.rounds for rewrite in self.rewrites)
+        rounds = any(rewrite.rounds for rewrite in self.rewrites) or in_view_rounds(self.source.source)
         return rounds and any(info.dtype in ("BF16", "F16") for info in self.result.source.stored.values())
 
     @property
@@ -207,6 +209,8 @@ class Plan:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
         source, raw = self.source.source, self.raw_config
         facts = {rewrite.name: rewrite.facts for rewrite in self.rewrites if rewrite.name in _TOLD}
+        if layout := layout_facts(source):
+            facts = {"layout": layout, **facts}
         variants = {rewrite.name: rewrite.facts for rewrite in self.rewrites if "options" in rewrite.facts}
         outputs, before, after = self.outputs, self.source.layouts, self.layouts
         return {
@@ -262,7 +266,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         from rehead.variants.blocks.forms import reblock
 
         model = rewritten(model, reblock(model, options.block, options.layers, options.plain))
-    if options.host is not None or (kv != old and model.family.hosted):
+    in_stock_class = options.host == "auto" and layout_facts(source.source)  # which opening it did
+    if (options.host is not None and not in_stock_class) or (kv != old and model.family.hosted):
         model = rewritten(model, host(model, options.host or "auto"))
     pooled = _with_layers(model, options, kv)
     result = pooled

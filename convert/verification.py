@@ -21,6 +21,7 @@ from rehead.models.distance import distances
 from rehead.models.layout import cache_bytes
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
+from rehead.models.remote import open_known, weights_for_loading
 
 _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
@@ -147,7 +148,7 @@ def _absent_code(folder: Source) -> set[str]:
 
 
 def _report_of(source: str, revision: str | None) -> Any:
-    opened = open_source(source, revision)
+    opened = open_known(source, revision)
     shapes = {name: (info.dtype, info.shape) for name, info in opened.tensors.items()}
     return load_report(resolve_config(opened.config, source), shapes)
 
@@ -159,12 +160,15 @@ def _tokens(config: Any, count: int) -> Tensor:
     return torch.randint(0, config.vocab_size, (1, min(count, int(limit))), generator=generator)
 
 
-def _load(path: str, config: Any, revision: str | None = None) -> Any:
+def _load(path: str, config: Any, revision: str | None = None, source: Source | None = None) -> Any:
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what neither checkpoint holds (the head of a base model) is drawn alike for both
         try:
             model = causal_lm_class(config).from_pretrained(
-                path, config=config, revision=revision or "main", dtype=torch.float32
+                **({"pretrained_model_name_or_path": path} if source is None else weights_for_loading(source, path)),
+                config=config,
+                revision=revision or "main",
+                dtype=torch.float32,
             )
         except Exception as error:
             raise VerificationError(
@@ -217,8 +221,8 @@ def _compare(
     logits: Tensor, source: str, revision: str | None, tokens: Tensor, cached: bool
 ) -> tuple[dict[str, float], float | None]:
     """How far the source's logits are from these, and its own cache error where that is asked for."""
-    opened = open_source(source, revision)
-    model = _load(source, resolve_config(opened.config, source), revision)
+    opened = open_known(source, revision)
+    model = _load(source, resolve_config(opened.config, source), revision, opened)
     theirs = _logits(model, tokens)
     if theirs.shape != logits.shape:
         raise VerificationError(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rehead.checkpoints.finite import first_nonfinite
-from rehead.checkpoints.opening import open_source
+from rehead.checkpoints.finite import check_finite
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.errors import UnsupportedError
 from rehead.models.cache_layouts import layer_layout
@@ -24,6 +23,7 @@ from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
 from rehead.models.layout import LayerLayout
 from rehead.models.meta import load_report, shapes_of
+from rehead.models.remote import in_known_layout, open_known
 
 if TYPE_CHECKING:
     from rehead.models.rewrite import Rewrite
@@ -126,7 +126,7 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
         UsageError: there is no such model.
         UnsupportedError: its architecture, format or layout cannot be converted; the message says what to do.
     """
-    source = model if isinstance(model, Source) else open_source(model, revision)
+    source = in_known_layout(model) if isinstance(model, Source) else open_known(model, revision)
     config = resolve_config(source.config, source.id)
     _refuse_quantised(source)
     refuse_type(config)
@@ -153,16 +153,6 @@ def model_of(source: Source, config: Config, family: Family) -> Model:
             "give a model with attention"
         )
     return Model(source, config, family, layers, class_layer)
-
-
-def check_finite(name: str, tensor: Tensor, layer: int | None = None) -> None:
-    """Raise UnsupportedError when a weight has a NaN or an infinity."""
-    at = first_nonfinite(tensor)
-    if at is not None:
-        where = f" (layer {layer})" if layer is not None else ""
-        raise UnsupportedError(
-            f"{name}{where}: element {list(at)} is not finite; fetch the checkpoint again or fix the weight"
-        )
 
 
 def _refuse_quantised(source: Source) -> None:

@@ -319,12 +319,12 @@ class Builder:
         info = self.infos[name]
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
 
-    def finish(self, config: dict[str, Any], step: Step, buffers: str) -> Rewrite:
+    def finish(self, config: dict[str, Any], step: Step | None, buffers: str) -> Rewrite:
         """The Rewrite, once every source tensor is used.
 
         Args:
             config: raw ``config.json`` of the result.
-            step: the layer step, from :meth:`attention`.
+            step: the layer step, from :meth:`attention`; None where no tensor needs one.
             buffers: regular expression for the names of tensors that are not needed.
 
         Raises:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rehead.convert.hosts.rope import refuse_rope, rope_fields
+from rehead.convert.hosts.rope import refuse_rope
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
+from rehead.models.families.rope import rope_fields
 from rehead.models.rewrite import Builder, Rewrite
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rehead.convert.hosts.rope import refuse_rope, rope_fields
+from rehead.convert.hosts.rope import refuse_rope
 from rehead.models.equivalent_heads import as_halves, fold_bias, fold_matrix, with_biases, with_norm_folded
+from rehead.models.families.rope import rope_fields
 from rehead.models.heads import Heads
 from rehead.models.rewrite import Builder, Read, Rewrite
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rehead.convert.hosts.rope import refuse_rope, rope_fields
+from rehead.convert.hosts.rope import refuse_rope
 from rehead.convert.hosts.serial import BUFFERS, common_config, common_tensors, norms
+from rehead.models.families.rope import rope_fields
 from rehead.models.rewrite import Builder, Rewrite
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from rehead.checkpoints.opening import open_source, split_revision
+from rehead.checkpoints.opening import split_revision
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.cache_layouts import config_layouts
 from rehead.models.layout import LayerLayout
 from rehead.models.probing import config_value
+from rehead.models.remote import open_known, weights_for_loading
 from rehead.options import named_options
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.kv_cache import measure_cache, stated_heads
@@ -123,7 +124,7 @@ def load_model(
     with quiet_transformers():
         try:
             found: Any = causal_lm_class(config).from_pretrained(
-                place,
+                **weights_for_loading(source, place),
                 config=config,
                 revision=source.revision or "main",
                 dtype=wanted,
@@ -215,7 +216,7 @@ def wider_than_read(loaded: JudgedModel, options: EvaluateOptions) -> str | None
 
 def open_named(name: str) -> Source:
     """The checkpoint of a folder, a Hub id, or ``id@revision``; raises as ``open_source``."""
-    return open_source(*split_revision(name))
+    return open_known(*split_revision(name))
 
 
 def _dtype_of(source: Source) -> torch.dtype:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rehead.checkpoints.opening import open_source, split_revision
+from rehead.checkpoints.opening import split_revision
 from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.checkpoints.source import Source
 from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
 from rehead.models.live import evaluating
+from rehead.models.remote import open_known, weights_for_loading
 from rehead.recipes.training.options import UptrainOptions
 
 
@@ -45,7 +46,7 @@ def open_checkpoint(name: str) -> Opened:
         UnsupportedError: it is quantised, an encoder-decoder, in another format, or of a type that transformers does
             not have.
     """
-    source = open_source(*split_revision(name))
+    source = open_known(*split_revision(name))
     if source.config.get("quantization_config"):
         raise UnsupportedError(f"{name}: is quantised and cannot be trained; give the unquantised checkpoint")
     conversion = {}
@@ -135,7 +136,11 @@ def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
     with quiet_transformers():
         try:
             loaded = model_class.from_pretrained(
-                str(folder), config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+                **weights_for_loading(opened.source, str(folder)),
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
             )
         except Exception as error:
             raise UnsupportedError(

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from rehead.checkpoints.safetensors_io import read_header
 from rehead.convert import convert, inspect, plan, verify
 from rehead.convert.hosts.registry import _PAIRS
-from rehead.convert.hosts.rope import rope_fields
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.families.rope import rope_fields
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 

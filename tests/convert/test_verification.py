@@ -18,7 +18,7 @@ from rehead.cli import cli
 from rehead.convert import convert, plan, verification, verify
 from rehead.convert.commands import verify_command
 from rehead.errors import UnsupportedError, VerificationError
-from rehead.models.rewritten import cast
+from rehead.models.rewritten_source import cast
 
 
 @pytest.fixture
