@@ -246,7 +246,7 @@ def test_a_place_that_nobody_may_look_into_is_one_line(run, monkeypatch) -> None
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "secret/config.json")
 
-    monkeypatch.setattr("rehead.convert.inspection.open_source", refuse)
+    monkeypatch.setattr("rehead.convert.inspection.open_known", refuse)
     code, out, err = run("inspect", "secret", "--json")
     assert code == 3
     assert err == "error: secret/config.json: permission denied; check the path and its permissions\n"
@@ -257,7 +257,7 @@ def test_interrupted_says_what_is_left(run, monkeypatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rehead.convert.inspection.open_source", stop)
+    monkeypatch.setattr("rehead.convert.inspection.open_known", stop)
     code, _, err = run("inspect", "x")
     assert (code, err.strip()) == (130, "error: interrupted")
     monkeypatch.setattr("rehead.convert.convert", stop)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from rehead.benchmarks.toy_models import randomise
 from rehead.convert import convert
@@ -45,7 +48,7 @@ class Case:
     """A source and what is done to it.
 
     Attributes:
-        source: a model type of transformers, built small with random weights; ``embedded`` or ``smollm2``.
+        source: a model type of transformers, small with random weights; ``embedded``, ``smollm2`` or ``chatglm2``.
         config: fields of the random model's config.
         convert: options of :func:`rehead.convert.convert`; None serves the source itself.
         client: options for single engines' clients, by engine.
@@ -138,6 +141,12 @@ CASES: dict[str, Case] = {
     ),
     "glm": Case("glm", {"rope_parameters": PART_ROPE}),
     "glm-usual": Case("glm", {"rope_parameters": USUAL_PART_ROPE}),
+    "chatglm2": Case(
+        "chatglm2",
+        {"rope_parameters": USUAL_PART_ROPE, "num_key_value_heads": 2},
+        {"num_key_value_heads": 1, "method": "svd", "calibration_tokens": 2048},
+        note="ChatGLM2's published layout, 2 KV heads to 1",
+    ),
     "glm4": Case("glm4", {"rope_parameters": PART_ROPE}),
     "stablelm": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": PART_ROPE}),
     "stablelm-usual": Case("stablelm", {"use_qkv_bias": True, "rope_parameters": USUAL_PART_ROPE}),
@@ -240,7 +249,41 @@ def _smollm2(case: Case, out: Path) -> Path:
     return shared
 
 
-_SOURCES: dict[str, Callable[[Case, Path], Path]] = {"embedded": _embedded, "smollm2": _smollm2}
+def _chatglm2(case: Case, out: Path) -> Path:
+    """A small random GLM under the names and in the layout that ChatGLM2 was published with."""
+    made = _random_model(Case("glm", case.config), out.parent / "glm")
+    stock, config = load_file(made / "model.safetensors"), json.loads((made / "config.json").read_text())
+    tensors = {
+        "transformer.embedding.word_embeddings.weight": stock["model.embed_tokens.weight"],
+        "transformer.encoder.final_layernorm.weight": stock["model.norm.weight"],
+        "transformer.output_layer.weight": stock["lm_head.weight"],
+    }
+    below = {"mlp.dense_h_to_4h": "mlp.gate_up_proj", "mlp.dense_4h_to_h": "mlp.down_proj"}
+    below |= {"self_attention.dense": "self_attn.o_proj"}
+    below |= {name: name for name in ("input_layernorm", "post_attention_layernorm")}
+    for layer in range(LAYERS):
+        old, new = f"model.layers.{layer}.", f"transformer.encoder.layers.{layer}."
+        for part in ("weight", "bias"):
+            rows = [stock[f"{old}self_attn.{name}_proj.{part}"] for name in "qkv"]
+            tensors[f"{new}self_attention.query_key_value.{part}"] = torch.cat(rows)
+        tensors |= {f"{new}{name}.weight": stock[f"{old}{its}.weight"] for name, its in below.items()}
+    published = {
+        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "hidden_size": HIDDEN, "num_layers": LAYERS,
+        "num_attention_heads": HEADS, "kv_channels": HEAD_DIM, "ffn_hidden_size": config["intermediate_size"],
+        "padded_vocab_size": config["vocab_size"], "seq_length": 256, "layernorm_epsilon": config["rms_norm_eps"],
+        "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "eos_token_id": 0,
+    }  # fmt: skip
+    shutil.copytree(made, out, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(published))
+    return out
+
+
+_SOURCES: dict[str, Callable[[Case, Path], Path]] = {
+    "embedded": _embedded,
+    "smollm2": _smollm2,
+    "chatglm2": _chatglm2,
+}
 
 
 def _random_model(case: Case, out: Path) -> Path:
