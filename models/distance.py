@@ -70,6 +70,14 @@ Judgement = Literal["usable", "uptrain first", "broken"]
 USABLE, RECOVERABLE = (0.1, 0.85), (2.0, 0.3)
 
 
+RULE = (
+    f"usable: KL of at most {USABLE[0]:g} nats per token, and the same most likely token at {USABLE[1]:.0%} of "
+    f"positions or more; uptrain first: at most {RECOVERABLE[0]:g} nats, and at {RECOVERABLE[1]:.0%} or more; "
+    "broken: beyond that"
+)
+"""The rule of :func:`judged` as a sentence, to be printed beside its word."""
+
+
 def judged(kl: float, agreement: float | None = None) -> Judgement:
     """What a model is good for, from how far it is from the original on running text: the one rule for it.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rehead.errors import UsageError
 from rehead.models.distance import judged
-from rehead.recipes.evaluation_schema import Divergence, Evaluation, Perplexity
+from rehead.recipes.evaluation_schema import Divergence, Evaluation, Interval, Perplexity
 from rehead.recipes.report.wording import heads_phrase, short
 from rehead.recipes.training.log import LOG_NAME
 
@@ -43,7 +43,8 @@ class OnText:
     Attributes:
         ratio: perplexity over the baseline's, with its 95% interval where it was measured.
         against_control: perplexity over the control's.
-        kl, top1_agreement: of the model; control_kl, control_top1: of the control, which has moved too.
+        kl, kl_low, kl_high, top1_agreement: of the model, KL with its 95% interval.
+        control_kl, control_top1: of the control, which has moved too.
     """
 
     name: str
@@ -55,6 +56,8 @@ class OnText:
     high: float | None
     against_control: float | None
     kl: float | None
+    kl_low: float | None
+    kl_high: float | None
     top1_agreement: float | None
     control_kl: float | None
     control_top1: float | None
@@ -62,7 +65,10 @@ class OnText:
 
 @dataclass(frozen=True)
 class Faster:
-    """Throughput of the model beside its baseline's at one size; factor is model over baseline."""
+    """Throughput of the model beside its baseline's at one size, tokens per second; factor is model over baseline.
+
+    ``factor_low`` and ``factor_high`` are its 95% interval; None in documents that have none.
+    """
 
     phase: str
     batch: int
@@ -70,6 +76,8 @@ class Faster:
     model: float
     baseline: float | None
     factor: float | None
+    factor_low: float | None = None
+    factor_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,22 @@ class Summary:
 
     @property
     def name(self) -> str:
-        """The label, with the stage where that says more."""
+        """What the report calls it."""
         return self.entry.label
+
+    @property
+    def distance(self) -> float:
+        """How far it is from the original, for comparing models of one report: KL, else perplexity, else infinite."""
+        text = self.worst
+        if text is None:
+            return float("inf")
+        return text.kl if text.kl is not None else text.perplexity or float("inf")
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What decides a model's speed: two models of one shape differ in their weights only."""
+        facts = self.entry.evaluation.model
+        return self.kv_bytes, facts.model_type, facts.head_dim, *facts.num_key_value_heads, *facts.patches
 
 
 @dataclass(frozen=True)
@@ -207,6 +229,8 @@ def _on_text(found: Evaluation, name: str) -> OnText:
         high=ratio.high if ratio else None,
         against_control=ours.value / control.value if ours and control else None,
         kl=kl.mean if kl else None,
+        kl_low=kl.low if kl else None,
+        kl_high=kl.high if kl else None,
         top1_agreement=kl.top1_agreement if kl else None,
         control_kl=moved.mean if moved else None,
         control_top1=moved.top1_agreement if moved else None,
@@ -229,8 +253,9 @@ def _speed(found: Evaluation) -> list[Faster]:
     for item in found.speed:
         if item.who == "model":
             other = base.get((item.phase, item.batch, item.context))
-            factor = item.tokens_per_second / other if other else None
-            rows.append(Faster(item.phase, item.batch, item.context, item.tokens_per_second, other, factor))
+            ratio = item.ratio or Interval(value=item.tokens_per_second / other) if other else None
+            bounds = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
+            rows.append(Faster(item.phase, item.batch, item.context, item.tokens_per_second, other, *bounds))
     return rows
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from rehead.recipes.report.plots import DASHES, Key
+from rehead.recipes.report.drawing import DASHES, Key
 from rehead.recipes.report.tables import Table
 from rehead.version import __version__
 
-_TABLE = """<div class="scroll" tabindex="0" role="region" aria-label="{{ item.title }}"><table class="{{ kind }}">
+_TABLE = """{% if item.head | length > 4 %}<p class="cue" aria-hidden="true">more columns: scroll →</p>
+{% endif %}<div class="scroll" tabindex="0" role="region" aria-label="{{ item.title }}"><table class="{{ kind }}">
 {% if item.head | join %}
 <thead><tr>{% for cell in item.head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 {% endif %}
 <tbody>
 {% for row in item.rows %}
 <tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td{% if cell in ("FAILED", "passed") %} class="{{ cell }}"{% endif %}>{{ cell }}</td>
+{%- for cell in row[1:] %}
+{%- set line, _, below = cell.partition("\n") %}<td{% if cell in marked %} class="{{ marked[cell] }}"{% endif %}>
+{{- line }}
+{%- if below %}<small>{{ below }}</small>{% endif %}</td>
 {%- endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
@@ -25,11 +29,17 @@ _TABLE = """<div class="scroll" tabindex="0" role="region" aria-label="{{ item.t
 {% endif %}"""
 
 
+#: Cells that are coloured by what they say.
+_MARKED = {"FAILED": "bad", "passed": "good", "broken": "bad", "usable": "good", "uptrain first": "soso",
+           "uptrain more": "soso"}  # fmt: skip
+
+
 def html(**content: Any) -> str:
     """Render the page.
 
     Args:
-        content: title, verdict, failed, notes, overview, plots, conditions, caveats, details; all its text is escaped.
+        content: title, verdict, failed, notes, overview, samples, samples_note, plots, conditions, caveats, details;
+            all its text is escaped.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -41,7 +51,7 @@ def html(**content: Any) -> str:
     cell = environment.from_string(_TABLE)
 
     def table(item: Table, kind: str = "figures") -> Any:
-        return Markup(cell.render(item=item, kind=kind))
+        return Markup(cell.render(item=item, kind=kind, marked=_MARKED))
 
     page = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     css = Markup((folder / "report.css").read_text(encoding="utf-8"))
@@ -49,7 +59,7 @@ def html(**content: Any) -> str:
 
 
 def described(svg: str, alt: str) -> str:
-    """A drawing (made by :mod:`rehead.recipes.report.plots`, so trusted) with its words for who cannot see it."""
+    """A drawing (made by :mod:`rehead.recipes.report.drawing`, so trusted) with its words for who cannot see it."""
     from markupsafe import escape
 
     return svg.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(alt)}"', 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rehead.checkpoints.markdown import plain
+from rehead.recipes.report.samples import NOTE, SampleCard
 from rehead.recipes.report.tables import Table
 from rehead.recipes.report.verdict import Verdict
 from rehead.version import __version__
@@ -13,6 +14,7 @@ def markdown(
     verdict: Verdict,
     notes: list[str],
     overview: Table,
+    samples: list[SampleCard],
     conditions: Table,
     caveats: list[str],
     details: list[tuple[str, list[Table]]],
@@ -22,7 +24,7 @@ def markdown(
     lines += [f"- {f'**{plain(name)}**: ' if name else ''}{plain(text)}" for name, text in verdict.points]
     for note in notes:
         lines += ["", plain(note)]
-    lines += ["", *table(overview, 2), *table(conditions, 2)]
+    lines += ["", *table(overview, 2), *_samples(samples), *table(conditions, 2)]
     if caveats:
         lines += ["## Caveats", "", *(f"- {plain(line)}" for line in caveats), ""]
     for name, tables in details:
@@ -30,6 +32,19 @@ def markdown(
         for item in tables:
             lines += table(item, 3)
     return "\n".join([*lines, f"Made by Rehead {__version__}.", ""])
+
+
+def _samples(cards: list[SampleCard]) -> list[str]:
+    """Continuations as lists; what the original writes too is bold."""
+    lines = ["## What they write", ""] if cards else []
+    for card in cards:
+        lines += [f"{plain(card.where)}:", "", f"> {plain(card.prompt)} …", ""]
+        for line in card.lines:
+            same, rest = plain(line.same), plain(line.rest)
+            bold = f"**{same}**" if same and line.note else same
+            lines.append(f"- {plain(line.name)}: {' '.join(filter(None, (bold, rest)))}")
+        lines.append("")
+    return [*lines, plain(NOTE.replace("Underlined", "Bold")), ""] if cards else []
 
 
 def table(item: Table, level: int) -> list[str]:

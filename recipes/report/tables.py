@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rehead.recipes.evaluation_schema import Evaluation, Perplexity
+from rehead.recipes.evaluation_schema import Evaluation, Interval, Perplexity
 from rehead.recipes.report.facts import Entry, Summary, Training, how
+from rehead.recipes.report.speeds import SpeedFactor, headline_speed
 from rehead.recipes.report.wording import bytes_of, count, figure, heads, percent, short, times
 
 
@@ -17,7 +18,7 @@ class Table:
         name: short, for ids.
         title: what it holds.
         head: column headings; the first column names the row.
-        rows: cells.
+        rows: cells; what follows a line's end in one is set smaller, below it.
         note: how to read it.
     """
 
@@ -31,45 +32,56 @@ class Table:
 def overview(summaries: list[Summary]) -> Table:
     """A row for each model: what it saves and what it costs on the text where it costs most."""
     at = f"KV at {count(summaries[0].context)} tokens"
-    head = ["model", at, "× original", "KL", "top-1", "× control", "perplexity", "decode", "KV heads", "verdict"]
+    head = ["model", "verdict", at, "× original", "KL", "top-1", "× control", "perplexity", "decode speed", "KV heads"]
     table = Table("overview", "Overview", head)
     first = next((s for s in summaries if s.baseline_kv_heads), None)
     if first is not None:
         base = next((s.worst for s in summaries if s.worst and s.worst.control is not None), first.worst)
         table.rows.append([
-            "original", bytes_of(first.baseline_kv_bytes), times(1.0), "0", percent(1.0), "–",
-            figure(base.baseline if base else None), times(1.0), heads(first.baseline_kv_heads), "–",
+            "original", "–", bytes_of(first.baseline_kv_bytes), times(1.0), "0", percent(1.0), "–",
+            figure(base.baseline if base else None), times(1.0), heads(first.baseline_kv_heads),
         ])  # fmt: skip
         if base and base.control is not None:
             table.rows.append([
-                "control", bytes_of(first.baseline_kv_bytes),
+                "control", "–", bytes_of(first.baseline_kv_bytes),
                 times(base.control / base.baseline if base.baseline else None), figure(base.control_kl),
                 percent(base.control_top1), times(1.0), figure(base.control), times(1.0),
-                heads(first.baseline_kv_heads), "–",
+                heads(first.baseline_kv_heads),
             ])  # fmt: skip
     for s in summaries:
-        text = s.worst
-        fastest = max((x for x in s.speed if x.phase == "decode" and x.factor), key=lambda x: x.batch * x.context,
-                      default=None)  # fmt: skip
+        text, speed = s.worst, headline_speed(s, summaries)
         table.rows.append([
-            s.name, bytes_of(s.kv_bytes), times(text.ratio if text else None), figure(text.kl if text else None),
-            percent(text.top1_agreement if text else None), times(text.against_control if text else None),
-            figure(text.perplexity if text else None), times(fastest.factor if fastest else None), heads(s.kv_heads),
-            s.verdict or "–",
+            s.name, s.verdict or "–", bytes_of(s.kv_bytes), times(text.ratio if text else None),
+            figure(text.kl if text else None), percent(text.top1_agreement if text else None),
+            times(text.against_control if text else None), figure(text.perplexity if text else None),
+            _spread(speed), heads(s.kv_heads),
         ])  # fmt: skip
     texts = {s.worst.name for s in summaries if s.worst}
+    speed = next((one for s in summaries if (one := headline_speed(s, summaries)) is not None), None)
     table.note = (
-        f"On {next(iter(texts))}. " if len(texts) == 1 else "Each on the text where it loses most. "
-    ) + "KL in nats per token; top-1: positions at which both find the same token most likely."
+        (f"On {next(iter(texts))}. " if len(texts) == 1 else "Each on the text where it loses most. ")
+        + "KL in nats per token; top-1: positions at which both find the same token most likely."
+        + (f" Decoding at batch {speed.batch}, {count(speed.context)} tokens of context, × the original's, with the "
+           "spread of all measurements of models of that shape." if speed else "")
+    )  # fmt: skip
     # Columns that were measured for none would only take room.
     keep = [
         i
         for i in range(len(head))
-        if i in (0, 1, len(head) - 2) or any(row[i] not in ("–", "0", "×1.00") for row in table.rows[1:])
+        if i in (0, 2, len(head) - 1) or any(row[i] not in ("–", "0", "×1.00") for row in table.rows[1:])
     ]
     table.head = [head[i] for i in keep]
     table.rows = [[row[i] for i in keep] for row in table.rows]
     return table
+
+
+def _spread(speed: SpeedFactor | None) -> str:
+    """A factor with its spread below it."""
+    if speed is None:
+        return "–"
+    if speed.low is None or speed.high is None:
+        return times(speed.factor)
+    return f"{times(speed.factor)}\n{figure(speed.low)} to {figure(speed.high)}"
 
 
 def details(entry: Entry) -> list[Table]:
@@ -80,7 +92,7 @@ def details(entry: Entry) -> list[Table]:
 
 
 def _perplexity(found: Evaluation) -> Table:
-    head = ["of", "text", "convention", "value", "95% interval", "× original", "bits a byte", "tokens", "window",
+    head = ["of", "text", "convention", "value", "95% interval", "× original", "bits per byte", "tokens", "window",
             "stride", "dtype"]  # fmt: skip
     rows = [
         [p.who, p.data, named(p), figure(p.value, 4), _range(p.low, p.high),
@@ -153,10 +165,20 @@ def _cache(found: Evaluation) -> Table:
 
 
 def _speed(found: Evaluation) -> Table:
-    head = ["of", "phase", "batch", "context", "tokens a second", "ms", "peak memory"]
-    rows = [[s.who, s.phase, count(s.batch), count(s.context), figure(s.tokens_per_second), figure(s.seconds * 1e3),
+    head = ["of", "phase", "batch", "context", "tokens per second", "interval", "× original", "interval", "repeats",
+            "peak memory"]  # fmt: skip
+    rows = [[s.who, s.phase, count(s.batch), count(s.context), figure(s.tokens_per_second), _range(s.low, s.high),
+             times(s.ratio.value if s.ratio else None), _range(*_ends(s.ratio)), count(s.repeats),
              bytes_of(s.peak_memory_bytes)] for s in found.speed]  # fmt: skip
-    return Table("speed", "Speed", head, rows, "Medians.")
+    fewest = min((s.repeats for s in found.speed), default=0)
+    kind = "95% intervals" if fewest >= 6 else "intervals from the lowest to the highest (too few repeats for 95%)"
+    if all(s.low is None for s in found.speed):
+        kind = "measured by a version that kept no intervals"
+    return Table("speed", "Speed", head, rows, f"Medians; {kind}. × original: of repeats in turns.")
+
+
+def _ends(ratio: Interval | None) -> tuple[float | None, float | None]:
+    return (ratio.low, ratio.high) if ratio else (None, None)
 
 
 def _gates(found: Evaluation) -> Table:

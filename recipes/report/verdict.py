@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rehead.recipes.report.facts import CONVERTED, UPTRAINED, Faster, OnText, Summary, how
+from rehead.models.distance import RULE
+from rehead.recipes.report.facts import CONVERTED, UPTRAINED, OnText, Summary, how
+from rehead.recipes.report.speeds import headline_speed
 from rehead.recipes.report.wording import bytes_of, count, figure, listed, percent, times
 
 
@@ -14,7 +16,7 @@ class Verdict:
 
     Attributes:
         headline: one sentence.
-        points: the sentences under it, each with what it is about: saves, costs, control, start, gates.
+        points: the sentences under it, each with what it is about: saves, costs, control, start, gates, rule.
     """
 
     headline: str
@@ -33,9 +35,10 @@ def verdict(summaries: list[Summary]) -> Verdict:
         summaries: at least one.
     """
     finals = final(summaries)
-    if len(finals) == 1:
-        return _one(finals[0], summaries)
-    return _several(finals, summaries)
+    said = _one(finals[0], summaries) if len(finals) == 1 else _several(finals, summaries)
+    words = {summary.verdict for summary in finals} - {""}
+    more = "; of a model that was uptrained, uptrain more" if "uptrain more" in words else ""
+    return Verdict(said.headline, [*said.points, *([("rule", f"{RULE}{more}.")] if words else [])])
 
 
 def final(summaries: list[Summary]) -> list[Summary]:
@@ -44,7 +47,7 @@ def final(summaries: list[Summary]) -> list[Summary]:
 
 
 def _one(summary: Summary, everything: list[Summary]) -> Verdict:
-    points = [("saves", saves(summary)), ("costs", costs(summary)), ("control", control(summary))]
+    points = [("saves", saves(summary, everything)), ("costs", costs(summary)), ("control", control(summary))]
     before = [s for s in everything if s.entry.stage == CONVERTED and s.entry is not summary.entry]
     points += [("start", start(item)) for item in before]
     points += [("uptraining", worse(summary, item)) for item in before if _harmed(item, summary)]
@@ -76,8 +79,8 @@ def _smaller(saving: float) -> str:
     return f"{saving:.3g} times smaller"
 
 
-def saves(summary: Summary) -> str:
-    """What the conversion saves, in one sentence."""
+def saves(summary: Summary, everything: list[Summary]) -> str:
+    """What the conversion saves, in one sentence; speed from every model of the same shape."""
     parts = []
     if summary.kv_bytes and summary.baseline_kv_bytes:
         parts.append(
@@ -85,21 +88,9 @@ def saves(summary: Summary) -> str:
             f"{bytes_of(summary.kv_bytes)}"
             + (f" ({summary.saving:.3g} times less)" if summary.saving and summary.saving > 1.005 else "")
         )
-    fastest = headline_speed(summary)
-    if fastest is not None and fastest.factor is not None:
-        parts.append(
-            f"decoding runs at {times(fastest.factor)} the original's speed (batch {fastest.batch}, "
-            f"{count(fastest.context)} tokens of context)"
-        )
-    else:
-        parts.append("decoding speed was not measured")
+    speed = headline_speed(summary, everything)
+    parts.append(speed.phrase() if speed is not None else "decoding speed was not measured")
     return "; ".join(parts) + "."
-
-
-def headline_speed(summary: Summary) -> Faster | None:
-    """The largest decoding size that both models were measured at: where a small cache counts."""
-    decode = [item for item in summary.speed if item.phase == "decode" and item.factor is not None]
-    return max(decode, key=lambda item: item.batch * item.context, default=None)
 
 
 def costs(summary: Summary) -> str:
@@ -163,17 +154,18 @@ def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
     points: list[tuple[str, str]] = []
     offers: list[str] = []
     for size, group in sizes.items():
-        best = min(group, key=_badness)
+        best = min(group, key=lambda s: s.distance)
         points.append((f"cache of {bytes_of(size)}", _point(best, group, everything)))
         text = best.worst
         price = f" at {times(text.ratio)} the perplexity" if text is not None and text.ratio is not None else ""
         offers.append(_smaller(best.saving or 1.0) + price + (f" ({best.verdict})" if best.verdict else ""))
+    points += _control([min(group, key=lambda s: s.distance) for group in sizes.values()])
     points += gates(finals)
     worst = finals[0].worst
     if worst is not None:
         more = f", the worst of {len(finals[0].texts)} texts" if len(finals[0].texts) > 1 else ""
         points.append(("text", f"measured on {worst.name}{more}."))
-    best = min(finals, key=_badness)
+    best = min(finals, key=lambda s: s.distance)
     if len(sizes) == 1 and best.saving is not None and 0.995 < best.saving < 1.005:  # what was changed is no cache
         text = best.worst
         price = f"{times(text.ratio)} the perplexity, " if text is not None and text.ratio is not None else ""
@@ -185,29 +177,32 @@ def _several(finals: list[Summary], everything: list[Summary]) -> Verdict:
 def _point(best: Summary, group: list[Summary], everything: list[Summary]) -> str:
     word = f"{best.verdict}, " if best.verdict else ""
     parts = [f"{best.entry.series or best.name}: {word}{_figures(best)}."]
-    text = best.worst
-    if text is not None and text.control is not None:
-        parts.append(
-            f"The control, the original uptrained on the same tokens, has perplexity {figure(text.control)}: against "
-            f"it the price is {times(text.against_control)}."
-        )
-    elif best.trained_tokens:
-        parts.append("There is no control, so the perplexity mixes what the conversion cost with what the text taught.")
-    fastest = headline_speed(best)
-    if fastest is not None:
-        parts.append(f"Decoding at {times(fastest.factor)} the speed (batch {fastest.batch}, context "
-                     f"{count(fastest.context)}).")  # fmt: skip
-    others = [f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(group, key=_badness) if s is not best]
+    speed = headline_speed(best, everything)
+    if speed is not None:
+        parts.append(f"{speed.phrase()[:1].upper()}{speed.phrase()[1:]}.")
+    others = [
+        f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(group, key=lambda s: s.distance) if s is not best
+    ]
     if others:
         parts.append(f"Not as near: {listed(others)}.")
     before = [s for s in everything if s.entry.stage == CONVERTED and s.kv_bytes == best.kv_bytes and s not in group]
-    if before:
-        starts = [f"{s.entry.series or s.name} ({_short(s)})" for s in sorted(before, key=_badness)]
-        parts.append(f"Before uptraining: {listed(starts)}.")
-        parts += [
-            worse(best, s) for s in before if s.entry.series == best.entry.series and _badness(s) < _badness(best)
-        ]
+    parts += [worse(best, s) for s in before if s.entry.series == best.entry.series and s.distance < best.distance]
     return " ".join(parts)
+
+
+def _control(best: list[Summary]) -> list[tuple[str, str]]:
+    """One sentence on the control for the best model of each size, or on its absence."""
+    texts = [(s, s.worst) for s in best if s.worst is not None and s.worst.control is not None]
+    if texts:
+        prices = listed([f"{times(text.against_control)} ({bytes_of(s.kv_bytes)})" for s, text in texts])
+        return [(
+            "control",
+            f"the original, uptrained on the same tokens, has perplexity {figure(texts[0][1].control)}: against it the "
+            f"price is {prices}.",
+        )]  # fmt: skip
+    if any(s.trained_tokens for s in best):
+        return [("control", "none, so the perplexity mixes what the conversion cost with what the text taught.")]
+    return []
 
 
 def _figures(summary: Summary) -> str:
@@ -227,7 +222,7 @@ def _figures(summary: Summary) -> str:
 
 def _harmed(before: Summary, after: Summary) -> bool:
     """Whether an uptraining did more harm than two runs differ by."""
-    return _badness(after) > 1.02 * _badness(before)
+    return after.distance > 1.02 * before.distance
 
 
 def worse(after: Summary, before: Summary) -> str:
@@ -243,10 +238,3 @@ def _short(summary: Summary) -> str:
     if text is None:
         return "not measured"
     return f"KL {figure(text.kl)}" if text.kl is not None else f"perplexity {figure(text.perplexity)}"
-
-
-def _badness(summary: Summary) -> float:
-    text = summary.worst
-    if text is None:
-        return float("inf")
-    return text.kl if text.kl is not None else text.perplexity or float("inf")

@@ -14,7 +14,8 @@ from rehead.checkpoints.files import write_file
 from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import tables
 from rehead.recipes.report.facts import Entry, Summary, Training, as_entries, read_training, summarise
-from rehead.recipes.report.verdict import Verdict, verdict
+from rehead.recipes.report.samples import NOTE, sample_cards
+from rehead.recipes.report.verdict import Verdict, final, verdict
 from rehead.version import __version__
 
 FORMAT = 1
@@ -70,14 +71,15 @@ def write_report(
     summaries = [summarise(entry) for entry in as_entries(evaluations)]
     runs = [read_training(label, Path(log)) for label, log in trainings]
     said = verdict(summaries)
+    cards = sample_cards(final(summaries))
     overview, conditions = tables.overview(summaries), tables.conditions(summaries, runs)
     caveats, details = tables.caveats(summaries), [(s.name, tables.details(s.entry)) for s in summaries]
     failed = any(not gate.passed for s in summaries for gate in s.entry.evaluation.gates)
     page = html(
         title=title, verdict=said, failed=failed, notes=list(notes), overview=overview, conditions=conditions,
-        caveats=caveats, details=details, plots=draw_all(summaries, runs),
+        caveats=caveats, details=details, plots=draw_all(summaries, runs), samples=cards, samples_note=NOTE,
     )  # fmt: skip
-    text = markdown(title, said, list(notes), overview, conditions, caveats, details)
+    text = markdown(title, said, list(notes), overview, cards, conditions, caveats, details)
     folder = Path(out)
     paths = ReportPaths(folder / "report.html", folder / "report.md", folder / "report.json", said)
     write_file(paths.json, json.dumps(_table(title, said, summaries, runs, notes, caveats), indent=1) + "\n")

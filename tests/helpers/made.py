@@ -73,6 +73,7 @@ def evaluation(
         "divergence": divergence,
         "gates": gates or [],
     }  # fmt: skip
+    name_of = ("United Kingdom", "French", "Sublime Porte")
     if full:
         table["damage"] = [{"layer": i, "kl": kl / (3 + i), "top1_agreement": 0.9, "tokens": 4096} for i in range(5)]
         table["needle"] = [
@@ -91,14 +92,31 @@ def evaluation(
             {"who": who, "computed_bytes_per_token": 640 * heads, "measured_bytes_per_token": 640 * heads,
              "dtype": "bfloat16"} for who, heads in (("model", kv_heads), ("baseline", 8))
         ]  # fmt: skip
+        table["samples"] = [
+            {"data": texts[0], "position": 100 * at, "prompt": f"The year {1790 + at} brought peace, commerce and",
+             "truth": " revenues beyond all expectation.", "continuations": [
+                 {"who": "baseline", "text": f" a treaty with the {name_of[at]}.", "tokens": 8},
+                 {"who": "model", "text": " a treaty with bales and bales.", "tokens": 7, "same": 3,
+                  "same_text": " a treaty with"},
+             ]} for at in range(3)
+        ]  # fmt: skip
         table["speed"] = [
-            {"who": who, "phase": phase, "batch": batch, "context": context, "repeats": 5, "seconds": 0.01,
-             "tokens_per_second": speed * batch**0.8 / (1 + context / (4000 * 8 / heads))}
+            _speed(who, heads, phase, speed, batch, context)
             for who, heads in (("model", kv_heads), ("baseline", 8))
             for phase, speed in (("prefill", 9000), ("decode", 90))
             for batch in (1, 16) for context in (512, 2048, 8192)
         ]  # fmt: skip
     return Evaluation.model_validate(table)
+
+
+def _speed(who: str, heads: int, phase: str, speed: float, batch: int, context: int) -> dict[str, Any]:
+    own, original = (speed * batch**0.8 / (1 + context / (4000 * 8 / heads)) for heads in (heads, 8))
+    ratio = own / original
+    return {
+        "who": who, "phase": phase, "batch": batch, "context": context, "repeats": 6, "seconds": 0.01,
+        "tokens_per_second": own, "low": 0.97 * own, "high": 1.02 * own,
+        "ratio": None if who == "baseline" else {"value": ratio, "low": 0.95 * ratio, "high": 1.04 * ratio},
+    }  # fmt: skip
 
 
 def sweep(full: bool = True) -> list[Entry]:

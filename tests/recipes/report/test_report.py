@@ -13,11 +13,14 @@ import made
 import pytest
 
 from rehead.errors import UsageError
-from rehead.models.distance import judged
+from rehead.models.distance import RECOVERABLE, RULE, USABLE, judged
 from rehead.recipes.evaluation_schema import CacheSize, Evaluation, KVCache
 from rehead.recipes.report import Entry, write_report
+from rehead.recipes.report.cache_plot import CacheRow, cache_plot
+from rehead.recipes.report.drawing import MOST_LINES
 from rehead.recipes.report.facts import read_training, summarise
-from rehead.recipes.report.plots import MOST_LINES, draw_all
+from rehead.recipes.report.plots import decode_speed, draw_all
+from rehead.recipes.report.tables import overview
 from rehead.recipes.report.verdict import verdict
 from rehead.recipes.report.wording import bytes_of, figure, heads_phrase, listed, short, times
 
@@ -123,7 +126,8 @@ def test_verdict_opens_the_page_and_gives_the_figures(sweep_report) -> None:
     assert point.startswith(f"svd: {best.verdict}, perplexity")
     assert figure(best.worst.perplexity) in point
     assert f"KL {figure(best.worst.kl)}" in point
-    assert times(best.worst.against_control) in point
+    assert f"{times(best.worst.against_control)} (5 MiB)" in dict(said.points)["control"]
+    assert dict(said.points)["rule"].startswith(RULE)
     assert "mean (KL" in point
     text = sweep_report.html.read_text(encoding="utf-8")
     assert text.index("2 times smaller") < text.index("Overview") < text.index("Conditions")
@@ -308,6 +312,67 @@ def test_sizes_are_compared_where_they_were_measured() -> None:
 )  # fmt: skip
 def test_one_rule_says_what_a_model_is_good_for(kl, agreement, word) -> None:
     assert judged(kl, agreement) == word
+
+
+def test_the_rule_that_is_printed_is_the_rule_that_is_used() -> None:
+    for (kl, agreement), word, beyond in (
+        (USABLE, "usable", "uptrain first"),
+        (RECOVERABLE, "uptrain first", "broken"),
+    ):
+        assert judged(kl, agreement) == word
+        assert judged(kl * 1.001, agreement) == judged(kl, agreement * 0.999) == beyond
+        assert f"{kl:g} nats" in RULE
+        assert f"{agreement:.0%}" in RULE
+
+
+def test_continuations_stand_beside_each_other(sweep_report) -> None:
+    page, text = sweep_report.html.read_text(encoding="utf-8"), sweep_report.markdown.read_text(encoding="utf-8")
+    assert page.count('<article class="sample">') == 3
+    assert page.count("<u>a treaty with</u> bales and bales.") == 3 * 4  # the nearest model of each size, and one more
+    assert "a treaty with the United Kingdom." in page
+    assert "3 of 7 tokens as the original" in page
+    assert "**a treaty with** bales and bales." in text
+    assert "converted" not in " ".join(re.findall(r'<article class="sample">.*?</article>', page, re.S))
+
+
+def test_speed_is_said_with_its_spread_and_as_the_plot_has_it(tmp_path) -> None:
+    """Two conversions of one shape are one measurement made twice: neither picks the figure."""
+    slow, fast = (made.evaluation(kl, 2, name=name, full=True) for kl, name in ((0.3, "a"), (0.1, "b")))
+    for found, factor in ((slow, 0.9), (fast, 1.2)):
+        for row in found.speed:
+            if row.ratio is not None:
+                row.ratio.value, row.ratio.low, row.ratio.high = factor, factor - 0.05, factor + 0.05
+    summaries = [summarise(Entry("a", slow)), summarise(Entry("b", fast))]
+    point = dict(verdict(summaries).points)["cache of 10 MiB"]
+    assert "No difference in decoding speed that could be measured (×0.85 to ×1.25 over 2 measurements" in point
+    plot = decode_speed(summaries)
+    assert plot.alt.count("×1.05 at") == 3
+    assert {row[-2] for row in overview(summaries).rows[1:]} == {"×1.05\n0.850 to 1.25"}
+    alone = dict(verdict(summaries[1:]).points)["saves"]
+    assert "decoding at ×1.20 the original's speed (×1.15 to ×1.25; batch 16, 8,192 tokens of context)" in alone
+
+
+def test_speed_of_older_documents_is_said_to_have_no_spread() -> None:
+    found = made.evaluation(0.1, 2, full=True)
+    for row in found.speed:
+        row.low = row.high = row.ratio = None
+    said = dict(verdict([summarise(Entry("m", found))]).points)["saves"]
+    assert "one measurement without a spread" in said
+
+
+def test_the_main_plot_takes_any_rows() -> None:
+    rows = [CacheRow("pool", 2**20 * size, 1 / size, 0.9 / size, 1.1 / size) for size in (1, 2, 4)]
+    plot = cache_plot([*rows, CacheRow("window", 2**19, 0.05), CacheRow("none", 2**20, 0.0)], 8192, original=2**24)
+    assert [key.text for key in plot.keys] == ["pool", "window"]
+    assert "pool: 1.00 at 1 MiB, 0.500 at 2 MiB, 0.250 at 4 MiB" in plot.alt
+    for word in ("original", "usable, below 0.1", "KV cache at 8,192 tokens", "16 MiB"):
+        assert word in plot.svg
+    assert cache_plot(rows[:1], 8192) is None
+    # Where caches have one size, a row for each model.
+    blocks = cache_plot([CacheRow(f"layers {n}", 2**20, 0.1 * n) for n in (1, 2, 3)], 8192, original=2**20)
+    assert not blocks.keys
+    assert "layers 3" in blocks.svg
+    assert "KV cache at" not in blocks.svg
 
 
 def test_changed_blocks_are_not_told_as_a_smaller_cache() -> None:
