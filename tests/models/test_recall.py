@@ -68,7 +68,7 @@ def test_a_patch_is_measured_by_distance_and_without_its_sinks():
         assert [(row.kind, row.distance) for row in measured.recall] == [
             ("copy", 50), ("pairs", 50), ("copy", 200), ("pairs", 200)
         ]  # fmt: skip
-        assert all(row.top1 > 0.97 for row in measured.recall_original)  # words of a block may be in the text too
+        assert all(row.top1 > 0.9 for row in measured.recall_original)  # words of a block may be in the text too
         assert [row.top1 > 0.9 for row in measured.recall] == [True, True, False, False]
         assert "copy at 200 " in str(measured)
         assert measured.ablated is not None
