@@ -68,6 +68,7 @@ def job_of(plan: Plan) -> Job:
         store=lambda name, tensor: cast(name, tensor, torch_dtype(infos[name].dtype)),
         seed=plan.options.seed,
         module=modules[0] if modules else None,
+        own_calls=any(rewrite.form is not None and rewrite.form.own_calls for rewrite in plan.layer_rewrites),
     )
 
 
@@ -92,7 +93,7 @@ def _layer_job(plan: Plan, layer: int) -> LayerJob:
         fit=options.fit,
         trains=(lambda attention: attention.parameters())
         if style.module is not None
-        else lambda attention: _projections(model.family, attention),
+        else lambda attention: _projections(model.family, attention, style.trains),
         settings=style.settings,
     )
 
@@ -111,8 +112,9 @@ def _closed_form(forms: Sequence[LayerForm], layer: int) -> Callable[[Heads, Mom
     return closed
 
 
-def _projections(family: Family, attention: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of an attention module's four projections."""
+def _projections(family: Family, attention: nn.Module, also: Sequence[str] = ()) -> Iterator[nn.Parameter]:
+    """The weights of an attention module's four projections, and its parameters of these names."""
     names = family.names
     stems = (names.query, names.key, names.value, names.output)  # not all are there where they share a tensor
-    return (weight for name, weight in attention.named_parameters() if name.rpartition(".")[0] in stems)
+    every = attention.named_parameters()
+    return (weight for name, weight in every if name in also or name.rpartition(".")[0] in stems)

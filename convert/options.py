@@ -9,14 +9,21 @@ from pydantic import BeforeValidator, Field, model_validator
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.options import Count, Flag, Names, Options, parse_count
-from rehead.variants.contract import saved_variant
+from rehead.variants.contract import VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions
 from rehead.variants.layer_choice import AUTO, is_auto
 from rehead.variants.pool.methods.registry import METHODS
 
 _BLOCKS = ("parallel", "serial")
 _STEPS = ("host", "reinvest", "block")
-_OF_STEPS = {"multiple_of": "reinvest", "layers": "block", "kl_budget": "block", "plain": "block"}
+_OF_STEPS = {
+    "multiple_of": ("reinvest",),
+    "layers": ("block", "window"),
+    "kl_budget": ("block", "window"),
+    "plain": ("block",),
+    "sinks": ("window",),
+    "sink_logit": ("window",),
+}
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -76,7 +83,8 @@ class ConvertOptions(Options):
     host: Annotated[str | None, Flag(metavar="TYPE", default="only where needed")] = Field(
         None,
         description="Write the model under another class that computes the same: phi, starcoder2, nemotron, "
-        "gpt_bigcode or auto. A checkpoint that needs remote code is written plainly with auto.",
+        "gpt_bigcode, ministral, qwen2, smollm3, cwm, granite_swa, rehead_window or auto. A checkpoint that needs remote "
+        "code is written plainly with auto.",
     )
     reinvest: Literal["ffn", "hidden"] | None = Field(
         None, description="Widen the model by what sharing KV heads frees, keeping its function."
@@ -89,8 +97,8 @@ class ConvertOptions(Options):
     )
     layers: Annotated[str | tuple[int, ...] | None, Flag(metavar="LIST", default="all")] = Field(
         None,
-        description="Of --block: all, a list like 0,4-7, or those that lose least: auto up to --kl-budget, auto:6 or "
-        "auto:50%.",
+        description="Of --block and --window: all, a list like 0,4-7, or those that lose least: auto up to "
+        "--kl-budget, auto:6 or auto:50%.",
     )
     kl_budget: Annotated[float | None, Flag(metavar="NATS")] = Field(
         None, gt=0, description="What --layers auto may cost per token; the whole model is loaded to measure it."
@@ -107,6 +115,15 @@ class ConvertOptions(Options):
         description="Latent attention by the size of its cache: a share such as 33%, or numbers per token and layer.",
     )
 
+    window: Annotated[Count | None, Flag(metavar="W")] = Field(
+        None, ge=1, description="Let layers see the last W keys alone."
+    )
+    sinks: Annotated[Count, Flag(metavar="N")] = Field(
+        0, ge=0, description="Of --window: first tokens of a text that stay visible; needs Rehead's modelling file."
+    )
+    sink_logit: bool = Field(
+        False, description="Of --window: a logit for each head, fitted to calibration text, for what is not seen."
+    )
     variants: Annotated[Names, Flag("--variant", metavar="NAME:KEY=VALUE", default="none")] = Field(
         (), description="Give the model a variant of attention or blocks, with its options; repeat for more."
     )
@@ -117,7 +134,7 @@ class ConvertOptions(Options):
         """``pool`` and the forms of blocks have flags of their own: what they are told is put there."""
         texts = values.get("variants") or () if isinstance(values, dict) else ()
         texts = (texts,) if isinstance(texts, str) else texts
-        flagged = ("pool", "latent", *_BLOCKS)
+        flagged = ("pool", "latent", "window", *_BLOCKS)
         names = {text: text.partition(":")[0] for text in texts if isinstance(text, str)}
         seen = [names[text] for text in texts if isinstance(text, str) and names[text] not in flagged]
         for name in seen:
@@ -136,6 +153,10 @@ class ConvertOptions(Options):
                 said = {{"rank": "latent"}.get(name, name): value for name, value in said.items()}
                 if not said.keys() & {"latent", "kv_cache"}:
                     raise UsageError("--variant latent: needs a size; give latent:rank=R or latent:kv_cache=33%")
+            if variant.name == "window":
+                said = {"window": options.model_dump()["size"]} | {
+                    name: value for name, value in said.items() if name != "size"
+                }
             for name, value in said.items():
                 if name not in cls.model_fields:
                     raise UsageError(f"--variant {variant.name}: {name} is for live models; leave it out")
@@ -153,17 +174,19 @@ class ConvertOptions(Options):
                 raise UsageError(
                     f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads"
                 )
-            if not (self.steps or self.variants or self.is_latent):
+            if not (self.steps or self.variants or self.is_latent or self.window):
                 raise UsageError(
                     "nothing to do; say --kv-heads N, --block FORM, --variant NAME, or --host for another class with "
                     "the same heads"
                 )
-            if (self.refit or self.fit) and not (self.block or self.variants or self.is_latent):
+            if (self.refit or self.fit) and not (self.block or self.variants or self.is_latent or self.window):
                 raise UsageError("--refit: recovers from shared KV heads or changed blocks; give --kv-heads or --block")
-        for option, step in _OF_STEPS.items():
-            if getattr(self, option) not in (None, False) and getattr(self, step) is None:
+        for option, steps in _OF_STEPS.items():
+            if getattr(self, option) and all(getattr(self, step) is None for step in steps):
                 flag = option.replace("_", "-")
-                raise UsageError(f"--{flag}: says nothing without --{step}; give both or leave it out")
+                raise UsageError(f"--{flag}: says nothing without --{steps[0]}; give both or leave it out")
+        if self.block is not None and self.window is not None and self.layers is not None:
+            raise UsageError("--layers: names layers of --block or of --window; give one of them in a run")
         if self.kl_budget is not None and not is_auto(self.layers):
             raise UsageError("--kl-budget NATS: limits --layers auto; give both, or name the layers")
         if self.layers == AUTO and self.kl_budget is None:
@@ -175,8 +198,7 @@ class ConvertOptions(Options):
         for length in self.calibration_lengths:
             if length < 16:
                 raise UsageError(f"--calibration-length {length}: must be 16 or more tokens")
-        for text in self.variants:
-            saved_variant(text)
+        _ = self.asked_variants
         parse_size(self.max_shard_size)
         return self
 
@@ -185,13 +207,27 @@ class ConvertOptions(Options):
             if self.rope_dims is not None:
                 raise UsageError("--rope-dims: says nothing without --latent or --kv-cache; give one or leave it out")
             return
-        others = {"--kv-heads": self.num_key_value_heads, "--block": self.block, "--reinvest": self.reinvest}
+        others = {
+            "--kv-heads": self.num_key_value_heads, "--block": self.block, "--reinvest": self.reinvest,
+            "--window": self.window,
+        }  # fmt: skip
         if both := [flag for flag, value in others.items() if value is not None]:
             raise UsageError(f"{both[0]}: does not go together with latent attention; give one of them")
         for name in ("method", "grouping"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(f"--{name} {getattr(self, name)}: says nothing with latent attention; leave it out")
         LatentOptions.parse({"rank": self.latent, "rope_dims": self.rope_dims, "kv_cache": self.kv_cache})
+
+    @property
+    def asked_variants(self) -> list[tuple[Variant, VariantOptions]]:
+        """The variants that have no step of their own, with their options."""
+        asked = [saved_variant(text) for text in self.variants]
+        if self.window is not None:
+            variant = VARIANTS.get("window")
+            layers = self.layers if self.layers is not None and self.block is None else "all"
+            told = {"size": self.window, "sinks": self.sinks, "sink_logit": self.sink_logit}
+            asked.append((variant, variant.options.parse({**told, "layers": "all" if is_auto(layers) else layers})))
+        return asked
 
     @property
     def is_latent(self) -> bool:
@@ -207,15 +243,14 @@ class ConvertOptions(Options):
     def calibration_lengths(self) -> tuple[int, ...]:
         """Tokens in a calibration sequence, one entry for each length, none above ``calibration_tokens``."""
         asked = self.calibration_length
-        length = usual_length(self.calibration_tokens) if asked is None else asked
+        length = max(usual_length(self.calibration_tokens), 4 * (self.window or 0)) if asked is None else asked
         lengths = (length,) if isinstance(length, int) else length
         return tuple(dict.fromkeys(min(length, self.calibration_tokens) for length in lengths))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the model has to be run over text."""
-        asked = [saved_variant(text) for text in self.variants]
-        reads = any(variant.needs(options) for variant, options in asked)
+        reads = any(variant.needs(options) for variant, options in self.asked_variants)
         return self.is_latent or METHODS.get(self.method).needs_calibration or reads or self.refit or self.fit > 0
 
     def lengths_within(self, positions: int | None) -> tuple[int, ...]:
@@ -229,8 +264,8 @@ class ConvertOptions(Options):
         allow them.
         """
         table = super().as_json()
-        for name in (*_STEPS, *_OF_STEPS, "variants", "latent", "rope_dims", "kv_cache"):
-            if table[name] in (None, False, []):
+        for name in (*_STEPS, *_OF_STEPS, "variants", "latent", "rope_dims", "kv_cache", "window"):
+            if table[name] in (None, False, [], 0):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):
             for name in ("calibration", "calibration_tokens", "calibration_length"):

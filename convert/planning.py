@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rehead.checkpoints.shards import OutputTensor
 from rehead.checkpoints.source import Source
-from rehead.convert.hosts import host
+from rehead.convert.hosts import host, window_hosts
 from rehead.convert.latent import with_latent
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.convert.variants import variant_rewrite
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
@@ -257,6 +257,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         UnsupportedError: the class cannot express the result, or would not load it.
     """
     source, old = model, model.num_kv_heads
+    _check_lengths(model, options)
     if options.is_latent:
         return _checked(Plan(source, model, *with_latent(model, options, DTYPES[options.dtype]), options))
     kv = options.num_key_value_heads or old
@@ -267,8 +268,10 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 
         model = rewritten(model, reblock(model, options.block, options.layers, options.plain))
     in_stock_class = options.host == "auto" and layout_facts(source.source)  # which opening it did
-    if (options.host is not None and not in_stock_class) or (kv != old and model.family.hosted):
-        model = rewritten(model, host(model, options.host or "auto"))
+    wanted = None if in_stock_class else options.host
+    wanted = wanted or _host_for(model, options) or ("auto" if kv != old and model.family.hosted else None)
+    if wanted is not None:
+        model = rewritten(model, host(model, wanted, options.sink_logit))
     pooled = _with_layers(model, options, kv)
     result = pooled
     if options.reinvest is not None:
@@ -276,6 +279,25 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 
         result = rewritten(pooled, widen(pooled, old, options.reinvest, options.multiple_of, options.seed))
     return _checked(Plan(source, model, pooled, result, options))
+
+
+def _check_lengths(model: Model, options: ConvertOptions) -> None:
+    """Refuse calibration text that hardly shows what a window hides."""
+    lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
+    if options.window is not None and options.needs_calibration and max(lengths) < 4 * options.window:
+        raise UsageError(
+            f"--window {options.window}: calibration sequences of {max(lengths)} tokens hardly show what it hides; "
+            f"give --calibration-length {4 * options.window} or more, or a smaller window"
+        )
+
+
+def _host_for(model: Model, options: ConvertOptions) -> str | None:
+    """The class that must stand in for a model's own, so that variants can be held."""
+    hosts = window_hosts(model) if options.window is not None else []
+    for variant, asked in options.asked_variants:
+        if (name := variant.host(model, asked, hosts)) is not None:
+            return name
+    return None
 
 
 def _checked(plan: Plan) -> Plan:
@@ -295,8 +317,8 @@ def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
     if kv != model.num_kv_heads:
         rewrites.append(pool(model, kv, options.method, options.grouping, options.seed))
         current = rewritten(model, rewrites[0])
-    for text in options.variants:
-        rewrites.append(variant_rewrite(current, text))
+    for variant, asked in options.asked_variants:
+        rewrites.append(variant_rewrite(current, variant, asked))
         current = rewritten(current, rewrites[-1])
     reblocked = {layer for before in model.rewrites for layer in before.layers}
     recovers = options.refit or options.fit > 0

@@ -10,18 +10,17 @@ from rehead.models.by_heads import rewrite_heads
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, LayerForm, Rewrite
-from rehead.variants.contract import VARIANTS, Variant, saved_variant
+from rehead.variants.contract import VARIANTS, Variant
 from rehead.variants.layer_choice import is_auto, parse_layers
 
 
-def variant_rewrite(model: Model, text: str) -> Rewrite:
+def variant_rewrite(model: Model, variant: Variant, options: Any) -> Rewrite:
     """A model with a variant; no weight is read.
 
     Raises:
-        UsageError: as :func:`~rehead.variants.contract.saved_variant`.
+        UsageError: its options do not fit the model.
         UnsupportedError: the model cannot have it.
     """
-    variant, options = saved_variant(text)
     rewrite = variant.rewrite(model, options) if variant.rewrite else by_weights(model, variant, options)
     return replace(rewrite, name=variant.name, facts=rewrite.facts | {"options": options.as_json()})
 

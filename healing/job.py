@@ -55,6 +55,7 @@ class Job:
         seed: seed for all random numbers.
         module: makes, as shapes, the attention module that replaces the class's own in the changed model; its closed
             form starts from the original's heads. None keeps the class's own.
+        own_calls: the changed model's layers are called in another way than the original's (with other masks).
     """
 
     original: Model
@@ -65,6 +66,7 @@ class Job:
     store: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     seed: int = 0
     module: Callable[[], nn.Module] | None = None
+    own_calls: bool = False
 
 
 def query_order(groups: Iterable[Iterable[int]], group_size: int) -> Tensor:

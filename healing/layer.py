@@ -111,7 +111,7 @@ class LayerRecovery:
                 state, read = before, self.original.attention_inputs(layer, before)
             moments = gather_moments(self.original, layer, heads, state, read, job.needs, job.groups, rotation)
         changed = job.closed_form(heads, moments)
-        if job.refit and moments is not None and isinstance(changed.weights, Heads):
+        if job.refit and job.settings.logits and moments is not None and isinstance(changed.weights, Heads):
             if rotation is None or scaling is None:
                 changed.facts["logits"] = "not refitted: not linear in the projections"
             else:

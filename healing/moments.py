@@ -54,7 +54,7 @@ class Moment:
     attends: bool = True
     rotates: bool = False
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, *numbers: int) -> None:
         self.groups = groups
         self.total: Tensor | None = None
         self.weight: Tensor | None = None
@@ -76,7 +76,16 @@ class Moment:
 
 
 MOMENTS: Registry[type[Moment]] = Registry("moment", {})
-"""Every moment by name."""
+"""Every moment by name. One that takes numbers is asked for with them: ``NAME:256:4``."""
+
+
+def moment_class(name: str) -> type[Moment]:
+    """The class of a moment, by the name that it is asked for."""
+    return MOMENTS.get(name.partition(":")[0])
+
+
+def _started(name: str, groups: int) -> Moment:
+    return moment_class(name)(groups, *map(int, name.split(":")[1:]))
 
 
 def moment(name: str):
@@ -294,7 +303,7 @@ class Moments:
             return self
         means, weights = dict(self.means), dict(self.weights)
         for name in means:
-            per = MOMENTS.get(name).per
+            per = moment_class(name).per
             if per == "group":
                 means[name], weights[name] = self._merged(name, groups)
             elif per == "head":
@@ -329,7 +338,7 @@ class Gatherer:
     """
 
     def __init__(self, names: Sequence[str], groups: int, output: Tensor, rotation: Rotation | None) -> None:
-        self.sums = {name: MOMENTS.get(name)(groups) for name in dict.fromkeys(("inputs", *names))}
+        self.sums = {name: _started(name, groups) for name in dict.fromkeys(("inputs", *names))}
         blind = [name for name, part in self.sums.items() if part.rotates and rotation is None]
         if blind:
             raise UnsupportedError(

@@ -56,7 +56,10 @@ def recover(
     """
     original, before = _start(job.original, text, device)
     changed = Runner(LayerwiseModel(job.changed, job.config, device, job.module), original.batch_tokens)
-    changed.model.calls = original.model.calls
+    if job.own_calls:
+        changed.model.embed([part[: changed.batch_rows(part)] for part in text.tokens], changed.batch_tokens)
+    else:
+        changed.model.calls = original.model.calls
     recovery, prefix = LayerRecovery(job, original, changed), before.clone()
     for layer in _layers(job.original, progress):
         original.model.load_layer(layer)

@@ -51,11 +51,15 @@ def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> 
         kv = family.num_kv_heads(config)
         key = value = family.head_dim(config)
     window = None if getattr(config, "is_encoder_decoder", False) else layer_window(config, layer)
-    return LayerLayout(layer, family.num_heads(config), kv, key, value, window=window, itemsize=itemsize)
+    sinks = int(getattr(config, "sink_tokens", None) or 0) if window is not None else 0
+    return LayerLayout(layer, family.num_heads(config), kv, key, value, window, sinks, itemsize=itemsize)
 
 
 def layer_window(config: Any, index: int) -> int | None:
     """The layer's window by the config: how many tokens a query sees, its own included; None for all."""
+    own = getattr(config, "layer_windows", None)
+    if own is not None:  # a modelling file of Rehead's
+        return own[index]  # type: ignore[no-any-return]
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)

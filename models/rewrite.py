@@ -96,6 +96,7 @@ class RecoverySettings:
         ridge: pull of the refit of the matrices that write to the residual stream.
         on_original: moments are gathered on the original's inputs, not on those from the changed layers before.
         refit_first: refit the output before the fit too.
+        logits: refit queries and keys to the original's logits, where they are linear in the weights.
     """
 
     rate: float | None = None
@@ -105,6 +106,7 @@ class RecoverySettings:
     ridge: float | None = None
     on_original: bool = False
     refit_first: bool = True
+    logits: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class LayerForm:
             during recovery. None where the class's own computes the form.
         writers: names of matrices below the layer that are refitted last, to the output of the original block.
         settings: settings of the recovery of such layers.
+        trains: parameters of the attention module that the fit moves besides its projections.
+        own_calls: the changed layer is called in another way than the original's (with another mask).
     """
 
     closed: Callable[[int, Heads, Any], Changed]
@@ -129,6 +133,8 @@ class LayerForm:
     module: Callable[[], Any] | None = None
     writers: tuple[str, ...] = ()
     settings: RecoverySettings = field(default_factory=RecoverySettings)
+    trains: tuple[str, ...] = ()
+    own_calls: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class Seen:
         queries: the observed queries, normed and rotated, [b, H, R, D].
         keys, values: [b, K, S, D].
         scores: scaled dot products before soft cap and mask, [b, H, R, S].
+        masked: scores after soft cap and mask, [b, H, R, S].
         probabilities: [b, H, R, S].
         visible: which keys a query may see, broadcastable to the scores.
         scaling: the factor on the dot products.
@@ -78,6 +79,7 @@ class Seen:
     keys: Tensor
     values: Tensor
     scores: Tensor
+    masked: Tensor
     probabilities: Tensor
     visible: Tensor
     scaling: float
@@ -148,7 +150,7 @@ def _seen(
         probabilities = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     else:
         probabilities = scores.softmax(-1)
-    return Seen(queries, key, value, products, probabilities, visible, scale, rows)
+    return Seen(queries, key, value, products, scores, probabilities, visible, scale, rows)
 
 
 def register_probe() -> None:

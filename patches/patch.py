@@ -104,6 +104,7 @@ class Patch:
             for part in self.parts:
                 part.apply()
                 undo.callback(part.revert)
+                part.calibrate(self.calibration)
             undo.pop_all()
         return self
 

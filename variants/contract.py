@@ -8,7 +8,7 @@ conversion (``rehead convert --variant NAME:key=value``), a row of ``rehead vari
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,8 @@ class Variant:
             tiled attention below it whatever the model was loaded with.
         state: (layer, options) -> the layer's own tensors by name, fp32 (a sink logit for each head), which
             ``attend`` reads, the fit moves and the checkpoint stores. Empty for most.
+        calibrate: (live variant, int [B, S] tokens, sequential) -> None: sets ``state`` from text, for options with
+            ``needs``; ``sequential`` where a layer is to read what the changed layers before it give.
         redirect: (model, options, indices, undo, memory) -> what was done to each layer: changes a live model where
             ``attend`` is not enough (a block's wiring, fused matrices). ``indices`` are the layers asked for, or None
             for all; every change goes through ``undo``; ``memory`` is a dictionary that outlives a patch that is taken
@@ -81,6 +83,8 @@ class Variant:
         weights: (heads, options, moments) -> heads. The closed form, pure: what becomes of one layer's weights.
         rewrite: (model, options) -> the checkpoint's change: its config, class, names and shapes of tensors. A variant
             with ``weights`` whose shapes and class stay needs none.
+        host: (model, options, classes that may stand in for the model's own) -> the one that must, so that the result
+            can be held, or None where the model's own can.
         needs: (options) -> names of the moments (:mod:`rehead.healing.moments`) that ``weights`` reads.
         trains: (attention module) -> what the layer-wise fit and uptraining move; None for q, k, v and o.
     """
@@ -95,12 +99,14 @@ class Variant:
     layout: Callable[[LayerLayout, Any], LayerLayout] = lambda layer, options: layer
     attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
     state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None
+    calibrate: Callable[[Any, Tensor, bool], None] | None = None
     redirect: Callable[[Any, Any, set[int] | None, UndoLog, dict[str, Any]], list[LayerState]] | None = None
     settles: bool = False
     also: Callable[[Any], list[tuple[str, dict[str, Any]]]] = lambda options: []
     reach: Callable[[Any], int] = lambda options: 0
     weights: Callable[[Heads, Any, Any], Heads] | None = None
     rewrite: Callable[[Model, Any], Rewrite] | None = None
+    host: Callable[[Model, Any, Sequence[str]], str | None] = lambda model, options, hosts: None
     needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None
 

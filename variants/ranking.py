@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rehead.console import Progress
@@ -71,6 +72,11 @@ class LayerSwitch:
         with probing.frozen(self.live.model):
             self._reference = [self._logits(part) for part in self._parts]
         self.live.apply()
+        try:
+            self.live.calibrate(torch.cat(self._parts), sequential=False)
+        except BaseException:
+            self.live.revert()
+            raise
         self.layers = sorted({state.index for state in self.live.states if state.index is not None})
         return self
 

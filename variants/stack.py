@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rehead.attention.install import Installation, installation
 from rehead.attention.interface import NAME
@@ -88,6 +88,25 @@ class LiveVariant(Undoing):
         for state in self.states:
             state.calls, state.enabled = 0, True
         return self
+
+    def calibrate(self, tokens: Tensor | None, *, sequential: bool = True) -> None:
+        """Fit what the variant has of its own in each layer to text, where its options ask for it; once.
+
+        Args:
+            tokens: int ``[B, S]``.
+            sequential: each layer reads what the changed layers before it give.
+
+        Raises:
+            UsageError: there is no text, or it is too short.
+        """
+        needed = self.variant.calibrate is not None and self.variant.needs(self.options)
+        if not needed or self._memory.get("calibrated"):
+            return
+        if tokens is None:
+            raise UsageError(f"{self.name}: is fitted to text; give calibration=, token ids [sequences, length]")
+        assert self.variant.calibrate is not None
+        self.variant.calibrate(self, tokens, sequential)
+        self._memory["calibrated"] = True
 
     def revert(self) -> None:
         """Take the model back to what it would be without this variant; others stay.

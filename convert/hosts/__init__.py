@@ -5,6 +5,6 @@ A host is a file with one function that turns a checkpoint's config and headers 
 result has a KV head for each query head, and everything downstream works on it as on any other model.
 """
 
-from rehead.convert.hosts.registry import HOSTS, host, hosts_of
+from rehead.convert.hosts.registry import HOSTS, host, hosts_of, window_hosts
 
-__all__ = ["HOSTS", "host", "hosts_of"]
+__all__ = ["HOSTS", "host", "hosts_of", "window_hosts"]

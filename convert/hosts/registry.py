@@ -10,6 +10,7 @@ from rehead.errors import UnsupportedError, UsageError, unknown_name
 from rehead.models.families.table import FAMILIES
 from rehead.models.model import Model
 from rehead.models.rewrite import Builder, Rewrite
+from rehead.variants.window.classes import FILE, with_file
 
 #: (model type, host) -> the module below this package whose function ``host`` builds the Rewrite. Hosts of one type in
 #: the order in which ``auto`` tries them.
@@ -25,9 +26,16 @@ _PAIRS: dict[tuple[str, str], str] = {
     ("biogpt", "gpt_bigcode"): "gpt_bigcode",
     ("xglm", "gpt_bigcode"): "gpt_bigcode",
 }
+#: The same for classes that give single layers a window; ``auto`` does not try them, variants ask for them.
+_WINDOWED: dict[tuple[str, str], str] = {
+    (source, host): "windowed"
+    for source in ("llama", "mistral", "ministral", "qwen2")
+    for host in ("ministral", "qwen2", "cwm", "smollm3", "granite_swa")
+    if source != host
+}
 
-#: Every host that ``--host`` may name.
-HOSTS = tuple(dict.fromkeys(host for _, host in _PAIRS))
+#: Every host that ``--host`` may name; the last is a model's own class with Rehead's modelling file for windows.
+HOSTS = (*dict.fromkeys(host for _, host in (*_PAIRS, *_WINDOWED)), FILE)
 
 
 def hosts_of(model_type: str) -> list[str]:
@@ -35,18 +43,37 @@ def hosts_of(model_type: str) -> list[str]:
     return [host for source, host in _PAIRS if source == model_type]
 
 
-def host(model: Model, name: str = "auto") -> Rewrite:
+def window_hosts(model: Model) -> list[str]:
+    """The classes with a window for each layer that can stand in for a model's own."""
+    named = [host for source, host in _WINDOWED if source == model.config.model_type]
+
+    def fits(name: str) -> bool:
+        try:
+            host(model, name)
+        except UnsupportedError:
+            return False
+        return True
+
+    return [name for name in named if fits(name)]
+
+
+def host(model: Model, name: str = "auto", logits: bool = False) -> Rewrite:
     """A model under the class that stands in for its own, with a KV head for each query head; no weight is read.
 
     Args:
         name: a host, or ``"auto"`` for the first that computes the same function.
+        logits: of Rehead's modelling file for windows: give each head a sink logit, switched off.
 
     Raises:
         UsageError: no such host.
         UnsupportedError: that host cannot stand in for this model, or not without changing the function.
     """
     model_type, source = model.config.model_type, model.source
-    candidates = hosts_of(model_type)
+    if name == FILE:
+        return with_file(model, logits)
+    candidates, pairs = hosts_of(model_type), _PAIRS | _WINDOWED
+    if name in HOSTS and (model_type, name) in _WINDOWED:
+        candidates = [name]
     if name != "auto" and name not in HOSTS:
         raise UsageError(unknown_name("host", name, ["auto", *HOSTS]))
     if not candidates:
@@ -67,7 +94,7 @@ def host(model: Model, name: str = "auto") -> Rewrite:
         candidates = [name]
     refusals = []
     for candidate in candidates:
-        module = import_module(f"rehead.convert.hosts.{_PAIRS[model_type, candidate]}")
+        module = import_module(f"rehead.convert.hosts.{pairs[model_type, candidate]}")
         build: Callable[[Builder], Rewrite] = module.host
         try:
             rewrite = build(

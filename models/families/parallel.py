@@ -1,4 +1,4 @@
-"""Rehead's own model types for parallel blocks: their attention is laid out as the serial type's."""
+"""Rehead's own model types, for parallel blocks and for windows: attention is laid out as in the type below."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from dataclasses import replace
 from rehead.models.families.spec import Config, Family
 
 PREFIX = "rehead_parallel_"
+WINDOW_PREFIX = "rehead_window_"
 
 
 def base_type(model_type: str) -> str:
-    """The serial type of a parallel model type; other types are returned unchanged."""
-    return model_type.removeprefix(PREFIX)
+    """The type that one of Rehead's derives from; other types are returned unchanged."""
+    return model_type.removeprefix(PREFIX).removeprefix(WINDOW_PREFIX)
+
+
+def as_derived(family: Family, model_type: str) -> Family:
+    """The family of one of Rehead's model types, from that of the type that it derives from."""
+    return as_parallel(family) if model_type.startswith(PREFIX) else as_windowed(family)
+
+
+def as_windowed(family: Family) -> Family:
+    """The family of the model type with windows, which may have sink logits."""
+    return replace(family, model_type=WINDOW_PREFIX + family.model_type, query_extras=(*family.query_extras, "sinks"))
 
 
 def as_parallel(family: Family) -> Family:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rehead.errors import UnsupportedError
 from rehead.models.families.guess import guess_family
-from rehead.models.families.parallel import as_parallel, base_type
+from rehead.models.families.parallel import as_derived, base_type
 from rehead.models.families.refusals import REFUSALS
 from rehead.models.families.seq2seq import SEQ2SEQ
 from rehead.models.families.spec import Config, Family
@@ -37,7 +37,7 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     model_type = config.model_type
     family = FAMILIES.get(base_type(model_type))
     if family is not None:
-        return family if base_type(model_type) == model_type else as_parallel(family)
+        return family if base_type(model_type) == model_type else as_derived(family, model_type)
     return SEQ2SEQ.get(model_type) or guess_family(config, tensors)
 
 

@@ -24,6 +24,8 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 PREFIX = "modeling_rehead_"
 PARALLEL = PREFIX + "parallel"
 CORE = PREFIX + "core"
+RING = PREFIX + "ring"
+WINDOW = PREFIX + "window"
 
 
 def modeling_file(name: str = PARALLEL) -> Path:
@@ -124,10 +126,43 @@ def serial_config(config: dict[str, Any]) -> dict[str, Any]:
     return result | {"model_type": model_type, "architectures": [f"{file.FAMILIES[model_type]}ForCausalLM"]}
 
 
+def window_families() -> dict[str, str]:
+    """Model types that have a class with windows and sinks here -> the prefix of their classes."""
+    return dict(importlib.import_module(f"{__name__}.{WINDOW}").FAMILIES)
+
+
+def window_config(config: Mapping[str, Any], windows: Sequence[int | None], sinks: int, logits: bool) -> dict[str, Any]:
+    """The ``config.json`` of a model with windows of its own in each layer, from one with or without.
+
+    Args:
+        config: the content of ``config.json``.
+        windows: tokens that each layer sees; None for all.
+        sinks: first tokens of a text that stay visible.
+        logits: whether each head has a sink logit, a tensor that the plain checkpoint does not have.
+    """
+    file = importlib.import_module(f"{__name__}.{WINDOW}")
+    result, model_type = dict(config), str(config.get("model_type")).removeprefix(file.TYPE_PREFIX)
+    name = f"Window{file.FAMILIES[model_type]}"
+    for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"):
+        result.pop(key, None)
+    return result | {
+        "model_type": file.TYPE_PREFIX + model_type,
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{WINDOW}.{name}Config",
+            "AutoModel": f"{WINDOW}.{name}Model",
+            "AutoModelForCausalLM": f"{WINDOW}.{name}ForCausalLM",
+        },
+        "layer_windows": list(windows),
+        "sink_tokens": sinks,
+        "sink_logits": logits,
+    }
+
+
 def register() -> None:
     """Register the classes of every modelling file here with transformers' auto classes; may be repeated."""
     for path in sorted(Path(__file__).parent.glob(f"{PREFIX}*.py")):
-        if path.stem != CORE:
+        if path.stem not in (CORE, RING):
             importlib.import_module(f"{__name__}.{path.stem}").register()
 
 

@@ -73,7 +73,7 @@ def gathered(heads: Heads, x: torch.Tensor, groups: int) -> Moments:
 def shown(probabilities: torch.Tensor) -> Seen:
     """Attention of which nothing is known but its probabilities [b, H, R, S], for the first R queries."""
     none = torch.empty(0)
-    return Seen(none, none, none, none, probabilities, none, 1.0, torch.arange(probabilities.shape[2]))
+    return Seen(none, none, none, none, none, probabilities, none, 1.0, torch.arange(probabilities.shape[2]))
 
 
 def in_own_bases(heads: Heads, kv: int, rigid: bool, seed: int = 1) -> Heads:

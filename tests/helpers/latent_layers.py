@@ -47,6 +47,6 @@ def latent_moments(heads: Heads, x: torch.Tensor, groups: int = 1) -> Moments:
     queries = project("q") if heads.q_bias is None else project("q") + heads.q_bias.float()[:, None]
     p, none = attend(heads, x)[1][None].float(), torch.empty(0)
     gatherer.add_inputs(batch)
-    seen = Seen(queries, none, project("v"), none, p, none, heads.head_dim**-0.5, torch.arange(len(x)))
+    seen = Seen(queries, none, project("v"), none, none, p, none, heads.head_dim**-0.5, torch.arange(len(x)))
     gatherer.add_attention(batch, seen)
     return gatherer.finish()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
 from rehead.models.layout import LayerLayout
 from rehead.options import Count
-from rehead.variants.contract import Compute, Variant, VariantOptions, register
+from rehead.variants.contract import ALL, AUTO, Compute, Variant, VariantOptions, register
+from rehead.variants.layer_choice import parse_layers
+from rehead.variants.window.classes import OFF
 
+if TYPE_CHECKING:
+    from rehead.models.model import Model
+    from rehead.models.rewrite import Rewrite
+    from rehead.variants.stack import LiveVariant
+
+FITTING: ContextVar[Any] = ContextVar("rehead_fitting_sink_logits", default=None)
+"""What fits the sink logits while they are fitted; see :mod:`rehead.variants.window.live_logit`."""
 UNLIMITED = 1 << 30
 """A window that no text is as long as."""
 
@@ -22,15 +34,54 @@ class WindowOptions(VariantOptions):
 
     size: Count = Field(4096, ge=1, description="Last keys that a row sees, its own included.")
     sinks: Count = Field(0, ge=0, description="First tokens of a sequence that stay visible beyond the window.")
+    sink_logit: bool = Field(
+        False, description="Give each head a logit for what the window hides, fitted to calibration text."
+    )
+
+    def indices(self, count: int) -> list[int]:
+        """The layers that are named, of a model of ``count``."""
+        return parse_layers(self.layers, count)
 
 
 def attend(call: AttentionCall, options: WindowOptions, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
     """The layer's attention with its mask narrowed; a layer whose own window is narrower keeps it."""
-    return compute(call.narrowed(options.size, options.sinks))
+    narrowed = call.narrowed(options.size, options.sinks)
+    if options.sink_logit and narrowed.window == options.size and call.causal:
+        if (fitting := FITTING.get()) is not None:
+            whole = fitting(call, narrowed, state["sinks"], compute)
+            if whole is not None:
+                return whole
+        narrowed = narrowed.with_(sinks=state["sinks"].to(call.query.dtype))
+    return compute(narrowed)
+
+
+def state(layer: LayerLayout, options: WindowOptions) -> dict[str, Tensor]:
+    """A sink logit for each query head, [H], that takes no share before it is fitted."""
+    return {"sinks": torch.full((layer.num_heads,), OFF)} if options.sink_logit else {}
+
+
+def _calibrate(live: LiveVariant, tokens: Tensor, sequential: bool) -> None:
+    from rehead.variants.window.live_logit import fit_logits
+
+    fit_logits(live, tokens, sequential)
+
+
+def _rewrite(model: Model, options: WindowOptions) -> Rewrite:
+    from rehead.variants.window.rewrite import window_rewrite
+
+    return window_rewrite(model, options)
+
+
+def _host(model: Model, options: WindowOptions, hosts: Sequence[str]) -> str | None:
+    from rehead.variants.window.classes import host_of
+
+    return host_of(model, options, hosts)
 
 
 def layout(layer: LayerLayout, options: WindowOptions) -> LayerLayout:
-    """A layer that keeps the window and the sinks, unless its own window is narrower."""
+    """A layer that keeps the window and the sinks, unless its own window is narrower or it is not named."""
+    if options.layers not in (ALL, AUTO) and layer.index not in options.indices(1 << 20):
+        return layer
     if layer.window is not None:
         return replace(layer, window=min(layer.window, options.size), sinks=0)
     return replace(layer, window=options.size, sinks=options.sinks)
@@ -44,9 +95,14 @@ VARIANT = register(
         options=WindowOptions,
         exact=lambda options: options.size >= UNLIMITED,
         off=lambda options: options.but(size=UNLIMITED),
-        ablated=lambda options: options.but(sinks=0) if options.sinks else None,
+        ablated=lambda options: options.but(sinks=0, sink_logit=False) if options.sinks or options.sink_logit else None,
         layout=layout,
         attend=attend,
+        state=state,
+        calibrate=_calibrate,
+        rewrite=_rewrite,
+        host=_host,
+        needs=lambda options: (f"sink_logit:{options.size}:{options.sinks}",) if options.sink_logit else (),
         reach=lambda options: options.size,
     )
 )
