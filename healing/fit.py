@@ -2,6 +2,9 @@
 
 It needs no end-to-end pass, no loss but the layer's own, and the memory of one layer. It recovers what closed forms
 cannot, since queries, keys, values and output move together, through the softmax and norms.
+
+One step on one layer is a hundred small kernels, which a GPU does faster than Python can launch them. So on a GPU a
+step is recorded once and replayed.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +23,8 @@ RELATIVE_RATE = 1e-2
 WARM_UP = 20
 #: Share of the error of the layers before that a layer is fitted to correct; all of it fits noise, half worked best.
 DRIFT = 0.5
+#: Steps of each length of sequence that run as they are before one is recorded: libraries choose their kernels.
+_UNRECORDED = 3
 
 
 def fit_attention(
@@ -28,6 +35,8 @@ def fit_attention(
     batches: Sequence[tuple[int, int]],
     seed: int,
     relative_rate: float = RELATIVE_RATE,
+    record: bool = False,
+    half: bool = False,
 ) -> float:
     """Fit an attention module in place.
 
@@ -39,35 +48,99 @@ def fit_attention(
         batches: (number of sequences, sequences per step) for each length.
         seed: seed of the order of the sequences.
         relative_rate: Adam's step relative to each weight's own root mean square.
+        record: replay a recorded step on a GPU; ``forward`` and ``targets`` must then read nothing but its memory.
+        half: ``forward`` computes in bfloat16 on a GPU, with float32 parameters.
 
     Returns:
         The mean squared error over the last ten steps.
     """
-    groups = [
-        {"params": [weight], "lr": relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4)}
-        for weight in parameters.values()
+    if not steps:
+        return 0.0
+    device = next(iter(parameters.values())).device
+    recorded = record and device.type == "cuda"
+    rates = [
+        relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4) for weight in parameters.values()
+    ]
+    # A recorded step reads its rates from the GPU's memory.
+    groups: list[dict[str, Any]] = [
+        {"params": [weight], "lr": torch.tensor(rate, device=device) if recorded else rate}
+        for weight, rate in zip(parameters.values(), rates)
     ]
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(seed)
-    order = _shuffled(batches, generator)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=recorded or None, capturable=recorded)
+
+    def step(index: int, rows: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half and device.type == "cuda"):
+            output = forward(index, rows)
+        loss = (output - targets(index, rows)).square().sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    order = list(islice(_shuffled(batches, torch.Generator().manual_seed(seed)), steps))
+    advance: Callable[[int, Tensor], Tensor] = step
+    if recorded:
+        rows_on_device = torch.cat([rows for _, rows in order]).to(device).split([len(rows) for _, rows in order])
+        order = [(index, rows) for (index, _), rows in zip(order, rows_on_device)]
+        advance = _Recorded(step, device)
     recent: list[Tensor] = []
     with torch.enable_grad(), _fast_matmul():
-        for step, (index, rows) in zip(range(steps), order):
-            pace = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
+        for number, (index, rows) in enumerate(order):
+            pace = 0.5 * (1 + math.cos(math.pi * number / steps)) * min(1.0, (number + 1) / WARM_UP)
             for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * pace
-            loss = (forward(index, rows) - targets(index, rows)).square().sum(-1).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            recent = [*recent[-9:], loss.detach()]
+                if recorded:
+                    group["lr"].fill_(rate * pace)
+                else:
+                    group["lr"] = rate * pace
+            recent = [*recent[-9:], advance(index, rows)]
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    return float(torch.stack(recent).mean()) if recent else 0.0
+    return float(torch.stack(recent).mean())
+
+
+class _Recorded:
+    """A step that is recorded once for each length of sequence and replayed from then on.
+
+    Args:
+        step: (index of a length, rows of its sequences) -> the loss; nothing in it may wait for the GPU.
+        device: the GPU.
+    """
+
+    def __init__(self, step: Callable[[int, Tensor], Tensor], device: torch.device) -> None:
+        self.step, self.device = step, device
+        self.taken: dict[int, int] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, index: int, rows: Tensor) -> Tensor:
+        if index not in self.graphs:
+            if self.taken.setdefault(index, 0) < _UNRECORDED:
+                self.taken[index] += 1
+                return self._unrecorded(index, rows)
+            self._record(index, rows)
+        graph, static, loss = self.graphs[index]
+        static.copy_(rows)
+        graph.replay()
+        return loss.clone()
+
+    def _unrecorded(self, index: int, rows: Tensor) -> Tensor:
+        # On the stream that records later, since gradients remember the stream they were first added on.
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            loss = self.step(index, rows)
+        current.wait_stream(self.stream)
+        return loss
+
+    def _record(self, index: int, rows: Tensor) -> None:
+        static, graph = rows.clone(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph, stream=self.stream):
+            loss = self.step(index, static)
+        self.graphs[index] = graph, static, loss
 
 
 def _shuffled(batches: Sequence[tuple[int, int]], generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:

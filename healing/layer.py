@@ -142,6 +142,8 @@ class LayerRecovery:
             [(len(part), self._fit_rows(part, settings.tokens)) for part in inputs],
             self.job.seed + layer,
             RELATIVE_RATE if settings.rate is None else settings.rate,
+            record=all(part.device == self.changed.device for part in prefix.hidden),
+            half=settings.half,
         )
         if back is not None:
             for name in set(settings.reads) & set(moved):

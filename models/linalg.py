@@ -51,16 +51,17 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     them has all of a covariance's condition number.
 
     Args:
-        left: [m, d]; right: [d, n].
+        left: [..., m, d]; right: [..., d, n].
 
     Returns:
-        (X sqrt(D), sqrt(D) Y^T), [m, d] and [d, n]: zero beyond the rank where m or n is less than d.
+        (X sqrt(D), sqrt(D) Y^T), [..., m, d] and [..., d, n]: zero beyond the rank where m or n is less than d.
     """
     q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    x, d, yt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    x, y = q_left @ (x * d.sqrt()), d.sqrt()[:, None] * (yt @ q_right.T)
-    short = left.shape[1] - len(d)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    # A GPU takes far longer than a CPU for matrices as small as a head.
+    x, d, yt = (part.to(left) for part in torch.linalg.svd((r_left @ r_right.mT).cpu(), full_matrices=False))
+    x, y = q_left @ (x * d.sqrt()[..., None, :]), d.sqrt()[..., None] * (yt @ q_right.mT)
+    short = left.shape[-1] - d.shape[-1]
     return torch.nn.functional.pad(x, (0, short)), torch.nn.functional.pad(y, (0, 0, 0, short))
 
 

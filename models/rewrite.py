@@ -97,6 +97,7 @@ class RecoverySettings:
         on_original: moments are gathered on the original's inputs, not on those from the changed layers before.
         refit_first: refit the output before the fit too.
         logits: refit queries and keys to the original's logits, where they are linear in the weights.
+        half: the fit computes in bfloat16 on a GPU.
     """
 
     rate: float | None = None
@@ -107,6 +108,7 @@ class RecoverySettings:
     on_original: bool = False
     refit_first: bool = True
     logits: bool = True
+    half: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,9 @@ def balanced(latent: LatentHeads, root: Tensor, unroot: Tensor) -> LatentHeads:
         root, unroot: square root of the inputs' second moment and its inverse, [n, n]: queries are balanced as they
             are on inputs that vary alike in every direction.
     """
-    q_nope, key_up = torch.zeros_like(latent.q_nope), torch.zeros_like(latent.key_up)
-    value_up, o = torch.zeros_like(latent.value_up), torch.zeros_like(latent.o)
-    for head in range(latent.num_heads):
-        left, right = balance((latent.q_nope[head] @ root).T, latent.key_up[head])
-        q_nope[head], key_up[head] = left.T @ unroot, right
-        o[:, head], value_up[head] = balance(latent.o[:, head], latent.value_up[head])
+    left, key_up = balance((latent.q_nope @ root).mT, latent.key_up)
+    columns, value_up = balance(latent.o.transpose(0, 1), latent.value_up)
+    q_nope, o = left.mT @ unroot, columns.transpose(0, 1).contiguous()
     rope, q_rope = _even_pairs(latent.rope, latent.q_rope)
     return replace(latent, q_nope=q_nope, key_up=key_up, value_up=value_up, o=o, rope=rope, q_rope=q_rope)
 

@@ -25,6 +25,7 @@ RECOVERY = RecoverySettings(
     ridge=1e-3,
     on_original=True,
     refit_first=False,
+    half=True,
 )
 
 
