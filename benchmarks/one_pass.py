@@ -20,7 +20,7 @@ from rehead.benchmarks.machine import machine
 from rehead.console import quiet_transformers
 from rehead.convert import plan
 from rehead.convert.calibrated import calibration_text
-from rehead.healing.run import moments_of
+from rehead.healing.run import observe
 from rehead.variants.pool.regroup import POOL_MOMENTS
 
 COUNTS = (8, 4, 2, 1)
@@ -43,7 +43,7 @@ def command(hidden: int, tokens: int, repeats: int) -> None:
         for _ in range(repeats):
             for count in COUNTS:
                 start = time.process_time()
-                for _ in moments_of(asked.model, text, POOL_MOMENTS, count, torch.device("cpu")):
+                for _ in observe(asked.model, text, POOL_MOMENTS, count, torch.device("cpu")):
                     pass
                 seconds[count].append(time.process_time() - start)
     medians = {count: statistics.median(times) for count, times in seconds.items()}

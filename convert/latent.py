@@ -9,22 +9,27 @@ import torch
 from rehead.console import Progress
 from rehead.data.calibration import CalibrationText, load_calibration
 from rehead.errors import UnsupportedError, UsageError, unknown_name
-from rehead.healing.run import moments_of
+from rehead.healing.run import Observed, observe
 from rehead.models.model import Model
 from rehead.models.rewritten import rewritten
 from rehead.variants.latent.angles import angles_of
 from rehead.variants.latent.export import HOSTS
-from rehead.variants.latent.options import LatentOptions
-from rehead.variants.latent.pairs import enough_pairs, turning_energy, undecided
+from rehead.variants.latent.options import LatentOptions, cache_numbers
+from rehead.variants.latent.pairs import enough_pairs, fastest, turning_energy, undecided
 from rehead.variants.latent.rewrite import check_source, latent, span, stored
 from rehead.variants.latent.seen import NEEDS
 from rehead.variants.latent.settle import settle
+from rehead.variants.latent.sizes import splits
+from rehead.variants.latent.solve import solve
+from rehead.variants.latent.trial import trial
 
 if TYPE_CHECKING:
     from rehead.convert.options import ConvertOptions
 
 #: Tokens on which the pairs that keep turning are chosen, and how far back they must have been seen to turn.
 _TOKENS, _REACH = 32768, 512
+#: A fit that tries a split takes this part of the steps of the real one.
+_SHORT = 6
 #: Pairs are kept in multiples of this many: kernels want whole blocks of dimensions.
 _MULTIPLE = 4
 
@@ -65,24 +70,54 @@ def choose_sizes(
     pairs = None
     if asked.rope_dims is None:
         text = _text(model, options, min(_REACH, max(lengths)))
-        energies = [
-            turning_energy(heads, moments) for _, heads, moments in moments_of(model, text, NEEDS, 1, device, progress)
-        ]
+        some = [model.layers[len(model.layers) * part // 6] for part in (1, 3, 5)]
+        energies, kept = [], []
+        for seen in observe(model, text, NEEDS, 1, device, progress, some if asked.kv_cache is not None else ()):
+            energies.append(turning_energy(seen.heads, seen.moments))
+            kept += [seen] if seen.outputs else []
         pairs = enough_pairs(energies, angles.to(energies[0].device), multiple=_MULTIPLE)
         mean = torch.stack([energy.cpu() for energy in energies]).mean(0)
         facts = {"turning": [round(float(share), 5) for share in mean], "tokens": text.count, "text": text.names}
+        if kept:
+            errors = _tried(asked, angles, pairs, span(model), kept, options.fit // _SHORT, options.seed)
+            pairs = min(errors, key=lambda count: errors[count]) if errors else pairs
+            facts["tried"] = {2 * count: round(error, 6) for count, error in errors.items()}
     settled = settle(asked, angles, *span(model), pairs)
-    kept = torch.arange((settled.rope_dims or 0) // 2)
+    turning = torch.arange((settled.rope_dims or 0) // 2)
     if asked.rope_dims is None:
         reach = min(_REACH, positions or _REACH)
-        if short := undecided(angles, kept, max(lengths), reach):
+        if short := undecided(angles, turning, max(lengths), reach):
             raise UsageError(
                 f"--calibration-length {max(lengths)}: too short to tell whether {len(short)} rotary pairs may stop "
                 f"turning, which they hardly do within it; give {reach} or more, or name --rope-dims"
             )
-    unseen = undecided(angles, kept, max(lengths), positions or max(lengths))
+    unseen = undecided(angles, turning, max(lengths), positions or max(lengths))
     facts |= {"rank": settled.rank, "rope_dims": settled.rope_dims, "pairs_not_seen_to_turn": unseen}
     return options.but(latent=settled.rank, rope_dims=settled.rope_dims, kv_cache=None), {"latent": facts}
+
+
+def _tried(
+    asked: LatentOptions,
+    angles: torch.Tensor,
+    enough: int,
+    spanned: tuple[int, int],
+    seen: list[Observed],
+    steps: int,
+    seed: int,
+) -> dict[int, float]:
+    """Mean error of some layers after a short fit by number of rotary pairs, at the cache's size."""
+    assert asked.kv_cache is not None
+    numbers, most = spanned
+    errors = {}
+    for count, rank in splits(cache_numbers(asked.kv_cache, numbers), enough, len(angles), _MULTIPLE):
+        if rank > most:
+            continue
+        of_layers = []
+        for layer in seen:
+            latent = solve(layer.heads, layer.moments, angles, fastest(angles, count), rank).latent
+            of_layers.append(trial(latent, layer.inputs[0], layer.outputs[0], steps, seed))
+        errors[count] = sum(of_layers) / len(of_layers)
+    return errors
 
 
 def _asked(model: Model, options: ConvertOptions) -> LatentOptions:

@@ -58,9 +58,7 @@ def fit_attention(
         return 0.0
     device = next(iter(parameters.values())).device
     recorded = record and device.type == "cuda"
-    rates = [
-        relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4) for weight in parameters.values()
-    ]
+    rates = [relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4) for weight in parameters.values()]
     # A recorded step reads its rates from the GPU's memory.
     groups: list[dict[str, Any]] = [
         {"params": [weight], "lr": torch.tensor(rate, device=device) if recorded else rate}
@@ -98,7 +96,11 @@ def fit_attention(
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    return float(torch.stack(recent).mean())
+    loss = float(torch.stack(recent).mean())
+    if recorded:  # a recording's memory is of no use to anything else until it is given back
+        del advance, recent
+        torch.cuda.empty_cache()
+    return loss
 
 
 class _Recorded:
@@ -117,10 +119,9 @@ class _Recorded:
 
     def __call__(self, index: int, rows: Tensor) -> Tensor:
         if index not in self.graphs:
-            if self.taken.setdefault(index, 0) < _UNRECORDED:
-                self.taken[index] += 1
+            taken = self.taken[index] = self.taken.get(index, 0) + 1
+            if taken != _UNRECORDED + 1 or not self._record(index, rows):
                 return self._unrecorded(index, rows)
-            self._record(index, rows)
         graph, static, loss = self.graphs[index]
         static.copy_(rows)
         graph.replay()
@@ -135,12 +136,21 @@ class _Recorded:
         current.wait_stream(self.stream)
         return loss
 
-    def _record(self, index: int, rows: Tensor) -> None:
+    def _record(self, index: int, rows: Tensor) -> bool:
+        """Record a step without taking it; False where the module waits for the GPU and so cannot be recorded."""
         static, graph = rows.clone(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph, stream=self.stream):
-            loss = self.step(index, static)
+        try:
+            with torch.cuda.stream(self.stream):  # not torch.cuda.graph: it empties caches, which takes half a second
+                graph.capture_begin()
+                try:
+                    loss = self.step(index, static)
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            return False
         self.graphs[index] = graph, static, loss
+        return True
 
 
 def _shuffled(batches: Sequence[tuple[int, int]], generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:

@@ -142,7 +142,7 @@ class LayerRecovery:
             [(len(part), self._fit_rows(part, settings.tokens)) for part in inputs],
             self.job.seed + layer,
             RELATIVE_RATE if settings.rate is None else settings.rate,
-            record=all(part.device == self.changed.device for part in prefix.hidden),
+            record=all(part.is_cuda for part in prefix.hidden),
             half=settings.half,
         )
         if back is not None:

@@ -8,7 +8,8 @@ also be solved on the original's own inputs: then one pass over the text serves 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rehead.healing.moments import Moments
 from rehead.healing.rotation import rotation_of
 from rehead.healing.runner import Runner, TextState
 from rehead.healing.sight import gather_moments
+from rehead.healing.writers import run_original
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 
@@ -112,28 +114,47 @@ def solve(
         raise ValueError("only closed forms can share one pass")
     needs = tuple(dict.fromkeys(name for part in every for name in part.needs))
     groups = math.lcm(*(part.groups for part in every))
-    for layer, heads, moments in moments_of(jobs[0].original, text, needs, groups, device, progress):
+    for seen in observe(jobs[0].original, text, needs, groups, device, progress):
+        layer = seen.layer
         for job, folder in zip(jobs, finished):
             form = job.layers[layer].closed_form if layer in job.layers else None
             if form is None:
                 continue
-            changed = form(heads, moments)
+            changed = form(seen.heads, seen.moments)
             weights = changed.weights
             tensors = job.tensors(layer, weights) if isinstance(weights, Heads) else weights
             folder.save(layer, {name: job.store(name, tensor) for name, tensor in tensors.items()}, changed.facts)
     return _text_facts(text, device)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What text shows of one attention layer.
+
+    Attributes:
+        layer: its index. heads: its weights, float32. moments: what was asked for.
+        inputs: what its attention reads, [N, S, n], one for each length.
+        outputs: what its attention adds, [N, S, m] for each length; empty where not asked for.
+    """
+
+    layer: int
+    heads: Heads
+    moments: Moments
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
 @torch.no_grad()
-def moments_of(
+def observe(
     model: Model,
     text: CalibrationText,
     needs: Sequence[str],
     groups: int,
     device: torch.device,
     progress: Progress | None = None,
-) -> Iterator[tuple[int, Heads, Moments]]:
-    """Run a model over text once and yield the moments of each of its attention layers.
+    outputs: Collection[int] = (),
+) -> Iterator[Observed]:
+    """Run a model over text once and yield what it shows of each of its attention layers.
 
     Args:
         model: the model to run.
@@ -143,19 +164,24 @@ def moments_of(
             coarser groups.
         device: the device that layers run on.
         progress: called with (stage, layers done, layers).
+        outputs: layers whose outputs are wanted.
 
     Yields:
-        (layer, its heads, float32 on the device, its moments), one layer in memory at a time.
+        One layer at a time, on the device.
     """
     runner, state = _start(model, text, device)
     for layer in _layers(model, progress):
         runner.model.load_layer(layer)
+        kept: list[Tensor] = []
         if layer in model.layers:
             heads = model.heads(layer).to(device, torch.float32)
             inputs = runner.attention_inputs(layer, state)
             rotation = rotation_of(runner, layer, heads, max(text.lengths))
-            yield layer, heads, gather_moments(runner, layer, heads, state, inputs, needs, groups, rotation)
-        runner.run(layer, state)
+            moments = gather_moments(runner, layer, heads, state, inputs, needs, groups, rotation)
+            kept = run_original(runner, layer, state, state).clean if layer in outputs else []
+            yield Observed(layer, heads, moments, inputs, kept)
+        if not kept:
+            runner.run(layer, state)
         runner.model.unload_layer(layer)
 
 

@@ -15,7 +15,7 @@ from rehead.convert.execute import plan
 from rehead.errors import UsageError
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.layerwise import LayerwiseModel
-from rehead.healing.run import moments_of
+from rehead.healing.run import observe
 from rehead.models.families.layouts import split
 from rehead.variants.pool.regroup import POOL_MOMENTS, reconstruction_error
 
@@ -36,12 +36,12 @@ def test_moments_of_one_pass_are_those_gathered_for_each_count(source: Path) -> 
     asked = plans(source, 1)[0]
     text, model = calibration_text(asked), asked.model
     heads = model.num_kv_heads
-    fine = list(moments_of(model, text, POOL_MOMENTS, heads, CPU))
-    assert [layer for layer, _, _ in fine] == model.layers
+    fine = list(observe(model, text, POOL_MOMENTS, heads, CPU))
+    assert [seen.layer for seen in fine] == model.layers
     for kv in (kv for kv in range(1, heads) if heads % kv == 0):
-        for (*_, finest), (*_, alone) in zip(fine, moments_of(model, text, POOL_MOMENTS, kv, CPU)):
-            size = heads // kv
-            merged = finest.merged([list(range(at, at + size)) for at in range(0, heads, size)])
+        for finest, again in zip(fine, observe(model, text, POOL_MOMENTS, kv, CPU)):
+            alone, size = again.moments, heads // kv
+            merged = finest.moments.merged([list(range(at, at + size)) for at in range(0, heads, size)])
             for name in POOL_MOMENTS:
                 scale = alone[name].abs().max()
                 torch.testing.assert_close(merged[name] / scale, alone[name] / scale, rtol=0, atol=1e-5)

@@ -70,13 +70,16 @@ def rank_for(numbers: int, pairs: int) -> int:
     return rank
 
 
-def splits(numbers: int, enough: int, pairs: int) -> list[tuple[int, int]]:
+def splits(numbers: int, enough: int, pairs: int, multiple: int = 4) -> list[tuple[int, int]]:
     """(rotary pairs, rank) worth a short fit each: the best start in closed form is not always the best end.
 
     Args:
         numbers: cache per token.
         enough: pairs without which too little turns (:func:`~rehead.variants.latent.pairs.enough_pairs`).
         pairs: all of the layer's.
+        multiple: pairs between the two are tried in multiples of so many.
     """
-    tried = dict.fromkeys((enough, (enough + pairs) // 2 // 2 * 2, pairs))
-    return [(count, numbers - 2 * count) for count in tried if enough <= count <= pairs and numbers > 2 * count]
+    between = (enough + pairs) // 2 // multiple * multiple
+    tried = dict.fromkeys((enough, enough + multiple, between, pairs))
+    # At least half of a small cache is for the latent.
+    return [(count, numbers - 2 * count) for count in tried if enough <= count <= pairs and numbers >= 4 * count]

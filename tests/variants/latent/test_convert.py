@@ -91,6 +91,7 @@ def test_the_text_chooses_the_pairs_that_keep_turning(tmp_path: Path) -> None:
     assert facts["rank"] + facts["rope_dims"] == 64
     kept = json.loads((tmp_path / "out" / "rehead.json").read_text())["calibration"]["latent"]
     assert sum(kept["turning"]) == pytest.approx(1, abs=1e-3)
+    assert facts["rope_dims"] == min(map(int, kept["tried"]), key=lambda dims: kept["tried"][str(dims)])
     assert IDS.shape[1] > 0
     with pytest.raises(UsageError, match="too short to tell"):
         convert(source, tmp_path / "short", kv_cache="50%", **text | {"calibration_length": 16})

@@ -16,6 +16,7 @@ from rehead.variants.latent.gauge import head_ranks, resized
 from rehead.variants.latent.module import LatentAttention, module_weights, with_module_weights
 from rehead.variants.latent.pairs import enough_pairs, fastest, rope_fields, turning_energy
 from rehead.variants.latent.solve import cut_rank, solve
+from rehead.variants.latent.trial import trial
 
 LENGTH = 120
 
@@ -194,3 +195,15 @@ def test_what_cannot_be_converted_is_refused() -> None:
         solve(make_heads(2, "none", 0), moments, torch.empty(0), torch.empty(0).long(), 8)
     with pytest.raises(ValueError, match="groups"):
         solve(heads, latent_moments(heads, inputs(), 2), angles(heads), torch.arange(2), 8)
+
+
+def test_a_short_fit_lowers_the_error_on_sequences_that_it_does_not_see() -> None:
+    heads = make_heads(2)
+    x = torch.stack([inputs(seed, 32) for seed in range(32)])
+    latent = whole(heads, 6, x[0], torch.arange(2)).latent.to(torch.float32)
+    y = torch.stack([attend(heads, one)[0] for one in x]).float()
+    closed, fitted = (trial(latent, x.float(), y, steps) for steps in (0, 60))
+    assert fitted < 0.8 * closed
+    held = x[-4:].float()
+    wanted = float((latent.attend(held) - y[-4:]).square().sum() / y[-4:].square().sum())
+    assert closed == pytest.approx(wanted, rel=1e-3)
