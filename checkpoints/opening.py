@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from importlib.resources import files
+from pathlib import Path
 
 from rehead.checkpoints.hub import HubSource
 from rehead.checkpoints.source import LocalSource, Source
-from rehead.errors import UsageError
+from rehead.errors import UnsupportedError, UsageError
+
+#: The small model that ships with Rehead.
+EMBEDDED = "embedded"
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -20,11 +25,24 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return place, revision
 
 
+def embedded_model() -> Path:
+    """The folder of the model that ships with Rehead.
+
+    Raises:
+        UnsupportedError: this installation lacks it.
+    """
+    folder = Path(str(files("rehead.recipes.assets") / EMBEDDED))
+    if not (folder / "config.json").is_file():
+        raise UnsupportedError("embedded: this installation lacks the embedded model; install Rehead again")
+    return folder
+
+
 def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
     """Open a checkpoint without reading weights: a local folder if one has this name, else a Hub repository.
 
     Args:
-        model: a folder, or a Hub id such as ``"meta-llama/Llama-2-7b-hf"``.
+        model: a folder, a Hub id such as ``"meta-llama/Llama-2-7b-hf"``, or ``embedded`` for the small model that ships
+            with Rehead.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -32,6 +50,8 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None) -> S
         UnsupportedError: the checkpoint is in another format or broken, or the Hub refuses or cannot be reached.
     """
     text = os.fspath(model)
+    if text == EMBEDDED and not os.path.exists(text):
+        return LocalSource(embedded_model(), id=text)
     if os.path.isdir(text):
         if revision is not None:
             raise UsageError(f"{text}: is a local folder, which has no revisions; leave --revision out")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rehead.checkpoints.opening import open_source
-from rehead.checkpoints.source import Source
+from rehead.checkpoints.source import LocalSource, Source
 from rehead.errors import UnsupportedError
 from rehead.models.config import resolve_config
 from rehead.models.families.remote import REMOTE, RemoteLayout
@@ -63,7 +63,8 @@ def in_view_rounds(source: Source) -> bool:
 def weights_for_loading(source: Source, place: str) -> dict[str, Any]:
     """Arguments with which ``from_pretrained`` loads a source: its place, or the tensors of a view in memory."""
     if layout_facts(source) is None:
-        return {"pretrained_model_name_or_path": place}
+        folder = source.folder if isinstance(source, LocalSource) else place
+        return {"pretrained_model_name_or_path": str(folder)}
     tensors = {name: source.read(name) for name in source.tensors}
     return {"pretrained_model_name_or_path": None, "state_dict": tensors}
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
+from rehead.checkpoints.opening import EMBEDDED as EMBEDDED
+from rehead.checkpoints.opening import embedded_model as embedded_model
 from rehead.errors import UnsupportedError
 
-EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"
-
-
-def embedded_model() -> Path:
-    """The folder of the model that ships with Rehead.
-
-    Raises:
-        UnsupportedError: this installation lacks it.
-    """
-    folder = Path(str(files("rehead.recipes.assets") / EMBEDDED))
-    if not (folder / "config.json").is_file():
-        raise UnsupportedError("embedded: this installation lacks the embedded model; install Rehead again")
-    return folder
 
 
 def write_smollm2(out: Path) -> None:
