@@ -2,5 +2,5 @@
 
 ``make engines`` sets up each engine in an environment of its own, converts a small model of every class that Rehead
 writes, lets each engine continue a text greedily, and compares tokens, log-probabilities and cache bytes with
-transformers. The result is ``models/serving.json``, which README's table and the model cards read.
+transformers. The result is ``models/serving.json``, which the tables of README and docs and the model cards read.
 """

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     results: dict[str, Any] = json.loads(arguments.record.read_text()) if arguments.record.is_file() else {"rows": []}
     if arguments.pages:
-        put(table(results), ROOT / "benchmarks" / "engines" / "README.md")
+        put(table(results), ROOT / "docs" / "engines.md")
         put(digest(results), ROOT / "README.md")
     if arguments.table or arguments.pages:
         print(table(results))

@@ -72,9 +72,9 @@ def digest(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def put(text: str, page: Path) -> None:
-    """Replace what stands between the page's two marks ``<!-- engines -->`` and ``<!-- /engines -->``."""
-    start, end = "<!-- engines -->\n", "<!-- /engines -->"
+def put(text: str, page: Path, mark: str = "engines") -> None:
+    """Replace what stands between the page's two marks, ``<!-- engines -->`` and ``<!-- /engines -->``."""
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     before, _, rest = page.read_text().partition(start)
     _, _, after = rest.partition(end)
     page.write_text(f"{before}{start}{text}\n{end}{after}")

@@ -153,7 +153,7 @@ def load(opened: Opened, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device)
 
 
-#: Rows up to which the fused kernels behind SDPA, masks and all, outrun the tiled ones on a GPU (NOTES-uptrain.md).
+#: Rows up to which the fused kernels behind SDPA, masks and all, outrun the tiled ones on a GPU (`docs/notes`).
 _SDPA_ROWS = 2048
 
 

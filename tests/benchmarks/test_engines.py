@@ -65,7 +65,7 @@ def test_rows_are_merged_by_case_and_engine() -> None:
 
 
 def test_pages_show_the_record() -> None:
-    for page, text in (("benchmarks/engines/README.md", table), ("README.md", digest)):
+    for page, text in (("docs/engines.md", table), ("README.md", digest)):
         assert f"<!-- engines -->\n{text(serving.results())}\n<!-- /engines -->" in (ROOT / page).read_text()
 
 
