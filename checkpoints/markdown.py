@@ -36,6 +36,19 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>|~#&])", r"\\\1", line)
 
 
+_QUOTED = re.compile(r"""(['"])(?:~|\.{1,2})?/[^'"\n]*?([^/'"\n]+)/?\1""")
+_FOLDERS = re.compile(r"""(?<![\w.:/@~-])(?:~|\.{1,2})?/(?:[^\s'"=,;/]+/)*([^\s'"=,;/]+)/?""")
+
+
+def without_folders(text: str) -> str:
+    """A text, such as a command line, with the last name of each local path in the path's place.
+
+    A card goes with a model to others, to whom the folders of the machine that made it say nothing. Paths that begin
+    with ``/``, ``~/``, ``./`` or ``../`` count; Hub ids and URLs stay.
+    """
+    return _FOLDERS.sub(r"\1", _QUOTED.sub(r"\1\2\1", text))
+
+
 def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 

@@ -1,10 +1,10 @@
-"""Upload a converted folder to the Hub: verified first, sent in one commit, and checked after the upload."""
+"""Upload to the Hub, only when asked: a folder that is verified before and after, or the files of a report."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rehead.checkpoints.safetensors_io import shown
 from rehead.checkpoints.stream import ResourceError
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError, first_line
 
-__all__ = ["push_folder"]
+__all__ = ["push_files", "push_folder"]
 
 
 def push_folder(
@@ -77,6 +77,43 @@ def push_folder(
         )
         after = retried(lambda: api.model_info(repo_id, revision=commit.oid, files_metadata=True))
     _check_upload(repo_id, table["files"], {s.rfilename: s for s in after.siblings or ()})
+    return str(commit.commit_url)
+
+
+def push_files(
+    files: Mapping[str, Path], repo_id: str, *, mine: str, message: str, token: str | bool | None = None
+) -> str:
+    """Add files to a model repository in one commit; a missing repository is created, other files stay.
+
+    Args:
+        files: local path by name in the repository.
+        repo_id: ``"owner/name"``.
+        mine: the name whose presence says that an earlier upload made the others there, so that they may be replaced.
+        message: the commit's message.
+        token: as everywhere in ``huggingface_hub``.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        UsageError: the repository holds other files of these names, or the id is not valid.
+        UnsupportedError: the Hub refuses.
+        ResourceError: the connection was lost; pushing again sends only what is missing.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    with _push_translated(repo_id):
+        retried(lambda: api.create_repo(repo_id, exist_ok=True))
+        before = retried(lambda: api.model_info(repo_id))
+        there = {s.rfilename for s in before.siblings or ()}
+        taken = sorted(there & files.keys())
+        if taken and mine not in there:
+            raise UsageError(
+                f"{repo_id}: holds {shown(taken[0])}, which Rehead did not write; choose another repository"
+            )
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
     return str(commit.commit_url)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rehead.checkpoints.markdown import code, code_block, front_matter, plain
+from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
 from rehead.models.serving import facts_of, sentences
 from rehead.version import __version__
 
@@ -32,7 +32,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         *_notes(plan, table, layers, details),
         "Engines, each run on a small model of this kind:",
         "\n".join(f"- {plain(line)}" for line in _engines(plan)),
-        "\n".join(code_block(command)),
+        "\n".join(code_block(without_folders(command))),
     ]
     metadata = yaml.safe_dump(_metadata(plan, table), sort_keys=False, allow_unicode=True, width=10_000).strip()
     return "\n\n".join([f"---\n{metadata}\n---", *paragraphs]) + "\n"
@@ -143,7 +143,8 @@ def _notes(
             f"modelling file beside the weights.{serial if 'parallel_layers' in plan.raw_config else ''}"
         )
     if details.get("text"):
-        yield f"Calibrated on {details['tokens']:,} tokens of: {', '.join(map(code, details['text']))}."
+        texts = ", ".join(code(without_folders(name)) for name in details["text"])
+        yield f"Calibrated on {details['tokens']:,} tokens of: {texts}."
     errors = {layer: facts for layer, facts in layers.items() if "value_error" in facts}
     if errors and not table["exact"]:
         worst = max(errors, key=lambda layer: errors[layer]["key_error"] + errors[layer]["value_error"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from rehead.console import JSON, QUIET, print_json, progress_bar
+from rehead.console import JSON, QUIET, REVISION, echo, print_json, progress_bar
 from rehead.flags import flags, set_by_user
 from rehead.recipes.evaluation.options import EvaluateOptions
 
@@ -28,14 +28,22 @@ from rehead.recipes.evaluation.options import EvaluateOptions
 )
 @flags(EvaluateOptions)
 @click.option("--out", metavar="DIR", help="Write evaluation.json and the report there.  [default: nothing is written]")
+@click.option(
+    "--push-to-hub",
+    metavar="REPO",
+    help="Add evaluation.json and the report to this Hub repository, below evaluation/.  [default: no upload]",
+)
+@REVISION
 @QUIET
 @JSON
 def evaluate_command(
     model: str,
+    revision: str | None,
     baseline: str | None,
     control: str | None,
     data: tuple[str, ...],
     out: str | None,
+    push_to_hub: str | None,
     quiet: bool,
     as_json: bool,
     **values: Any,
@@ -46,7 +54,7 @@ def evaluate_command(
     damage by layer, retrieval, tasks and speed when asked for. With --patch, MODEL is measured beside itself.
     """
     from rehead.recipes.evaluation.gates import enforce
-    from rehead.recipes.evaluation.output import check_folder, write
+    from rehead.recipes.evaluation.output import check_folder, push, write
 
     options = EvaluateOptions.parse(set_by_user(values))
     if out is not None:
@@ -54,12 +62,17 @@ def evaluate_command(
     from rehead.recipes.evaluation.run import evaluate
 
     with progress_bar(quiet) as progress:
-        evaluation = evaluate(model, baseline=baseline, control=control, data=data, progress=progress, **dict(options))
+        evaluation = evaluate(
+            model, revision=revision, baseline=baseline, control=control, data=data, progress=progress, **dict(options)
+        )
     report = write(evaluation, out) if out is not None else None
+    pushed = push(evaluation, push_to_hub) if push_to_hub is not None else None
     if as_json:
         print_json(evaluation.as_json())
     elif not quiet:
         from rehead.recipes.evaluation.summary import show
 
         show(evaluation, report)
+        if pushed is not None:
+            echo(f"pushed: {pushed}")
     enforce(evaluation, report or "")

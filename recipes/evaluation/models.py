@@ -214,6 +214,21 @@ def wider_than_read(loaded: JudgedModel, options: EvaluateOptions) -> str | None
     return None
 
 
+def at_revision(name: str, revision: str | None) -> str:
+    """``id@revision`` of a Hub model.
+
+    Raises:
+        UsageError: the name is a folder's, or has a revision already.
+    """
+    if revision is None:
+        return name
+    if Path(name).exists():
+        raise UsageError(f"{name}: is on this machine and has no revisions; leave --revision out")
+    if split_revision(name)[1] is not None:
+        raise UsageError(f"{name}: says its revision itself; leave --revision out")
+    return f"{name}@{revision}"
+
+
 def open_named(name: str) -> Source:
     """The checkpoint of a folder, a Hub id, or ``id@revision``; raises as ``open_source``."""
     return open_known(*split_revision(name))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
+from rehead.checkpoints.markdown import without_folders
 from rehead.errors import UsageError, output_expected
 from rehead.recipes.evaluation_schema import Evaluation
 
@@ -62,8 +65,60 @@ def write(found: Evaluation, out: str) -> str:
     for name in REPORTS:
         output_expected(folder / name)
     write_file(folder / FILE, json.dumps(found.as_json(), indent=2, ensure_ascii=False) + "\n")
-    paths = write_report(folder, [(Path(found.model.name).name or found.model.name, found)])
+    shown = without_paths(found)
+    paths = write_report(folder, [(shown.model.name, shown)])
     return str(paths.html)
+
+
+def push(found: Evaluation, repo_id: str) -> str:
+    """Add the document and the report to a Hub repository, in its folder ``evaluation``; no local path goes with them.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ReheadError: as :func:`rehead.checkpoints.push.push_files`.
+    """
+    from rehead.checkpoints.push import push_files
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(without_paths(found), folder)
+        files = {f"evaluation/{name}": Path(folder) / name for name in REPORTS}
+        said = f"Evaluate {Path(found.model.name).name} with Rehead"
+        return push_files(files, repo_id, mine=f"evaluation/{FILE}", message=said)
+
+
+def without_paths(found: Evaluation) -> Evaluation:
+    """The same evaluation with the last name of each local path in the path's place; two that end alike stay apart."""
+    facts = found.facts().values()
+    paths = [*(one.name for one in facts), *(text.name for text in found.conditions.data)]
+    names: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        local = path if os.path.exists(path) or os.path.isabs(path) else ""
+        name = Path(os.path.abspath(local)).name if local else ""
+        if name and name in names.values():
+            name = f"{Path(os.path.abspath(local)).parent.name}/{name}"
+        if name:
+            names[path] = name
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        if value in names:
+            return names[value]
+        for path, name in names.items():
+            value = value.replace(path, name) if os.path.isabs(path) else value
+        return without_folders(value) if os.path.isabs(value) else value
+
+    table = found.as_json()
+    # What models wrote, and the versions, hold no paths of this machine.
+    kept = {key: table.pop(key) for key in ("samples", "kv_cache", "speed")}
+    samples = [{**sample, "data": names.get(sample["data"], sample["data"])} for sample in kept.pop("samples")]
+    return Evaluation.model_validate({**plain(table), **kept, "samples": samples})
 
 
 def read(path: str | Path) -> Evaluation:

@@ -18,6 +18,7 @@ from rehead.recipes.evaluation import gates, perplexity
 from rehead.recipes.evaluation.kv_cache import cache_row
 from rehead.recipes.evaluation.models import (
     JudgedModel,
+    at_revision,
     load_model,
     open_named,
     read_patches,
@@ -35,6 +36,7 @@ from rehead.version import __version__
 def evaluate(
     model: str,
     *,
+    revision: str | None = None,
     baseline: str | None = None,
     control: str | None = None,
     data: Sequence[str] = (),
@@ -54,6 +56,7 @@ def evaluate(
 
     Args:
         model: the model that is judged: a folder, a Hub id, or ``id@revision``.
+        revision: of ``model`` on the Hub: branch, tag or commit; those of the others stand behind their ids.
         baseline: what it was made from; of a model that is patched, the model as it is unless another is named.
         control: the baseline trained on the same tokens, so that what a text taught is not taken for recovery.
         data: texts, as ``rehead.data.sources.read_documents`` takes them; ``built-in:heldout`` where none is named and
@@ -65,6 +68,7 @@ def evaluate(
         UnsupportedError: a model that does not load or whose logits are not finite.
     """
     chosen = EvaluateOptions.parse(options)
+    model = at_revision(model, revision)
     if chosen.patches:
         read_patches(chosen.patches)
         baseline = baseline or model

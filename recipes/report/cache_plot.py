@@ -124,10 +124,8 @@ def _by_size(ax: Any, curves: Curves, original: float | None, label: str, lines:
     sizes = sorted({row.bytes for row in rows} | ({original} if original else set()))
     if original:
         ax.axvline(original, color=FAINT, linewidth=0.8, linestyle=DASHES[2])
-        ax.annotate("original", (original, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), rotation=90,
-                    textcoords="offset points", ha="right", va="top", color=FAINT, fontsize=8)  # fmt: skip
-    ticks = spread(sizes)
-    ax.set_xticks(ticks, [bytes_of(x) for x in ticks], minor=False)
+    ticks = sorted({*spread(sizes), *((original,) if original else ())})
+    ax.set_xticks(ticks, [bytes_of(x) + "\noriginal" * (x == original) for x in ticks], minor=False)
     ax.minorticks_off()
     ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
     log_if_wide(ax, [row.value for row in rows])

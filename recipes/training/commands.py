@@ -17,7 +17,7 @@ from rehead.flags import flags, set_by_user
 from rehead.recipes.training.options import UptrainOptions
 
 # How a run was started or watched is no part of what it made.
-_UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+)(?= |$)")
+_UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+|--push-to-hub[ =]\S+)(?= |$)")
 
 
 @click.command("uptrain")
@@ -27,10 +27,18 @@ _UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+)(
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never",
               help="auto: resume an interrupted run from its newest checkpoint; never: start again.")  # fmt: skip
 @OVERWRITE
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.  [default: no upload]")
 @QUIET
 @JSON
 def uptrain_command(
-    student: str, out: str, as_json: bool, quiet: bool, resume: str, overwrite: bool, **values: Any
+    student: str,
+    out: str,
+    as_json: bool,
+    quiet: bool,
+    resume: str,
+    overwrite: bool,
+    push_to_hub: str | None,
+    **values: Any,
 ) -> None:
     """Train STUDENT (a folder or Hub id) briefly, taught by the model it was converted from, and write it to OUT.
 
@@ -53,6 +61,10 @@ def uptrain_command(
     if int(os.environ.get("RANK", "0")):
         return
     facts = done.as_json()
+    if push_to_hub is not None:
+        from rehead.checkpoints.push import push_folder
+
+        facts["pushed"] = push_folder(out, push_to_hub, message="Upload a checkpoint uptrained with Rehead")
     if as_json:
         print_json(facts)
     elif not quiet:
@@ -108,4 +120,5 @@ def _summary(out: str, facts: dict[str, Any]) -> None:
         if name.startswith("evaluation "):
             shown = [f"{key} {figures[key]:.4g}" for key in ("kl", "top1_agreement", "perplexity") if key in figures]
             rows.append((figures["data"].rsplit("/", 1)[-1], ", ".join(shown)))
+    rows += [("pushed", facts["pushed"])] if "pushed" in facts else []
     print_facts(f"wrote {out}", rows)

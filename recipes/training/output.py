@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.checkpoints.manifest import made_by
-from rehead.checkpoints.markdown import code, code_block
+from rehead.checkpoints.markdown import code, code_block, without_folders
 from rehead.checkpoints.shards import OutputTensor, parse_size, plan_shards
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.checkpoints.target import Target
@@ -240,7 +240,7 @@ def _manifest(student: Opened, uptraining: Mapping[str, Any], command: str) -> d
 def _card(card: str, student: str, facts: Mapping[str, Any], command: str) -> str:
     """The student's card with a section on its uptraining."""
     options = facts["options"]
-    teacher = f", taught by {code(facts['teacher'])}" if facts["teacher"] else ""
+    teacher = f", taught by {code(without_folders(facts['teacher']))}" if facts["teacher"] else ""
     lines = [
         card.rstrip(),
         "",
@@ -250,7 +250,7 @@ def _card(card: str, student: str, facts: Mapping[str, Any], command: str) -> st
         f"`{options['loss']}`, learning rate {options['learning_rate']:g}, {options['schedule']} schedule, "
         f"{facts['steps']} steps of {facts['batch_tokens']:,} tokens. `{LOG_NAME}` has every step.",
         "",
-        *code_block(command),
+        *code_block(without_folders(command)),
         "",
     ]
     return "\n".join(lines).lstrip("\n")
