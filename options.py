@@ -199,6 +199,23 @@ class Options(BaseModel):
         """The options as JSON types, for manifests and ``--json``."""
         return self.model_dump(mode="json")
 
+    def as_flags(self) -> list[str]:
+        """The options that differ from their defaults, as words of a command line."""
+        words: list[str] = []
+        for name, entry in type(self).model_fields.items():
+            value, flag = getattr(self, name), flag_of(type(self), name)
+            if value == entry.get_default(call_default_factory=True):
+                continue
+            if value is True:
+                words.append(flag)
+            elif isinstance(value, Mapping):
+                words += [word for key, item in value.items() for word in (flag, f"{key}={item}")]
+            elif isinstance(value, tuple) and str in leaves(entry.annotation):
+                words += [word for item in value for word in (flag, str(item))]
+            else:
+                words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return words
+
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 

@@ -185,6 +185,16 @@ class Source:
             self.read_into(name, memoryview(flat.numpy()))
         return flat.view(dtype).view(info.shape) if info.nbytes else torch.empty(info.shape, dtype=dtype)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor's first dimension; as :meth:`read`, but it may be read again soon."""
+        import torch
+
+        info = self.info(name)
+        size = info.nbytes // info.shape[0]
+        flat = torch.empty((stop - start) * size, dtype=torch.uint8)
+        self.read_range(info.file, info.start + start * size, memoryview(flat.numpy()))
+        return flat.view(torch_dtype(info.dtype)).view(stop - start, *info.shape[1:])
+
     # ---- small files
 
     def small_files(self) -> list[str]:

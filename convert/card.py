@@ -13,12 +13,19 @@ from rehead.version import __version__
 
 if TYPE_CHECKING:
     from rehead.convert.planning import Plan
+    from rehead.convert.verdict import Verdict
 
 # Metadata of the source that stays true of the result.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
-def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any]) -> str:
+def model_card(
+    plan: Plan,
+    layers: dict[int, dict[str, Any]],
+    command: str,
+    details: dict[str, Any],
+    verdict: Verdict | None = None,
+) -> str:
     """Markdown with YAML front matter: ``base_model``, tags, the inherited licence, the command and what it did."""
     source, table = plan.model.source, plan.as_json()
     name = source.id.rstrip("/").rsplit("/", 1)[-1]
@@ -29,6 +36,7 @@ def model_card(plan: Plan, layers: dict[int, dict[str, Any]], command: str, deta
         + (f" at {code(source.revision)}" if source.revision else "")
         + f" by Rehead {__version__}{': ' if how else ''}{', '.join(how)}.",
         "\n".join(["| | before | after |", "| --- | --- | --- |", *_rows(table)]),
+        *([f"Beside its source: {plain(str(verdict))}: **{verdict.word}**."] if verdict and verdict.word else []),
         *_notes(plan, table, layers, details),
         "Engines, each run on a small model of this kind:",
         "\n".join(f"- {plain(line)}" for line in _engines(plan)),

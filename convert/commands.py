@@ -6,13 +6,16 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rehead.console import JSON, OVERWRITE, QUIET, REVISION, echo, print_columns, print_facts, print_json, progress_bar
 from rehead.convert.options import ConvertOptions
 from rehead.flags import flags, set_by_user
+
+if TYPE_CHECKING:
+    from rehead.convert.execute import Conversion
 
 
 @click.command("inspect")
@@ -108,6 +111,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
         if "latent" in facts:
             rows += _latent_errors(facts["layer_errors"])
         rows.append(("time", f"{facts['seconds']:.1f} s"))
+        rows += _verdict_rows(result)
         print_facts(f"wrote {out}", rows)
 
 
@@ -133,8 +137,22 @@ def verify_command(out: str, source: str | None, revision: str | None, as_json: 
         against = report["against_source"]
         rows.append(("against source", f"KL {against['mean_kl']:.4g} nats, top-1 agreement "
                                        f"{against['top1_agreement']:.1%}, largest logit difference "
-                                       f"{against['max_difference']:.3g}"))  # fmt: skip
+                                       f"{against['max_difference']:.3g}, on {against['positions']:.0f} tokens of "
+                                       f"{report['text']}"))  # fmt: skip
     print_facts(f"{out} verifies", rows)
+
+
+def _verdict_rows(result: Conversion) -> list[tuple[str, str]]:
+    """How far the result is from its source, what it is good for, and what to run next."""
+    verdict, quality = result.verdict, result.as_json()["quality"]
+    source = result.plan.source.source.id
+    rows = [("beside its source", str(verdict))]
+    if verdict.word is None:
+        rows.append(("to measure", shlex.join(["rehead", "verify", str(result.out), "--source", source])))
+        rows += [] if result.plan.exact else [("verdict", "unknown; uptrain or evaluate it before you rely on it")]
+    else:
+        rows.append(("verdict", "exact: the same function" if result.plan.exact else verdict.word))
+    return rows + ([("better", quality["better"])] if quality["better"] else [])
 
 
 def _latent_errors(layers: dict[int, dict[str, Any]]) -> list[tuple[str, str]]:

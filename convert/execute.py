@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from rehead.convert.card import model_card
 from rehead.convert.latent import choose_sizes
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import LayerProvider, Plan, make_plan
+from rehead.convert.verdict import Verdict, better, reach_verdict
 from rehead.errors import UsageError
 from rehead.models.live import resolve_device
 from rehead.models.model import open_model
@@ -39,19 +40,23 @@ class Conversion:
         out: the finished folder.
         plan: what was planned.
         layers: groups and reconstruction errors of each layer.
+        verdict: how far the result is from its source.
         seconds: wall time.
     """
 
     out: Path
     plan: Plan
     layers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         table = self.plan.as_json()
         table.pop("changes")
-        return {"out": str(self.out), "seconds": round(self.seconds, 2), **table, "layer_errors": self.layers}
+        told = {**self.verdict.as_json(), "better": better(self.plan, self.verdict, str(self.out))}
+        facts = {"out": str(self.out), "seconds": round(self.seconds, 2), **table, "layer_errors": self.layers}
+        return {**facts, "quality": told}
 
 
 @takes(ConvertOptions)
@@ -164,6 +169,7 @@ def execute(
     finished = finish_commit(out, fingerprint) if resume else None
     if finished is not None:  # the run that is resumed was killed in its last step
         result.layers = {int(layer): errors for layer, errors in finished["layers"].items()}
+        result.verdict = Verdict(**finished["quality"]) if "quality" in finished else result.verdict
         return result
     with Target(out, source=source, overwrite=overwrite, resume=resume, fingerprint=fingerprint) as target:
         model_card(plan, {}, command, {})  # what could go wrong with it, before the weights are written
@@ -194,12 +200,15 @@ def execute(
         for name, text in carried_files(plan.raw_config).items():
             target.write_text(name, text)
         details |= chosen or {}
-        target.write_text("README.md", model_card(plan, result.layers, command, details))
-        target.commit(manifest(plan, result.layers, command, details))
+        result.verdict = reach_verdict(plan, target.path, resolve_device(device))
+        target.write_text("README.md", model_card(plan, result.layers, command, details, result.verdict))
+        target.commit(manifest(plan, result.layers, command, details, result.verdict))
     return result
 
 
-def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any]) -> dict[str, Any]:
+def manifest(
+    plan: Plan, layers: dict[int, dict[str, Any]], command: str, details: dict[str, Any], verdict: Verdict
+) -> dict[str, Any]:
     """What ``rehead.json`` records, less the files and their hashes."""
     table = plan.as_json()
     return {
@@ -212,6 +221,7 @@ def manifest(plan: Plan, layers: dict[int, dict[str, Any]], command: str, detail
             "options", "config_changes",
         ) if key in table},
         "calibration": details,
+        **({"quality": asdict(verdict)} if verdict.word else {}),
         "layers": {str(layer): layers[layer] for layer in sorted(layers)},
         "changed_tensors": [change.name for change in plan.changes],
     }  # fmt: skip

@@ -13,15 +13,16 @@ from torch import Tensor
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.source import Source
-from rehead.console import quiet_transformers
-from rehead.errors import VerificationError, first_line
+from rehead.data.sample import Sample, sample
+from rehead.errors import UnsupportedError, VerificationError
 from rehead.models.cache_layouts import config_layouts
-from rehead.models.config import causal_lm_class, resolve_config
+from rehead.models.config import resolve_config
 from rehead.models.distance import distances
 from rehead.models.layout import cache_bytes
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
-from rehead.models.remote import open_known, weights_for_loading
+from rehead.models.remote import open_known
+from rehead.models.streamed import in_memory, stream
 
 _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
@@ -39,6 +40,7 @@ class Verification:
             size; None where the class hands no cache back (RecurrentGemma keeps its own).
         against_source: mean KL divergence in nats to the source, share of equal top tokens and largest logit
             difference, over ``positions`` next-token predictions; None without a source.
+        text: what all of this was measured on: a built-in text, or random tokens where there is no tokenizer.
         plain: transformers' own class loads it; otherwise it carries a modelling file of ours.
         missing: tensors that the class has and neither this checkpoint nor its source (a base model's head): each load
             draws them again.
@@ -60,6 +62,7 @@ class Verification:
     drafts: tuple[str, ...] = ()
     source_cache_error: float | None = None
     cache_bytes: dict[str, int] | None = None
+    text: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -73,6 +76,7 @@ class Verification:
             "cache_bytes": self.cache_bytes,
             "source_cache_error": self.source_cache_error,
             "against_source": self.against_source,
+            "text": self.text,
         }
 
 
@@ -83,8 +87,8 @@ def verify(
 
     Its files are compared with the manifest's SHA-256, plain ``AutoModelForCausalLM`` must load it with no missing,
     unexpected or mismatched tensor, its logits must be finite, and generation with a cache must compute what a full
-    pass computes. With a source, both models are run over the same tokens; where the manifest says that the conversion
-    is exact, their logits must agree.
+    pass computes. With a source, both models are run over the same text; where the manifest says that the conversion
+    is exact, their logits must agree. Both are read from disk as they run, a weight at a time.
 
     Args:
         out: the folder.
@@ -106,8 +110,9 @@ def verify(
     if report and (source is None or report.beyond(_report_of(source, revision))):
         remedy = "give --source MODEL if its source lacks them too" if source is None else "convert it again"
         raise VerificationError(f"{out}: does not load cleanly: {report.line()}; {remedy}")
-    tokens = _tokens(config, positions)
-    model = _load(str(out), config)
+    measured = _sample(folder, config, positions)
+    tokens = measured.tokens
+    model = _open(folder, config)
     logits = _logits(model, tokens)
     if not bool(torch.isfinite(logits).all()):
         raise VerificationError(f"{out}: its logits are not finite; check the source or convert it again")
@@ -119,7 +124,7 @@ def verify(
     del model
     against, theirs = None, None
     if source is not None:
-        against, theirs = _compare(logits, source, revision, tokens, cached=suspect)
+        against, theirs = _compare(logits, open_known(source, revision), tokens, cached=suspect)
         if suspect and (theirs is None or theirs <= _CACHE_TOLERANCE):
             raise VerificationError(f"{differs}, its source's by {theirs or 0:.1e}; report this model")
         tolerance = _ROUNDED_TOLERANCE if manifest.get("rounded") else _EXACT_TOLERANCE
@@ -132,7 +137,7 @@ def verify(
     missing, unexpected = tuple(sorted(report.missing)), tuple(sorted(report.unexpected))
     folder.ignore(report.ignored)
     drafts = tuple(draft_layers(folder))
-    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs, size)
+    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs, size, measured.name)
 
 
 def _absent_code(folder: Source) -> set[str]:
@@ -153,28 +158,17 @@ def _report_of(source: str, revision: str | None) -> Any:
     return load_report(resolve_config(opened.config, source), shapes)
 
 
-def _tokens(config: Any, count: int) -> Tensor:
-    """Token ids that any vocabulary has; the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
+def _sample(folder: Source, config: Any, count: int) -> Sample:
+    """One row of text, as long as the model's positions allow."""
     limit = getattr(config, "max_position_embeddings", None) or count
-    return torch.randint(0, config.vocab_size, (1, min(count, int(limit))), generator=generator)
+    return sample(folder, config.vocab_size, 1, min(count, int(limit)))
 
 
-def _load(path: str, config: Any, revision: str | None = None, source: Source | None = None) -> Any:
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # what neither checkpoint holds (the head of a base model) is drawn alike for both
-        try:
-            model = causal_lm_class(config).from_pretrained(
-                **({"pretrained_model_name_or_path": path} if source is None else weights_for_loading(source, path)),
-                config=config,
-                revision=revision or "main",
-                dtype=torch.float32,
-            )
-        except Exception as error:
-            raise VerificationError(
-                f"{path}: transformers does not load it ({first_line(error)}); convert it again"
-            ) from None
-    return model.eval()
+def _open(source: Source, config: Any) -> Any:
+    try:
+        return stream(source, config)
+    except UnsupportedError as error:
+        raise VerificationError(f"{error}; convert it again") from None
 
 
 @torch.no_grad()
@@ -191,10 +185,12 @@ def _run(model: Any, tokens: Tensor, source: Tensor, **options: Any) -> Any:
 
 @torch.no_grad()
 def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, dict[str, int] | None]:
-    """Prefill half of the tokens, decode eight more one by one: (distance from the full pass, size of the cache).
+    """Prefill half of the tokens, decode some more one by one: (distance from the full pass, size of the cache).
 
-    The first is None without a cache, the second also where a layout does not say enough.
+    The first is None without a cache, the second also where a layout does not say enough. Eight are decoded, or two
+    where each has to read the model from disk.
     """
+    steps = 8 if in_memory(model) else 2
     half = tokens.shape[1] // 2
     # As generate() does: some classes count positions from 0 whatever is in the cache (Bamba).
     placed = not model.config.is_encoder_decoder and "position_ids" in inspect.signature(model.forward).parameters
@@ -202,7 +198,7 @@ def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, d
     cache, rows = getattr(step, "past_key_values", None), [step.logits[0].float()]
     if cache is None:
         return None, None
-    for at in range(half, min(half + 8, tokens.shape[1])):
+    for at in range(half, min(half + steps, tokens.shape[1])):
         options = {"position_ids": torch.tensor([[at]])} if placed else {}
         step = _run(model, tokens[:, at : at + 1], tokens, past_key_values=cache, use_cache=True, **options)
         cache = step.past_key_values
@@ -217,12 +213,10 @@ def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, d
     return error, {"tokens": len(cached), "measured": measured, "layout": cache_bytes(layouts, len(cached))}
 
 
-def _compare(
-    logits: Tensor, source: str, revision: str | None, tokens: Tensor, cached: bool
-) -> tuple[dict[str, float], float | None]:
+def _compare(logits: Tensor, opened: Source, tokens: Tensor, cached: bool) -> tuple[dict[str, float], float | None]:
     """How far the source's logits are from these, and its own cache error where that is asked for."""
-    opened = open_known(source, revision)
-    model = _load(source, resolve_config(opened.config, source), revision, opened)
+    source = opened.id
+    model = _open(opened, resolve_config(opened.config, source))
     theirs = _logits(model, tokens)
     if theirs.shape != logits.shape:
         raise VerificationError(

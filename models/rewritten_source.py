@@ -69,6 +69,11 @@ class RewrittenSource(Source):
         made = inputs[0] if derived.compute is None else derived.compute(*inputs)
         return cast(name, made, torch_dtype(info.dtype)) if name in self.computed else made
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self.computed:
+            return self.read(name)[start:stop]
+        return self.inner.read_rows(name if name in self.ignored else self.rewrite.tensors[name].sources[0], start, stop)
+
     def _input(self, name: str, layer: int | None = None) -> Tensor:
         tensor = self.inner.read(name)
         if not isinstance(self.inner, RewrittenSource):  # it has already checked what it read
