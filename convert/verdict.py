@@ -93,7 +93,7 @@ def reach_verdict(plan: Plan, folder: str | os.PathLike[str], device: torch.devi
 @torch.no_grad()
 def compare(source: Source, result: Source, text: Sample, device: torch.device) -> Distances:
     """How far one checkpoint is from another, both read from disk as they run."""
-    models = [stream(part, resolve_config(part.config, part.id), device) for part in (source, result)]
+    models: list[Any] = [stream(part, resolve_config(part.config, part.id), device) for part in (source, result)]
     parts = []
     at_once = max(1, _LOGIT_BYTES // (4 * text.tokens.shape[1] * max(1, vocabulary(models[0]))))
     for rows in text.tokens.to(device).split(at_once):

@@ -72,7 +72,9 @@ class RewrittenSource(Source):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         if name in self.computed:
             return self.read(name)[start:stop]
-        return self.inner.read_rows(name if name in self.ignored else self.rewrite.tensors[name].sources[0], start, stop)
+        return self.inner.read_rows(
+            name if name in self.ignored else self.rewrite.tensors[name].sources[0], start, stop
+        )
 
     def _input(self, name: str, layer: int | None = None) -> Tensor:
         tensor = self.inner.read(name)

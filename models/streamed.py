@@ -12,6 +12,7 @@ import copy
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,7 +246,7 @@ def _weights(model: Any, source: Source, device: torch.device, room: _Room) -> I
                     f"{source.id}: {name} is {list(source.info(name).shape)}, its class has "
                     f"{list(slots[target].shape)}; check that config.json belongs to these weights"
                 )
-            fetch = lambda name=name: _whole(source, name)  # noqa: E731
+            fetch = partial(_whole, source, name)
             stored = source if name not in getattr(source, "computed", ()) else None  # rows of a file can be read alone
             yield target, Weight(fetch, 4 * slots[target].numel(), room, device, stored, name)
     recent: list[tuple[_Group, dict[str, Tensor]]] = []
@@ -254,13 +255,17 @@ def _weights(model: Any, source: Source, device: torch.device, room: _Room) -> I
         group = _Group(model, source, target, parts, converter, recent)
         for pattern in converter.target_patterns:
             name = target.replace(converter.target_patterns[0], pattern)
-            fetch = lambda group=group, name=name: group.read(name)  # noqa: E731
+            fetch = partial(group.read, name)
             yield name, Weight(fetch, 4 * slots[name].numel(), room, device)
 
 
 def _whole(source: Source, name: str) -> Tensor:
     shape = source.info(name).shape
     return source.read_rows(name, 0, shape[0]) if shape else source.read(name)
+
+
+def _read_wide(source: Source, name: str) -> Tensor:
+    return _wide(_whole(source, name))
 
 
 @dataclass(eq=False)
@@ -290,8 +295,7 @@ class _Group:
         del self.recent[:-1]
         converter = copy.deepcopy(self.converter)
         for part, pattern in self.parts:
-            read = lambda part=part: _wide(_whole(self.source, part))  # noqa: E731
-            converter.add_tensor(self.target, part, pattern, read)
+            converter.add_tensor(self.target, part, pattern, partial(_read_wide, self.source, part))
         made = converter.convert(self.target, model=self.model, config=self.model.config)
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
         self.recent.append((self, tensors))
