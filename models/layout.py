@@ -28,6 +28,8 @@ class LayerLayout:
         fixed: numbers stored regardless of the length (the state of a recurrent layer).
         stores: False where the layer reads another layer's cache.
         itemsize: bytes per number.
+        reads: products per cached token and query head in one step of decoding; None for ``key_dim + value_dim``. A
+            latent is read twice, for scores and for values.
     """
 
     index: int
@@ -40,6 +42,7 @@ class LayerLayout:
     fixed: int = 0
     stores: bool = True
     itemsize: int = 2
+    reads: int | None = None
 
     @property
     def numbers_per_token(self) -> int:
@@ -53,6 +56,12 @@ class LayerLayout:
     def cache_bytes(self, context: int) -> int:
         """Bytes in the cache of one sequence once ``context`` tokens have been read."""
         return self.itemsize * (self.fixed + self.numbers_per_token * self.tokens_kept(context))
+
+    def attention_flops(self, context: int) -> int:
+        """Operations on the cache for one more token behind ``context`` others, multiplications and additions counted
+        apart; projections, which do not grow with the context, are left out."""
+        products = self.key_dim + self.value_dim if self.reads is None else self.reads
+        return 2 * self.num_heads * products * self.tokens_kept(context)
 
     def with_heads(self, num_key_value_heads: int) -> LayerLayout:
         """The same layer with another number of KV heads."""

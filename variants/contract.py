@@ -66,6 +66,8 @@ class Variant:
         ablated: (options) -> options without what is added to make up for what is taken away (sink tokens beside a
             window), or None. `measure()` says what the addition is worth: one that is worth nothing is decoration.
         layout: (layer, options) -> what that layer caches afterwards.
+        library: (layer, context) -> options worth offering a layer whose cache is to shrink, priced by ``layout`` at
+            that many tokens; a budget chooses among those of all variants. Empty for a variant that saves no cache.
         attend: (call, options, state, compute) -> [B, Sq, H, Dv]. What the layer computes, in terms of the attention
             below it: change the call and hand it on, or merge several calls. Patches stack by handing on. It finds the
             tiled attention below it whatever the model was loaded with.
@@ -97,6 +99,7 @@ class Variant:
     off: Callable[[Any], Any]
     ablated: Callable[[Any], Any | None] = lambda options: None
     layout: Callable[[LayerLayout, Any], LayerLayout] = lambda layer, options: layer
+    library: Callable[[LayerLayout, int], list[Any]] = lambda layer, context: []
     attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
     state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None
     calibrate: Callable[[Any, Tensor, bool], None] | None = None

@@ -24,7 +24,27 @@ def _layout(layer: LayerLayout, options: LatentOptions) -> LayerLayout:
     """The layer's cache where both sizes are said; the same layer otherwise."""
     if options.rank is None or options.rope_dims is None:
         return layer
-    return replace(layer, num_key_value_heads=1, key_dim=options.rank, value_dim=options.rope_dims)
+    return replace(
+        layer,
+        num_key_value_heads=1,
+        key_dim=options.rank,
+        value_dim=options.rope_dims,
+        reads=2 * options.rank + options.rope_dims,
+    )
+
+
+#: Shares of a layer's cache for which latents are offered.
+_SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6)
+
+
+def _library(layer: LayerLayout, context: int) -> list[LatentOptions]:
+    """Latents of several sizes, each with all rotary pairs and with half of them, where half the cache holds these."""
+    numbers, options = layer.numbers_per_token, []
+    for share in _SHARES:
+        size = int(numbers * share) // 4 * 4
+        fitting = [dims for dims in (layer.key_dim, layer.key_dim // 4 * 2) if 2 <= dims <= size // 2]
+        options += [LatentOptions(rank=size - dims, rope_dims=dims) for dims in fitting]
+    return options
 
 
 VARIANT = register(
@@ -36,6 +56,7 @@ VARIANT = register(
         exact=lambda options: False,
         off=lambda options: options,
         layout=_layout,
+        library=_library,
         rewrite=_rewrite,
         needs=lambda options: NEEDS,
     )

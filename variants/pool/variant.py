@@ -48,6 +48,12 @@ def _layout(layer: LayerLayout, options: PoolOptions) -> LayerLayout:
     return layer.with_heads(options.num_key_value_heads or layer.num_key_value_heads)
 
 
+def _library(layer: LayerLayout, context: int) -> list[PoolOptions]:
+    kv = layer.num_key_value_heads
+    counts = [count for count in range(1, kv) if kv % count == 0]
+    return [PoolOptions(num_key_value_heads=count, method="svd") for count in counts]
+
+
 def _needs(options: PoolOptions) -> tuple[str, ...]:
     return POOL_MOMENTS if METHODS.get(options.method).needs_calibration else ()
 
@@ -61,6 +67,7 @@ VARIANT = register(
         exact=lambda options: False,
         off=lambda options: options.but(num_key_value_heads=None),
         layout=_layout,
+        library=_library,
         weights=_weights,
         rewrite=_rewrite,
         needs=_needs,

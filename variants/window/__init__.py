@@ -87,6 +87,12 @@ def layout(layer: LayerLayout, options: WindowOptions) -> LayerLayout:
     return replace(layer, window=options.size, sinks=options.sinks)
 
 
+def library(layer: LayerLayout, context: int) -> list[WindowOptions]:
+    """Windows of a thirty-second and an eighth of the context, with the sinks that attention leans on."""
+    sizes = [1 << (context // part).bit_length() - 1 for part in (32, 8) if context >= 16 * part]
+    return [WindowOptions(size=size, sinks=4) for size in sizes if layer.window is None or size < layer.window]
+
+
 VARIANT = register(
     Variant(
         name="window",
@@ -97,6 +103,7 @@ VARIANT = register(
         off=lambda options: options.but(size=UNLIMITED),
         ablated=lambda options: options.but(sinks=0, sink_logit=False) if options.sinks or options.sink_logit else None,
         layout=layout,
+        library=library,
         attend=attend,
         state=state,
         calibrate=_calibrate,

@@ -1,0 +1,233 @@
+"""Every option of every layer, from one calibration pass: its closed form, its error, and what that error will cost.
+
+Three estimates for each option, in rising cost and worth:
+
+1. The *local error*: the squared change of the attention's output, relative to it, with the output projection refitted.
+2. The *predicted loss*, from one backward pass. With y drawn from the model's own predictions and g the gradient of
+   log p(y) in a layer's attention output, an output that moves by d costs 1/2 E[(g . d)^2] nats, to second order: the
+   Fisher information as a quadratic form (Martens 2020, arXiv 1412.1193). The numbers g . d of every token are kept, so
+   that what several layers cost *together* is predicted too, 1/2 E[(sum of g . d over layers)^2]: errors that add up or
+   cancel are seen, where sums of single losses miss both.
+3. The loss itself, measured with that layer alone changed, for whoever asks (:meth:`Meter.measure`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rehead.console import Progress
+from rehead.convert.budget.library import Choice, Library, form_of
+from rehead.convert.budget.mix import Mix, Sample
+from rehead.data.calibration import CalibrationText
+from rehead.healing.run import moments_of
+from rehead.healing.writers import LeastSquares
+from rehead.models.model import Model
+from rehead.models.watch import hooked
+from rehead.variants.pool.grouping import contiguous_groups
+
+#: Times that y is drawn for every text.
+_DRAWS = 1
+
+
+@dataclass
+class Estimates:
+    """What the options of a model's layers lose, as far as one pass can tell.
+
+    Attributes:
+        local: (layer, option's name) -> squared error of the attention's output relative to its square, refitted.
+        effects: the same keys -> g . d of every token of all samples, scaled so that half the sum of squares is the loss.
+    """
+
+    local: dict[tuple[int, str], float] = field(default_factory=dict)
+    effects: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def predicted(self, choice: Choice) -> float:
+        """The loss of a choice, to second order."""
+        effect = self.effect(choice)
+        return 0.0 if effect is None else float(effect.square().sum()) / 2
+
+    def effect(self, choice: Choice) -> Tensor | None:
+        """The sum of the effects of a choice's options, [tokens]; None for no change."""
+        parts = [self.effects[layer, option.name] for layer, option in choice.items() if option.name]
+        return torch.stack(parts).sum(0) if parts else None
+
+
+@dataclass
+class _Seen:
+    """One batch of a sample as a layer's attention meets it: its call, output [b, S, n] and gradient."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    gradients: list[Tensor]
+    weight: float
+
+
+def solve_forms(
+    mix: Mix, model: Model, options: Library, text: CalibrationText, progress: Progress | None = None
+) -> None:
+    """Put the closed form of every option into ``mix``, from one pass over the calibration text."""
+    kinds = {option.name: option for layer in options.layers.values() for option in layer if option.variant}
+    forms = {name: form_of(model, option.variant, option.options) for name, option in kinds.items()}  # type: ignore[arg-type]
+    solved = [form for form in forms.values() if form is not None]
+    for layer, layer_options in options.layers.items():
+        for option in layer_options:
+            if option.variant is not None and forms[option.name] is None:
+                mix.add(layer, option, None, None)
+    if not solved:
+        return
+    needs = tuple(dict.fromkeys(name for form in solved for name in form.needs))
+    groups = math.lcm(*(form.groups for form in solved))
+    for layer, heads, moments in moments_of(model, text, needs, groups, mix.device, progress):
+        for option in options.layers.get(layer, ()):
+            form = forms.get(option.name)
+            if form is not None:
+                coarse = moments.merged(contiguous_groups(groups, form.groups))
+                mix.add(layer, option, form, form.closed(layer, heads, coarse))
+
+
+def estimate(
+    mix: Mix, options: Library, samples: Sequence[Sample], seed: int = 0, progress: Progress | None = None
+) -> Estimates:
+    """Refit the output projection of every option in ``mix`` on running text, and estimate what each costs.
+
+    Args:
+        mix: with the closed form of every option.
+        options: the options.
+        samples: texts; the first is running text.
+        seed: of y.
+        progress: called with ("estimating", layers done, layers).
+    """
+    seen = _watch(mix, list(options.layers), samples, seed)
+    estimates = Estimates()
+    for done, (layer, layer_options) in enumerate(options.layers.items()):
+        if progress is not None:
+            progress("estimating", done, len(options.layers))
+        batches = seen.pop(layer)
+        for option in layer_options[1:]:
+            with mix.at(layer, option):
+                local, effect = _of_option(mix, layer, option.name, batches)
+            estimates.local[layer, option.name] = local
+            estimates.effects[layer, option.name] = effect
+    return estimates
+
+
+def _of_option(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> tuple[float, Tensor]:
+    """(local error, effect on every token) of a layer that stands in an option, its output refitted in passing."""
+    output, transposed = mix.output(layer), mix.model.family.transposed
+    weight: Tensor = output.weight.T if transposed else output.weight  # type: ignore[union-attr, operator]
+    bias: Any = output.bias
+    problem = LeastSquares([weight], bias)
+    inputs: list[list[Tensor]] = []
+    for number, sample in enumerate(batches):
+        inputs.append([])
+        for batch in sample:
+            read = _output_input(mix.attention(layer), output, batch)
+            inputs[-1].append(read)
+            if number == 0:
+                problem.add([read], batch.output)
+    (fitted,), fitted_bias, _ = problem.solve()
+    refitted = {"weight": fitted.T.contiguous() if transposed else fitted}
+    if fitted_bias is not None:
+        refitted["bias"] = fitted_bias
+    _store(mix, layer, name, refitted)
+    effects, lost, size = [], 0.0, 0.0
+    for number, sample in enumerate(batches):
+        for batch, read in zip(sample, inputs[number]):
+            gap = read @ fitted.T - batch.output
+            if fitted_bias is not None:
+                gap = gap + fitted_bias
+            if number == 0:
+                lost, size = lost + float(gap.square().sum()), size + float(batch.output.square().sum())
+            for gradient in batch.gradients:
+                effects.append((gradient * gap).sum(-1).flatten() * batch.weight)
+    return lost / max(size, 1e-30), torch.cat(effects)
+
+
+def _output_input(attention: nn.Module, output: nn.Module, batch: _Seen) -> Tensor:
+    """What the output projection reads, [b, S, w]."""
+    kept: list[Tensor] = []
+    with hooked(output.register_forward_pre_hook(lambda module, args: kept.append(args[0]))):
+        attention(*batch.args, **batch.kwargs)
+    return kept[0].reshape(*batch.output.shape[:2], -1)
+
+
+def _store(mix: Mix, layer: int, name: str, refitted: dict[str, Tensor]) -> None:
+    """Give a form its refitted output projection."""
+    form, stem = mix.forms[layer, name], mix.model.family.names.output
+    for part, tensor in refitted.items():
+        if form.module is not None:
+            form.module.get_submodule(stem)._parameters[part] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            form.weights[f"{stem}.{part}"] = tensor
+
+
+def _watch(mix: Mix, layers: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[list[_Seen]]]:
+    """Every layer's attention on every batch of every sample, with the gradients of log p(y)."""
+    seen: dict[int, list[list[_Seen]]] = {layer: [[] for _ in samples] for layer in layers}
+    trained = [parameter for parameter in mix.live.parameters() if parameter.requires_grad]
+    mix.live.requires_grad_(False)
+    generator = torch.Generator(device=mix.device).manual_seed(seed)
+    try:
+        for number, sample in enumerate(samples):
+            share = (1 / (sample.count * _DRAWS)) ** 0.5
+            if number:  # the probes together count as much as the text
+                share *= (1 / (len(samples) - 1)) ** 0.5
+            for rows in sample.batches(mix.device):
+                with torch.enable_grad(), ExitStack() as stack:
+                    stack.enter_context(_from_embeddings(mix.live))
+                    batch = {layer: _watched(stack, mix.attention(layer), share) for layer in layers}
+                    logits = mix.live(input_ids=rows, use_cache=False).logits[:, sample.scored.to(mix.device)]
+                    _backward(logits.float(), generator)
+                for layer, part in batch.items():
+                    seen[layer][number].append(part[0])
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return seen
+
+
+def _from_embeddings(live: Any) -> Any:
+    """Gradients flow from the embeddings on, whose output is a leaf."""
+    embedding = live.get_input_embeddings()
+    return hooked(embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_()))
+
+
+def _watched(stack: ExitStack, attention: nn.Module, weight: float) -> list[_Seen]:
+    """A list that gets what an attention module is called with, gives, and the gradients of that."""
+    part: list[_Seen] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        output = result[0] if isinstance(result, tuple) else result
+        args, kwargs = _detached(args), _detached(kwargs)
+        part.append(_Seen(args, kwargs, output.detach(), [], weight))
+        output.register_hook(part[0].gradients.append)
+
+    stack.enter_context(hooked(attention.register_forward_hook(keep, with_kwargs=True)))
+    return part
+
+
+def _backward(logits: Tensor, generator: torch.Generator) -> None:
+    log_p = logits.log_softmax(-1)
+    flat = log_p.detach().exp().flatten(0, -2)
+    for draw in range(_DRAWS):
+        y = torch.multinomial(flat, 1, generator=generator)
+        loss = log_p.flatten(0, -2).gather(-1, y).sum()
+        loss.backward(retain_graph=draw + 1 < _DRAWS)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(_detached(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return value
