@@ -47,12 +47,14 @@ def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> 
     rank = getattr(config, "kv_lora_rank", None)
     if rank:  # multi-head latent attention: the latent as keys, the rotated key that all heads share as values
         kv, key, value = 1, int(rank), int(config.qk_rope_head_dim)
+        reads = 2 * key + value
     else:
         kv = family.num_kv_heads(config)
         key = value = family.head_dim(config)
+        reads = None
     window = None if getattr(config, "is_encoder_decoder", False) else layer_window(config, layer)
     sinks = int(getattr(config, "sink_tokens", None) or 0) if window is not None else 0
-    return LayerLayout(layer, family.num_heads(config), kv, key, value, window, sinks, itemsize=itemsize)
+    return LayerLayout(layer, family.num_heads(config), kv, key, value, window, sinks, itemsize=itemsize, reads=reads)
 
 
 def layer_window(config: Any, index: int) -> int | None:

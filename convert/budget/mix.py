@@ -33,7 +33,7 @@ class Sample:
         name: what it shows: ``text`` for running text, or a probe's name.
         tokens: int64 [N, S].
         scored: bool [S], positions whose predictions are compared.
-        answers: int64 [N, scored], the tokens to predict there; None for running text, whose next tokens are no answers.
+        answers: int64 [N, scored], the tokens to predict there; None for running text.
     """
 
     name: str
@@ -258,7 +258,7 @@ class Meter:
 
 
 def as_many_heads(heads: Heads, kv: int) -> Heads:
-    """The same layer with every KV head repeated until there are ``kv``: what fewer heads compute, in the old shapes."""
+    """The same layer with every KV head repeated until there are ``kv``: fewer heads in the old shapes."""
     times = kv // heads.num_kv_heads
     if times == 1:
         return heads

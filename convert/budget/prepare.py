@@ -42,7 +42,8 @@ class Estimates:
 
     Attributes:
         local: (layer, option's name) -> squared error of the attention's output relative to its square, refitted.
-        effects: the same keys -> g . d of every token of all samples, scaled so that half the sum of squares is the loss.
+        effects: the same keys -> g . d of every token of all samples, scaled so that half of the
+            sum of their squares is the loss.
     """
 
     local: dict[tuple[int, str], float] = field(default_factory=dict)
@@ -122,9 +123,8 @@ def estimate(
 def _of_option(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> tuple[float, Tensor]:
     """(local error, effect on every token) of a layer that stands in an option, its output refitted in passing."""
     output, transposed = mix.output(layer), mix.model.family.transposed
-    weight: Tensor = output.weight.T if transposed else output.weight  # type: ignore[union-attr, operator]
-    bias: Any = output.bias
-    problem = LeastSquares([weight], bias)
+    parameters: Any = output
+    problem = LeastSquares([parameters.weight.T if transposed else parameters.weight], parameters.bias)
     inputs: list[list[Tensor]] = []
     for number, sample in enumerate(batches):
         inputs.append([])

@@ -54,9 +54,10 @@ class Predictor:
         ]
 
     def swaps(self, choice: Choice, budget: int) -> list[Move]:
-        """Every change of two layers, one to a dearer option and one to a cheaper, that stays within ``budget`` bytes."""
+        """Every change of one layer to a dearer option and another to a cheaper one within ``budget`` bytes."""
         total, size = self.options.total(choice), self.options.bytes_of
-        up, down = [], []
+        up: list[tuple[int, Option, int]] = []
+        down: list[tuple[int, Option, int]] = []
         for layer, options in self.options.layers.items():
             now = self._at(choice, layer)
             for option in options:

@@ -1,0 +1,148 @@
+"""Quality against bytes, before anything is trained or written: what each budget would cost a model."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import Field
+
+from rehead.console import Progress
+from rehead.convert.budget.library import Choice, Library
+from rehead.convert.budget.mix import Measured
+from rehead.convert.budget.search import uniform
+from rehead.convert.budget.survey import Survey, SurveyOptions, survey
+from rehead.models.live import resolve_device
+from rehead.models.model import open_model
+from rehead.options import takes
+
+#: Shares of the cache that the curve is drawn at, and those that are measured by default.
+SHARES = (0.75, 0.66, 0.5, 0.4, 0.33, 0.25, 0.2, 0.125)
+MEASURED = (0.5, 0.33, 0.25)
+
+
+class CurveOptions(SurveyOptions):
+    """What ``rehead curve`` is told."""
+
+    measure: bool = Field(True, description="Measure three points of the curve and every option in all layers.")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice on the curve.
+
+    Attributes:
+        name: ``mix`` for a choice layer by layer, or the option that all layers take.
+        share: of the model's cache.
+        bytes: of the cache at the context.
+        attention_flops: operations on the cache for one more token.
+        predicted: loss that the estimates give, nats per token; text and probes together.
+        kl: measured on running text, nats per token; None where it was not.
+        recall_kl: measured on the probes.
+        recalled: share of what the original copies from afar that is still copied.
+        layers: option of each layer that changes.
+    """
+
+    name: str
+    share: float
+    bytes: int
+    attention_flops: int
+    predicted: float
+    kl: float | None = None
+    recall_kl: float | None = None
+    recalled: float | None = None
+    layers: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What every budget would cost.
+
+    Attributes:
+        model: the model's name.
+        context: tokens at which caches are compared.
+        bytes: of the cache as it is.
+        points: by falling bytes, mixes first.
+        blocked: options that this model cannot have, and why.
+        facts: what was run on which text.
+    """
+
+    model: str
+    context: int
+    bytes: int
+    points: list[Point]
+    blocked: dict[str, str]
+    facts: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+@takes(CurveOptions)
+def curve(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Curve:
+    """Quality against cache for a model: the best mix of all layers' options at several budgets, and each option alone.
+
+    Args:
+        model: a local folder or a Hub id.
+        device: where it runs: ``auto``, ``cpu``, ``cuda``, ...
+        revision: Hub revision.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: an invalid argument.
+        UnsupportedError: a model that cannot be run, or has no option with a smaller cache.
+    """
+    asked = CurveOptions.parse(options)
+    where = resolve_device(device)
+    opened = open_model(model, revision)
+    with opened.source, survey(opened, asked, where, progress) as prepared:
+        library = prepared.options
+        points = [_point(prepared, name, uniform(library, name), asked.measure) for name in library.names if name]
+        for share in SHARES:
+            budget = int(library.whole * share)
+            if budget < library.least:
+                break
+            choice = prepared.predictor.improved(prepared.predictor.forward(budget), budget)
+            points.append(_point(prepared, "mix", choice, asked.measure and share in MEASURED))
+        points.sort(key=lambda point: (point.name != "mix", -point.bytes))
+        return Curve(opened.source.id, library.context, library.whole, points, library.blocked, prepared.facts)
+
+
+def _point(prepared: Survey, name: str, choice: Choice, measure: bool) -> Point:
+    options = prepared.options
+    measured: Measured | None = prepared.meter.measure(choice) if measure else None
+    return Point(
+        name=name,
+        share=round(options.total(choice) / options.whole, 4),
+        bytes=options.total(choice),
+        attention_flops=flops(options, choice),
+        predicted=round(prepared.predictor.loss(choice), 6),
+        kl=None if measured is None else round(measured.kl, 6),
+        recall_kl=None if measured is None else round(measured.recall_kl, 6),
+        recalled=None if measured is None else measured.recalled,
+        layers={layer: option.name for layer, option in sorted(choice.items()) if option.name},
+    )
+
+
+def flops(options: Library, choice: Choice) -> int:
+    """Operations on the whole model's cache for one more token at the library's context."""
+    taken = (choice.get(layer, each[0]) for layer, each in options.layers.items())
+    return sum(option.layout.attention_flops(options.context) for option in taken)
+
+
+def summary(layers: dict[int, str], count: int) -> str:
+    """A choice in a few words: how many layers take which option."""
+    taken = Counter(layers.values())
+    kept = count - len(layers)
+    parts = [f"{number} x {name}" for name, number in taken.most_common()]
+    return ", ".join([*parts, *([f"{kept} as they are"] if kept else [])])

@@ -1,0 +1,160 @@
+"""A model with every option of every layer prepared and measured: what the curve and the choice both start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from rehead.console import Progress, quiet_transformers
+from rehead.convert.budget.library import Library, library
+from rehead.convert.budget.mix import Meter, Mix
+from rehead.convert.budget.prepare import Estimates, estimate, solve_forms
+from rehead.convert.budget.samples import running_text, samples
+from rehead.convert.budget.search import Predictor
+from rehead.data.calibration import load_calibration
+from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.config import causal_lm_class
+from rehead.models.model import Model
+from rehead.options import Count, Flag, Names, Options
+
+#: The context that caches are compared at where nobody says, at most, and the texts to measure on, in tokens.
+_CONTEXT, _SHORTEST, _LONGEST = 8192, 512, 2048
+
+
+class SurveyOptions(Options):
+    """What a survey of a model's options is told."""
+
+    context: Annotated[Count | None, Flag(metavar="N", default="the model's positions, 8192 at most")] = Field(
+        None, ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."
+    )
+    calibration: Annotated[Names, Flag(metavar="TEXT", default="the text that ships with Rehead")] = Field(
+        (), description="Text to calibrate and measure on; repeat for more."
+    )
+    calibration_tokens: Count = Field(32768, ge=1024, description="Tokens that closed forms are calibrated on.")
+    tokens: Count = Field(8192, ge=512, description="Tokens of running text that choices are measured on.")
+    seed: Count = Field(0, description="Of excerpts, probes and what is drawn from the model.")
+
+
+@dataclass
+class Survey:
+    """A model's options, ready to be chosen from.
+
+    Attributes:
+        model: the open checkpoint.
+        options: of every layer.
+        mix: the live model.
+        estimates: what each option costs, as one pass tells.
+        predictor, meter: of losses.
+        facts: what was run on which text; JSON.
+    """
+
+    model: Model
+    options: Library
+    mix: Mix
+    estimates: Estimates
+    predictor: Predictor
+    meter: Meter
+    facts: dict[str, Any]
+
+
+@contextmanager
+def survey(
+    model: Model,
+    asked: SurveyOptions,
+    device: torch.device,
+    progress: Progress | None = None,
+    keep: Callable[[Library], Library] = lambda options: options,
+) -> Iterator[Survey]:
+    """Load a model whole and prepare every option of its layers; the context of a :class:`Survey`.
+
+    Args:
+        model: an open checkpoint.
+        asked: context and texts.
+        device: where everything runs.
+        progress: called with (stage, done, total).
+        keep: what of the library to prepare.
+
+    Raises:
+        UsageError: the text cannot be used, or the context is longer than the model's positions.
+        UnsupportedError: the model cannot be loaded, or no option is left.
+    """
+    context, length = lengths(model, asked)
+    options = keep(library(model, context, length))
+    if all(len(each) == 1 for each in options.layers.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in options.blocked.items()) or "no variant offers any"
+        raise UnsupportedError(f"{model.source.id}: no layer has a form with a smaller cache ({why})")
+    vocabulary = int(model.config.vocab_size)
+    text = load_calibration(
+        asked.calibration, model.source, vocabulary, asked.calibration_tokens, (length,), asked.seed
+    )
+    running = running_text(model, asked.calibration, asked.tokens, length, asked.seed)
+    live = load_live(model, device)
+    every = [option for each in options.layers.values() for option in each]
+    with Mix(live, model, every) as mix:
+        solve_forms(mix, model, options, text, progress)
+        texts = samples(model, running, asked.seed)
+        estimates = estimate(mix, options, texts, asked.seed, progress)
+        facts = {
+            "context": context,
+            "layer_count": len(options.layers),
+            "calibration": {"text": text.names, "tokens": text.count, "length": length},
+            "measured_on": {sample.name: sample.count for sample in texts},
+            "device": str(device),
+        }
+        yield Survey(model, options, mix, estimates, Predictor(options, estimates), Meter(mix, texts), facts)
+
+
+def lengths(model: Model, asked: SurveyOptions) -> tuple[int, int]:
+    """(tokens at which caches are compared, tokens of a text to measure on).
+
+    Raises:
+        UsageError: a context beyond the model's positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    context = asked.context or min(positions or _CONTEXT, _CONTEXT)
+    if positions is not None and context > positions:
+        raise UsageError(f"--context {context}: the model has positions for {positions} tokens; give that or less")
+    length = min(max(context // 8, _SHORTEST), _LONGEST, positions or _LONGEST)
+    return context, min(length, asked.tokens)
+
+
+def load_live(model: Model, device: torch.device) -> Any:
+    """A checkpoint's model in float32 for measuring.
+
+    Raises:
+        UnsupportedError: transformers cannot load it.
+    """
+    source = model.source
+    source.materialise()
+    where = getattr(source, "folder", None) or source.id
+    with quiet_transformers():
+        try:
+            live: Any = causal_lm_class(model.config).from_pretrained(
+                where, config=model.config, revision=source.revision or "main", dtype=torch.float32
+            )
+        except Exception as error:
+            raise UnsupportedError(f"{source.id}: cannot be loaded to measure it ({first_line(error)})") from None
+    return live.to(device).eval()
+
+
+def budget_of(text: str, options: Library) -> int:
+    """Bytes of a budget given as a share such as ``33%`` of the model's cache, or as numbers per token and layer.
+
+    Raises:
+        UsageError: it is neither, or no smaller cache.
+    """
+    from rehead.variants.latent.options import cache_numbers
+
+    some = next(iter(options.layers.values()))[0].layout
+    if text.strip().endswith("%"):
+        cache_numbers(text, 100)  # checks it
+        return int(options.whole * float(text.strip()[:-1]) / 100)
+    numbers = cache_numbers(text, 100)
+    if not 0 < numbers < some.numbers_per_token:
+        raise UsageError(f"--kv-cache {text}: the model caches {some.numbers_per_token} numbers; give less, or a share")
+    return options.whole * numbers // some.numbers_per_token
