@@ -132,11 +132,13 @@ def option_name(variant: Variant, options: VariantOptions) -> str:
 
 
 def form_of(model: Model, variant: Variant, options: VariantOptions) -> LayerForm | None:
-    """How a variant changes a layer's weights; None for one that changes what is attended to alone.
+    """How a variant changes a layer's weights; None for one that a live model computes in front of its attention.
 
     Raises:
         UnsupportedError, UsageError: the model cannot have it.
     """
+    if variant.attend is not None:
+        return None
     if variant.rewrite is not None:
         return variant.rewrite(model, options).form
     return by_weights(model, variant, options).form if variant.weights is not None else None

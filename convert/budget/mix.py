@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,10 +80,12 @@ class Form:
     Attributes:
         weights: tensors by the names of the attention module's parameters, in its own shapes.
         module: a module that replaces the attention, or None.
+        state: the variant's own tensors in this layer.
     """
 
     weights: dict[str, Tensor]
     module: nn.Module | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Mix:
@@ -172,9 +174,8 @@ class Mix:
         with ExitStack() as undo:
             state = self._states.get((option.kind, layer))
             if state is not None:
-                before = state.options, state.enabled
-                state.options, state.enabled = option.options, True
-                undo.callback(_restore, state, before)
+                undo.callback(_restore, state, (state.options, state.enabled, state.tensors))
+                state.options, state.enabled, state.tensors = option.options, True, form.state
             if form.module is not None:
                 owner, leaf = self._owner(layer)
                 undo.callback(setattr, owner, leaf, self.attention(layer))
@@ -273,5 +274,5 @@ def as_many_heads(heads: Heads, kv: int) -> Heads:
     return replace(heads, **wide)  # type: ignore[arg-type]
 
 
-def _restore(state: Any, before: tuple[Any, bool]) -> None:
-    state.options, state.enabled = before
+def _restore(state: Any, before: tuple[Any, bool, Any]) -> None:
+    state.options, state.enabled, state.tensors = before

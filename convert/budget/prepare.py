@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.attention.interface import register
 from rehead.console import Progress
 from rehead.convert.budget.library import Choice, Library, form_of
 from rehead.convert.budget.mix import Mix, Sample
@@ -31,6 +32,7 @@ from rehead.healing.writers import LeastSquares
 from rehead.models.model import Model
 from rehead.models.watch import hooked
 from rehead.variants.pool.grouping import contiguous_groups
+from rehead.variants.stack import live_variant
 
 #: Times that y is drawn for every text.
 _DRAWS = 1
@@ -72,9 +74,18 @@ class _Seen:
 
 
 def solve_forms(
-    mix: Mix, model: Model, options: Library, text: CalibrationText, progress: Progress | None = None
+    mix: Mix,
+    model: Model,
+    options: Library,
+    text: CalibrationText,
+    states: dict[tuple[int, str], dict[str, Tensor]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Put the closed form of every option into ``mix``, from one pass over the calibration text."""
+    """Put the closed form of every option into ``mix``, from one pass over the calibration text.
+
+    Args:
+        states: of :func:`calibrated_states`.
+    """
     kinds = {option.name: option for layer in options.layers.values() for option in layer if option.variant}
     forms = {name: form_of(model, option.variant, option.options) for name, option in kinds.items()}  # type: ignore[arg-type]
     solved = [form for form in forms.values() if form is not None]
@@ -82,6 +93,7 @@ def solve_forms(
         for option in layer_options:
             if option.variant is not None and forms[option.name] is None:
                 mix.add(layer, option, None, None)
+                mix.forms[layer, option.name].state = (states or {}).get((layer, option.name), {})
     if not solved:
         return
     needs = tuple(dict.fromkeys(name for form in solved for name in form.needs))
@@ -92,6 +104,36 @@ def solve_forms(
             if form is not None:
                 coarse = moments.merged(contiguous_groups(groups, form.groups))
                 mix.add(layer, option, form, form.closed(layer, heads, coarse))
+
+
+def calibrated_states(live: Any, options: Library, tokens: Tensor) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """The tensors that variants in front of the attention fit to text (a sink logit for each head), each layer's alone.
+
+    Args:
+        live: the model, under no variant.
+        options: the library.
+        tokens: int64 [B, S].
+
+    Returns:
+        (layer, option's name) -> the layer's tensors by name.
+    """
+    register()
+    named = {option.name: option for each in options.layers.values() for option in each}
+    states: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, option in named.items():
+        variant, wanted = option.variant, option.options
+        if variant is None or wanted is None or variant.calibrate is None or not variant.needs(wanted):
+            continue
+        applied = live_variant(live, variant.name, **wanted.model_dump(exclude={"layers"})).apply()
+        try:
+            variant.calibrate(applied, tokens.to(next(live.parameters()).device), False)
+            for state in applied.states:
+                if state.index is not None:
+                    kept = {key: tensor.detach().clone() for key, tensor in state.tensors.items()}
+                    states[state.index, name] = kept
+        finally:
+            applied.revert()
+    return states
 
 
 def estimate(

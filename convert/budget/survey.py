@@ -13,7 +13,7 @@ from pydantic import Field
 from rehead.console import Progress, quiet_transformers
 from rehead.convert.budget.library import Library, library
 from rehead.convert.budget.mix import Meter, Mix
-from rehead.convert.budget.prepare import Estimates, estimate, solve_forms
+from rehead.convert.budget.prepare import Estimates, calibrated_states, estimate, solve_forms
 from rehead.convert.budget.samples import running_text, samples
 from rehead.convert.budget.search import Predictor
 from rehead.data.calibration import load_calibration
@@ -24,6 +24,8 @@ from rehead.options import Count, Flag, Names, Options
 
 #: The context that caches are compared at where nobody says, at most, and the texts to measure on, in tokens.
 _CONTEXT, _SHORTEST, _LONGEST = 8192, 512, 2048
+#: Tokens that sink logits are fitted to.
+_STATE_TOKENS = 8192
 
 
 class SurveyOptions(Options):
@@ -95,8 +97,9 @@ def survey(
     running = running_text(model, asked.calibration, asked.tokens, length, asked.seed)
     live = load_live(model, device)
     every = [option for each in options.layers.values() for option in each]
+    states = calibrated_states(live, options, text.tokens[0][: max(1, _STATE_TOKENS // length)])
     with Mix(live, model, every) as mix:
-        solve_forms(mix, model, options, text, progress)
+        solve_forms(mix, model, options, text, states, progress)
         texts = samples(model, running, asked.seed)
         estimates = estimate(mix, options, texts, asked.seed, progress)
         facts = {

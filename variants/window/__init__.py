@@ -88,9 +88,12 @@ def layout(layer: LayerLayout, options: WindowOptions) -> LayerLayout:
 
 
 def library(layer: LayerLayout, context: int) -> list[WindowOptions]:
-    """Windows of a thirty-second and an eighth of the context, with the sinks that attention leans on."""
+    """Windows of a thirty-second and an eighth of the context, with the sinks that attention leans on: the tokens, or
+    a logit for classes that keep none."""
     sizes = [1 << (context // part).bit_length() - 1 for part in (32, 8) if context >= 16 * part]
-    return [WindowOptions(size=size, sinks=4) for size in sizes if layer.window is None or size < layer.window]
+    sinks: tuple[dict[str, Any], ...] = ({"sinks": 4}, {"sink_logit": True})
+    shorter = [size for size in sizes if layer.window is None or size < layer.window]
+    return [WindowOptions(size=size, **kind) for size in shorter for kind in sinks]
 
 
 VARIANT = register(

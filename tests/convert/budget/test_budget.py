@@ -10,7 +10,7 @@ from rehead.convert.budget.choose import check_budget, select, smallest
 from rehead.convert.budget.curve import curve
 from rehead.convert.budget.library import Library, Option, form_of, library
 from rehead.convert.budget.mix import Meter, Mix
-from rehead.convert.budget.prepare import Estimates, estimate, solve_forms
+from rehead.convert.budget.prepare import Estimates, calibrated_states, estimate, solve_forms
 from rehead.convert.budget.samples import samples
 from rehead.convert.budget.search import Predictor, patterns, uniform
 from rehead.convert.budget.survey import SurveyOptions, budget_of, survey
@@ -75,8 +75,10 @@ def test_the_model_is_as_it_was_afterwards(planted):
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
     modules = [type(layer.self_attn) for layer in live.model.layers]
     text = CalibrationText([torch.randint(0, VOCAB, (4, 256))], ["random tokens"])
+    calibrated = calibrated_states(live, options, text.tokens[0])
+    assert calibrated[0, "window:size=16,sink_logit=True"]["sinks"].shape == (8,)
     with Mix(live, model, [o for each in options.layers.values() for o in each]) as mix:
-        solve_forms(mix, model, options, text)
+        solve_forms(mix, model, options, text, calibrated)
         estimate(mix, options, samples(model, text))
         with mix.on({0: options.layers[0][-1], 1: options.option(1, options.names[1])}):
             pass
