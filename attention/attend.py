@@ -37,12 +37,10 @@ def attend(call: AttentionCall) -> Tensor:
     on_cpu = call.query.device.type == "cpu"
     if call.key_tail is not None and (on_cpu or not _is_decode(call)):
         return attend(call.joined())[..., : call.key.shape[-1]]
-    if on_cpu:
-        return _with_sink_tokens(call)[0] if call.sink_tokens else cpu.run(call)[0]
-    if _is_decode(call):
+    if not on_cpu and _is_decode(call):
         from rehead.attention import kernels
 
-        return kernels.decode_call(_as_bias(call) if call.sink_tokens else call)
+        return kernels.decode_call(_as_bias(call) if call.sink_tokens or call.blocks is not None else call)
     return attend_with_lse(call)[0]
 
 
@@ -57,9 +55,10 @@ def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if call.key_tail is not None:
         out, lse = attend_with_lse(call.joined())
         return out[..., : call.key.shape[-1]], lse
-    if call.sink_tokens:
+    on_cpu = call.query.device.type == "cpu"
+    if call.sink_tokens and (on_cpu or call.kv_segments is not None):
         return _with_sink_tokens(call)
-    if call.query.device.type == "cpu":
+    if on_cpu:
         return cpu.run(call)
     from rehead.attention import kernels
 
@@ -169,15 +168,20 @@ def _with_sink_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _as_bias(call: AttentionCall) -> AttentionCall:
-    """A decode step with its window and sink tokens as a bias, since the decode kernel returns nothing to merge."""
-    assert call.window is not None
+    """A decode step with its window and sink tokens, or its blocks, as a bias, which is all the decode kernel takes."""
     offset = torch.as_tensor(call.q_offset, device=call.key.device).reshape(-1, 1, 1)
     row = torch.arange(call.query.shape[2], device=call.key.device)[None, :, None] + offset
     place = torch.arange(call.key.shape[2], device=call.key.device)[None, None]
-    seen = ((row - place < call.window) | _first_tokens(call)[1][:, None])[:, None]
+    seen = (place >= 0)[None]
+    if call.sink_tokens and call.window is not None:
+        seen = seen & ((row - place < call.window) | _first_tokens(call)[1][:, None])[:, None]
+        call = call.with_(window=None, sink_tokens=0)
+    if call.blocks is not None:
+        seen = seen & call.blocks.seen(call.query.shape[2], call.key.shape[2])
+        call = call.with_(blocks=None)
     bias = call.bias
     if bias is None:
         bias = seen.expand(-1, -1, call.query.shape[2], call.key.shape[2])
     else:
         bias = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, float("-inf"))
-    return call.with_(window=None, sink_tokens=0, bias=bias)
+    return call.with_(bias=bias)

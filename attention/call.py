@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.attention.blocks import KeyBlocks
 from rehead.attention.schema import Flat
 from rehead.errors import UnsupportedError, UsageError
 
@@ -18,6 +19,9 @@ class AttentionCall:
 
     Row i is at position ``i + q_offset``, key j at position j. A row sees a key if every rule allows it; the output of
     a row that sees no key is 0. The operators' schemas list the fields in this order (:mod:`rehead.attention.schema`).
+
+    A hidden key has a score of -inf, so its weight is exactly 0. softmax(q k^T * M) with M of zeros and ones, which
+    papers write for a mask M, is something else: a masked key gets the score 0 and keeps the weight e^0.
 
     Attributes:
         query: ``[B, H, Sq, D]``.
@@ -33,6 +37,7 @@ class AttentionCall:
             ``kv_end`` as an int or a tensor of one element.
         key_mask: bool ``[B, Skv]``, False hides a key.
         q_segments, kv_segments: integer ``[B, Sq]`` and ``[B, Skv]``; a row sees keys of its own segment only.
+        blocks: for each block of rows the blocks of keys that it may see.
         softcap: scores become ``softcap * tanh(score / softcap)``, after scaling.
         alibi_slopes: float ``[H]``; ``slope * (j - position)`` is added to the scores (arXiv 2108.12409).
         sinks: float ``[H]``; one more logit per head in the softmax's denominator, with a gradient.
@@ -56,6 +61,7 @@ class AttentionCall:
     key_mask: Tensor | None = None
     q_segments: Tensor | None = None
     kv_segments: Tensor | None = None
+    blocks: KeyBlocks | None = None
     softcap: float | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
@@ -82,7 +88,7 @@ class AttentionCall:
 
     @property
     def positional_only(self) -> bool:
-        """Whether causality, window and key range alone decide what is seen, and nothing is added to the scores."""
+        """Whether causality, window, key range and blocks decide what is seen, and nothing is added to the scores."""
         extra = (self.chunk, self.key_mask, self.q_segments, self.softcap, self.alibi_slopes, self.bias)
         return all(item is None for item in extra)
 
@@ -158,6 +164,13 @@ def check_rules(call: AttentionCall) -> None:
         raise UsageError(f"sink_tokens is {call.sink_tokens}; give 0 or a positive number")
     if (call.q_segments is None) != (call.kv_segments is None):
         raise UsageError("q_segments and kv_segments go together; give both or neither")
+    if call.blocks is not None:
+        call.blocks.check_shape(num_q, num_k)
+        shape = call.blocks.starts.shape
+        if shape[0] not in (1, batch) or shape[1] not in (1, heads):
+            raise UsageError(
+                f"block starts are for {shape[0]} batch rows and {shape[1]} heads; the call has {batch} and {heads}"
+            )
     if call.key_mask is not None and call.key_mask.dtype != torch.bool:
         # A mask of integers or floats may mean that 0 hides a key, or that 0 is added to its score.
         raise UsageError(f"key_mask has dtype {call.key_mask.dtype}; it must be bool, True where a key may be seen")

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.attention.blocks import KeyBlocks
 from rehead.attention.kernels.reference import visible
 from rehead.errors import UnsupportedError
 
 RULES = (
-    "causal", "q_offset", "window", "chunk", "key_mask", "kv_start", "kv_end", "q_segments", "kv_segments"
+    "causal", "q_offset", "window", "sink_tokens", "chunk", "key_mask", "kv_start", "kv_end", "q_segments",
+    "kv_segments", "blocks"
 )  # fmt: skip
 """The rules of a call that a mask may set."""
 
@@ -31,10 +33,12 @@ class TiledMask:
         causal: row ``i`` sees key ``j`` only if ``j <= i + q_offset``.
         q_offset: position of the first row on the keys' axis, an int or a tensor of one element.
         window: row sees key only if ``i + q_offset - j < window``.
+        sink_tokens: first tokens of a sequence that are seen from beyond the window too.
         chunk: row sees key only if ``(i + q_offset) // chunk == j // chunk``.
         key_mask: bool ``[B, Skv]``, False hides a key.
         kv_start, kv_end: int32 ``[B]`` bounds of what ``key_mask`` leaves visible.
         q_segments, kv_segments: int32 ``[B, Sq]`` and ``[B, Skv]``; a row sees keys of its own segment only.
+        blocks: for each block of rows the blocks of keys that it may see.
         dense: bool ``[B|1, H|1, Sq, Skv]`` for a mask that the other fields cannot describe; they are then not set.
         rank: the value of ``ndim``; 4, except for the few models that would rebuild a 4-D mask.
     """
@@ -46,12 +50,14 @@ class TiledMask:
     causal: bool = True
     q_offset: int | Tensor = 0
     window: int | None = None
+    sink_tokens: int = 0
     chunk: int | None = None
     key_mask: Tensor | None = None
     kv_start: Tensor | None = None
     kv_end: Tensor | None = None
     q_segments: Tensor | None = None
     kv_segments: Tensor | None = None
+    blocks: KeyBlocks | None = None
     dense: Tensor | None = None
     rank: int = 4
 
@@ -102,6 +108,8 @@ class TiledMask:
         if device is None or torch.device(device) == self.device:
             return self
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        if self.blocks is not None:
+            moved["blocks"] = self.blocks.to(device)
         return replace(self, device=torch.device(device), **moved)
 
     def __getitem__(self, index: Any) -> TiledMask:
@@ -132,6 +140,7 @@ class TiledMask:
             kv_end=None if self.kv_end is None else self.kv_end.clamp(max=kv_stop),
             q_segments=None if self.q_segments is None else self.q_segments[:, rows],
             kv_segments=None if self.kv_segments is None else self.kv_segments[:, keys],
+            blocks=None if self.blocks is None else self.blocks.cropped(q_start, q_stop),
             dense=None if self.dense is None else self.dense[:, :, rows, keys],
         )
 

@@ -1,12 +1,13 @@
 """Make operator schemas from the dataclass of a call, so that its fields are listed in one place.
 
-A field that may be a number or a tensor (``int | Tensor``) takes two arguments, the second named ``NAME_tensor``.
+A field that may be a number or a tensor (``int | Tensor``) takes two arguments, the second named ``NAME_tensor``. A
+field that is a record takes the arguments of that record's fields, named ``NAME_FIELD`` and all optional.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
@@ -20,21 +21,24 @@ class Flat(Generic[T]):
     """Converts a dataclass to an operator's flat arguments and back.
 
     Args:
-        record: a dataclass whose fields are ``Tensor``, ``float``, ``bool``, ``int`` or ``int | Tensor``, each perhaps
-            ``| None``.
+        record: a dataclass whose fields are ``Tensor``, ``float``, ``bool``, ``int``, ``int | Tensor`` or such a
+            dataclass, each perhaps ``| None``.
     """
 
     def __init__(self, record: type[T]) -> None:
         self.record = record
         self.arguments: list[tuple[str, str]] = []  # (type, name), in order
-        self._fields: list[
-            tuple[str, bool, int | None]
-        ] = []  # (name, whether it takes two, the number beside a tensor)
+        # (name, the record that it is, whether it takes two arguments, the number beside a tensor)
+        self._fields: list[tuple[str, Flat | None, bool, int | None]] = []
         hints = get_type_hints(record)
         for field in fields(record):  # type: ignore[arg-type]
             options = get_args(hints[field.name]) or (hints[field.name],)
             kinds, optional = [o for o in options if o is not type(None)], "?" * (type(None) in options)
-            self._fields.append((field.name, len(kinds) > 1, None if optional else 0))
+            inner = Flat(kinds[0]) if is_dataclass(kinds[0]) else None
+            self._fields.append((field.name, inner, len(kinds) > 1, None if optional else 0))
+            if inner is not None:
+                self.arguments += [(kind.rstrip("?") + "?", f"{field.name}_{name}") for kind, name in inner.arguments]
+                continue
             self.arguments.append((KINDS[kinds[0]] + optional, field.name))
             if len(kinds) > 1:
                 self.arguments.append(("Tensor?", f"{field.name}_tensor"))
@@ -51,9 +55,11 @@ class Flat(Generic[T]):
     def flatten(self, record: T) -> list[Any]:
         """A record as the operator's arguments."""
         values: list[Any] = []
-        for name, two, number in self._fields:
+        for name, inner, two, number in self._fields:
             value = getattr(record, name)
-            if not two:
+            if inner is not None:
+                values += [None] * len(inner.arguments) if value is None else inner.flatten(value)
+            elif not two:
                 values.append(value)
             elif isinstance(value, Tensor):
                 values += [number, value]
@@ -64,7 +70,11 @@ class Flat(Generic[T]):
     def unflatten(self, values: Any) -> T:
         """The record from the operator's arguments; the inverse of :meth:`flatten`."""
         items, rest = {}, iter(values)
-        for name, two, _ in self._fields:
+        for name, inner, two, _ in self._fields:
+            if inner is not None:
+                parts = [next(rest) for _ in inner.arguments]
+                items[name] = None if parts[0] is None else inner.unflatten(parts)
+                continue
             items[name] = next(rest)
             if two and (tensor := next(rest)) is not None:
                 items[name] = tensor

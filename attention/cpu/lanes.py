@@ -7,12 +7,13 @@ autograd, ``torch.compile`` and gradient checkpointing treat attention as one op
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
 from rehead.attention.cpu.masks import Row, TileMasks, read_row
 from rehead.attention.cpu.plan import Extent, Rect, Tile, plan
@@ -79,7 +80,40 @@ def _rows(call: AttentionCall, batch: int, n_query: int, n_key: int) -> list[tup
     if (call.bias is not None or call.alibi_slopes is not None) and len(rows) == 1 and batch > 1:
         # A mask that differs between heads is made for one batch row at a time.
         rows = [(slice(b, b + 1), rows[0][1]) for b in range(batch)]
+    if call.blocks is not None:
+        if call.blocks.starts.shape[0] > 1:
+            rows = [(slice(b, b + 1), row) for span, row in rows for b in range(span.start, span.stop)]
+        rows = [(span, replace(row, rects=_listed(row.rects, call.blocks, span.start))) for span, row in rows]
     return rows
+
+
+def _listed(rects: list[Rect], blocks: KeyBlocks, batch: int) -> list[Rect]:
+    """What is left of rectangles where each block of rows sees listed blocks of keys only, the same for every head."""
+    parts = []
+    for number, runs in enumerate(blocks.runs(batch)):
+        for rect in rects:
+            q0, q1 = max(rect.q0, number * blocks.rows), min(rect.q1, (number + 1) * blocks.rows)
+            cut = (Rect(q0, q1, max(rect.k0, low), min(rect.k1, high)) for low, high in runs)
+            parts += [part for part in cut if part.q0 < part.q1 and part.k0 < part.k1]
+    return parts
+
+
+def _heads(call: AttentionCall) -> Iterator[AttentionCall]:
+    """The call's heads one by one, where each has lists of key blocks of its own."""
+    assert call.blocks is not None
+    heads = call.query.shape[1]
+    group = heads // call.key.shape[1]
+    for head in range(heads):
+        own, shared = slice(head, head + 1), slice(head // group, head // group + 1)
+        yield call.with_(
+            query=call.query[:, own],
+            key=call.key[:, shared],
+            value=call.value[:, shared],
+            blocks=replace(call.blocks, starts=call.blocks.starts[:, own]),
+            alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[own],
+            sinks=None if call.sinks is None else call.sinks[own],
+            bias=call.bias if call.bias is None or call.bias.shape[1] == 1 else call.bias[:, own],
+        )
 
 
 def _split_long(rows: list[tuple[slice, Row]], elements: int) -> list[tuple[slice, Row]]:
@@ -172,7 +206,7 @@ def _decode(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     query, key, value = call.query, call.key, call.value
     batch, heads, _, dim = query.shape
     kv_heads, n_key = key.shape[1:3]
-    if call.softcap is not None or call.alibi_slopes is not None or call.bias is not None:
+    if any(item is not None for item in (call.softcap, call.alibi_slopes, call.bias, call.blocks)):
         return None
     low, high = 0, n_key
     if call.causal:
@@ -223,6 +257,9 @@ def _apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output ``[B, Sq, H, D]`` and log-sum-exp ``[B, H, Sq]`` (sinks included), both contiguous."""
+    if call.blocks is not None and call.blocks.starts.shape[1] > 1:
+        outs, lses = zip(*(forward(one) for one in _heads(call)), strict=True)
+        return torch.cat(outs, 2), torch.cat(lses, 1)
     query = call.query
     heads, n_query, dim = query.shape[1:]
     result = _decode(call) if n_query == 1 else None
@@ -258,6 +295,8 @@ def backward(
         lse: ``[B, H, Sq]`` with the sinks included.
         bias_grad: also differentiate with respect to ``call.bias``.
     """
+    if call.blocks is not None and call.blocks.starts.shape[1] > 1:
+        return _backward_by_head(grad_out, grad_lse, out, lse, call, bias_grad)
     dim = call.query.shape[-1]
     if grad_lse is not None:
         # A score's gradient is p (dp - delta + grad_lse), delta = sum(grad_out * out): one more column adds grad_lse.
@@ -310,6 +349,21 @@ def backward(
     if bias_grad and call.bias is not None:
         grad_bias = grad_bias.to(call.bias.dtype)
     return grad_q, grad_k, grad_v, grad_sinks, grad_bias
+
+
+def _backward_by_head(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: AttentionCall, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`backward` of each head on its own, where each has its own key blocks."""
+    parts = []
+    for head, one in enumerate(_heads(call)):
+        own = slice(head, head + 1)
+        of_lse = None if grad_lse is None else grad_lse[:, own]
+        parts.append(backward(grad_out[:, :, own], of_lse, out[:, :, own], lse[:, own], one, bias_grad))
+    query, key, value, sinks, bias = zip(*parts, strict=True)
+    grouped = (torch.cat(grads, 1).unflatten(1, (call.key.shape[1], -1)).sum(2) for grads in (key, value))
+    joined = torch.cat(bias, 1) if call.bias is not None and call.bias.shape[1] > 1 else torch.stack(bias).sum(0)
+    return torch.cat(query, 1), *grouped, torch.cat(sinks), joined
 
 
 def _target(total: Tensor, heads: slice) -> Tensor:

@@ -64,7 +64,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     Args:
         call: query, key and value in bfloat16, float16 or float32, any strides with a contiguous last dimension,
             head_dim up to 256. ``q_offset`` is a number, ``bias`` has all rows and keys and no gradient, and there are
-            no sink tokens.
+            not both segments and sink tokens.
 
     Returns:
         ``[B, Sq, H, Dv]``, contiguous, in the query's dtype; and the log-sum-exp in base 2, ``[B, H, Sq]`` float32,
@@ -140,8 +140,8 @@ def decode_call(call: AttentionCall) -> Tensor:
 
 def _check_decode(call: AttentionCall) -> None:
     check(call.with_(kv_end=None) if isinstance(call.kv_end, Tensor) else call)
-    if call.q_segments is not None:
-        raise UsageError("decode takes no segments; call attention")
+    if call.q_segments is not None or call.blocks is not None or (call.window is not None and call.sink_tokens):
+        raise UsageError("decode takes no segments, sink tokens or blocks; call attention")
     if call.query.shape[2] > MAX_QUERIES:
         raise UsageError(
             f"decode takes at most {MAX_QUERIES} query positions, not {call.query.shape[2]}; call attention"

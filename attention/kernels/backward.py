@@ -9,7 +9,7 @@ delta) * (1 - tanh^2) where scores are soft-capped.
 import triton
 import triton.language as tl
 
-from rehead.attention.kernels.masks import key_bounds, row_bounds, scores, split_range, visible
+from rehead.attention.kernels.masks import key_bounds, listed_range, place, row_bounds, scores, split_range, visible
 
 
 @triton.jit
@@ -37,16 +37,17 @@ def row_delta(o_ptr, do_ptr, delta_ptr, zero_ptr, stride_dob, stride_doh, stride
 
 
 @triton.jit
-def _walk_rows(dk, dv_acc, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_seg_ptr, bias_ptr, begin, end, key, kv_seg,
+def _walk_rows(dk, dv_acc, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_seg_ptr, bias_ptr, index, begin, end, key, kv_seg,
                key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom, stride_bm, scale, softcap, slope,
-               window, chunk, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-               BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-               SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr,
-               SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               window, first_tokens, chunk, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+               FIRST: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+               KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+               MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    for start_m in range(begin, end, BLOCK_M):
-        rows = start_m + tl.arange(0, BLOCK_M)
+    for at in range(begin, end, BLOCK_M):
+        rows = place(at, index, ROWS, BLOCKS) + tl.arange(0, BLOCK_M)
         inside = rows < num_q
         wide = rows[:, None].to(tl.int64)
         q = tl.load(q_ptr + wide * stride_qm + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
@@ -61,7 +62,7 @@ def _walk_rows(dk, dv_acc, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_seg_ptr, b
         raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed tile: [keys, queries]
         s, capped = scores(raw, row, key[:, None], scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
         if MASKED:
-            keep = visible(row, key[:, None], low, high, window, chunk, CAUSAL, WINDOW, CHUNK)
+            keep = visible(row, key[:, None], low, high, window, first_tokens, chunk, CAUSAL, WINDOW, FIRST, CHUNK)
             if KEY_MASK:
                 keep = keep & key_keep[:, None]
             if SEGMENTS:
@@ -79,17 +80,18 @@ def _walk_rows(dk, dv_acc, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_seg_ptr, b
 
 @triton.jit
 def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, kv_start, kv_end, key_mask,
-                   q_segments, kv_segments, seg_begin, seg_end, alibi, bias_ptr, stride_qb, stride_qh, stride_qm,
-                   stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
-                   stride_bb, stride_bh, stride_bm, scale, softcap, num_q, num_k, q_offset, window, chunk, num_heads,
-                   num_kv, splits, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                   CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr,
-                   SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+                   q_segments, kv_segments, seg_begin, seg_end, starts, index, alibi, bias_ptr, stride_qb, stride_qh,
+                   stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh,
+                   stride_dom, stride_bb, stride_bh, stride_bm, stride_sb, stride_sh, scale, softcap, num_q, num_k,
+                   q_offset, window, first_tokens, chunk, num_heads, num_kv, splits, D: tl.constexpr, DV: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, CHUNK: tl.constexpr,
+                   SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
+                   BLOCKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr,
+                   BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (key blocks (fastest) x B*K, splits). Split s of the group's query heads writes dk, dv of
     [splits, B, Skv, K, D | DV]; the caller adds the splits up. ``seg_begin``/``seg_end`` [B, Skv]: the query rows of
-    each key's segment."""
+    each key's segment. ``starts``, ``index``: the row blocks that see each key block."""
     num_n = tl.cdiv(num_k, BLOCK_N)
     n_block = tl.program_id(0) % num_n
     bk = tl.program_id(0) // num_n
@@ -123,6 +125,9 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
         end = tl.minimum(end, tl.max(tl.load(seg_end + b * num_k + key, mask=inside, other=0)))
     if KEY_MASK:
         key_keep = tl.load(key_mask + b * num_k + key, mask=inside, other=0) != 0
+    if FIRST:  # noqa: SIM102
+        if (start_n < low + first_tokens) & (last_key >= low):  # seen from beyond the window too
+            end = num_q
     if (start_n >= high) | (last_key < low):  # padding only: nothing reaches this block
         end = begin
     if (start_n < low) | (start_n + BLOCK_N > high):
@@ -150,22 +155,27 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
             bias_base = bias_ptr + b * stride_bb + h * stride_bh
         if ALIBI:
             slope = tl.load(alibi + h).to(tl.float32)
-        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, start,
-                                clear, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom,
-                                stride_bm, scale, softcap, slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                                CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, True,
-                                PRECISION)  # fmt: skip
+        if BLOCKS:
+            start, clear, masked, stop = listed_range(starts + b * stride_sb + h * stride_sh, index, start_n // KEYS,
+                                                      clear_begin, clear_end, ROWS)  # fmt: skip
+            if end <= begin:
+                clear, masked, stop = start, start, start
+        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, index,
+                                start, clear, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm,
+                                stride_dom, stride_bm, scale, softcap, slope, window, first_tokens, chunk, D, DV,
+                                BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP, ALIBI, BIAS,
+                                KEY_MASK, SEGMENTS, BLOCKS, ROWS, True, PRECISION)  # fmt: skip
         if not (KEY_MASK or SEGMENTS):
-            dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, clear,
-                                    masked, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm,
-                                    stride_dom, stride_bm, scale, softcap, slope, window, chunk, D, DV, BLOCK_D,
-                                    BLOCK_DV, BLOCK_M, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS,
-                                    False, PRECISION)  # fmt: skip
-        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, masked,
-                                stop, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm, stride_dom,
-                                stride_bm, scale, softcap, slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                                CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, True,
-                                PRECISION)  # fmt: skip
+            dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, index,
+                                    clear, masked, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm,
+                                    stride_dom, stride_bm, scale, softcap, slope, window, first_tokens, chunk, D, DV,
+                                    BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP, ALIBI, BIAS,
+                                    KEY_MASK, SEGMENTS, BLOCKS, ROWS, False, PRECISION)  # fmt: skip
+        dk, dv_acc = _walk_rows(dk, dv_acc, k, v, q_base, do_base, lse_base, delta_base, seg_base, bias_base, index,
+                                masked, stop, key, kv_seg, key_keep, low, high, num_q, num_k, q_offset, stride_qm,
+                                stride_dom, stride_bm, scale, softcap, slope, window, first_tokens, chunk, D, DV,
+                                BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP, ALIBI, BIAS,
+                                KEY_MASK, SEGMENTS, BLOCKS, ROWS, True, PRECISION)  # fmt: skip
 
     batches = (tl.num_programs(0) // (num_n * num_kv)).to(tl.int64)
     out_rows = ((split * batches + b) * num_k + key.to(tl.int64)) * num_kv + kv
@@ -176,16 +186,17 @@ def grad_key_value(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_p
 
 
 @triton.jit
-def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, key_mask, kv_seg_ptr, bias_ptr, begin, end, rows, row, q_seg, low,
-               high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, chunk,
-               D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-               CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-               ALIBI: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
+def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, key_mask, kv_seg_ptr, bias_ptr, index, begin, end, rows, row, q_seg,
+               low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, first_tokens,
+               chunk, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+               BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr,
+               CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+               KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
                MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    for start_n in range(begin, end, BLOCK_N):
-        key = start_n + tl.arange(0, BLOCK_N)
+    for at in range(begin, end, BLOCK_N):
+        key = place(at, index, KEYS, BLOCKS) + tl.arange(0, BLOCK_N)
         inside = key < num_k
         wide = key[:, None].to(tl.int64)
         k = tl.load(k_ptr + wide * stride_kn + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
@@ -197,7 +208,8 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, key_mask, kv_seg_ptr, bias_p
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s, capped = scores(raw, row[:, None], key[None, :], scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
         if MASKED:
-            keep = visible(row[:, None], key[None, :], low, high, window, chunk, CAUSAL, WINDOW, CHUNK)
+            keep = visible(row[:, None], key[None, :], low, high, window, first_tokens, chunk, CAUSAL, WINDOW, FIRST,
+                           CHUNK)  # fmt: skip
             if KEY_MASK:
                 keep = keep & (tl.load(key_mask + key, mask=inside, other=0) != 0)[None, :]
             if SEGMENTS:
@@ -214,13 +226,15 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, key_mask, kv_seg_ptr, bias_p
 
 @triton.jit
 def grad_query(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, kv_start, kv_end, key_mask, q_segments,
-               kv_segments, seg_begin, seg_end, alibi, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
-               stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom, stride_bb, stride_bh,
-               stride_bm, scale, softcap, num_q, num_k, q_offset, window, chunk, num_heads, group, D: tl.constexpr,
-               DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-               SOFTCAP: tl.constexpr, RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
-               ALIBI: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               kv_segments, seg_begin, seg_end, starts, index, alibi, bias_ptr, stride_qb, stride_qh, stride_qm,
+               stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
+               stride_bb, stride_bh, stride_bm, stride_sb, stride_sh, scale, softcap, num_q, num_k, q_offset, window,
+               first_tokens, chunk, num_heads, group, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+               WINDOW: tl.constexpr, FIRST: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+               RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr,
+               ROWS: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """Grid: query blocks (fastest) x B*H. dq is [B, Sq, H, D] contiguous; segment bounds as in the forward kernel."""
     num_m = tl.cdiv(num_q, BLOCK_M)
     m_block = num_m - 1 - tl.program_id(0) % num_m
@@ -266,23 +280,35 @@ def grad_query(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, kv_start
     if KEY_MASK or SEGMENTS:
         clear_begin = num_k
         clear_end = 0
-    start, clear, masked, stop = split_range(begin, end, clear_begin, clear_end, BLOCK_N)
+    if BLOCKS:
+        start, clear, masked, stop = listed_range(starts + b * stride_sb + h * stride_sh, index,
+                                                  m_block * BLOCK_M // ROWS, clear_begin, clear_end,
+                                                  KEYS)  # fmt: skip
+    else:
+        start, clear, masked, stop = split_range(begin, end, clear_begin, clear_end, BLOCK_N)
     k_base = k_ptr + b * stride_kb + (h // group) * stride_kh
     v_base = v_ptr + b * stride_vb + (h // group) * stride_vh
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, start, clear, rows, row,
-                    q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
-                    chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-                    SEGMENTS, True, PRECISION)  # fmt: skip
+    if FIRST and not BLOCKS:
+        first_stop = tl.minimum((low + first_tokens + BLOCK_N - 1) // BLOCK_N * BLOCK_N, start)
+        dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, index,
+                        low // BLOCK_N * BLOCK_N, first_stop, rows, row, q_seg, low, high, num_q, num_k, stride_kn,
+                        stride_vn, stride_bm, scale, softcap, slope, window, first_tokens, chunk, D, DV, BLOCK_D,
+                        BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS,
+                        BLOCKS, KEYS, True, PRECISION)  # fmt: skip
+    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, index, start, clear, rows,
+                    row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
+                    first_tokens, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP,
+                    ALIBI, BIAS, KEY_MASK, SEGMENTS, BLOCKS, KEYS, True, PRECISION)  # fmt: skip
     if not (KEY_MASK or SEGMENTS):
-        dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, clear, masked, rows, row,
-                        q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
-                        chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-                        SEGMENTS, False, PRECISION)  # fmt: skip
-    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, masked, stop, rows, row,
-                    q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
-                    chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-                    SEGMENTS, True, PRECISION)  # fmt: skip
+        dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, index, clear, masked,
+                        rows, row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap,
+                        slope, window, first_tokens, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST,
+                        CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, BLOCKS, KEYS, False, PRECISION)  # fmt: skip
+    dq = _walk_keys(dq, q, do, lse, delta, k_base, v_base, mask_base, seg_base, bias_base, index, masked, stop, rows,
+                    row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window,
+                    first_tokens, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP,
+                    ALIBI, BIAS, KEY_MASK, SEGMENTS, BLOCKS, KEYS, True, PRECISION)  # fmt: skip
     o_rows = (b * num_q + rows.to(tl.int64)) * num_heads + h
     tl.store(dq_ptr + o_rows[:, None] * D + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < D))  # fmt: skip

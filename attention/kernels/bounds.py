@@ -32,6 +32,8 @@ def refusal(call: AttentionCall) -> str | None:
     for name, tensor in (("query", query), ("key", key), ("value", value), ("key_tail", tail)):
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name} is not contiguous in its last dimension"
+    if call.sink_tokens and call.window is not None and call.q_segments is not None:
+        return "sink tokens in packed sequences, which rehead.attention.attend splits into two calls"
     if not math.isfinite(call.factor):
         return f"scale is {call.scale}"
     for name, added in (("bias", call.bias), ("alibi_slopes", call.alibi_slopes)):

@@ -118,7 +118,7 @@ def attend(q, q_tail, m_i, l_i, acc, n, k_tile, v_tile, mask_row, bias_rows, ins
             if SINGLE:  # all rows are at one position, so its bounds decide everything
                 keep = ((key >= clear_low) & here)[None, :]
             else:
-                keep = visible(row[:, None], key[None, :], low, stop_n, window, chunk, CAUSAL, WINDOW, CHUNK)
+                keep = visible(row[:, None], key[None, :], low, stop_n, window, 0, chunk, CAUSAL, WINDOW, False, CHUNK)
             if MASK:
                 keep = keep & (tl.load(mask_row + key, mask=here, other=0) != 0)[None, :]
             s = tl.where(keep, s, float("-inf"))

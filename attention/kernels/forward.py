@@ -7,21 +7,21 @@ fp16 and fp32. Blocks that no row of the tile sees are never loaded, blocks that
 import triton
 import triton.language as tl
 
-from rehead.attention.kernels.masks import LOG2E, key_bounds, scores, split_range, visible
+from rehead.attention.kernels.masks import LOG2E, key_bounds, listed_range, place, scores, split_range, visible
 
 
 @triton.jit
-def _blocks(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask, kv_seg, bias_ptr, begin, end, rows, row, q_seg, low, high, num_q,
-            num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, chunk, D: tl.constexpr,
-            DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-            BIAS: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def _blocks(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask, kv_seg, bias_ptr, index, begin, end, rows, row, q_seg, low, high,
+            num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, first_tokens, chunk,
+            D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+            ALIBI: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr,
+            BLOCKS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    for start_n in range(begin, end, BLOCK_N):
-        key = start_n + cols
+    for at in range(begin, end, BLOCK_N):
+        key = place(at, index, KEYS, BLOCKS) + cols
         if MASKED:
             k_keep = (d[:, None] < D) & (key[None, :] < num_k)
             v_keep = (key[:, None] < num_k) & (dv[None, :] < DV)
@@ -36,7 +36,8 @@ def _blocks(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask, kv_seg, bias_ptr, begin, e
         raw = tl.dot(q, k, input_precision=PRECISION)
         s, _ = scores(raw, row[:, None], key[None, :], scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
         if MASKED:
-            keep = visible(row[:, None], key[None, :], low, high, window, chunk, CAUSAL, WINDOW, CHUNK)
+            keep = visible(row[:, None], key[None, :], low, high, window, first_tokens, chunk, CAUSAL, WINDOW, FIRST,
+                           CHUNK)  # fmt: skip
             if KEY_MASK:
                 keep = keep & (tl.load(key_mask + key, mask=key < num_k, other=0) != 0)[None, :]
             if SEGMENTS:
@@ -55,13 +56,15 @@ def _blocks(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask, kv_seg, bias_ptr, begin, e
 
 @triton.jit
 def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key_mask, q_segments, kv_segments,
-                      seg_begin, seg_end, alibi, sinks, bias_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
-                      stride_kn, stride_vb, stride_vh, stride_vn, stride_bb, stride_bh, stride_bm, scale, softcap,
-                      num_q, num_k, q_offset, window, chunk, num_heads, group, D: tl.constexpr, DV: tl.constexpr,
-                      BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-                      RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr,
-                      SINKS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                      seg_begin, seg_end, starts, index, alibi, sinks, bias_ptr, stride_qb, stride_qh, stride_qm,
+                      stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_bb, stride_bh, stride_bm,
+                      stride_sb, stride_sh, scale, softcap, num_q, num_k, q_offset, window, first_tokens, chunk,
+                      num_heads, group, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+                      BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                      WINDOW: tl.constexpr, FIRST: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+                      RANGE: tl.constexpr, KEY_MASK: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr,
+                      ROWS: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
+                      BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid: query blocks (fastest) x B*H. Output [B, Sq, H, DV] contiguous; ``lse_ptr`` [B, H, Sq] float32, base 2,
     +inf for rows that see nothing. Pointers whose flag is off are never read."""
     num_m = tl.cdiv(num_q, BLOCK_M)
@@ -95,7 +98,12 @@ def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key
     if KEY_MASK or SEGMENTS:
         clear_begin = num_k
         clear_end = 0
-    start, clear, masked, stop = split_range(begin, end, clear_begin, clear_end, BLOCK_N)
+    if BLOCKS:
+        start, clear, masked, stop = listed_range(starts + b * stride_sb + h * stride_sh, index,
+                                                  m_block * BLOCK_M // ROWS, clear_begin, clear_end,
+                                                  KEYS)  # fmt: skip
+    else:
+        start, clear, masked, stop = split_range(begin, end, clear_begin, clear_end, BLOCK_N)
 
     k_base = k_ptr + b * stride_kb + (h // group) * stride_kh
     v_base = v_ptr + b * stride_vb + (h // group) * stride_vh
@@ -111,19 +119,29 @@ def attention_forward(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, kv_start, kv_end, key
     m_i = tl.full([BLOCK_M], -1.0e30, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, start, clear, rows, row,
-                            q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope,
-                            window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI,
-                            BIAS, KEY_MASK, SEGMENTS, True, PRECISION)  # fmt: skip
+    if FIRST and not BLOCKS:
+        first_stop = tl.minimum((low + first_tokens + BLOCK_N - 1) // BLOCK_N * BLOCK_N, start)
+        acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, index,
+                                low // BLOCK_N * BLOCK_N, first_stop, rows, row, q_seg, low, high, num_q, num_k,
+                                stride_kn, stride_vn, stride_bm, scale, softcap, slope, window, first_tokens, chunk, D,
+                                DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST, CHUNK, SOFTCAP, ALIBI, BIAS,
+                                KEY_MASK, SEGMENTS, BLOCKS, KEYS, True, PRECISION)  # fmt: skip
+    acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, index, start, clear, rows,
+                            row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope,
+                            window, first_tokens, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST,
+                            CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, BLOCKS, KEYS, True,
+                            PRECISION)  # fmt: skip
     if not (KEY_MASK or SEGMENTS):
-        acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, clear, masked, rows,
-                                row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap,
-                                slope, window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP,
-                                ALIBI, BIAS, KEY_MASK, SEGMENTS, False, PRECISION)  # fmt: skip
-    acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, masked, stop, rows, row,
-                            q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope,
-                            window, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, ALIBI,
-                            BIAS, KEY_MASK, SEGMENTS, True, PRECISION)  # fmt: skip
+        acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, index, clear, masked,
+                                rows, row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale,
+                                softcap, slope, window, first_tokens, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL,
+                                WINDOW, FIRST, CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, BLOCKS, KEYS, False,
+                                PRECISION)  # fmt: skip
+    acc, m_i, l_i = _blocks(acc, m_i, l_i, q, k_base, v_base, mask_base, seg_base, bias_base, index, masked, stop, rows,
+                            row, q_seg, low, high, num_q, num_k, stride_kn, stride_vn, stride_bm, scale, softcap, slope,
+                            window, first_tokens, chunk, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, FIRST,
+                            CHUNK, SOFTCAP, ALIBI, BIAS, KEY_MASK, SEGMENTS, BLOCKS, KEYS, True,
+                            PRECISION)  # fmt: skip
 
     if SINKS:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
 from rehead.attention.kernels import backward as bwd
 from rehead.attention.kernels import forward as fwd
@@ -131,11 +132,15 @@ def prepare(call: AttentionCall) -> Prepared:
         "BLOCK_DV": _width(dim_v),
         "CAUSAL": call.causal,
         "WINDOW": call.window is not None,
+        "FIRST": call.window is not None and call.sink_tokens > 0,
         "CHUNK": call.chunk is not None,
         "SOFTCAP": call.softcap is not None,
         "RANGE": start is not None,
         "KEY_MASK": mask is not None,
         "SEGMENTS": call.q_segments is not None,
+        "BLOCKS": call.blocks is not None,
+        "ROWS": 1 if call.blocks is None else call.blocks.rows,
+        "KEYS": 1 if call.blocks is None else call.blocks.keys,
         "ALIBI": call.alibi_slopes is not None,
         "BIAS": bias is not None,
         # Three tf32 products reach float32 accuracy on tensor cores; plain tf32 would not.
@@ -148,6 +153,7 @@ def prepare(call: AttentionCall) -> Prepared:
         "num_k": num_k,
         "q_offset": call.offset,
         "window": call.window or 0,
+        "first_tokens": call.sink_tokens,
         "chunk": call.chunk or 1,
     }
     return Prepared(pointers, flags, numbers, bias_strides)
@@ -160,14 +166,24 @@ def _segment_pointers(rows: Tensor | None, columns: Tensor | None, unused: Tenso
     return {"seg_begin": begin.contiguous(), "seg_end": end.contiguous()}
 
 
+def block_lists(blocks: KeyBlocks | None, unused: Tensor) -> tuple[dict, dict]:
+    """The pointers of lists of blocks, and the steps from one batch row or head to the next: 0 where they share one."""
+    if blocks is None:
+        return {"starts": unused, "index": unused}, {"stride_sb": 0, "stride_sh": 0}
+    starts = blocks.starts.int().contiguous()
+    batch, heads, _ = starts.shape
+    steps = {"stride_sb": starts.stride(0) if batch > 1 else 0, "stride_sh": starts.stride(1) if heads > 1 else 0}
+    return {"starts": starts, "index": blocks.index.int().contiguous()}, steps
+
+
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
-def _options(tile: LaunchShape) -> dict:
+def _options(tile: LaunchShape, blocks: KeyBlocks | None) -> dict:
     return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m if blocks is None else min(tile.block_m, blocks.rows),
+        "BLOCK_N": tile.block_n if blocks is None else min(tile.block_n, blocks.keys),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -184,12 +200,14 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     width = max(ready.flags["BLOCK_D"], ready.flags["BLOCK_DV"])
     tile = tile_for("forward", width, query.element_size(), shared_memory(query.device))
     pointers = ready.pointers | _segment_pointers(call.q_segments, call.kv_segments, query)
-    fwd.attention_forward[(triton.cdiv(num_q, tile.block_m) * batch * heads,)](
+    lists, steps = block_lists(call.blocks, query)
+    shape = _options(tile, call.blocks)
+    fwd.attention_forward[(triton.cdiv(num_q, shape["BLOCK_M"]) * batch * heads,)](
         query, key, value, out, lse, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
-        pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
-        query if sinks is None else sinks, pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value),
-        *ready.bias_strides, **ready.numbers, num_heads=heads, group=heads // key.shape[1], **ready.flags,
-        SINKS=sinks is not None, **_options(tile),
+        pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], lists["starts"],
+        lists["index"], pointers["alibi"], query if sinks is None else sinks, pointers["bias_ptr"], *_strides(query),
+        *_strides(key), *_strides(value), *ready.bias_strides, **steps, **ready.numbers, num_heads=heads,
+        group=heads // key.shape[1], **ready.flags, SINKS=sinks is not None, **shape,
     )  # fmt: skip
     return out, lse
 
@@ -231,7 +249,8 @@ def backward(grad: Tensor, lse: Tensor, delta: Tensor, call: AttentionCall) -> t
     grad_strides = (grad.stride(0), grad.stride(2), grad.stride(1))
 
     tile = tile_for("grad_key_value", width, query.element_size(), shared)
-    blocks = triton.cdiv(num_k, tile.block_n)
+    shape = _options(tile, call.blocks)
+    blocks = triton.cdiv(num_k, shape["BLOCK_N"])
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if shared else 1
     splits = key_splits(blocks * batch * kv_heads, group, processors)
     kind = query.dtype if splits == 1 else torch.float32
@@ -239,21 +258,24 @@ def backward(grad: Tensor, lse: Tensor, delta: Tensor, call: AttentionCall) -> t
     dv = torch.empty((splits, batch, num_k, kv_heads, dim_v), dtype=kind, device=query.device)
     common = dict(**ready.numbers, **ready.flags, num_heads=heads)
     pointers = ready.pointers | _segment_pointers(call.kv_segments, call.q_segments, query)
+    lists, steps = block_lists(None if call.blocks is None else call.blocks.transposed(num_k), query)
     bwd.grad_key_value[(blocks * batch * kv_heads, splits)](
         query, key, value, grad, lse, delta, dk, dv, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
-        pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
-        pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value), *grad_strides, *ready.bias_strides,
-        **common, num_kv=kv_heads, splits=splits, **_options(tile),
+        pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], lists["starts"],
+        lists["index"], pointers["alibi"], pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value),
+        *grad_strides, *ready.bias_strides, **steps, **common, num_kv=kv_heads, splits=splits, **shape,
     )  # fmt: skip
 
     tile = tile_for("grad_query", width, query.element_size(), shared)
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
     pointers = ready.pointers | _segment_pointers(call.q_segments, call.kv_segments, query)
-    bwd.grad_query[(triton.cdiv(num_q, tile.block_m) * batch * heads,)](
+    lists, steps = block_lists(call.blocks, query)
+    shape = _options(tile, call.blocks)
+    bwd.grad_query[(triton.cdiv(num_q, shape["BLOCK_M"]) * batch * heads,)](
         query, key, value, grad, lse, delta, dq, pointers["kv_start"], pointers["kv_end"], pointers["key_mask"],
-        pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], pointers["alibi"],
-        pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value), *grad_strides, *ready.bias_strides,
-        **common, group=group, **_options(tile),
+        pointers["q_segments"], pointers["kv_segments"], pointers["seg_begin"], pointers["seg_end"], lists["starts"],
+        lists["index"], pointers["alibi"], pointers["bias_ptr"], *_strides(query), *_strides(key), *_strides(value),
+        *grad_strides, *ready.bias_strides, **steps, **common, group=group, **shape,
     )  # fmt: skip
     dk = dk[0] if splits == 1 else dk.sum(0).to(query.dtype)
     dv = dv[0] if splits == 1 else dv.sum(0).to(query.dtype)

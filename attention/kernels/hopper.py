@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from rehead.attention.call import AttentionCall
-from rehead.attention.kernels.general import interpreting, key_splits, row_delta
+from rehead.attention.kernels.general import block_lists, interpreting, key_splits, row_delta
 
 # Gluon is Triton's experimental layer and changes between releases; the kernels are tested on these.
 GLUON_RELEASES = ("3.6",)
@@ -19,7 +19,7 @@ if READY:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from rehead.attention.kernels import hopper_backward, hopper_forward
+    from rehead.attention.kernels import hopper_backward, hopper_finish, hopper_forward
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Heads whose K and V fit in this many bytes are worked on together, so that they stay in the 50 MB L2 cache.
@@ -31,6 +31,19 @@ FORWARD = {
     64: {"NUM_WG": 3, "BLOCK_N": 128, "STAGES": 3, "TURNS": True},
     128: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 2, "TURNS": False},
 }
+# The same for a window or lists of blocks, which waste less with tiles of 128 rows.
+NARROW = {
+    64: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 3, "TURNS": False},
+    128: FORWARD[128],
+}
+LISTED = 128
+"""Rows and keys per block of the lists that the Hopper kernel takes; more rows will do."""
+NARROW_WINDOW = 2048
+"""Windows below this take the narrow tiles."""
+MOST_FIRST = 64
+"""Most first tokens beyond a window that the Hopper kernel takes."""
+FIRST_BLOCKS = 8
+"""Query blocks over which a program adds up the gradients of the first tokens."""
 # Query rows and keys per tile, pipeline stages, whether P's registers are needed for the next tile's scores.
 BACKWARD = {
     64: {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 2, "FREE_P": False},
@@ -66,6 +79,10 @@ def refusal(call: AttentionCall) -> str | None:
         return f"Triton {triton.__version__} is not among the releases the Hopper kernels are tested on (3.6)"
     if interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
         return "the device is not a Hopper GPU"
+    if call.blocks is not None and (call.blocks.keys != LISTED or call.blocks.rows < LISTED):
+        return f"blocks of {call.blocks.rows} rows and {call.blocks.keys} keys; the keys must be 128, the rows at least"
+    if call.window is not None and call.sink_tokens and (call.blocks is not None or call.sink_tokens > MOST_FIRST):
+        return f"{call.sink_tokens} sink tokens, or sink tokens beside blocks"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype} is neither bfloat16 nor float16"
     if not call.positional_only or not call.factor > 0:
@@ -85,7 +102,7 @@ def takes(call: AttentionCall) -> bool:
 
 def takes_backward(grad: Tensor, call: AttentionCall) -> bool:
     """Whether the Hopper backward kernel (not deterministic) computes this call. ``grad`` is [B, Sq, H, Dv]."""
-    return takes(call) and _describable(grad.transpose(1, 2))
+    return takes(call) and call.blocks is None and _describable(grad.transpose(1, 2))
 
 
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -114,6 +131,11 @@ def section_heads(num_k: int, row_bytes: int, group: int, heads: int) -> int:
     return max(1, min(L2_SECTION // max(1, num_k * row_bytes), triton.cdiv(heads, group))) * group
 
 
+def first_rows(call: AttentionCall) -> int:
+    """Rows of the short block of first tokens that a window leaves out: a power of two from 16, or 0 without it."""
+    return max(16, triton.next_power_of_2(call.sink_tokens)) if call.window is not None and call.sink_tokens else 0
+
+
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output [B, Sq, H, Dv] and base-2 log-sum-exp [B, H, Sq] float32."""
     query, key, value = call.query, call.key, call.value
@@ -123,19 +145,24 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     out = torch.empty((batch, num_q, heads, dim_v), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=query.device)
     block_d, block_dv = _block(dim), _block(dim_v)
-    config = FORWARD[block_d]
+    listed = call.blocks is not None
+    config = (NARROW if listed or (call.window or num_k) < NARROW_WINDOW else FORWARD)[block_d]
     groups, block_n = config["NUM_WG"], config["BLOCK_N"]
+    first = first_rows(call)
     start, end, ranged = _bounds(call)
+    lists, steps = block_lists(call.blocks, key)
     num_m = triton.cdiv(num_q, 64 * groups)
     tiles = num_m * batch * heads
     hopper_forward.attention_forward[(min(tiles, _processors(query.device)),)](
         _describe(query, 64, block_d), _describe(key, block_n, block_d), _describe(value, block_n, block_dv),
+        _describe(key, first or block_n, block_d), _describe(value, first or block_n, block_dv),
         _describe(out.transpose(1, 2), 64, block_dv),
         torch.zeros(1, dtype=torch.int32, device=query.device), lse, query if sinks is None else sinks, start, end,
-        call.factor, num_q, num_k, call.offset, call.window or 0, heads, group, num_m, batch * heads,
+        lists["starts"], lists["index"], steps["stride_sb"], steps["stride_sh"], call.factor, num_q, num_k, call.offset,
+        call.window or 0, call.sink_tokens, heads, group, num_m, batch * heads,
         section_heads(num_k, 2 * (dim + dim_v), group, batch * heads),
-        D=block_d, DV=block_dv, **config, CAUSAL=call.causal,
-        WINDOW=call.window is not None, RANGE=ranged, SINKS=sinks is not None, num_warps=4,
+        D=block_d, DV=block_dv, **config, CAUSAL=call.causal, WINDOW=call.window is not None, FIRST=first, RANGE=ranged,
+        SINKS=sinks is not None, ROWS=call.blocks.rows if call.blocks is not None else 0, num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -173,7 +200,20 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: AttentionCall) -> tup
         dk.copy_(dk_part.sum(0)[..., :dim])
         dv.copy_(dv_part.sum(0)[..., :dim_v])
     dq = torch.empty((batch, num_q, heads, dim), dtype=query.dtype, device=query.device)
-    hopper_backward.finish_query[(padded_q // block_m * batch * heads,)](
-        acc, dq, call.factor, num_q, padded_q, heads, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, WARPS=8
-    )
+    first = first_rows(call)
+    dk_first = acc.new_zeros((batch, kv_heads, first, dim))
+    dv_first = acc.new_zeros((batch, kv_heads, first, dim_v))
+    repeat = FIRST_BLOCKS if first else 1
+    hopper_finish.finish_query[(triton.cdiv(padded_q // block_m, repeat) * batch * heads,)](
+        acc, dq, query, key, value, grad, lse, delta, start, end, dk_first, dv_first, *query.stride()[:3],
+        *key.stride()[:3], *value.stride()[:3], grad.stride(0), grad.stride(2), grad.stride(1), call.factor, num_q,
+        num_k, padded_q, heads, group, call.offset, call.window or 0, call.sink_tokens, D=dim, DV=dim_v,
+        BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, WARPS=8, FIRST=first, RANGE=ranged, REPEAT=repeat,
+    )  # fmt: skip
+    if first:
+        rows = torch.arange(first, device=key.device) + (start.clamp(min=0)[:, None].long() if ranged else 0)
+        batches = torch.arange(batch, device=key.device)[:, None]
+        rows = rows.clamp(max=num_k - 1).expand(batch, -1)  # what lies beyond the keys is zero
+        for total, part in ((dk, dk_first), (dv, dv_first)):
+            total.index_put_((batches, rows), part.transpose(1, 2).to(total.dtype), accumulate=True)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), delta

@@ -7,8 +7,6 @@ dS goes through shared memory, for dQ = dS K, which is added to a float32 buffer
 additions varies, so dQ may differ in its last bits from run to run; ``backward.py`` has two deterministic kernels.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -314,25 +312,3 @@ def attention_backward(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk_par
                     num_heads, BLOCK_M, STAGES)),
     ], [1], [24])
     # fmt: on
-
-
-@triton.jit
-def finish_query(acc_ptr, dq_ptr, scale, num_q, padded_q, num_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_M: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
-    """dq [B, Sq, H, D] = scale * the buffer [B, H, padded_q, BLOCK_D], put back in order.
-
-    Grid: query blocks (fastest) x B*H. WARPS is the number of consumer warps that filled the buffer."""
-    M_WARPS: tl.constexpr = BLOCK_M // 16
-    N_WARPS: tl.constexpr = WARPS // M_WARPS
-    num_m = tl.cdiv(num_q, BLOCK_M)
-    block = tl.program_id(0) % num_m
-    bh = (tl.program_id(0) // num_m).to(tl.int64)
-    base = acc_ptr + (bh * padded_q + block * BLOCK_M) * BLOCK_D
-    acc = tl.load(base + tl.arange(0, BLOCK_M * BLOCK_D)) * scale
-    acc = tl.reshape(acc, (BLOCK_D // N_WARPS // 8, N_WARPS, M_WARPS, 8, 4, 2, 2))
-    acc = tl.reshape(tl.permute(acc, (2, 5, 3, 1, 0, 4, 6)), (BLOCK_M, BLOCK_D))
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    out_rows = ((bh // num_heads) * num_q + rows) * num_heads + bh % num_heads
-    keep = (rows[:, None] < num_q) & (d[None, :] < D)
-    tl.store(dq_ptr + out_rows[:, None] * D + d[None, :], acc.to(dq_ptr.dtype.element_ty), mask=keep)

@@ -8,8 +8,9 @@ rows each. A consumer issues the next block's Q K^T before it turns the current 
 tensor cores work during the exponentials. With TURNS the consumers also take turns at issuing, so that one's softmax
 runs during the other's products (the schedule of FlashAttention-3, arXiv 2407.08608).
 
-Handles causal masks, a sliding window, per-row key ranges, sinks and grouped heads; all other calls run through the
-general kernels of ``forward.py``. Scores and the log-sum-exp for backward are in base 2.
+Handles causal masks, a sliding window with the first tokens beyond it, lists of key blocks, per-row key ranges, sinks
+and grouped heads; all other calls run through the general kernels of ``forward.py``. Scores and the log-sum-exp for
+backward are in base 2.
 """
 
 from triton.experimental import gluon
@@ -22,57 +23,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from rehead.attention.kernels.hopper_tiles import key_range, looks_back, start_of, tile_of
+
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def tile_of(index, num_m, num_bh, section):
-    """Tile number -> (query block, batch*head). The longest tiles of a section of heads come first; a section is as
-    many heads as have K and V in the L2 cache together."""
-    per_section = num_m * section
-    first = (index // per_section) * section
-    rest = index % per_section
-    width = min(section, num_bh - first)
-    return num_m - 1 - rest // width, first + rest % width
-
-
-@gluon.jit
-def key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M: gl.constexpr,
-              BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
-    """Keys a tile of queries may see: the bounds [low, high) of the sequence, the blocks [first, last) to visit."""
-    low = 0
-    high = num_k
-    if RANGE:
-        low = max(gl.load(kv_start + b), 0)
-        high = min(gl.load(kv_end + b), num_k)
-    first = low
-    last = high
-    if CAUSAL:
-        last = min(high, q_offset + min(start_m + BLOCK_M, num_q))
-    if WINDOW:
-        first = max(low, q_offset + start_m - window + 1)
-    first = first // BLOCK_N
-    last = (max(last, 0) + BLOCK_N - 1) // BLOCK_N
-    return low, high, first, max(first, last)
-
-
-@gluon.jit
-def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-             v_full, v_empty, kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group, num_m, num_bh,
-             section, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-             WINDOW: gl.constexpr, RANGE: gl.constexpr):  # fmt: skip
+def _produce(q_desc, k_desc, v_desc, k_first_desc, v_first_desc, counter, tile_smem, q_smem, k_smem, v_smem,
+             k_first_smem, v_first_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty,
+             kv_start, kv_end, starts, index_ptr, stride_sb, stride_sh, num_q, num_k, q_offset, window, num_heads,
+             group, num_m, num_bh, section, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+             CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FIRST: gl.constexpr, RANGE: gl.constexpr,
+             ROWS: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * NUM_WG
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_count = 0
     block_count = 0
+    first_count = 0
     index = gl.program_id(0)
     while index < num_m * num_bh:
         m_block, bh = tile_of(index, num_m, num_bh, section)
         b = bh // num_heads
         h = bh % num_heads
         start_m = m_block * BLOCK_M
-        _, _, first, last = key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M, BLOCK_N,
-                                      CAUSAL, WINDOW, RANGE)  # fmt: skip
+        low, _, first, last = key_range(start_m, b, h, q_offset, num_q, num_k, window, kv_start, kv_end, starts,
+                                        stride_sb, stride_sh, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGE,
+                                        ROWS)  # fmt: skip
         q_stage = tile_count % 2
         mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)
         tile_smem.index(q_stage).store(gl.full([1], index, gl.int32, ONE))
@@ -84,7 +60,7 @@ def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem,
         tile_count += 1
         index = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         for step in range(last - first):
-            start_n = (last - 1 - step) * BLOCK_N
+            start_n = start_of(last - 1 - step, index_ptr, BLOCK_N, ROWS)
             stage = block_count % STAGES
             phase = ((block_count // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(stage), phase)
@@ -98,6 +74,17 @@ def _produce(q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem,
                 v_desc, [b, h // group, start_n, 0], v_full.index(stage), v_smem.index(stage)
             )
             block_count += 1
+        if FIRST > 0:  # noqa: SIM102
+            if looks_back(start_m, low, q_offset, num_q, window, BLOCK_M):
+                mbarrier.wait(first_empty, (first_count & 1) ^ 1)
+                mbarrier.expect(first_full, k_first_desc.block_type.nbytes + v_first_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    k_first_desc, [b, h // group, low, 0], first_full, k_first_smem.index(0)
+                )
+                tma.async_copy_global_to_shared(
+                    v_first_desc, [b, h // group, low, 0], first_full, v_first_smem.index(0)
+                )
+                first_count += 1
     # A tile number past the end, without a Q, tells the consumers to stop.
     q_stage = tile_count % 2
     mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)
@@ -129,11 +116,12 @@ def _mask(scores, start_n, low, high, q_offset, row, window, BLOCK_N: gl.constex
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-             v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window, num_heads, num_m,
+def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, k_first_smem, v_first_smem, q_full, q_empty,
+             k_full, k_empty, v_full, v_empty, first_full, first_empty, turn, lse, sinks, kv_start, kv_end, starts,
+             index_ptr, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window, first_tokens, num_heads, num_m,
              num_bh, section, D: gl.constexpr, DV: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr,
-             STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr,
-             TURNS: gl.constexpr):  # fmt: skip
+             STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FIRST: gl.constexpr, RANGE: gl.constexpr,
+             SINKS: gl.constexpr, ROWS: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * NUM_WG
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -149,14 +137,16 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
 
     tile_count = 0
     block_count = 0
+    first_count = 0
     turn_count = 0
     index = _next_tile(tile_count, tile_smem, q_full)
     while index < num_m * num_bh:
         m_block, bh = tile_of(index, num_m, num_bh, section)
         b = bh // num_heads
         start_m = m_block * BLOCK_M
-        low, high, first, last = key_range(start_m, b, q_offset, num_q, num_k, window, kv_start, kv_end, BLOCK_M,
-                                           BLOCK_N, CAUSAL, WINDOW, RANGE)  # fmt: skip
+        low, high, first, last = key_range(start_m, b, bh % num_heads, q_offset, num_q, num_k, window, kv_start, kv_end,
+                                           starts, stride_sb, stride_sh, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGE,
+                                           ROWS)  # fmt: skip
         start_row = start_m + WG * 64
         row = q_offset + start_row + gl.arange(0, 64, S_ROWS)
         # Blocks that lie inside these bounds need no mask.
@@ -178,7 +168,7 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
             stage = block_count % STAGES
             phase = (block_count // STAGES) & 1
             mbarrier.wait(k_full.index(stage), phase)
-            start_n = (last - 1) * BLOCK_N
+            start_n = start_of(last - 1, index_ptr, BLOCK_N, ROWS)
             k_block = k_smem.index(stage).reshape([BLOCK_N, D])
             s = warpgroup_mma(q.reshape([64, D]), k_block.permute([1, 0]), no_scores, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
@@ -190,13 +180,13 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
             l_i = gl.sum(p, 1)
             p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
 
-            for _ in range(1, last - first):
+            for step in range(1, last - first):
                 v_stage = stage
                 v_phase = phase
                 block_count += 1
                 stage = block_count % STAGES
                 phase = (block_count // STAGES) & 1
-                start_n -= BLOCK_N
+                start_n = start_of(last - 1 - step, index_ptr, BLOCK_N, ROWS)
                 mbarrier.wait(k_full.index(stage), phase)
                 if TURNS:
                     mbarrier.wait(turn.index(WG), (turn_count & 1) ^ TURN_START)
@@ -227,6 +217,32 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
             mbarrier.arrive(v_empty.index(stage), count=1)
             block_count += 1
 
+        # The first tokens, for rows whose window leaves them out, as a short block of their own.
+        if FIRST > 0:  # noqa: SIM102
+            if looks_back(start_m, low, q_offset, num_q, window, BLOCK_M):
+                F_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
+                mbarrier.wait(first_full, first_count & 1)
+                first_count += 1
+                no_first = gl.zeros([64, FIRST], gl.float32, F_LAYOUT)
+                k_block = k_first_smem.index(0).reshape([FIRST, D])
+                s = warpgroup_mma(q.reshape([64, D]), k_block.permute([1, 0]), no_first, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                key = low + gl.arange(0, FIRST, gl.SliceLayout(0, F_LAYOUT))
+                beyond = q_offset + start_row + gl.arange(0, 64, gl.SliceLayout(1, F_LAYOUT)) - window
+                keep = (key[None, :] <= beyond[:, None]) & (key < min(high, low + first_tokens))[None, :]
+                s = gl.where(keep, s, float("-inf"))
+                m_new = gl.maximum(m_i, gl.convert_layout(gl.max(s, 1), S_ROWS))
+                alpha = gl.exp2((m_i - m_new) * scale_log2)
+                m_first = gl.convert_layout(m_new, gl.SliceLayout(1, F_LAYOUT))
+                p = gl.exp2(s * scale_log2 - (m_first * scale_log2)[:, None])
+                l_i = l_i * alpha + gl.convert_layout(gl.sum(p, 1), S_ROWS)
+                m_i = m_new
+                acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
+                p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
+                acc = warpgroup_mma(p16, v_first_smem.index(0).reshape([FIRST, DV]), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(first_empty, count=1)
+
         m_log2 = m_i * scale_log2
         if SINKS:
             sink = gl.load(sinks + bh % num_heads).to(gl.float32) * LOG2E
@@ -253,24 +269,36 @@ def _consume(WG: gl.constexpr, o_desc, tile_smem, q_smem, k_smem, v_smem, q_full
 
 
 @gluon.jit
-def attention_forward(q_desc, k_desc, v_desc, o_desc, counter, lse, sinks, kv_start, kv_end, scale, num_q, num_k,
-                      q_offset, window, num_heads, group, num_m, num_bh, section, D: gl.constexpr, DV: gl.constexpr,
-                      NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-                      WINDOW: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
+def attention_forward(q_desc, k_desc, v_desc, k_first_desc, v_first_desc, o_desc, counter, lse, sinks, kv_start, kv_end,
+                      starts, index, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window, first_tokens,
+                      num_heads, group, num_m, num_bh, section, D: gl.constexpr, DV: gl.constexpr, NUM_WG: gl.constexpr,
+                      BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+                      FIRST: gl.constexpr, RANGE: gl.constexpr, SINKS: gl.constexpr, ROWS: gl.constexpr,
+                      TURNS: gl.constexpr):  # fmt: skip
     """Descriptors: 4-D ``[B, H, S, D]`` views; blocks of 64 query rows and BLOCK_N keys. ``lse`` [B, H, Sq] float32;
-    ``counter`` one int32, zero at the start."""
+    ``counter`` one int32, zero at the start. FIRST is the height of the short block that has the first tokens, 0
+    without them; ROWS the rows per row block of the lists, a multiple of the tile, 0 without lists."""
     gl.static_assert(D >= DV, "the output borrows Q's buffer")
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tile_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * NUM_WG, 1, 1, 64, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, DV], v_desc.layout)
+    k_first_smem = k_smem
+    v_first_smem = v_smem
+    if FIRST > 0:
+        k_first_smem = gl.allocate_shared_memory(k_desc.dtype, [1, 1, 1, FIRST, D], k_first_desc.layout)
+        v_first_smem = gl.allocate_shared_memory(v_desc.dtype, [1, 1, 1, FIRST, DV], v_first_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    first_full = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
+    first_empty = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
+    mbarrier.init(first_full, count=1)
+    mbarrier.init(first_empty, count=NUM_WG)
     turn = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], barrier_layout)
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=2)  # the copy engine, and the producer for the tile's number
@@ -287,34 +315,43 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, counter, lse, sinks, kv_st
     # fmt: off
     if NUM_WG == 2:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
-                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
-                        TURNS)),
-            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
-                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
-                        TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
-                        k_empty, v_full, v_empty, kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group,
-                        num_m, num_bh, section, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
+            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, k_first_smem, v_first_smem, q_full,
+                        q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty, turn, lse, sinks, kv_start,
+                        kv_end, starts, index, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window,
+                        first_tokens, num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, SINKS, ROWS, TURNS)),
+            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, k_first_smem, v_first_smem, q_full,
+                        q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty, turn, lse, sinks, kv_start,
+                        kv_end, starts, index, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window,
+                        first_tokens, num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, SINKS, ROWS, TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, k_first_desc, v_first_desc, counter, tile_smem, q_smem, k_smem, v_smem,
+                        k_first_smem, v_first_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, first_full,
+                        first_empty, kv_start, kv_end, starts, index, stride_sb, stride_sh, num_q, num_k, q_offset,
+                        window, num_heads, group, num_m, num_bh, section, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, ROWS)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
-                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
-                        TURNS)),
-            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
-                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
-                        TURNS)),
-            (_consume, (gl.constexpr(2), o_desc, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                        v_full, v_empty, turn, lse, sinks, kv_start, kv_end, scale, num_q, num_k, q_offset, window,
-                        num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE, SINKS,
-                        TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, counter, tile_smem, q_smem, k_smem, v_smem, q_full, q_empty, k_full,
-                        k_empty, v_full, v_empty, kv_start, kv_end, num_q, num_k, q_offset, window, num_heads, group,
-                        num_m, num_bh, section, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW, RANGE)),
+            (_consume, (gl.constexpr(0), o_desc, tile_smem, q_smem, k_smem, v_smem, k_first_smem, v_first_smem, q_full,
+                        q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty, turn, lse, sinks, kv_start,
+                        kv_end, starts, index, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window,
+                        first_tokens, num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, SINKS, ROWS, TURNS)),
+            (_consume, (gl.constexpr(1), o_desc, tile_smem, q_smem, k_smem, v_smem, k_first_smem, v_first_smem, q_full,
+                        q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty, turn, lse, sinks, kv_start,
+                        kv_end, starts, index, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window,
+                        first_tokens, num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, SINKS, ROWS, TURNS)),
+            (_consume, (gl.constexpr(2), o_desc, tile_smem, q_smem, k_smem, v_smem, k_first_smem, v_first_smem, q_full,
+                        q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty, turn, lse, sinks, kv_start,
+                        kv_end, starts, index, stride_sb, stride_sh, scale, num_q, num_k, q_offset, window,
+                        first_tokens, num_heads, num_m, num_bh, section, D, DV, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, SINKS, ROWS, TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, k_first_desc, v_first_desc, counter, tile_smem, q_smem, k_smem, v_smem,
+                        k_first_smem, v_first_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, first_full,
+                        first_empty, kv_start, kv_end, starts, index, stride_sb, stride_sh, num_q, num_k, q_offset,
+                        window, num_heads, group, num_m, num_bh, section, NUM_WG, BLOCK_N, STAGES, CAUSAL, WINDOW,
+                        FIRST, RANGE, ROWS)),
         ], [4, 4, 1], [160, 160, 24])
     # fmt: on

@@ -37,13 +37,17 @@ def scores(raw, row, key, scale, softcap, slope, bias, SOFTCAP: tl.constexpr, AL
 
 
 @triton.jit
-def visible(row, key, low, high, window, chunk, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """The positional rules: key range, causal, sliding window, chunk. ``row`` is absolute."""
+def visible(row, key, low, high, window, first_tokens, chunk, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+            FIRST: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """The positional rules: key range, causal, window and first tokens beyond it, chunk. ``row`` is absolute."""
     keep = (key >= low) & (key < high)
     if CAUSAL:
         keep = keep & (key <= row)
     if WINDOW:
-        keep = keep & (row - key < window)
+        if FIRST:
+            keep = keep & ((row - key < window) | (key < low + first_tokens))
+        else:
+            keep = keep & (row - key < window)
     if CHUNK:
         keep = keep & (row // chunk == key // chunk)
     return keep
@@ -109,3 +113,31 @@ def split_range(begin, end, clear_begin, clear_end, BLOCK: tl.constexpr):
     a = tl.minimum(tl.maximum(a, start), stop)
     b = tl.minimum(tl.maximum(b, a), stop)
     return start, a, b, stop
+
+
+@triton.jit
+def listed_range(starts, index, row_block, clear_begin, clear_end, KEYS: tl.constexpr):
+    """:func:`split_range` for the blocks of a list, on an axis on which listed blocks lie one behind the other.
+
+    Position p of that axis is place ``p % KEYS`` of block ``index[p // KEYS]``. Blocks that lie in [clear_begin,
+    clear_end) form one run, since lists ascend.
+    """
+    first = tl.load(starts + row_block)
+    last = tl.load(starts + row_block + 1)
+    before = 0
+    through = 0
+    for at in range(first, last, 64):
+        entry = at + tl.arange(0, 64)
+        block = tl.load(index + entry, mask=entry < last, other=0)
+        before += tl.sum(((entry < last) & (block * KEYS < clear_begin)).to(tl.int32), 0)
+        through += tl.sum(((entry < last) & (block * KEYS + KEYS <= clear_end)).to(tl.int32), 0)
+    return first * KEYS, (first + before) * KEYS, (first + tl.maximum(through, before)) * KEYS, last * KEYS
+
+
+@triton.jit
+def place(at, index, KEYS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The key (or row) at which the block at ``at`` begins, on the axis of :func:`listed_range` with BLOCKS."""
+    if BLOCKS:
+        return tl.load(index + at // KEYS) * KEYS + at % KEYS
+    else:
+        return at

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rehead.attention.blocks import KeyBlocks
+
 
 def visible(
     num_q: int,
@@ -21,8 +23,9 @@ def visible(
     key_mask: Tensor | None = None,
     q_segments: Tensor | None = None,
     kv_segments: Tensor | None = None,
+    blocks: KeyBlocks | None = None,
 ) -> Tensor:
-    """Which key each query row sees: bool [B or 1, 1, Sq, Skv]. ``q_offset`` may be an int or a tensor [B]."""
+    """Which key each query row sees: bool [B or 1, H or 1, Sq, Skv]. ``q_offset`` may be an int or a tensor [B]."""
     offset = torch.as_tensor(q_offset, device=device).reshape(-1, 1, 1, 1)
     row = torch.arange(num_q, device=device)[None, None, :, None] + offset
     key = torch.arange(num_k, device=device)[None, None, None, :]
@@ -44,6 +47,8 @@ def visible(
         keep = keep & key_mask[:, None, None, :]
     if q_segments is not None and kv_segments is not None:
         keep = keep & (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
+    if blocks is not None:
+        keep = keep & blocks.seen(num_q, num_k)
     return keep
 
 

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_parity import DEVICE, GPU, HAS_TRITON, compare, draw, holes, lengths, needs_kernels, run, segments
+from kernel_parity import (
+    DEVICE,
+    GPU,
+    HAS_TRITON,
+    compare,
+    draw,
+    holes,
+    lengths,
+    needs_kernels,
+    run,
+    segments,
+    some_blocks,
+)
 
 from rehead.attention.call import CALL, AttentionCall
 from rehead.attention.kernels import attention, reference, slow_path, supported
@@ -104,6 +116,63 @@ CASES = {
         32,
         {"causal": False, "bias": (torch.arange(2 * 30 * 34, device=DEVICE) % 3 > 0).view(2, 1, 30, 34)},
     ),
+    "first tokens": (2, 4, 2, 70, 70, 32, 32, {"causal": True, "window": 19, "sink_tokens": 4}),
+    "first tokens, padding, cache": (
+        2,
+        2,
+        1,
+        20,
+        90,
+        16,
+        16,
+        {"causal": True, "window": 9, "sink_tokens": 17, "q_offset": 70, "kv_start": lengths(0, 23)},
+    ),
+    "first tokens behind a mask": (
+        2,
+        2,
+        1,
+        60,
+        60,
+        16,
+        16,
+        {"causal": True, "window": 9, "sink_tokens": 3, "key_mask": holes(2, 60)},
+    ),
+    "blocks": (2, 4, 2, 70, 70, 32, 32, {"causal": True, "blocks": some_blocks(2, 4, 70, 70)}),
+    "blocks for all heads": (2, 4, 2, 70, 70, 16, 16, {"causal": False, "blocks": some_blocks(1, 1, 70, 70)}),
+    "large blocks, ranges": (
+        2,
+        2,
+        1,
+        70,
+        100,
+        16,
+        16,
+        {
+            "causal": True,
+            "q_offset": 30,
+            "kv_start": lengths(0, 40),
+            "kv_end": lengths(90, 100),
+            "blocks": some_blocks(1, 2, 70, 100, 32, 64),
+        },
+    ),
+    "blocks and every other rule": (
+        2,
+        4,
+        2,
+        50,
+        66,
+        16,
+        24,
+        {
+            "causal": True,
+            "q_offset": 16,
+            "window": 30,
+            "sink_tokens": 5,
+            "softcap": 4.0,
+            "key_mask": holes(2, 66),
+            "blocks": some_blocks(2, 1, 50, 66),
+        },
+    ),
     "everything": (
         2,
         4,
@@ -176,6 +245,42 @@ GPU_CASES = {
         128,
         {"causal": True, "q_segments": segments([300, 24, 700], 1), "kv_segments": segments([300, 24, 700], 1)},
     ),
+    "long first tokens 128": (2, 8, 2, 1500, 1500, 128, 128, {"causal": True, "window": 200, "sink_tokens": 4}),
+    "long first tokens 64": (
+        3,
+        4,
+        2,
+        900,
+        1400,
+        64,
+        64,
+        {"causal": True, "window": 333, "sink_tokens": 33, "q_offset": 500, "kv_start": lengths(0, 131, 700)},
+    ),
+    "long blocks 64": (
+        2,
+        6,
+        2,
+        1500,
+        1500,
+        64,
+        64,
+        {"causal": True, "blocks": some_blocks(2, 6, 1500, 1500, 128, 128)},
+    ),
+    "long blocks 128": (
+        2,
+        4,
+        2,
+        1100,
+        1500,
+        128,
+        128,
+        {
+            "causal": True,
+            "q_offset": 400,
+            "kv_start": lengths(0, 200),
+            "blocks": some_blocks(1, 4, 1100, 1500, 256, 128),
+        },
+    ),
     "mqa 128": (1, 16, 1, 512, 512, 128, 128, {"causal": True}),
 }
 
@@ -190,6 +295,20 @@ def test_parity_in_float32(name):
 @pytest.mark.parametrize("name", ["causal", "left padding"])
 def test_deterministic_matches_too(name):
     compare(CASES[name], torch.float32, deterministic=True)
+
+
+@needs_kernels
+def test_masked_keys_weigh_nothing():
+    """Multiplying scores by a mask of zeros and ones, as it is often written, would leave them the weight e^0."""
+    (query, key, value), rules, _ = draw(CASES["blocks"], torch.float32)
+    seen = reference.visible(70, 70, DEVICE, **{name: rules[name] for name in ("causal", "blocks")})
+    hidden = ~seen[:, ::2] & ~seen[:, 1::2]  # from both query heads of a KV head
+    row = int(hidden[0, 0].sum(-1).argmax())
+    worse = [item.detach().clone() for item in (key, value)]
+    for item in worse:
+        item[0, 0, hidden[0, 0, row]] = 1e4
+    before, after = attention(query, key, value, **rules), attention(query, *worse, **rules)
+    assert torch.equal(before[0, row, :2], after[0, row, :2])
 
 
 @needs_kernels
@@ -325,7 +444,18 @@ def test_the_slow_path_has_a_reason():
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    "name", ["long causal 64", "long window 128", "long padding 128", "long sinks 64", "head_dim 80"]
+    "name",
+    [
+        "long causal 64",
+        "long window 128",
+        "long padding 128",
+        "long sinks 64",
+        "head_dim 80",
+        "long first tokens 64",
+        "long first tokens 128",
+        "long blocks 64",
+        "long blocks 128",
+    ],
 )
 def test_hopper_takes_the_common_calls(name):
     inputs, rules, _ = draw(GPU_CASES[name], torch.bfloat16)

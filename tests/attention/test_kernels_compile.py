@@ -80,14 +80,25 @@ def hopper():
     return module
 
 
+HOPPER_FORWARD = {
+    "plain": ("FORWARD", {"WINDOW": True, "FIRST": 0, "ROWS": 0}),
+    "first tokens": ("NARROW", {"WINDOW": True, "FIRST": 16, "ROWS": 0}),
+    "lists": ("NARROW", {"WINDOW": False, "FIRST": 0, "ROWS": 128}),
+}
+
+
 @pytest.mark.parametrize("dim", [64, 128])
-def test_hopper_forward(hopper, dim, tmp_path):
-    config = hopper.FORWARD[dim]
-    flags = {"CAUSAL": True, "WINDOW": True, "RANGE": True, "SINKS": True}
+@pytest.mark.parametrize("rules", HOPPER_FORWARD)
+def test_hopper_forward(rules, dim, hopper, tmp_path):
+    table, chosen = HOPPER_FORWARD[rules]
+    config = getattr(hopper, table)[dim]
+    flags = {"CAUSAL": True, "RANGE": True, "SINKS": True, **chosen}
+    short = descriptor(flags["FIRST"] or config["BLOCK_N"], dim)
     signature = {
         "q_desc": descriptor(64, dim), "o_desc": descriptor(64, dim), "scale": FLOAT, "lse": "*fp32", "sinks": "*bf16",
         "k_desc": descriptor(config["BLOCK_N"], dim), "v_desc": descriptor(config["BLOCK_N"], dim),
-        "counter": "*i32", "kv_start": "*i32", "kv_end": "*i32",
+        "k_first_desc": short, "v_first_desc": short,
+        "counter": "*i32", "kv_start": "*i32", "kv_end": "*i32", "starts": "*i32", "index": "*i32",
     }  # fmt: skip
     kernel = hopper.hopper_forward.attention_forward
     report = assemble(kernel, signature, {"D": dim, "DV": dim, **config, **flags}, True, tmp_path, num_warps=4)
@@ -109,6 +120,16 @@ def test_hopper_backward(hopper, dim, tmp_path):
     report = assemble(kernel, signature, {"D": dim, "DV": dim, **config, **flags}, True, tmp_path, num_warps=8)
     assert "serialized" not in report
     assert spilled(report) <= 16  # a few bytes outside the loop
+
+
+@pytest.mark.parametrize("first", [0, 16])
+def test_hopper_finish(first, hopper, tmp_path):
+    flags = {"D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128, "BLOCK_M": 64, "WARPS": 8, "FIRST": first,
+             "RANGE": True, "REPEAT": 8 if first else 1}  # fmt: skip
+    pointers = {f"{name}_ptr": "*bf16" for name in ("dq", "q", "k", "v", "do")}
+    pointers |= {name: "*fp32" for name in ("acc_ptr", "lse", "delta", "dk_ptr", "dv_ptr")}
+    signature = pointers | {"kv_start": "*i32", "kv_end": "*i32", "scale": FLOAT}
+    assert "registers" in assemble(hopper.hopper_finish.finish_query, signature, flags, False, tmp_path)
 
 
 @pytest.mark.parametrize("rows", [16, 64])
@@ -194,8 +215,10 @@ def assemble_general(name: str, width: int, kind: str, capability: int, tmp_path
     kernel = forward.attention_forward if name == "forward" else getattr(backward, name)
     itemsize = 2 if kind == "bf16" else 4
     tile = general.tile_for(name, width, itemsize, SHARED[capability])
-    rules = ("CAUSAL", "WINDOW", "CHUNK", "SOFTCAP", "RANGE", "KEY_MASK", "SEGMENTS", "ALIBI", "SINKS", "BIAS")
+    rules = ("CAUSAL", "WINDOW", "FIRST", "CHUNK", "SOFTCAP", "RANGE", "KEY_MASK", "SEGMENTS", "BLOCKS", "ALIBI",
+             "SINKS", "BIAS")  # fmt: skip
     flags = dict.fromkeys(rules, True) | {
+        "ROWS": 128, "KEYS": 128,
         "D": width - 8, "DV": width, "BLOCK_D": width, "BLOCK_DV": width,
         "PRECISION": "ieee" if itemsize == 2 else "tf32x3",
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
@@ -203,6 +226,7 @@ def assemble_general(name: str, width: int, kind: str, capability: int, tmp_path
     flags = {key: value for key, value in flags.items() if key in kernel.arg_names}
     pointers = {f"{item}_ptr": f"*{kind}" for item in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "bias")}
     pointers |= {item: "*i32" for item in ("kv_start", "kv_end", "q_segments", "kv_segments", "seg_begin", "seg_end")}
+    pointers |= {"starts": "*i32", "index": "*i32"}
     pointers |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "alibi": "*fp32", "sinks": "*bf16", "key_mask": "*u8"}
     signature = pointers | {"scale": FLOAT, "softcap": FLOAT}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from rehead.attention.blocks import KeyBlocks
 from rehead.attention.kernels import attention, reference
 
 GPU = torch.cuda.is_available()
@@ -30,6 +31,14 @@ def holes(batch: int, count: int) -> torch.Tensor:
 
 def lengths(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def some_blocks(batch: int, heads: int, num_q: int, num_k: int, rows: int = 16, keys: int = 16) -> KeyBlocks:
+    """Random lists of key blocks, one of them empty."""
+    shape = (batch, heads, -(-num_q // rows), -(-num_k // keys))
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.4
+    seen[0, 0, -1] = False
+    return KeyBlocks.of(seen.to(DEVICE), rows, keys)
 
 
 def draw(case: tuple, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], dict, torch.Tensor]:
