@@ -1,8 +1,9 @@
 """Claim: exact attention on a Hopper GPU, forward and backward, faster than what PyTorch ships.
 
 Prints TFLOP/s of Rehead beside SDPA flash, SDPA cuDNN and FlexAttention for the same tensors in one run, and the error
-of each against float64. Floating-point operations count visible (query, key) pairs only: 4 D a pair forward, 10 D
-backward. Times are medians of CUDA-event timings with the L2 cache flushed between runs.
+of each against float64; for windows, their rate as a share of that of the causal shape of the same sizes.
+Floating-point operations count visible (query, key) pairs only: 4 D a pair forward, 10 D backward. Times are medians of
+CUDA-event timings with the L2 cache flushed between runs.
 
     python -m rehead.benchmarks.attention [--only NAME] [--peers rehead,flash,cudnn,flex] [--json FILE]
 """
@@ -28,7 +29,7 @@ PEERS = ("rehead", "flash", "cudnn", "flex")
 
 @dataclass(frozen=True)
 class Shape:
-    """One row of the table: bf16, causal, optionally with a sliding window."""
+    """One row of the table: bf16, causal, optionally with a sliding window and first tokens that stay visible."""
 
     name: str
     batch: int
@@ -37,12 +38,14 @@ class Shape:
     seq: int
     dim: int
     window: int | None = None
+    first: int = 0
 
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs of all heads."""
         reach = min(self.window or self.seq, self.seq)
-        return self.batch * self.heads * (reach * (reach + 1) // 2 + (self.seq - reach) * reach)
+        beyond = sum(min(self.first, row - reach + 1) for row in range(reach, self.seq)) if self.first else 0
+        return self.batch * self.heads * (reach * (reach + 1) // 2 + (self.seq - reach) * reach + beyond)
 
 
 SHAPES = (
@@ -51,6 +54,11 @@ SHAPES = (
     Shape("d128-16k", 1, 32, 32, 16384, 128),
     Shape("d128-16k-gqa", 1, 32, 8, 16384, 128),
     Shape("d128-16k-gqa-w4k", 1, 32, 8, 16384, 128, 4096),
+    Shape("d128-32k-gqa", 1, 32, 8, 32768, 128),
+    Shape("d128-32k-gqa-w1k", 1, 32, 8, 32768, 128, 1024),
+    Shape("d128-32k-gqa-w1k-4", 1, 32, 8, 32768, 128, 1024, 4),
+    Shape("d64-32k", 1, 16, 16, 32768, 64),
+    Shape("d64-32k-w1k-4", 1, 16, 16, 32768, 64, 1024, 4),
 )
 
 
@@ -110,10 +118,10 @@ def _sdpa(backend: torch.nn.attention.SDPBackend, shape: Shape) -> Callable[...,
 def _flex(shape: Shape) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    window = shape.window or shape.seq
+    window, first = shape.window or shape.seq, shape.first
 
     def rule(b, h, q, k):
-        return (q >= k) & (q - k < window)
+        return (q >= k) & ((q - k < window) | (k < first))
 
     block_mask = create_block_mask(rule, None, None, shape.seq, shape.seq, device="cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -134,7 +142,9 @@ def _peer(name: str, shape: Shape) -> Callable[..., Tensor]:
         return _sdpa(torch.nn.attention.SDPBackend.CUDNN_ATTENTION, shape)
     if name == "flex":
         return _flex(shape)
-    return functools.partial(attention, scale=shape.dim**-0.5, causal=True, window=shape.window)
+    return functools.partial(
+        attention, scale=shape.dim**-0.5, causal=True, window=shape.window, sink_tokens=shape.first
+    )
 
 
 def _errors(name: str, shape: Shape) -> tuple[float, float]:
@@ -142,10 +152,12 @@ def _errors(name: str, shape: Shape) -> tuple[float, float]:
     from rehead.attention.kernels import reference
 
     torch.manual_seed(0)
-    small = Shape(shape.name, 1, 2, 2, min(shape.seq, 2048), shape.dim, shape.window and min(shape.window, 512))
+    window = shape.window and min(shape.window, 512)
+    small = Shape(shape.name, 1, 2, 2, min(shape.seq, 2048), shape.dim, window, shape.first)
     query, key, value, grad = _inputs(small)
     wide = [item.detach().double().requires_grad_() for item in (query, key, value)]
-    exact = reference.attention(*wide, scale=small.dim**-0.5, causal=True, window=small.window)
+    rules = {"causal": True, "window": small.window, "sink_tokens": small.first}
+    exact = reference.attention(*wide, scale=small.dim**-0.5, **rules)
     want = [exact, *torch.autograd.grad(exact, wide, grad.double())]
     out = _peer(name, small)(query, key, value)
     got = [out, *torch.autograd.grad(out, (query, key, value), grad)]
@@ -218,6 +230,23 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def proportions(rows: Sequence[dict[str, object]]) -> list[str]:
+    """For each window the rate per visible pair, as a share of that of the causal shape without it, one line each."""
+    lines = []
+    for row in rows:
+        sizes = [row.get(name) for name in ("peer", "batch", "heads", "kv_heads", "seq", "dim")]
+        for whole in rows:
+            same = [whole.get(name) for name in ("peer", "batch", "heads", "kv_heads", "seq", "dim")] == sizes
+            if row.get("window") and same and whole.get("window") is None and not {"skipped"} & (row.keys() | whole):
+                shares = {
+                    part: row[f"{part}_tflops"] / whole[f"{part}_tflops"]  # type: ignore[operator]
+                    for part in ("forward", "backward")
+                }
+                said = " and ".join(f"{share:.2f} {part}" for part, share in shares.items())
+                lines.append(f"{row['shape']:18} {row['peer']:8} {said} of the rate of {whole['shape']}")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
     parser = argparse.ArgumentParser(
@@ -234,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = machine()
     print(headline(facts))
     print("bf16, causal; TFLOP/s over visible pairs, medians")
-    print(table(rows))
+    print("\n".join([table(rows), *proportions(rows)]))
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": facts, "rows": rows}, file, indent=1)

@@ -121,6 +121,7 @@ VARIANTS: Registry[Variant] = Registry(
         "latent": "rehead.variants.latent.variant",
         "tiled": "rehead.variants.tiled",
         "window": "rehead.variants.window",
+        "sparse": "rehead.variants.sparse",
         "parallel": "rehead.variants.blocks.variant",
         "serial": "rehead.variants.blocks.variant",
         "fuse": "rehead.variants.fuse.variant",

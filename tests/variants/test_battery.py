@@ -59,6 +59,10 @@ ROWS = (
     Row("window", {"size": 20}, ("llama",)),
     Row("window", {"size": 5, "sinks": 3}),
     Row("window", {"size": 1, "sinks": 1, "layers": [1]}, ("gpt2",)),
+    Row(
+        "sparse", {"lost_mass": 0.5, "min_keys": 4, "block": 16, "first": 0, "local": 0}, ("llama", "gptj", "gpt2"), 9.0
+    ),
+    Row("sparse", {"lost_mass": 0.0, "min_keys": 4}, ("llama",)),
     Row("temperature", {"start": 1.1}),
     Row("temperature", {"start": 3.0, "layers": [0]}, ("llama",)),
     Row("parallel", {}, ("llama", "gpt2")),

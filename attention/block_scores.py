@@ -1,0 +1,50 @@
+"""How much each block of keys weighs for some rows of a call: the measure by which blocks are chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rehead.attention.call import AttentionCall
+from rehead.attention.kernels.api import unavailable
+
+STEP_ELEMENTS = 1 << 24
+"""Largest number of scores held at a time on the CPU."""
+
+
+def block_lse(call: AttentionCall, rows: Tensor, keys: int) -> Tensor:
+    """Log-sum-exp of the scores of some rows over each block of keys, without gradients.
+
+    Args:
+        call: a causal call whose only other rules are bounds of the keys.
+        rows: int32 ``[B, H, R]``, rows of the call.
+        keys: keys per block, a power of two from 16.
+
+    Returns:
+        Float32 ``[B, H, R, key blocks]``, -inf where a row sees no key of a block.
+    """
+    query, key = call.query.detach(), call.key.detach()
+    query = query.to(key.dtype)
+    batch, num_k, device = query.shape[0], key.shape[2], query.device
+    start = torch.zeros(batch, dtype=torch.int32, device=device) if call.kv_start is None else call.kv_start.int()
+    end = torch.full((batch,), num_k, dtype=torch.int32, device=device) if call.ends is None else call.ends.int()
+    if device.type != "cpu" and unavailable(device) is None:
+        from rehead.attention.kernels import block_sums
+
+        return block_sums.run(query, key, rows, keys, call.factor, call.offset, start, end)
+    pad = -num_k % keys
+    group = query.shape[1] // key.shape[1]
+    place = torch.arange(num_k + pad, device=device)
+    work = torch.promote_types(query.dtype, torch.float32)
+    out = torch.empty(*rows.shape, (num_k + pad) // keys, device=device)
+    for b in range(batch):
+        for h in range(query.shape[1]):
+            k = torch.nn.functional.pad(key[b, h // group].to(work), (0, 0, 0, pad))
+            step = max(1, STEP_ELEMENTS // (num_k + pad))
+            for first in range(0, rows.shape[2], step):
+                some = rows[b, h, first : first + step].long()
+                top = (some + call.offset + 1).clamp(max=int(end[b]))[:, None]
+                scores = query[b, h, some].to(work) @ k.T * call.factor
+                scores = scores.masked_fill((place < start[b]) | (place >= top), float("-inf"))
+                out[b, h, first : first + step] = scores.unflatten(-1, (-1, keys)).logsumexp(-1)
+    return out
