@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,16 @@ STEP_ELEMENTS = 1 << 24
 """Largest number of scores held at a time on the CPU."""
 
 
-def block_lse(call: AttentionCall, rows: Tensor, keys: int) -> Tensor:
-    """Log-sum-exp of the scores of some rows over each block of keys, without gradients.
+@functools.lru_cache(maxsize=8)
+def _whole(batch: int, num_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bounds of keys that are all visible, int32 ``[B]`` each."""
+    return torch.zeros(batch, dtype=torch.int32, device=device), torch.full(
+        (batch,), num_k, dtype=torch.int32, device=device
+    )
+
+
+def block_mass(call: AttentionCall, rows: Tensor, keys: int) -> Tensor:
+    """The share of some rows' softmax that each block of keys has, without gradients.
 
     Args:
         call: a causal call whose only other rules are bounds of the keys.
@@ -21,13 +31,14 @@ def block_lse(call: AttentionCall, rows: Tensor, keys: int) -> Tensor:
         keys: keys per block, a power of two from 16.
 
     Returns:
-        Float32 ``[B, H, R, key blocks]``, -inf where a row sees no key of a block.
+        Float32 ``[B, H, R, key blocks]``; the shares of a row that sees nothing are 0.
     """
     query, key = call.query.detach(), call.key.detach()
     query = query.to(key.dtype)
     batch, num_k, device = query.shape[0], key.shape[2], query.device
-    start = torch.zeros(batch, dtype=torch.int32, device=device) if call.kv_start is None else call.kv_start.int()
-    end = torch.full((batch,), num_k, dtype=torch.int32, device=device) if call.ends is None else call.ends.int()
+    none, all_keys = _whole(batch, num_k, device)
+    start = none if call.kv_start is None else call.kv_start.int()
+    end = all_keys if call.ends is None else call.ends.int()
     if device.type != "cpu" and unavailable(device) is None:
         from rehead.attention.kernels import block_sums
 
@@ -46,5 +57,6 @@ def block_lse(call: AttentionCall, rows: Tensor, keys: int) -> Tensor:
                 top = (some + call.offset + 1).clamp(max=int(end[b]))[:, None]
                 scores = query[b, h, some].to(work) @ k.T * call.factor
                 scores = scores.masked_fill((place < start[b]) | (place >= top), float("-inf"))
-                out[b, h, first : first + step] = scores.unflatten(-1, (-1, keys)).logsumexp(-1)
+                shares = scores.softmax(-1).nan_to_num(0.0)
+                out[b, h, first : first + step] = shares.unflatten(-1, (-1, keys)).sum(-1)
     return out

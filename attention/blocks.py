@@ -92,11 +92,13 @@ class KeyBlocks:
     @classmethod
     def of(cls, seen: Tensor, rows: int = 128, keys: int = 128) -> KeyBlocks:
         """The record from a bool tensor ``[B or 1, H or 1, row blocks, key blocks]``, True where a block is seen."""
-        counts = seen.sum(-1).reshape(-1).cumsum(0)
-        ends = counts.view(seen.shape[:3])
-        first = torch.cat([ends.new_zeros(1), counts])[:: seen.shape[2]][: ends.shape[0] * ends.shape[1]]
-        starts = torch.cat([first.view(*seen.shape[:2], 1), ends], -1)
-        return cls(starts.int(), seen.nonzero()[:, 3].int(), rows, keys)
+        batch, heads, row_blocks, key_blocks = seen.shape
+        ends = torch.zeros(batch * heads * row_blocks + 1, dtype=torch.int32, device=seen.device)
+        torch.cumsum(seen.sum(-1).view(-1), 0, dtype=torch.int32, out=ends[1:])
+        # A head's last end is the next one's first start, so their views overlap.
+        starts = ends.as_strided((batch, heads, row_blocks + 1), (heads * row_blocks, row_blocks, 1))
+        column = torch.arange(key_blocks, dtype=torch.int32, device=seen.device)
+        return cls(starts, column.expand_as(seen).masked_select(seen), rows, keys)
 
     def check_shape(self, num_q: int, num_k: int) -> None:
         """Raise :class:`UsageError` unless the tensors describe ``num_q`` rows; reads no values."""

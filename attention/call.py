@@ -166,10 +166,10 @@ def check_rules(call: AttentionCall) -> None:
         raise UsageError("q_segments and kv_segments go together; give both or neither")
     if call.blocks is not None:
         call.blocks.check_shape(num_q, num_k)
-        shape = call.blocks.starts.shape
-        if shape[0] not in (1, batch) or shape[1] not in (1, heads):
+        listed = call.blocks.starts.shape
+        if listed[0] not in (1, batch) or listed[1] not in (1, heads):
             raise UsageError(
-                f"block starts are for {shape[0]} batch rows and {shape[1]} heads; the call has {batch} and {heads}"
+                f"block starts are for {listed[0]} batch rows and {listed[1]} heads; the call has {batch} and {heads}"
             )
     if call.key_mask is not None and call.key_mask.dtype != torch.bool:
         # A mask of integers or floats may mean that 0 hides a key, or that 0 is added to its score.

@@ -34,7 +34,7 @@ class Flat(Generic[T]):
         for field in fields(record):  # type: ignore[arg-type]
             options = get_args(hints[field.name]) or (hints[field.name],)
             kinds, optional = [o for o in options if o is not type(None)], "?" * (type(None) in options)
-            inner = Flat(kinds[0]) if is_dataclass(kinds[0]) else None
+            inner: Flat | None = Flat(kinds[0]) if is_dataclass(kinds[0]) else None  # type: ignore[arg-type]
             self._fields.append((field.name, inner, len(kinds) > 1, None if optional else 0))
             if inner is not None:
                 self.arguments += [(kind.rstrip("?") + "?", f"{field.name}_{name}") for kind, name in inner.arguments]

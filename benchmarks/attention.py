@@ -156,8 +156,7 @@ def _errors(name: str, shape: Shape) -> tuple[float, float]:
     small = Shape(shape.name, 1, 2, 2, min(shape.seq, 2048), shape.dim, window, shape.first)
     query, key, value, grad = _inputs(small)
     wide = [item.detach().double().requires_grad_() for item in (query, key, value)]
-    rules = {"causal": True, "window": small.window, "sink_tokens": small.first}
-    exact = reference.attention(*wide, scale=small.dim**-0.5, **rules)
+    exact = reference.attention(*wide, scale=small.dim**-0.5, causal=True, window=small.window, sink_tokens=small.first)
     want = [exact, *torch.autograd.grad(exact, wide, grad.double())]
     out = _peer(name, small)(query, key, value)
     got = [out, *torch.autograd.grad(out, (query, key, value), grad)]

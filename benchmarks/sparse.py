@@ -44,7 +44,8 @@ def load(checkpoint: str, length: int, trained: int | None = None) -> Any:
             "original_max_position_embeddings": trained,
         }
         config.max_position_embeddings = length
-    return AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.bfloat16).to("cuda").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.bfloat16)
+    return model.to("cuda").eval()
 
 
 def measure(call: AttentionCall, options: SparseOptions, budget_ms: float = 60.0) -> dict[str, float]:

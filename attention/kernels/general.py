@@ -170,7 +170,8 @@ def block_lists(blocks: KeyBlocks | None, unused: Tensor) -> tuple[dict, dict]:
     """The pointers of lists of blocks, and the steps from one batch row or head to the next: 0 where they share one."""
     if blocks is None:
         return {"starts": unused, "index": unused}, {"stride_sb": 0, "stride_sh": 0}
-    starts = blocks.starts.int().contiguous()
+    starts = blocks.starts.int()
+    starts = starts if starts.stride(-1) == 1 else starts.contiguous()
     batch, heads, _ = starts.shape
     steps = {"stride_sb": starts.stride(0) if batch > 1 else 0, "stride_sh": starts.stride(1) if heads > 1 else 0}
     return {"starts": starts, "index": blocks.index.int().contiguous()}, steps

@@ -33,7 +33,7 @@ FORWARD = {
 }
 # The same for a window or lists of blocks, which waste less with tiles of 128 rows.
 NARROW = {
-    64: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 3, "TURNS": False},
+    64: {"NUM_WG": 2, "BLOCK_N": 128, "STAGES": 4, "TURNS": False},
     128: FORWARD[128],
 }
 LISTED = 128

@@ -70,15 +70,14 @@ def finish_query(acc_ptr, dq_ptr, q_ptr, k_ptr, v_ptr, do_ptr, lse, delta, kv_st
         acc = tl.reshape(acc, (BLOCK_D // N_WARPS // 8, N_WARPS, M_WARPS, 8, 4, 2, 2))
         acc = tl.reshape(tl.permute(acc, (2, 5, 3, 1, 0, 4, 6)), (BLOCK_M, BLOCK_D))
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        if FIRST > 0:  # noqa: SIM102
-            if q_offset + (block + 1) * BLOCK_M - window > low:
-                row_lse = tl.load(lse + bh * num_q + rows, mask=rows < num_q, other=float("inf"))
-                row_delta = tl.load(delta + bh * num_q + rows, mask=rows < num_q, other=0.0)
-                acc, dk, dv_acc = _first_keys(
-                    acc, dk, dv_acc, q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, k,
-                    v, key, high, rows, row_lse, row_delta, stride_qm, stride_dom, scale, num_q, q_offset, window, D,
-                    DV, BLOCK_D, BLOCK_DV,
-                )  # fmt: skip
+        if FIRST > 0:
+            row_lse = tl.load(lse + bh * num_q + rows, mask=rows < num_q, other=float("inf"))
+            row_delta = tl.load(delta + bh * num_q + rows, mask=rows < num_q, other=0.0)
+            acc, dk, dv_acc = _first_keys(
+                acc, dk, dv_acc, q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, k, v,
+                key, high, rows, row_lse, row_delta, stride_qm, stride_dom, scale, num_q, q_offset, window, D, DV,
+                BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
         out_rows = (b * num_q + rows) * num_heads + h
         keep = (rows[:, None] < num_q) & (d[None, :] < D)
         tl.store(dq_ptr + out_rows[:, None] * D + d[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=keep)

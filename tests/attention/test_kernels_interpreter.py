@@ -6,7 +6,7 @@ from pathlib import Path
 
 from interpreting import no_gpu, passes_interpreted, triton_there
 
-FILES = ("test_kernels.py", "test_kernels_edges.py", "test_kernels_decode.py")
+FILES = ("test_kernels.py", "test_kernels_edges.py", "test_kernels_decode.py", "test_block_scores.py")
 
 
 @no_gpu

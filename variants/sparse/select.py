@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rehead.attention.block_scores import block_lse
+from rehead.attention.block_scores import block_mass
 from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
 
@@ -25,7 +25,7 @@ CHECKED = 8192
 FAILURE = 1e-4
 """Largest probability that the bound of a call does not hold, over the draw of the checked rows."""
 LEVELS, PER_OCTAVE = 160, 8
-"""Thresholds of a block's mean weight that are tried: 2 ** -(level / PER_OCTAVE)."""
+"""Thresholds of a block's mean weight that are tried, and how many of them lie between a weight and its half."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Choice:
 def draw(
     device: torch.device, batch: int, heads: int, num_q: int, block: int, samples: int, seed: int
 ) -> tuple[Tensor, Tensor, bool]:
-    """(sampled rows int32 ``[B, H, row blocks * samples]``, checked rows ``[B, H, n]``, whether these are all rows)."""
+    """(rows int32 ``[B, H, row blocks * samples + n]``: those that choose, then n that check; the row blocks of these,
+    ``[B, H, n]``; whether they are all rows)."""
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-num_q // block)
     step = block / samples
@@ -60,7 +61,8 @@ def draw(
         checked = torch.arange(num_q).expand(batch, heads, -1)
     else:
         checked = torch.randint(num_q, (batch, heads, count), generator=generator).sort(-1).values
-    return sampled.flatten(2).int().to(device), checked.int().to(device).contiguous(), count >= num_q
+    rows = torch.cat([sampled.flatten(2), checked], -1).int()
+    return rows.to(device), (checked // block).to(device), count >= num_q
 
 
 def choose(
@@ -77,39 +79,49 @@ def choose(
         seed: of the rows that are drawn.
     """
     batch, heads, num_q, _ = call.query.shape
+    rows, owner, all_rows = draw(call.query.device, batch, heads, num_q, block, samples, seed)
+    mass = block_mass(call, rows, block)
+    count = rows.shape[2] - owner.shape[2]
+    chosen, shown = mass[:, :, :count], mass[:, :, count:]
+    least, most, visible = _limits(call, block, mass.shape[3], first, local)
+    level = (chosen.unflatten(2, (-1, samples)).mean(3).log2_() * PER_OCTAVE).add_(LEVELS - 1)
+    level = level.clamp_(min=least, max=most).long()
+    lost = torch.zeros(shown.shape[:3].numel(), LEVELS, device=mass.device)
+    of_rows = level.gather(2, owner[..., None].expand(-1, -1, -1, level.shape[3]))
+    lost.scatter_add_(1, of_rows.flatten(0, 2), shown.flatten(0, 2))
+    # What is lost where the blocks up to a level are left out.
+    variance, mean = torch.var_mean(lost.cumsum_(1), 0)
+    bound = mean if all_rows else _bernstein(mean, variance, lost.shape[0])
+    # The highest level has the blocks that are always kept: leaving them out loses everything.
+    first_kept = (bound > lost_mass).int().argmax()
+    nothing = mean.new_zeros(1)
+    figures = torch.stack([torch.cat([nothing, part]) for part in (mean, bound)])[:, first_kept]
+    return Choice((level >= first_kept) & visible, visible, figures[0], figures[1])
+
+
+def _limits(call: AttentionCall, block: int, key_blocks: int, first: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(lowest level, highest level that a block may have, bool ``[row blocks, key blocks]``: any row sees the block).
+
+    Blocks that are always kept have the highest one, others at most the second, and unseen ones the lowest.
+    """
     device = call.query.device
-    sampled, checked, all_rows = draw(device, batch, heads, num_q, block, samples, seed)
-    lse = block_lse(call, torch.cat([sampled, checked], -1), block)
-    mass = torch.exp(lse - lse.logsumexp(-1, keepdim=True)).nan_to_num_(0.0)  # rows of padding see nothing
-    chosen, shown = mass[:, :, : sampled.shape[2]], mass[:, :, sampled.shape[2] :]
-    level = (-PER_OCTAVE * torch.log2(chosen.unflatten(2, (-1, samples)).mean(3))).clamp_(0, LEVELS - 1).long()
-    visible, always = _fixed(level, call, block, first, local)
-    level = level.masked_fill_(always, 0).masked_fill_(~visible, LEVELS - 1)
-    owner = (checked // block).long()[..., None].expand(-1, -1, -1, level.shape[3])
-    lost = torch.zeros(shown.shape[:3].numel(), LEVELS, device=device)
-    lost.scatter_add_(1, level.gather(2, owner).flatten(0, 2), shown.flatten(0, 2))
-    # Left out under level t is what lies at higher levels.
-    lost = lost.flip(1).cumsum(1).flip(1)[:, 1:]
-    mean = lost.mean(0)
-    bound = mean if all_rows else _bernstein(mean, lost.var(0), lost.shape[0])
-    enough = torch.cat([bound <= lost_mass, bound.new_ones(1, dtype=torch.bool)])
-    level_kept = enough.int().argmax()
-    zero = mean.new_zeros(1)
-    estimate, bound = (torch.cat([part, zero])[level_kept] for part in (mean, bound))
-    return Choice((level <= level_kept) & visible, visible, estimate, bound)
+    visible, near = _places(device, call.offset, call.query.shape[2], block, key_blocks, local)
+    key = torch.arange(key_blocks, device=device)
+    begin = 0 if call.kv_start is None else (call.kv_start // block).view(-1, 1, 1, 1)
+    always = visible & (near | ((key >= begin) & (key < begin + first)))
+    return always * (LEVELS - 1.0), (visible * (LEVELS - 2.0)).maximum(always * (LEVELS - 1.0)), visible
 
 
-def _fixed(level: Tensor, call: AttentionCall, block: int, first: int, local: int) -> tuple[Tensor, Tensor]:
-    """(bool ``[row blocks, key blocks]``: any row sees the block; bool ``[B or 1, 1, row blocks, key blocks]``: it is
-    kept whatever it weighs)."""
-    row, key = (torch.arange(size, device=level.device) for size in level.shape[2:])
-    opening = call.offset + row[:, None] * block
-    closing = (opening + block).clamp(max=call.offset + call.query.shape[2])
-    visible = key * block < closing
-    begin = key.new_zeros(1) if call.kv_start is None else call.kv_start // block
-    begin = begin.view(-1, 1, 1, 1)
-    near = (key + 1 + local) * block > opening
-    return visible, visible & (near | ((key >= begin) & (key < begin + first)))
+@functools.lru_cache(maxsize=8)
+def _places(
+    device: torch.device, offset: int, num_q: int, block: int, key_blocks: int, local: int
+) -> tuple[Tensor, Tensor]:
+    """(bool ``[row blocks, key blocks]``: causality leaves some of the block; it is the rows' own or just before)."""
+    row = torch.arange(-(-num_q // block), device=device)[:, None]
+    key = torch.arange(key_blocks, device=device)
+    opening = offset + row * block
+    closing = (opening + block).clamp(max=offset + num_q)
+    return key * block < closing, (key + 1 + local) * block > opening
 
 
 def _bernstein(mean: Tensor, variance: Tensor, count: int) -> Tensor:
