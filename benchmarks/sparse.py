@@ -133,20 +133,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
     parser = argparse.ArgumentParser(prog="python -m rehead.benchmarks.sparse", description=__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("--text", required=True, help="a text file, or the tokens of one that torch.save wrote (.pt)")
+    parser.add_argument("--text", required=True, help="a text file of the longest length or more")
     parser.add_argument("--lengths", default="32768,131072", help="tokens of the prompts, with commas between")
     parser.add_argument("--lost-mass", type=float, default=0.05)
     parser.add_argument("--bound", default="sampled", choices=("sampled", "hard"))
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args(argv)
     require_cuda("sparse")
-    if args.text.endswith(".pt"):
-        tokens = torch.load(args.text, weights_only=True)
-    else:
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
-        text = Path(args.text).read_text(encoding="utf-8")
-        tokens = AutoTokenizer.from_pretrained(args.checkpoint)(text, return_tensors="pt").input_ids[0]
+    text = Path(args.text).read_text(encoding="utf-8")
+    tokens = AutoTokenizer.from_pretrained(args.checkpoint)(text, return_tensors="pt").input_ids[0]
     options = SparseOptions(lost_mass=args.lost_mass, bound=args.bound)
     facts = machine()
     print(headline(facts))

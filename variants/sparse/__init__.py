@@ -90,7 +90,7 @@ def attend(call: AttentionCall, options: SparseOptions, state: Mapping[str, Tens
         return compute(call)
     if isinstance(call.q_offset, Tensor):
         call = call.with_(q_offset=int(call.q_offset))
-    choice = choice_of(call, options)
+    choice = choice_of(call.joined(), options)
     blocks = KeyBlocks.of(choice.keep, options.block, options.block)
     for reports, measure in _records:
         reports.append(_report(call, choice, blocks, measure))
