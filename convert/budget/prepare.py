@@ -27,7 +27,7 @@ from rehead.console import Progress
 from rehead.convert.budget.library import Choice, Library, form_of
 from rehead.convert.budget.mix import Mix, Sample
 from rehead.data.calibration import CalibrationText
-from rehead.healing.run import moments_of
+from rehead.healing.run import observe
 from rehead.healing.writers import LeastSquares
 from rehead.models.model import Model
 from rehead.models.watch import hooked
@@ -98,12 +98,12 @@ def solve_forms(
         return
     needs = tuple(dict.fromkeys(name for form in solved for name in form.needs))
     groups = math.lcm(*(form.groups for form in solved))
-    for layer, heads, moments in moments_of(model, text, needs, groups, mix.device, progress):
-        for option in options.layers.get(layer, ()):
+    for seen in observe(model, text, needs, groups, mix.device, progress):
+        for option in options.layers.get(seen.layer, ()):
             form = forms.get(option.name)
             if form is not None:
-                coarse = moments.merged(contiguous_groups(groups, form.groups))
-                mix.add(layer, option, form, form.closed(layer, heads, coarse))
+                moments = seen.moments.merged(contiguous_groups(groups, form.groups))
+                mix.add(seen.layer, option, form, form.closed(seen.layer, seen.heads, moments))
 
 
 def calibrated_states(live: Any, options: Library, tokens: Tensor) -> dict[tuple[int, str], dict[str, Tensor]]:
