@@ -83,8 +83,8 @@ class ConvertOptions(Options):
     host: Annotated[str | None, Flag(metavar="TYPE", default="only where needed")] = Field(
         None,
         description="Write the model under another class that computes the same: phi, starcoder2, nemotron, "
-        "gpt_bigcode, ministral, qwen2, smollm3, cwm, granite_swa, rehead_window or auto. A checkpoint that needs remote "
-        "code is written plainly with auto.",
+        "gpt_bigcode, ministral, qwen2, smollm3, cwm, granite_swa, rehead_window or auto. With auto, a checkpoint of "
+        "remote code becomes plain.",
     )
     reinvest: Literal["ffn", "hidden"] | None = Field(
         None, description="Widen the model by what sharing KV heads frees, keeping its function."
