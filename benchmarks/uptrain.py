@@ -8,8 +8,11 @@ the checkpoint's own bf16, whose small updates are lost to rounding. Micro-batch
 fastest Trainer of all is what the ratios are taken over. Every step is an optimiser step of the same number of tokens;
 the first ones, where kernels are compiled, do not count.
 
+With ``--latent`` a student with latent attention (MLA) of that size trains too, beside the one with KV heads.
+
     python -m rehead.benchmarks.uptrain
     python -m rehead.benchmarks.uptrain --losses kd --trainer-rows 32,64 --document-tokens 1500
+    python -m rehead.benchmarks.uptrain --losses kd --trainer-rows "" --latent 96 --rope-dims 32
 """
 
 from __future__ import annotations
@@ -29,10 +32,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UsageError
+from rehead.variants.latent.gauge import LANE_DEFAULT, NORM_EPS
 
 LOSSES = ("kd", "ce")
 WEIGHTS = ("float32", "bfloat16")
@@ -50,6 +62,7 @@ class Setting:
         trainer_weights: dtypes of the Trainer's weights.
         attention: of Rehead's run, as ``--attention``; the Trainer has transformers' default, SDPA.
         compile: compile the layers in Rehead's run.
+        latent, rope_dims: of a further student with a latent of so many numbers, as conversions store one; none with 0.
     """
 
     rows: int = 64
@@ -68,6 +81,8 @@ class Setting:
     trainer_weights: tuple[str, ...] = ("float32", "bfloat16")
     attention: str = "sdpa"
     compile: bool = True
+    latent: int = 0
+    rope_dims: int = 32
 
 
 @dataclass
@@ -76,7 +91,7 @@ class Row:
 
     Attributes:
         loss: ``kd`` or ``ce``.
-        who: ``rehead`` or ``Trainer``.
+        who: ``rehead``, ``latent`` (Rehead's run of that student) or ``Trainer``.
         weights: dtype of what the optimiser moves.
         rows: in a micro-batch; 0 where Rehead chose.
         tokens_per_second: over the measured steps, all that lies between them included.
@@ -97,8 +112,6 @@ class Row:
 
 def write_model(folder: Path, setting: Setting, kv_heads: int, seed: int) -> None:
     """A checkpoint with random weights in bf16, and a tokenizer whose words are numbers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     config = LlamaConfig(
         vocab_size=setting.vocab_size,
         hidden_size=setting.hidden_size,
@@ -112,7 +125,47 @@ def write_model(folder: Path, setting: Setting, kv_heads: int, seed: int) -> Non
         eos_token_id=0,
     )
     torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(config)
+    _save(LlamaForCausalLM(config), folder, setting)
+
+
+def write_latent(folder: Path, setting: Setting) -> None:
+    """The same with latent attention in every layer, at the scale at which Rehead stores it."""
+    size = setting.hidden_size // setting.heads
+    config = DeepseekV3Config(
+        vocab_size=setting.vocab_size,
+        hidden_size=setting.hidden_size,
+        intermediate_size=setting.intermediate_size,
+        moe_intermediate_size=setting.intermediate_size,
+        num_hidden_layers=setting.layers,
+        first_k_dense_replace=setting.layers,
+        n_routed_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.heads,
+        q_lora_rank=None,
+        kv_lora_rank=setting.latent,
+        qk_rope_head_dim=setting.rope_dims,
+        qk_nope_head_dim=size,
+        v_head_dim=size,
+        max_position_embeddings=max(setting.length, 2048),
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(2)
+    model: Any = DeepseekV3ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.kv_a_layernorm.weight.fill_(LANE_DEFAULT)
+            layer.self_attn.kv_a_proj_with_mqa.weight[: setting.latent] *= NORM_EPS**0.5 / LANE_DEFAULT
+    _save(model, folder, setting)
+
+
+def _save(model: Any, folder: Path, setting: Setting) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     model.to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(setting.vocab_size)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -128,14 +181,14 @@ def write_text(path: Path, setting: Setting) -> str:
     return f"{path}#lines" if setting.document_tokens else str(path)
 
 
-def measure_rehead(folder: Path, data: str, loss: str, setting: Setting) -> Row:
-    """The project's own run, measured by its own log."""
+def measure_rehead(folder: Path, data: str, loss: str, setting: Setting, student: str = "student") -> Row:
+    """The project's own run, measured by its own log, of a student in a folder of that name."""
     from rehead.recipes import uptrain
 
     events: list[dict[str, Any]] = []
     uptrain(
-        folder / "student",
-        folder / f"out-{loss}",
+        folder / student,
+        folder / f"{student}-{loss}",
         data=[data],
         teacher=str(folder / "teacher") if loss == "kd" else None,
         loss=loss,
@@ -150,7 +203,7 @@ def measure_rehead(folder: Path, data: str, loss: str, setting: Setting) -> Row:
     steps = [event for event in events if event["event"] == "step"]
     first, last = steps[setting.warmup - 1], steps[-1]
     speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
-    return Row(loss, "rehead", "float32", 0, speed, int(last["peak_memory_bytes"]))
+    return Row(loss, "rehead" if student == "student" else student, "float32", 0, speed, int(last["peak_memory_bytes"]))
 
 
 class _Distilling(Trainer):
@@ -261,9 +314,13 @@ def run(setting: Setting, losses: Sequence[str] = LOSSES) -> list[Row]:
         write_model(folder / "student", setting, setting.kv_heads, 0)
         write_model(folder / "teacher", setting, setting.teacher_kv_heads, 1)
         data = write_text(folder / "text.txt", setting)
+        if setting.latent:
+            write_latent(folder / "latent", setting)
         for loss in losses:
-            _fresh()
-            group = [_told(measure_rehead(folder, data, loss, setting))]
+            group = []
+            for student in ("student", "latent")[: 1 + bool(setting.latent)]:
+                _fresh()
+                group.append(_told(measure_rehead(folder, data, loss, setting, student)))
             for weights, rows in product(setting.trainer_weights, setting.trainer_rows):
                 _fresh()
                 try:
@@ -303,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers in Rehead's run")
     for field in (
         "rows", "length", "steps", "warmup", "layers", "hidden_size", "intermediate_size", "heads", "kv_heads",
-        "teacher_kv_heads", "vocab_size", "document_tokens",
+        "teacher_kv_heads", "vocab_size", "document_tokens", "latent", "rope_dims",
     ):  # fmt: skip
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(defaults, field))
     parser.add_argument("--json", help="also write the rows to this file")

@@ -298,13 +298,20 @@ def _latent_rows(facts: dict[str, Any], healing: list[str]) -> list[tuple[str, s
         ("rotary pairs", f"{kept} of {pairs} keep turning{chosen}"),
         ("KV cache", f"{cache['before']:,} -> {cache['after']:,} bytes per token, {numbers['before']} -> "
                      f"{numbers['after']} numbers per layer"),
-        ("tensor parallel", "every rank holds the whole latent, so ranks do not divide the cache"),
+        ("tensor parallel", _ranks(numbers, facts["num_key_value_heads"]["before"])),
         ("parameters", f"{size['before']:,} -> {size['after']:,}"),
         ("attention", f"{flops['before']:,} -> {flops['after']:,} FLOPs for one token {at}; {flops['expanded']:,} "
                       "where heads are expanded"),
         *([("tensors", strays)] if (strays := _strays(facts)) else []),
         *_calibration_row(options),
     ]  # fmt: skip
+
+
+def _ranks(numbers: dict[str, int], kv_heads: int) -> str:
+    """What tensor parallelism makes of the cache: ranks share out KV heads, and a latent not."""
+    said = "every rank holds the whole latent, so ranks do not divide the cache"
+    level = -(-numbers["before"] // numbers["after"])
+    return said + (f"; over {level} ranks or more the heads as they are take no more per rank" * (level <= kv_heads))
 
 
 def _unpooled(facts: dict[str, Any]) -> str:

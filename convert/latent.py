@@ -126,7 +126,13 @@ def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
     if host not in HOSTS:
         raise UnsupportedError(unknown_name("host of latent attention", host, HOSTS))
     return LatentOptions.parse(
-        {"rank": options.latent, "rope_dims": options.rope_dims, "kv_cache": options.kv_cache, "host": host}
+        {
+            "rank": options.latent,
+            "rope_dims": options.rope_dims,
+            "kv_cache": options.kv_cache,
+            "host": host,
+            "engine": options.engine,
+        }
     )
 
 

@@ -114,6 +114,9 @@ class ConvertOptions(Options):
         None,
         description="Latent attention by the size of its cache: a share such as 33%, or numbers per token and layer.",
     )
+    engine: Annotated[Literal["llama.cpp"] | None, Flag("--for", default="any that takes the class")] = Field(
+        None, description="Of latent attention: an engine that asks for more than the class does, at a cost in size."
+    )
 
     window: Annotated[Count | None, Flag(metavar="W")] = Field(
         None, ge=1, description="Let layers see the last W keys alone."
@@ -204,8 +207,9 @@ class ConvertOptions(Options):
 
     def _check_latent(self) -> None:
         if not self.is_latent:
-            if self.rope_dims is not None:
-                raise UsageError("--rope-dims: says nothing without --latent or --kv-cache; give one or leave it out")
+            for flag, value in (("--rope-dims", self.rope_dims), ("--for", self.engine)):
+                if value is not None:
+                    raise UsageError(f"{flag}: says nothing without --latent or --kv-cache; give one or leave it out")
             return
         others = {
             "--kv-heads": self.num_key_value_heads, "--block": self.block, "--reinvest": self.reinvest,
@@ -264,7 +268,7 @@ class ConvertOptions(Options):
         allow them.
         """
         table = super().as_json()
-        for name in (*_STEPS, *_OF_STEPS, "variants", "latent", "rope_dims", "kv_cache", "window"):
+        for name in (*_STEPS, *_OF_STEPS, "variants", "latent", "rope_dims", "kv_cache", "window", "engine"):
             if table[name] in (None, False, [], 0):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):

@@ -34,11 +34,11 @@ def run_decode(call: AttentionCall) -> Tensor:
     """Launch the kernels of ``decode_kernels.py``; shapes and rules as :func:`decode`, unchecked."""
     import triton
 
-    from rehead.attention.kernels import decode_kernels
+    from rehead.attention.kernels import decode_kernels, hopper
     from rehead.attention.kernels.general import float_bias, interpreting
 
     query, key, value, scale = call.query, call.key, call.value, call.factor
-    latent = call.key_tail is not None
+    latent, halves = call.key_tail is not None, hopper.takes_latents(call)
     if call.key_tail is not None:  # the kernel takes the values as the first columns of the keys
         key, value = call.key_tail, call.key
     end_tensor, offset_tensor = (x if isinstance(x, Tensor) else None for x in (call.kv_end, call.q_offset))
@@ -53,6 +53,8 @@ def run_decode(call: AttentionCall) -> Tensor:
     early = _is_hopper(query.device)
     shapes = latent_shape if latent else launch_shape
     shape = shapes(query.device, query.element_size(), max(block_d, block_dv), total)
+    if halves:
+        shape = shape._replace(rows=hopper.LATENT_ROWS, block_n=hopper.LATENT_KEYS)
     row_tiles = triton.cdiv(total, shape.rows)
     # Rounded up, so that a growing cache changes the split only every 256 keys.
     length = num_k if num_k < 1024 else triton.cdiv(num_k, 256) * 256
@@ -74,24 +76,27 @@ def run_decode(call: AttentionCall) -> Tensor:
     scan = 16 if interpreting() else max(256, min(4096, triton.next_power_of_2(triton.cdiv(length, splits))))
     launch: dict[str, Any] = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(query):
-        decode_kernels.partial_attention[(splits, batch * kv_heads, row_tiles)](
-            query, key, value, acc, lse, out, start, end, unused if mask is None else mask, offset, alibi, sinks,
-            unused if bias is None else bias, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], start_step,
-            end_step, 0 if mask is None else mask.stride(0), offset_step, *((0, 0, 0) if bias is None else
-            bias.stride()[:3]), scale, call.softcap or 1.0, num_q, num_k,
-            call.kv_end if isinstance(call.kv_end, int) else num_k, 0 if offset_tensor is not None else call.q_offset,
-            call.window or 0, call.chunk or 1, kv_heads, splits,
-            GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=shape.rows, BLOCK_N=shape.block_n,
-            SCAN=scan, CAUSAL=call.causal, WINDOW=call.window is not None, CHUNK=call.chunk is not None,
-            SOFTCAP=call.softcap is not None, START=call.kv_start is not None, END=end_tensor is not None,
-            MASK=mask is not None, OFFSET=offset_tensor is not None, ALIBI=call.alibi_slopes is not None,
-            SINKS=call.sinks is not None, BIAS=bias is not None, DIRECT=splits == 1, EARLY=early, AHEAD=shape.ahead,
-            SINGLE=num_q == 1,
-            PLAIN=plain, TAIL=latent,
-            PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
-            # A tile of biases in every stage would not fit beside those of K and V.
-            num_warps=shape.warps, num_stages=shape.stages if bias is None else min(2, shape.stages), **launch,
-        )  # fmt: skip
+        if halves:
+            hopper.partial_latents(call, acc, lse, out, splits)
+        else:
+            decode_kernels.partial_attention[(splits, batch * kv_heads, row_tiles)](
+                query, key, value, acc, lse, out, start, end, unused if mask is None else mask, offset, alibi, sinks,
+                unused if bias is None else bias, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+                start_step, end_step, 0 if mask is None else mask.stride(0), offset_step, *((0, 0, 0) if bias is None
+                else bias.stride()[:3]), scale, call.softcap or 1.0, num_q, num_k,
+                call.kv_end if isinstance(call.kv_end, int) else num_k,
+                0 if offset_tensor is not None else call.q_offset, call.window or 0, call.chunk or 1, kv_heads, splits,
+                GROUP=group, D=dim, DV=dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=shape.rows,
+                BLOCK_N=shape.block_n, SCAN=scan, CAUSAL=call.causal, WINDOW=call.window is not None,
+                CHUNK=call.chunk is not None, SOFTCAP=call.softcap is not None, START=call.kv_start is not None,
+                END=end_tensor is not None, MASK=mask is not None, OFFSET=offset_tensor is not None,
+                ALIBI=call.alibi_slopes is not None, SINKS=call.sinks is not None, BIAS=bias is not None,
+                DIRECT=splits == 1, EARLY=early, AHEAD=shape.ahead,
+                SINGLE=num_q == 1, PLAIN=plain, TAIL=latent,
+                PRECISION="tf32x3" if query.dtype == torch.float32 and not interpreting() else "ieee",
+                # A tile of biases in every stage would not fit beside those of K and V.
+                num_warps=shape.warps, num_stages=shape.stages if bias is None else min(2, shape.stages), **launch,
+            )  # fmt: skip
         if splits > 1:
             columns, wide = merge_shape(batch * kv_heads * total, splits, block_dv)
             decode_kernels.merge_parts[(batch * kv_heads, total, block_dv // columns)](

@@ -19,7 +19,7 @@ if READY:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from rehead.attention.kernels import hopper_backward, hopper_finish, hopper_forward
+    from rehead.attention.kernels import hopper_backward, hopper_finish, hopper_forward, hopper_latent
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Heads whose K and V fit in this many bytes are worked on together, so that they stay in the 50 MB L2 cache.
@@ -217,3 +217,59 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: AttentionCall) -> tup
         for total, part in ((dk, dk_first), (dv, dv_first)):
             total.index_put_((batches, rows), part.transpose(1, 2).to(total.dtype), accumulate=True)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), delta
+
+
+#: Query rows and keys of the latent kernel's tiles, and the columns of its halves and of the tail.
+LATENT_ROWS, LATENT_KEYS, LATENT_HALF, LATENT_TAIL = 64, 64, 256, 64
+
+
+def takes_latents(call: AttentionCall) -> bool:
+    """Whether the Hopper kernel decodes this call over latents; the general one takes the others."""
+    query, key, tail = call.query, call.key, call.key_tail
+    if tail is None or not READY or interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
+        return False
+    others = (call.window, call.sinks, call.blocks)
+    if query.dtype not in _DTYPES or not call.positional_only or any(rule is not None for rule in others):
+        return False
+    if query.shape[2] != 1 or key.shape[1] != 1 or not call.factor > 0 or query.shape[0] > 65535:
+        return False
+    rank, columns = key.shape[3], tail.shape[3]
+    fits = LATENT_HALF < rank <= 2 * LATENT_HALF and columns <= LATENT_TAIL
+    parts = (query[..., :rank], query[..., rank:], key, tail)
+    return fits and all(_describable(part) for part in parts)
+
+
+def _describe_rows(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A copy descriptor of a ``[B, N, dim]`` tensor in blocks ``[1, rows, columns]``; zeros outside."""
+    layout = gl.NVMMASharedLayout.get_default_for([1, rows, columns], _DTYPES[tensor.dtype])
+    width = -(-tensor.shape[2] // 8) * 8
+    strides = [s if size > 1 else width for size, s in zip(tensor.shape[:2], tensor.stride()[:2])]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, rows, columns], layout)
+
+
+def partial_latents(call: AttentionCall, acc: Tensor, lse: Tensor, out: Tensor, splits: int) -> None:
+    """Write the partial sums of each of ``splits`` parts of the keys, or with one part the output itself.
+
+    Args:
+        acc, lse: float32 ``[B, splits, H, 512]`` and ``[B, splits, H]``; anything with one part.
+        out: ``[B, 1, H, R]``.
+    """
+    query, key, tail = call.query[:, :, 0], call.key[:, 0], call.key_tail
+    assert tail is not None
+    batch, heads, _ = query.shape
+    rank, num_k = key.shape[2], key.shape[1]
+    end, offset = (item if isinstance(item, Tensor) else None for item in (call.kv_end, call.q_offset))
+    numbers = [out if item is None else item for item in (call.kv_start, end, offset)]
+    steps = [
+        0 if item is None or item.numel() == 1 else item.reshape(-1).stride(0) for item in (call.kv_start, end, offset)
+    ]
+    tiles = triton.cdiv(heads, LATENT_ROWS)
+    hopper_latent.partial_latents[(tiles, splits, batch)](
+        _describe_rows(query[..., :rank], LATENT_ROWS, LATENT_HALF),
+        _describe_rows(query[..., rank:], LATENT_ROWS, LATENT_TAIL),
+        _describe_rows(key, LATENT_KEYS, LATENT_HALF), _describe_rows(tail[:, 0], LATENT_KEYS, LATENT_TAIL),
+        acc, lse, out, *numbers, *steps, call.factor, num_k, call.kv_end if isinstance(call.kv_end, int) else num_k,
+        0 if offset is not None else call.q_offset, heads, splits, DV=rank, CAUSAL=call.causal,
+        START=call.kv_start is not None, END=end is not None, OFFSET=offset is not None, DIRECT=splits == 1,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip

@@ -64,6 +64,8 @@ class Case:
     only: tuple[str, ...] = ()
 
 
+GROUPED = {"rope_parameters": ROPE, "num_key_value_heads": 2}
+SHORT = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 128}
 MQA = {"num_key_value_heads": 1}
 FLAT = {"flat_rotary": True}
 
@@ -207,6 +209,50 @@ CASES: dict[str, Case] = {
         None,
         {"vllm": FLAT},
         note="the same with a latent of the queries",
+    ),
+    "latent": Case("llama", GROUPED, {"latent": 64, "rope_dims": 16, **SHORT}, {"vllm": FLAT}, note="as deepseek_v3"),
+    "latent-llama.cpp": Case(
+        "llama",
+        GROUPED,
+        {"latent": 64, "rope_dims": 16, "engine": "llama.cpp", **SHORT},
+        {"vllm": FLAT},
+        note="as deepseek_v3 with --for llama.cpp",
+    ),
+    "latent-youtu": Case(
+        "llama", GROUPED, {"latent": 48, "rope_dims": 32, "host": "youtu", **SHORT}, note="as youtu, another size"
+    ),
+    "latent-youtu-llama.cpp": Case(
+        "llama",
+        GROUPED,
+        {"latent": 48, "rope_dims": 32, "host": "youtu", "engine": "llama.cpp", **SHORT},
+        note="as youtu with --for llama.cpp, another size",
+    ),
+    "latent-qwen2": Case(
+        "qwen2", GROUPED, {"latent": 64, "rope_dims": 16, **SHORT}, {"vllm": FLAT}, note="as deepseek_v3, with biases"
+    ),
+    "smollm2-latent": Case(
+        "smollm2",
+        convert={"latent": 96, "rope_dims": 32, "calibration_tokens": 2048},
+        client={"llama.cpp": {"numbered": False}, "vllm": FLAT},
+        note="SmolLM2-135M-Instruct, 384 numbers per token and layer to 128",
+    ),
+    "smollm2-latent-llama.cpp": Case(
+        "smollm2",
+        convert={"latent": 96, "rope_dims": 32, "calibration_tokens": 2048, "engine": "llama.cpp"},
+        client={"llama.cpp": {"numbered": False}, "vllm": FLAT},
+        note="the same with --for llama.cpp",
+    ),
+    "smollm2-latent-youtu": Case(
+        "smollm2",
+        convert={
+            "latent": 160,
+            "rope_dims": 32,
+            "calibration_tokens": 2048,
+            "host": "youtu",
+            "engine": "llama.cpp",
+        },
+        client={"llama.cpp": {"numbered": False}},
+        note="384 to 192, as youtu with --for llama.cpp",
     ),
     "smollm2": Case(
         "smollm2",

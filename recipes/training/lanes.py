@@ -49,23 +49,27 @@ def lanes_off(model: nn.Module, name: str) -> Lanes:
         name: of the checkpoint, for messages.
 
     Raises:
-        UnsupportedError: its queries go through such a latent too, which carries their biases.
+        UnsupportedError: its queries have biases, which are stored in a latent of their own.
     """
     ranks: dict[str, int] = {}
     for path, module in list(model.named_modules()):
         parts: Any = module
         if not _is_lane(getattr(parts, "kv_a_layernorm", None)):
             continue
-        if _is_lane(getattr(parts, "q_a_layernorm", None)):
+        queries = _is_lane(getattr(parts, "q_a_layernorm", None))
+        if queries and parts.q_a_proj.bias is not None:
             raise UnsupportedError(
                 f"{name}: the biases of its queries are stored in a latent of their own, which would not stay one in "
                 "training; recover it by converting with --refit --fit 300 instead"
             )
-        rank, projection = len(parts.kv_a_layernorm.weight), parts.kv_a_proj_with_mqa
-        parts.kv_a_layernorm = nn.Identity()
-        for leaf, parameter in projection.named_parameters():
-            parameter.data = _scaled(parameter.data, rank, _FACTOR)
-            ranks[f"{path}.kv_a_proj_with_mqa.{leaf}"] = rank
+        for norm, projection in (("kv_a_layernorm", "kv_a_proj_with_mqa"), ("q_a_layernorm", "q_a_proj"))[
+            : 1 + queries
+        ]:
+            rank = len(getattr(parts, norm).weight)
+            setattr(parts, norm, nn.Identity())
+            for leaf, parameter in getattr(parts, projection).named_parameters():
+                parameter.data = _scaled(parameter.data, rank, _FACTOR)
+                ranks[f"{path}.{projection}.{leaf}"] = rank
     return Lanes(ranks)
 
 

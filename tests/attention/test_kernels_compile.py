@@ -65,11 +65,12 @@ def spilled(report: str) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
-def descriptor(rows: int, dim: int) -> str:
+def descriptor(rows: int, dim: int, rank: int = 4) -> str:
     from triton.experimental.gluon import language as gl
 
-    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], gl.bfloat16)
-    return f"tensordesc<bf16[1,1,{rows},{dim}],{layout!r}>"
+    shape = [*[1] * (rank - 2), rows, dim]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
+    return f"tensordesc<bf16[{','.join(map(str, shape))}],{layout!r}>"
 
 
 @pytest.fixture
@@ -130,6 +131,20 @@ def test_hopper_finish(first, hopper, tmp_path):
     pointers |= {name: "*fp32" for name in ("acc_ptr", "lse", "delta", "dk_ptr", "dv_ptr")}
     signature = pointers | {"kv_start": "*i32", "kv_end": "*i32", "scale": FLOAT}
     assert "registers" in assemble(hopper.hopper_finish.finish_query, signature, flags, False, tmp_path)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_hopper_latent(hopper, direct, tmp_path):
+    flags = {"DV": 512, "CAUSAL": True, "START": True, "END": True, "OFFSET": True, "DIRECT": direct}
+    wide, narrow = (descriptor(64, columns, 3) for columns in (hopper.LATENT_HALF, hopper.LATENT_TAIL))
+    signature = {
+        "q_desc": wide, "c_desc": wide, "q_tail_desc": narrow, "t_desc": narrow, "acc_ptr": "*fp32", "lse_ptr": "*fp32",
+        "out_ptr": "*bf16", "start_ptr": "*i32", "end_ptr": "*i32", "offset_ptr": "*i32", "scale": FLOAT,
+    }  # fmt: skip
+    kernel, options = hopper.hopper_latent.partial_latents, {"num_warps": 4, "launch_pdl": True}
+    report = assemble(kernel, signature, flags, True, tmp_path, **options)
+    assert "serialized" not in report
+    assert spilled(report) == 0
 
 
 @pytest.mark.parametrize("rows", [16, 64])

@@ -170,6 +170,38 @@ def test_parity_in_float32(name):
     compare(CASES[name], torch.float32)
 
 
+LATENTS = {
+    "8k": (2, 128, 8192, 512, 64, {"q_offset": 8191}),
+    "few heads, one tile": (3, 9, 64, 512, 64, {"q_offset": 63}),
+    "one key": (1, 64, 1, 512, 64, {"q_offset": 0}),
+    "narrower": (2, 100, 1000, 320, 32, {"q_offset": 999}),
+    "left padding": (2, 128, 2048, 512, 64, {"q_offset": 2047, "kv_start": ints(0, 2047)}),
+    "static cache": (2, 64, 4096, 512, 64, {"q_offset": ints(1999), "kv_end": ints(2000)}),
+    "static cache, per row": (
+        3,
+        128,
+        512,
+        512,
+        64,
+        {"q_offset": ints(10, 500, 64), "kv_end": ints(11, 501, 65), "kv_start": ints(3, 0, 60)},
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LATENTS)
+def test_latents_of_hundreds(name, dtype):
+    """The sizes that Hopper has a kernel of its own for."""
+    batch, heads, count, rank, tail, rules = LATENTS[name]
+    (query, key, _), rules = draw((batch, heads, 1, 1, count, rank + tail, rank, rules), dtype)
+    latent, rest = key[..., :rank].contiguous(), key[..., rank:].contiguous()
+    out = decode(query, latent, latent, key_tail=rest, **rules)
+    want = exact([query, key, latent], rules)
+    assert float((out.double() - want).norm() / want.norm()) < 1e-2
+
+
 @needs_kernels
 @pytest.mark.parametrize("tail", [8, 24])
 @pytest.mark.parametrize("name", CASES)

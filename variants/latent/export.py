@@ -8,6 +8,8 @@ Both take any number of latent, rotary, other and value dimensions. Their RMS no
 The classes give queries no bias. Where a source has one, it goes through their low-rank query path, whose first matrix
 has: identity with a one below, whose norm is a constant in the same way. That is exact, costs n^2 parameters a layer,
 and transformers alone reads it: serving engines know no bias here (see :mod:`rehead.variants.latent.bias`).
+
+llama.cpp takes these classes only with such a path (:func:`wants_two_factors`), so without a bias it may be had too.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ _SHARED = (
     *("max_position_embeddings", "initializer_range", "use_cache", "tie_word_embeddings", "attention_dropout"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version"),
 )
-# No layer of a converted model is a mixture of experts, but the class wants to know how one would look.
+# No layer of a converted model is a mixture of experts, but the class wants to know how one would look (llama.cpp: more
+# experts than groups of them).
 _NO_EXPERTS = {
-    "n_routed_experts": 1,
+    "n_routed_experts": 2,
     "n_shared_experts": 1,
     "num_experts_per_tok": 1,
     "n_group": 1,
@@ -82,6 +85,7 @@ def latent_config(
     latent: LatentHeads,
     interleaved: bool = True,
     rope: Mapping[str, Any] | None = None,
+    two_factors: bool = False,
 ) -> dict[str, Any]:
     """Raw ``config.json`` of the converted model.
 
@@ -91,6 +95,7 @@ def latent_config(
         latent: any converted layer; all have the same sizes.
         interleaved: rotary dimensions in turns of real and imaginary, which is the only order that vLLM knows.
         rope: the source's ``rope_parameters``, for frequencies that are no geometric series.
+        two_factors: queries go through two matrices, as they always do with a bias.
 
     Raises:
         UnsupportedError: there is no such host, or it has no place for something of the source.
@@ -98,6 +103,7 @@ def latent_config(
     if host not in HOSTS:
         raise UnsupportedError(unknown_name("host", host, HOSTS))
     _refuse(source, host, latent)
+    biased = _query_bias(latent) is not None
     config: dict[str, Any] = {key: source[key] for key in _SHARED if source.get(key) is not None or key.endswith("_id")}
     config |= {
         "architectures": [HOSTS[host]],
@@ -105,7 +111,7 @@ def latent_config(
         "num_key_value_heads": latent.num_heads,
         "rms_norm_eps": NORM_EPS,
         "kv_lora_rank": latent.rank,
-        "q_lora_rank": latent.down.shape[1] + 1 if _query_bias(latent) is not None else None,
+        "q_lora_rank": latent.down.shape[1] + biased if biased or two_factors else None,
         "qk_rope_head_dim": latent.rope_dim,
         "qk_nope_head_dim": latent.nope_dim,
         "v_head_dim": latent.value_dim,
@@ -120,8 +126,21 @@ def latent_config(
     return config
 
 
+def wants_two_factors(engine: str | None, layers: int, vocabulary: int) -> bool:
+    """Whether an engine loads these classes only if queries go through two matrices.
+
+    llama.cpp takes models without for DeepSeek's small ones, which it knows by their number of layers.
+    """
+    return engine == "llama.cpp" and layers not in (26, 27) and (layers, vocabulary) != (48, 128256)
+
+
 def layer_tensors(
-    latent: LatentHeads, prefix: str, dtype: torch.dtype, interleaved: bool = True, writers: float = 1.0
+    latent: LatentHeads,
+    prefix: str,
+    dtype: torch.dtype,
+    interleaved: bool = True,
+    writers: float = 1.0,
+    two_factors: bool = False,
 ) -> dict[str, Tensor]:
     """One layer's attention tensors as the hosts store them.
 
@@ -131,10 +150,11 @@ def layer_tensors(
         dtype: to store them in.
         interleaved: as in :func:`latent_config`.
         writers: :attr:`StreamScale.writers`.
+        two_factors: as in :func:`latent_config`.
     """
     order = _rope_order(latent.rope_dim, interleaved, latent.rope.device)
     down, norm = into_lane(latent.down, lane_weight(dtype))
-    tensors = _queries(latent, order, dtype) | {
+    tensors = _queries(latent, order, dtype, two_factors) | {
         "kv_a_proj_with_mqa.weight": torch.cat([down, latent.rope[order]]),
         "kv_a_layernorm.weight": norm,
         "kv_b_proj.weight": torch.cat([latent.key_up, latent.value_up], 1).flatten(0, 1),
@@ -168,26 +188,27 @@ def _query_bias(latent: LatentHeads) -> tuple[Tensor, Tensor] | None:
     return still, turning
 
 
-def _queries(latent: LatentHeads, order: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The query path: one matrix, or two where there is a bias."""
+def _queries(latent: LatentHeads, order: Tensor, dtype: torch.dtype, two_factors: bool) -> dict[str, Tensor]:
+    """The query path: one matrix, or two where there is a bias or they are asked for."""
     # The class divides by the root of its own head size.
     gain = latent.scaling * (latent.nope_dim + latent.rope_dim) ** 0.5
     weight = (torch.cat([latent.q_nope, latent.q_rope[:, order]], 1) * gain).flatten(0, 1)
     bias = _query_bias(latent)
-    if bias is None:
+    if bias is None and not two_factors:
         return {"q_proj.weight": weight}
-    column = (torch.cat([bias[0], bias[1][:, order]], 1) * gain).flatten()
     width, lane = weight.shape[1], lane_weight(dtype)
     small = 2.0 ** math.floor(math.log2(NORM_EPS**0.5 / lane))  # a power of two: inputs pass without rounding
-    through = torch.zeros(width + 1, width, dtype=weight.dtype, device=weight.device)
+    through = torch.zeros(width + (bias is not None), width, dtype=weight.dtype, device=weight.device)
     through.fill_diagonal_(small)
-    one = through.new_zeros(width + 1)
-    one[-1] = small
-    return {
-        "q_a_proj.weight": through,
-        "q_a_proj.bias": one,
-        "q_a_layernorm.weight": torch.full_like(one, lane),
-        "q_b_proj.weight": torch.cat([weight, column[:, None]], 1) * (NORM_EPS**0.5 / (small * lane)),
+    tensors = {"q_a_proj.weight": through}
+    if bias is not None:
+        column = (torch.cat([bias[0], bias[1][:, order]], 1) * gain).flatten()
+        weight = torch.cat([weight, column[:, None]], 1)
+        tensors["q_a_proj.bias"] = through.new_zeros(width + 1)
+        tensors["q_a_proj.bias"][-1] = small
+    return tensors | {
+        "q_a_layernorm.weight": torch.full_like(through[:, 0], lane),
+        "q_b_proj.weight": weight * (NORM_EPS**0.5 / (small * lane)),
     }
 
 

@@ -22,6 +22,9 @@ class LatentOptions(VariantOptions):
         None, description="Size of the cache instead of the rank: 33% of the model's, or numbers per token and layer."
     )
     host: Literal["deepseek_v3", "youtu"] = Field("deepseek_v3", description="Class that the result is written as.")
+    engine: Literal["llama.cpp"] | None = Field(
+        None, description="Engine that has to serve the result: llama.cpp asks for queries in two factors."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> LatentOptions:

@@ -21,7 +21,7 @@ from rehead.models.families.spec import rope_parameters
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, Derived, LayerForm, Read, Rewrite
-from rehead.variants.latent.export import latent_config, layer_tensors, stream_scale
+from rehead.variants.latent.export import is_biased, latent_config, layer_tensors, stream_scale, wants_two_factors
 from rehead.variants.latent.heads import LatentHeads
 from rehead.variants.latent.module import RECOVERY, LatentAttention, module_weights, with_module_weights
 from rehead.variants.latent.options import LatentOptions
@@ -148,7 +148,13 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
     tied = bool(config.tie_word_embeddings)
     scale = stream_scale(float(config.rms_norm_eps), tied)
     rope = rope_parameters(config, source.layers[0]) if len(kept) == len(angles) else None
-    result = latent_config(raw, options.host, like, rope=rope)
+    two = wants_two_factors(options.engine, int(config.num_hidden_layers), int(config.vocab_size))
+    if options.engine is not None and is_biased(like):
+        raise UnsupportedError(
+            f"--for {options.engine}: the model's queries, keys or values have biases, which {options.engine} does not "
+            "read in this class; leave it out and serve with transformers"
+        )
+    result = latent_config(raw, options.host, like, rope=rope, two_factors=two)
     family = source.family
     tensors: dict[str, Derived] = {}
     rounds = scale.writers != 1
@@ -161,7 +167,7 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
         )
     dtype = torch_dtype(stored_as)
     names = list(module_weights(like))
-    shapes = layer_tensors(like, "", dtype, writers=scale.writers)
+    shapes = layer_tensors(like, "", dtype, writers=scale.writers, two_factors=two)
     for name, derived in live.source.tensors.items():
         at = _layer_of(source, name)
         kind = code or (headers[name].dtype if name in headers else stored_as)
@@ -181,7 +187,7 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
     def step(layer: int, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
         prefix = family.prefix(layer)
         weights = with_module_weights(like, {name: read(prefix + name).double() for name in names})
-        return layer_tensors(weights, prefix, dtype, writers=scale.writers), {}
+        return layer_tensors(weights, prefix, dtype, writers=scale.writers, two_factors=two), {}
 
     if code is not None:
         result["dtype"] = str(dtype).removeprefix("torch.")
@@ -235,6 +241,8 @@ def _facts(model: Model, options: LatentOptions, angles: Tensor) -> dict[str, An
     width = int(model.config.hidden_size)
     sizes = LatentSizes(width, heads, options.rank, options.rope_dims, size, size)
     plain = 2 * (width * size * (2 * heads + 2 * kv) + CONTEXT * heads * 2 * size)
+    two = wants_two_factors(options.engine, len(model.layers), int(model.config.vocab_size))
+    more = 2 * width * width if two else 0
     return {
         "rank": options.rank,
         "rope_dims": options.rope_dims,
@@ -244,7 +252,7 @@ def _facts(model: Model, options: LatentOptions, angles: Tensor) -> dict[str, An
         "attention_flops": {
             "context": CONTEXT,
             "before": plain * len(model.layers),
-            "after": sizes.decode_flops(CONTEXT) * len(model.layers),
-            "expanded": sizes.decode_flops(CONTEXT, absorbed=False) * len(model.layers),
+            "after": (sizes.decode_flops(CONTEXT) + more) * len(model.layers),
+            "expanded": (sizes.decode_flops(CONTEXT, absorbed=False) + more) * len(model.layers),
         },
     }

@@ -31,12 +31,31 @@ def loaded(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@pytest.fixture(scope="module")
+def factored(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with queries in two factors."""
+    out = tmp_path_factory.mktemp("factored") / "out"
+    convert(tiny.teacher, out, latent=8, rope_dims=4, engine="llama.cpp", **TEXT)
+    return out
+
+
+def test_queries_in_two_factors_are_the_same_function(latent: Path, factored: Path) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(factored)(IDS).logits, loaded(latent)(IDS).logits, atol=1e-5, rtol=1e-5)
+    tensors = load_file(factored / "model.safetensors")
+    through = tensors["model.layers.0.self_attn.q_a_proj.weight"]
+    assert torch.equal(through, through[0, 0] * torch.eye(len(through)))
+
+
 @torch.no_grad()
-def test_lanes_off_is_the_same_function_and_comes_back_the_same(latent: Path) -> None:
-    model = loaded(latent)
+@pytest.mark.parametrize(("kind", "count"), [("latent", 2), ("factored", 4)])
+def test_lanes_off_is_the_same_function_and_comes_back_the_same(
+    kind: str, count: int, request: pytest.FixtureRequest
+) -> None:
+    model = loaded(request.getfixturevalue(kind))
     before, weights = model(IDS).logits, {name: p.clone() for name, p in model.named_parameters(remove_duplicate=False)}
     lanes = lanes_off(model, "student")
-    assert len(lanes.ranks) == 2
+    assert len(lanes.ranks) == count
     torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=1e-5)
     rows = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight
     assert float(rows.norm(dim=1).amin()) / float(rows.norm(dim=1).amax()) > 0.01
@@ -60,10 +79,10 @@ def test_a_latent_comes_nearer_to_its_teacher_and_stays_one(latent: Path, tiny, 
     assert 1e-3 < float(change) < 1
 
 
-def test_latents_of_queries_are_refused(latent: Path) -> None:
+def test_biases_of_queries_are_refused(latent: Path) -> None:
     model = loaded(latent)
     attention = model.model.layers[1].self_attn
-    attention.q_a_layernorm = torch.nn.RMSNorm(33)
+    attention.q_a_layernorm, attention.q_a_proj = torch.nn.RMSNorm(33), torch.nn.Linear(32, 33)
     torch.nn.init.constant_(attention.q_a_layernorm.weight, LANE_DEFAULT)
     with pytest.raises(UnsupportedError, match="biases of its queries"):
         lanes_off(model, "student")

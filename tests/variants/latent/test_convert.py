@@ -114,6 +114,7 @@ def test_the_text_chooses_the_pairs_that_keep_turning(tmp_path: Path) -> None:
         ({"latent": 8, "grouping": "similar"}, UsageError, "--grouping similar: says nothing"),
         ({"latent": 8, "host": "gemma"}, UnsupportedError, "deepseek_v3"),
         ({"latent": 8, "dtype": "float16"}, UnsupportedError, "bfloat16"),
+        ({"engine": "llama.cpp", "num_key_value_heads": 1}, UsageError, "--for: says nothing"),
         ({"variants": ["latent"]}, UsageError, "rank=R"),
         ({"variants": ["latent:rank=9"]}, UsageError, "even"),
     ],
@@ -124,6 +125,17 @@ def test_sizes_and_targets_that_cannot_be_are_refused_in_one_line(options, error
         plan(source, **options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_llama_cpp_gets_queries_in_two_factors_unless_it_has_a_bias_or_knows_the_model(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"latent": 24, "rope_dims": 8, "engine": "llama.cpp"}
+    source = tiny.save_tiny("mistral", tmp_path / "source", sliding_window=None)
+    assert plan(source, **asked).raw_config["q_lora_rank"] == loaded(source).config.hidden_size
+    assert plan(source, **asked | {"engine": None}).raw_config["q_lora_rank"] is None
+    known = tiny.save_tiny("mistral", tmp_path / "known", sliding_window=None, num_hidden_layers=27)
+    assert plan(known, **asked).raw_config["q_lora_rank"] is None
+    with pytest.raises(UnsupportedError, match="biases"):
+        plan(tiny.save_tiny("qwen2", tmp_path / "biased"), **asked)
 
 
 @pytest.mark.parametrize(

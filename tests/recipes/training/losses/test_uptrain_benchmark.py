@@ -28,6 +28,12 @@ def test_rows_and_ratios() -> None:
     assert len(uptrain.table(rows).splitlines()) == 4
 
 
+def test_a_latent_student_trains_beside_the_one_with_kv_heads() -> None:
+    rows = uptrain.run(replace(SMALL, latent=8, rope_dims=4, trainer_rows=()), ["kd"])
+    assert [row.who for row in rows] == ["rehead", "latent"]
+    assert all(row.tokens_per_second > 0 for row in rows)
+
+
 def test_both_train_on_the_same_loss(tmp_path, monkeypatch) -> None:
     """The first step's loss is KL(teacher || student) per token for both, before either has moved."""
     setting = replace(SMALL, steps=1, warmup=1)
@@ -57,7 +63,7 @@ def test_both_train_on_the_same_loss(tmp_path, monkeypatch) -> None:
     want = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
     assert loss == pytest.approx(want, rel=0.2)  # the Trainer computes in bfloat16
     uptrain.measure_rehead(tmp_path, data, "kd", setting)
-    log = (tmp_path / "out-kd" / "training-log.jsonl").read_text().splitlines()
+    log = (tmp_path / "student-kd" / "training-log.jsonl").read_text().splitlines()
     first = next(event for event in map(json.loads, log) if event["event"] == "step")
     assert first["loss"] == pytest.approx(want, rel=0.25)  # other rows of the same random text
 
