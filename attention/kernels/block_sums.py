@@ -50,10 +50,10 @@ def block_sums(q_ptr, k_ptr, rows_ptr, out_ptr, kv_start, kv_end, stride_qb, str
     whole = m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0))
     tl.debug_barrier()  # what follows reads what other threads of the program have written
     for first in range(0, num_blocks, WIDE):
-        block = first + tl.arange(0, WIDE)
-        where = out[:, None] + block[None, :]
-        sums = tl.load(where, mask=inside[:, None] & (block < stop)[None, :], other=float("-inf"))
-        tl.store(where, tl.exp2(sums - whole[:, None]), mask=inside[:, None] & (block < num_blocks)[None, :])
+        some = first + tl.arange(0, WIDE)
+        where = out[:, None] + some[None, :]
+        sums = tl.load(where, mask=inside[:, None] & (some < stop)[None, :], other=float("-inf"))
+        tl.store(where, tl.exp2(sums - whole[:, None]), mask=inside[:, None] & (some < num_blocks)[None, :])
 
 
 def run(

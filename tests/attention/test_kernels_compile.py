@@ -147,6 +147,18 @@ def test_hopper_latent(hopper, direct, tmp_path):
     assert spilled(report) == 0
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_of_blocks(dim, tmp_path):
+    from rehead.attention.kernels import block_sums
+
+    sizes = {"D": dim, "BLOCK_D": dim, "BLOCK_M": 128, "KEYS": 128, "WIDE": 32, "PRECISION": "ieee"}
+    signature = {"q_ptr": "*bf16", "k_ptr": "*bf16", "rows_ptr": "*i32", "out_ptr": "*fp32", "kv_start": "*i32",
+                 "kv_end": "*i32", "scale": FLOAT}  # fmt: skip
+    options = {"num_warps": 8, "num_stages": 3}
+    report = assemble(block_sums.block_sums, signature, sizes, False, tmp_path, **options)
+    assert spilled(report) == 0
+
+
 @pytest.mark.parametrize("rows", [16, 64])
 def test_decode(rows, tmp_path):
     block_n, stages, warps = (64, 3, 4) if rows == 64 else (128, 3, 8)

@@ -15,6 +15,7 @@ from rehead.variants.sparse import SparseOptions, attend, choice_of, lost_mass, 
 
 LENGTH, DIM = 512, 16
 OPTIONS = SparseOptions(min_keys=64, block=32, lost_mass=0.05)
+LOOSE = OPTIONS.but(lost_mass=0.25)
 
 
 def drawn(kind, seed=0, batch=1, heads=4, kv_heads=2):
@@ -110,19 +111,19 @@ def test_the_chosen_blocks_are_computed_and_nothing_else(rules):
     query = query[:, :, : rules.pop("rows", LENGTH)].requires_grad_()
     call = AttentionCall(query, key, value, **rules)
     with recorded(measure=True) as reports:
-        got = attend(call, OPTIONS, {}, dense)
-    choice = choice_of(call, OPTIONS)
+        got = attend(call, LOOSE, {}, dense)
+    choice = choice_of(call, LOOSE)
     wide = choice.keep.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, : query.shape[2]]
     want = dense(call.with_(bias=wide))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     grads = [torch.autograd.grad(out.square().sum(), query)[0] for out in (got, want)]
     torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
     (report,) = reports
-    assert report.lost <= report.bound + 1e-5 <= 0.05 + 2e-5
+    assert report.lost <= report.bound + 1e-5 <= 0.25 + 2e-5
     assert report.estimate == pytest.approx(report.lost, abs=1e-5)
     assert 0 < report.density < 1
     with recorded() as reports:
-        attend(call, OPTIONS, {}, dense)
+        attend(call, LOOSE, {}, dense)
     assert reports[0].lost is None
 
 

@@ -52,7 +52,8 @@ class CallReport:
 
     Attributes:
         rows, keys: its size.
-        density: computed blocks as a share of the blocks that causality leaves.
+        density: chosen blocks as a share of the blocks that causality leaves; all are computed from
+            :data:`DENSE_FROM` on.
         estimate: mean lost mass of the rows that were checked.
         bound: what the lost mass does not exceed: on average, or in any row with ``bound="hard"``.
         lost: the mean lost mass of all rows, where :func:`recorded` was asked for it.
@@ -65,6 +66,9 @@ class CallReport:
     bound: float
     lost: float | None = None
 
+
+DENSE_FROM = 0.85
+"""Share of blocks from which a call is computed densely."""
 
 _records: list[tuple[list[CallReport], bool]] = []
 
@@ -94,7 +98,8 @@ def attend(call: AttentionCall, options: SparseOptions, state: Mapping[str, Tens
     blocks = KeyBlocks.of(choice.keep, options.block, options.block)
     for reports, measure in _records:
         reports.append(_report(call, choice, blocks, measure))
-    return compute(call.with_(blocks=blocks))
+    # The dense kernel is the faster one for nearly all blocks.
+    return compute(call if blocks.index.numel() > DENSE_FROM * choice.blocks else call.with_(blocks=blocks))
 
 
 def _long(call: AttentionCall, options: SparseOptions) -> bool:
@@ -121,11 +126,10 @@ def choice_of(call: AttentionCall, options: SparseOptions) -> Choice:
 
 
 def _report(call: AttentionCall, choice: Choice, blocks: KeyBlocks, measure: bool) -> CallReport:
-    heads = choice.keep.shape[0] * choice.keep.shape[1]
     return CallReport(
         call.query.shape[2],
         call.key.shape[2],
-        float(choice.keep.sum()) / (float(choice.visible.sum()) * heads),
+        blocks.index.numel() / choice.blocks,
         float(choice.estimate),
         float(choice.bound),
         float(lost_mass(call, blocks).mean()) if measure else None,

@@ -7,6 +7,7 @@ e^15 to e^35 times what it adds, so nearly every block has to be computed; it pa
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def secure(call: AttentionCall, choice: Choice, lost_mass: float, block: int) ->
     leave = total <= lost_mass / (1 - lost_mass)
     keep = (choice.keep | ~torch.zeros_like(leave).scatter_(-1, order, leave)) & choice.visible
     odds = torch.where(leave, total, 0.0).amax()
-    return Choice(keep, choice.visible, choice.estimate, odds / (1 + odds))
+    return replace(choice, keep=keep, bound=odds / (1 + odds))
 
 
 def _shares(call: AttentionCall, lse: Tensor, block: int) -> Tensor:

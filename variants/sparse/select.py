@@ -35,12 +35,14 @@ class Choice:
     Attributes:
         keep: bool ``[B, H, row blocks, key blocks]``.
         visible: bool ``[row blocks, key blocks]``: the blocks that causality leaves.
+        blocks: how many these are, over all batch rows and heads.
         estimate: mean lost mass of the checked rows, a tensor of one element.
         bound: what the mean over all rows and heads exceeds with a probability of :data:`FAILURE` at most.
     """
 
     keep: Tensor
     visible: Tensor
+    blocks: int
     estimate: Tensor
     bound: Tensor
 
@@ -83,7 +85,7 @@ def choose(
     mass = block_mass(call, rows, block)
     count = rows.shape[2] - owner.shape[2]
     chosen, shown = mass[:, :, :count], mass[:, :, count:]
-    least, most, visible = _limits(call, block, mass.shape[3], first, local)
+    least, most, visible, blocks = _limits(call, block, mass.shape[3], first, local)
     level = (chosen.unflatten(2, (-1, samples)).mean(3).log2_() * PER_OCTAVE).add_(LEVELS - 1)
     level = level.clamp_(min=least, max=most).long()
     lost = torch.zeros(shown.shape[:3].numel(), LEVELS, device=mass.device)
@@ -96,32 +98,37 @@ def choose(
     first_kept = (bound > lost_mass).int().argmax()
     nothing = mean.new_zeros(1)
     figures = torch.stack([torch.cat([nothing, part]) for part in (mean, bound)])[:, first_kept]
-    return Choice((level >= first_kept) & visible, visible, figures[0], figures[1])
+    return Choice((level >= first_kept) & visible, visible, blocks * batch * heads, figures[0], figures[1])
 
 
-def _limits(call: AttentionCall, block: int, key_blocks: int, first: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(lowest level, highest level that a block may have, bool ``[row blocks, key blocks]``: any row sees the block).
+def _limits(
+    call: AttentionCall, block: int, key_blocks: int, first: int, local: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(lowest level, highest level that a block may have; bool ``[row blocks, key blocks]``: any row sees the block;
+    how many of these there are).
 
     Blocks that are always kept have the highest one, others at most the second, and unseen ones the lowest.
     """
     device = call.query.device
-    visible, near = _places(device, call.offset, call.query.shape[2], block, key_blocks, local)
+    visible, near, count = _places(device, call.offset, call.query.shape[2], block, key_blocks, local)
     key = torch.arange(key_blocks, device=device)
     begin = 0 if call.kv_start is None else (call.kv_start // block).view(-1, 1, 1, 1)
     always = visible & (near | ((key >= begin) & (key < begin + first)))
-    return always * (LEVELS - 1.0), (visible * (LEVELS - 2.0)).maximum(always * (LEVELS - 1.0)), visible
+    return always * (LEVELS - 1.0), (visible * (LEVELS - 2.0)).maximum(always * (LEVELS - 1.0)), visible, count
 
 
 @functools.lru_cache(maxsize=8)
 def _places(
     device: torch.device, offset: int, num_q: int, block: int, key_blocks: int, local: int
-) -> tuple[Tensor, Tensor]:
-    """(bool ``[row blocks, key blocks]``: causality leaves some of the block; it is the rows' own or just before)."""
+) -> tuple[Tensor, Tensor, int]:
+    """(bool ``[row blocks, key blocks]``: causality leaves some of the block; it is the rows' own or just before; how
+    many blocks causality leaves)."""
     row = torch.arange(-(-num_q // block), device=device)[:, None]
     key = torch.arange(key_blocks, device=device)
     opening = offset + row * block
     closing = (opening + block).clamp(max=offset + num_q)
-    return key * block < closing, (key + 1 + local) * block > opening
+    visible = key * block < closing
+    return visible, (key + 1 + local) * block > opening, int(visible.sum())
 
 
 def _bernstein(mean: Tensor, variance: Tensor, count: int) -> Tensor:
