@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS := $(VENV)/.tests
 DOCS := $(VENV)/.docs
+TASKS := $(VENV)/.tasks
 SMOLLM2 := $(VENV)/.smollm2
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 # Two cores are shared by two workers: a thread pool in each would only make them wait for one another.
@@ -21,7 +22,7 @@ demo: $(READY) $(if $(MODEL),$(SMOLLM2))
 test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests
 
-test-all: $(TESTS) $(SMOLLM2) $(DOCS)
+test-all: $(TESTS) $(TASKS) $(SMOLLM2) $(DOCS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests
 
 check: $(TESTS) docs
@@ -38,7 +39,7 @@ docs: $(DOCS)
 
 # Serving engines on what Rehead writes, each in an environment of its own below .engines: gigabytes and most of an hour.
 # `make engines ENGINES="llama.cpp vllm" CASES="llama qwen2"` runs a part of it.
-engines: $(TESTS) $(SMOLLM2)
+engines: $(TESTS) $(TASKS) $(SMOLLM2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m rehead.benchmarks.engines \
 		$(if $(ENGINES),--engines $(ENGINES)) $(if $(CASES),--cases $(CASES))
 
@@ -50,17 +51,22 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@$(PIP) -e ".[demo]"
 	@# torch brings programs of its own tests, which nothing uses.
-	@find $(VENV)/lib*/python*/site-packages/torch/test -delete 2>/dev/null || true
+	@rm -rf $(VENV)/lib*/python*/site-packages/torch/test $(VENV)/lib*/python*/site-packages/torch/bin/test_*
 	@touch $@
 
 $(TESTS): $(READY)
-	@echo "adding what the tests and linters need to $(VENV): pytest, lm-evaluation-harness, PEFT, Triton"
-	@$(PIP) -e ".[demo,tasks,test,check]"
+	@echo "adding what the tests and linters need to $(VENV): pytest, PEFT, Triton"
+	@$(PIP) -e ".[demo,test,check]"
 	@# CUDA builds of torch bring their own Triton. Beside a CPU build it interprets and compiles the kernels in tests.
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON) || \
 		echo "no Triton for this platform: the tests of GPU kernels are skipped"
 	@# Triton's profiler of GPUs is no part of what the tests use.
-	@find $(VENV)/lib*/python*/site-packages/triton/backends/nvidia/lib/cupti -delete 2>/dev/null || true
+	@rm -rf $(VENV)/lib*/python*/site-packages/triton/backends/nvidia/lib/cupti
+	@touch $@
+
+$(TASKS): $(TESTS)
+	@echo "adding lm-evaluation-harness to $(VENV)"
+	@$(PIP) -e ".[tasks]"
 	@touch $@
 
 $(DOCS): $(READY)
