@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rehead.console import JSON, OVERWRITE, QUIET, REVISION, echo, print_columns, print_facts, print_json, progress_bar
+from rehead.convert.budget.commands import print_met
+from rehead.convert.budget.options import BudgetOptions
 from rehead.convert.options import ConvertOptions
 from rehead.flags import flags, set_by_user
 
@@ -81,6 +83,7 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 @click.argument("model")
 @click.argument("out")
 @flags(ConvertOptions)
+@flags(BudgetOptions)
 @click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
 @REVISION
 @click.option("--resume", is_flag=True, help="Continue from what a killed run left.  [default: off]")
@@ -89,15 +92,29 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 @QUIET
 @JSON
 def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: Any) -> None:
-    """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT."""
+    """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT.
+
+    --kv-cache 33% alone, or --kl 0.05, chooses the form of every layer by what it loses: see `rehead curve`.
+    """
     from rehead.convert import convert
 
     # How a run was started is no part of what it made: a resumed one ends with the same bytes.
     line = shlex.join(
         ["rehead", *(flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite", "--quiet", "-q"))]
     )
+    given = set_by_user(values)
+    if _is_budget(given):
+        from rehead.convert.budget.meet import meet
+
+        with progress_bar(quiet) as progress:
+            met = meet(model, out, given.pop("kv_cache", None), progress=progress, command=line, **given)
+        if as_json:
+            print_json(met.as_json())
+        elif not quiet:
+            print_met(met, out)
+        return
     with progress_bar(quiet) as progress:
-        result = convert(model, out, progress=progress, command=line, **set_by_user(values))
+        result = convert(model, out, progress=progress, command=line, **given)
     facts = result.as_json()
     if as_json:
         print_json(facts)
@@ -113,6 +130,14 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
         rows.append(("time", f"{facts['seconds']:.1f} s"))
         rows += _verdict_rows(result)
         print_facts(f"wrote {out}", rows)
+
+
+def _is_budget(given: dict[str, Any]) -> bool:
+    """Whether a cache is asked for and not what it is to be made of."""
+    latent = any(text.partition(":")[0] == "latent" for text in given.get("variants", ()))
+    if given.keys() & BudgetOptions.model_fields.keys():
+        return True
+    return bool(given.keys() & {"kv_cache", "engine"}) and not (latent or given.keys() & {"rope_dims", "host", "latent"})
 
 
 @click.command("verify")

@@ -131,7 +131,7 @@ def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
             "rope_dims": options.rope_dims,
             "kv_cache": options.kv_cache,
             "host": host,
-            "engine": options.engine,
+            "engine": options.engine if options.engine == "llama.cpp" else None,  # others take the class as it is
         }
     )
 

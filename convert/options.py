@@ -112,10 +112,15 @@ class ConvertOptions(Options):
     )
     kv_cache: Annotated[str | None, Flag(metavar="SIZE")] = Field(
         None,
-        description="Latent attention by the size of its cache: a share such as 33%, or numbers per token and layer.",
+        description="Size of the cache: a share such as 33%, or numbers per token and layer. The form of each layer is "
+        "chosen for it; with --rope-dims or --host, latent attention in every layer.",
     )
-    engine: Annotated[Literal["llama.cpp"] | None, Flag("--for", default="any that takes the class")] = Field(
-        None, description="Of latent attention: an engine that asks for more than the class does, at a cost in size."
+    engine: Annotated[
+        Literal["vllm", "llama.cpp", "transformers"] | None, Flag("--for", default="any that takes the class")
+    ] = Field(
+        None,
+        description="Of --kv-cache and --latent: write what this engine has been seen to serve, and what it asks for "
+        "beyond its class.",
     )
 
     window: Annotated[Count | None, Flag(metavar="W")] = Field(

@@ -7,13 +7,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import Field
-
 from rehead.console import Progress
 from rehead.convert.budget.library import Choice, Library
 from rehead.convert.budget.mix import Measured
+from rehead.convert.budget.options import CurveOptions
 from rehead.convert.budget.search import uniform
-from rehead.convert.budget.survey import Survey, SurveyOptions, survey
+from rehead.convert.budget.survey import Survey, survey
 from rehead.models.live import resolve_device
 from rehead.models.model import open_model
 from rehead.options import takes
@@ -21,12 +20,6 @@ from rehead.options import takes
 #: Shares of the cache that the curve is drawn at, and those that are measured by default.
 SHARES = (0.75, 0.66, 0.5, 0.4, 0.33, 0.25, 0.2, 0.125)
 MEASURED = (0.5, 0.33, 0.25)
-
-
-class CurveOptions(SurveyOptions):
-    """What ``rehead curve`` is told."""
-
-    measure: bool = Field(True, description="Measure three points of the curve and every option in all layers.")
 
 
 @dataclass(frozen=True)

@@ -198,12 +198,7 @@ class Mix:
 
     def predictions(self, sample: Sample) -> Predictions:
         """What the model predicts at a sample's scored positions now, as rows."""
-        scored = sample.scored.to(self.device)
-        last = int(len(sample.scored) - int(sample.scored.int().argmax()))
-        parts = [
-            predict(self.live, {"input_ids": rows}, last)[:, scored[-last:]] for rows in sample.batches(self.device)
-        ]
-        return Predictions.cat(parts)
+        return predictions_on(self.live, sample)
 
     def _path(self, layer: int) -> str:
         return self.model.module_name(self.model.family.prefix(layer)).rstrip(".")
@@ -223,11 +218,7 @@ class Meter:
 
     def __init__(self, mix: Mix, samples: Sequence[Sample]) -> None:
         self.mix, self.samples = mix, list(samples)
-        self._reference = [mix.predictions(sample) for sample in samples]
-        self._right = [
-            None if sample.answers is None else reference.argmax().cpu() == sample.answers.flatten()
-            for sample, reference in zip(self.samples, self._reference)
-        ]
+        self.reference = [mix.predictions(sample) for sample in samples]
         self._known: dict[tuple[tuple[int, str], ...], Measured] = {}
 
     @property
@@ -244,18 +235,40 @@ class Meter:
         return self._known[key]
 
     def _measured(self) -> Measured:
-        text, probes, hits, asked = 0.0, [], 0, 0
-        for sample, reference, right in zip(self.samples, self._reference, self._right):
-            predictions = self.mix.predictions(sample)
-            gap: Distances = distances(reference, predictions)
-            kl = gap.mean_kl if torch.isfinite(gap.kl).all() else float("inf")
-            if sample.answers is None or right is None:
-                text = kl
-                continue
-            probes.append(kl)
-            same = predictions.argmax().cpu() == sample.answers.flatten()
-            hits, asked = hits + int((same & right).sum()), asked + int(right.sum())
-        return Measured(text, sum(probes) / max(1, len(probes)), hits / asked if asked else None)
+        return compared(self.mix.live, self.samples, self.reference)
+
+
+def predictions_on(live: Any, sample: Sample) -> Predictions:
+    """What a model predicts at a sample's scored positions, as rows."""
+    device = next(live.parameters()).device
+    scored = sample.scored.to(device)
+    last = int(len(sample.scored) - int(sample.scored.int().argmax()))
+    parts = [predict(live, {"input_ids": rows}, last)[:, scored[-last:]] for rows in sample.batches(device)]
+    return Predictions.cat(parts)
+
+
+def compared(live: Any, samples: Sequence[Sample], reference: Sequence[Predictions]) -> Measured:
+    """What a model has lost.
+
+    Args:
+        live: the changed model.
+        samples: what to measure on.
+        reference: the original's predictions on each.
+    """
+    text, probes, hits, asked = 0.0, [], 0, 0
+    for sample, wanted in zip(samples, reference):
+        predictions = predictions_on(live, sample)
+        gap: Distances = distances(wanted, predictions)
+        kl = gap.mean_kl if torch.isfinite(gap.kl).all() else float("inf")
+        if sample.answers is None:
+            text = kl
+            continue
+        answers = sample.answers.flatten()
+        right = wanted.argmax().cpu() == answers
+        probes.append(kl)
+        hits += int(((predictions.argmax().cpu() == answers) & right).sum())
+        asked += int(right.sum())
+    return Measured(text, sum(probes) / max(1, len(probes)), hits / asked if asked else None)
 
 
 def as_many_heads(heads: Heads, kv: int) -> Heads:

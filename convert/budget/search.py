@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,12 @@ class Predictor:
             self.gram: Tensor = (effects @ effects.T / 2).cpu()
         else:
             self.gram = torch.zeros(0, 0, dtype=torch.float64)
+
+    def among(self, options: Library) -> Predictor:
+        """The same for fewer options of the same layers."""
+        fewer = copy.copy(self)
+        fewer.options = options
+        return fewer
 
     def loss(self, choice: Choice) -> float:
         """The predicted loss of a choice."""

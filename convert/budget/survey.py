@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from rehead.console import Progress, quiet_transformers
 from rehead.convert.budget.library import Library, library
 from rehead.convert.budget.mix import Meter, Mix
+from rehead.convert.budget.options import SurveyOptions
 from rehead.convert.budget.prepare import Estimates, calibrated_states, estimate, solve_forms
 from rehead.convert.budget.samples import running_text, samples
 from rehead.convert.budget.search import Predictor
@@ -20,26 +20,11 @@ from rehead.data.calibration import load_calibration
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class
 from rehead.models.model import Model
-from rehead.options import Count, Flag, Names, Options
 
 #: The context that caches are compared at where nobody says, at most, and the texts to measure on, in tokens.
 _CONTEXT, _SHORTEST, _LONGEST = 8192, 512, 2048
 #: Tokens that sink logits are fitted to.
 _STATE_TOKENS = 8192
-
-
-class SurveyOptions(Options):
-    """What a survey of a model's options is told."""
-
-    context: Annotated[Count | None, Flag(metavar="N", default="the model's positions, 8192 at most")] = Field(
-        None, ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."
-    )
-    calibration: Annotated[Names, Flag(metavar="TEXT", default="the text that ships with Rehead")] = Field(
-        (), description="Text to calibrate and measure on; repeat for more."
-    )
-    calibration_tokens: Count = Field(32768, ge=1024, description="Tokens that closed forms are calibrated on.")
-    tokens: Count = Field(8192, ge=512, description="Tokens of running text that choices are measured on.")
-    seed: Count = Field(0, description="Of excerpts, probes and what is drawn from the model.")
 
 
 @dataclass

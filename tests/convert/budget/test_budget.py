@@ -18,29 +18,16 @@ from rehead.data.calibration import CalibrationText
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import open_model
 from rehead.variants.contract import VARIANTS
+from tests.helpers.far_layer import CONTEXT, LAYERS, planted_model
 from tests.helpers.probes import one_line
 from tests.helpers.tiny import VOCAB, loaded, tiny_model
 
-CONTEXT, LAYERS = 512, 4
 SURVEY = {"calibration": ["random"], "calibration_tokens": 2048, "tokens": 1024, "context": CONTEXT}
-
-
-def _planted(folder, keeper=2, seed=0):
-    """A model in which one layer reads all of the text and the others hardly write anything."""
-    model = tiny_model("llama", seed, num_hidden_layers=LAYERS, max_position_embeddings=CONTEXT)
-    with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
-            layer.self_attn.o_proj.weight.mul_(0.02)
-            if index == keeper:
-                layer.self_attn.q_proj.weight.zero_()  # all tokens alike: what is far counts as what is near
-                layer.self_attn.o_proj.weight.mul_(400)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return _planted(tmp_path_factory.mktemp("planted") / "model")
+    return planted_model(tmp_path_factory.mktemp("planted") / "model")
 
 
 @pytest.fixture(scope="module")

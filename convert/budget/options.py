@@ -1,0 +1,41 @@
+"""What the curve and a budget can be told; stated once, and without importing torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rehead.options import Count, Flag, Names, Options
+
+
+class SurveyOptions(Options):
+    """What a survey of a model's options is told."""
+
+    context: Annotated[Count | None, Flag(metavar="N", default="the model's positions, 8192 at most")] = Field(
+        None, ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."
+    )
+    calibration: Annotated[Names, Flag(metavar="TEXT", default="the text that ships with Rehead")] = Field(
+        (), description="Text to calibrate and measure on; repeat for more."
+    )
+    calibration_tokens: Count = Field(32768, ge=1024, description="Tokens that closed forms are calibrated on.")
+    tokens: Count = Field(8192, ge=512, description="Tokens of running text that choices are measured on.")
+    seed: Count = Field(0, description="Of excerpts, probes and what is drawn from the model.")
+
+
+class CurveOptions(SurveyOptions):
+    """What ``rehead curve`` is told."""
+
+    measure: bool = Field(True, description="Measure three points of the curve and every option in all layers.")
+
+
+class BudgetOptions(Options):
+    """What a budget for the cache is told besides its size."""
+
+    kl: Annotated[float | None, Flag(metavar="NATS")] = Field(
+        None, gt=0, description="The smallest cache that loses at most this per token; with --kv-cache, a gate."
+    )
+    context: Annotated[Count | None, Flag(metavar="N", default="the model's positions, 8192 at most")] = Field(
+        None, ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."
+    )
+    tokens: Count = Field(8192, ge=512, description="Tokens of running text that choices are measured on.")
