@@ -137,7 +137,9 @@ def _is_budget(given: dict[str, Any]) -> bool:
     latent = any(text.partition(":")[0] == "latent" for text in given.get("variants", ()))
     if given.keys() & BudgetOptions.model_fields.keys():
         return True
-    return bool(given.keys() & {"kv_cache", "engine"}) and not (latent or given.keys() & {"rope_dims", "host", "latent"})
+    return bool(given.keys() & {"kv_cache", "engine"}) and not (
+        latent or given.keys() & {"rope_dims", "host", "latent"}
+    )
 
 
 @click.command("verify")

@@ -105,9 +105,7 @@ def meet(
             check_out(Path(os.path.abspath(out)), getattr(opened.source, "folder", None), overwrite)
         wanted = _survey_options(asked, given)
         with survey(opened, wanted, where, progress) as prepared:
-            holder, selection, refused = choose(
-                prepared, opened, kv_cache, asked.kl, given.get("engine"), progress
-            )
+            holder, selection, refused = choose(prepared, opened, kv_cache, asked.kl, given.get("engine"), progress)
             facts = _facts(prepared.options, selection, prepared.facts, refused)
             texts, reference = prepared.meter.samples, prepared.meter.reference
         made = holder.convert_options(selection.choice, given)
