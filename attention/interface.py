@@ -14,6 +14,7 @@ from rehead.attention.call import AttentionCall
 from rehead.attention.latent import LATENT, attend_latents
 from rehead.attention.layer import LAYER
 from rehead.attention.mask import TiledMask
+from rehead.attention.ring import WINDOW, fitted, ring_of, with_file_window
 from rehead.errors import UnsupportedError, UsageError
 
 NAME = "rehead_tiled"
@@ -161,6 +162,11 @@ def tiled_attention(
                 f"{where} passes {name!r} to attention, which rehead_tiled does not implement; "
                 "load the model with attn_implementation='eager'"
             )
+    ring = ring_of(module)
+    if ring is not None:
+        if position_bias is not None or indices is not None:
+            raise UnsupportedError(f"{where} has a bias by position, which a cache that keeps a window does not have")
+        attention_mask = fitted(attention_mask, ring, query, key)
     mask = attention_mask if isinstance(attention_mask, TiledMask) else None
     rules: dict[str, Any]
     if attention_mask is not None and mask is None:
@@ -193,7 +199,8 @@ def tiled_attention(
     rules["softcap"] = softcap
     if getattr(module, LATENT, False):  # key and value are the latents and the rotated key beside them
         return attend_latents(module, query, key, value, scaling, rules, compute), None
-    return compute(AttentionCall(query, key, value, scale=scaling, **rules)), None
+    call = AttentionCall(query, key, value, scale=scaling, **rules)
+    return compute(with_file_window(module, call) if WINDOW in module.__dict__ else call), None
 
 
 NO_WEIGHTS = (

@@ -75,6 +75,7 @@ class Variant:
             ``attend`` reads, the fit moves and the checkpoint stores. Empty for most.
         calibrate: (live variant, int [B, S] tokens, sequential) -> None: sets ``state`` from text, for options with
             ``needs``; ``sequential`` where a layer is to read what the changed layers before it give.
+        cache: (live variant, undo) -> None: lets the caches of a live model keep what its layers still need, alone.
         redirect: (model, options, indices, undo, memory) -> what was done to each layer: changes a live model where
             ``attend`` is not enough (a block's wiring, fused matrices). ``indices`` are the layers asked for, or None
             for all; every change goes through ``undo``; ``memory`` is a dictionary that outlives a patch that is taken
@@ -103,6 +104,7 @@ class Variant:
     attend: Callable[[AttentionCall, Any, Mapping[str, Tensor], Compute], Tensor] | None = None
     state: Callable[[LayerLayout, Any], dict[str, Tensor]] | None = None
     calibrate: Callable[[Any, Tensor, bool], None] | None = None
+    cache: Callable[[Any, UndoLog], None] | None = None
     redirect: Callable[[Any, Any, set[int] | None, UndoLog, dict[str, Any]], list[LayerState]] | None = None
     settles: bool = False
     also: Callable[[Any], list[tuple[str, dict[str, Any]]]] = lambda options: []

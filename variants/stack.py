@@ -198,6 +198,9 @@ class LiveVariant(Undoing):
             layer.variants.append((attend, state))
             self._undo.add(functools.partial(_remove, layer, state))
             states.append(state)
+        if self.variant.cache is not None:
+            self.states = states
+            self.variant.cache(self, self._undo)
         return states
 
 

@@ -199,17 +199,35 @@ class StaticWindowLayer(WindowLayer):
         self.keys, self.values = (buffer[:, :, :count] for buffer in self._buffers)
 
 
-def use_windows(cache: Cache, windows: Iterable[tuple[int, int, int]], mask: torch.Tensor | None = None) -> None:
+def starts_of(mask: Any) -> torch.Tensor | None:
+    """How many tokens of padding come before each text, int64 ``[B]``; None where there are none.
+
+    Args:
+        mask: a model's ``attention_mask``: int or bool ``[B, S]``, bool ``[B, 1, Sq, S]``, one for each kind of layer,
+            Rehead's description of one, or None.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if isinstance(mask, torch.Tensor):
+        rows = mask if mask.ndim == 2 else mask[:, 0, -1] if mask.ndim == 4 else None
+        rows = None if rows is None or rows.is_floating_point() else rows != 0
+        starts = None if rows is None else rows.int().argmax(-1)
+    else:
+        starts = getattr(mask, "kv_start", None)
+    return starts.long() if starts is not None and bool((starts > 0).any()) else None
+
+
+def use_windows(cache: Cache, windows: Iterable[tuple[int, int, int]], mask: Any = None) -> None:
     """Put window layers into a cache, where it has plain layers; what these hold is taken over.
 
     Args:
         cache: what a model is called with.
         windows: (layer's index in the cache, window, sinks) of every layer with a window.
-        mask: int or bool ``[B, S]``, the padding mask of the call, to tell where each text begins.
+        mask: the mask of the call, to tell where each text begins; see :func:`starts_of`.
     """
-    starts = None
-    if mask is not None and mask.ndim == 2 and bool((mask[:, 0] == 0).any()):
-        starts = (mask != 0).int().argmax(-1)
+    starts: torch.Tensor | None = None
+    if not (len(cache.layers) and cache.get_seq_length()):
+        starts = starts_of(mask)
     for index, window, sinks in windows:
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())

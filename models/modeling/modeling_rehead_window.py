@@ -152,10 +152,21 @@ class WindowModel:
                 attention.sinks = nn.Parameter(torch.full((heads,), NO_SINK))
         self.base_model.register_forward_pre_hook(_with_windows, with_kwargs=True)  # type: ignore[attr-defined]
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """As transformers', with window layers from the start, so that drafted tokens can be taken back."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if isinstance(cache := model_kwargs.get("past_key_values"), transformers.Cache):
+            use_windows(cache, _windows(self.config))  # type: ignore[attr-defined]
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if "sinks" in module._parameters:
             nn.init.constant_(module.sinks, NO_SINK)  # type: ignore[arg-type]
+
+
+def _windows(config: Any) -> list[tuple[int, int, int]]:
+    """(layer, window, sinks) of every layer with a window."""
+    return [(i, window, config.sink_tokens) for i, window in enumerate(config.layer_windows) if window is not None]
 
 
 def _with_windows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -168,9 +179,8 @@ def _with_windows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     wanted = kwargs.get("use_cache")
     if cache is None and (config.use_cache if wanted is None else wanted) and not model.training:
         cache = kwargs["past_key_values"] = transformers.DynamicCache(config=config)
-    windows = [(i, window, config.sink_tokens) for i, window in enumerate(config.layer_windows) if window is not None]
     if cache is not None:
-        use_windows(cache, windows, kwargs.get("attention_mask"))
+        use_windows(cache, _windows(config), kwargs.get("attention_mask"))
     for index, layer in enumerate(model.layers):
         mine = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         layer.self_attn.__dict__["rehead_ring"] = mine if isinstance(mine, WindowLayer) else None

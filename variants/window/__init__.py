@@ -21,6 +21,7 @@ from rehead.variants.window.classes import OFF
 if TYPE_CHECKING:
     from rehead.models.model import Model
     from rehead.models.rewrite import Rewrite
+    from rehead.models.undo import UndoLog
     from rehead.variants.stack import LiveVariant
 
 FITTING: ContextVar[Any] = ContextVar("rehead_fitting_sink_logits", default=None)
@@ -64,6 +65,12 @@ def _calibrate(live: LiveVariant, tokens: Tensor, sequential: bool) -> None:
     from rehead.variants.window.live_logit import fit_logits
 
     fit_logits(live, tokens, sequential)
+
+
+def _cache(live: LiveVariant, undo: UndoLog) -> None:
+    from rehead.variants.window.live_cache import shrink_caches
+
+    shrink_caches(live, undo)
 
 
 def _rewrite(model: Model, options: WindowOptions) -> Rewrite:
@@ -110,6 +117,7 @@ VARIANT = register(
         attend=attend,
         state=state,
         calibrate=_calibrate,
+        cache=_cache,
         rewrite=_rewrite,
         host=_host,
         needs=lambda options: (f"sink_logit:{options.size}:{options.sinks}",) if options.sink_logit else (),
