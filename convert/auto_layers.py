@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from rehead.convert.options import ConvertOptions
+from rehead.convert.planning import check_lengths
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class
 from rehead.models.model import Model
+from rehead.models.recall import fitting, recall_texts
 from rehead.models.remote import weights_for_loading
 from rehead.variants.blocks.forms import reblock
 from rehead.variants.blocks.switches import SWITCHES
@@ -19,6 +21,8 @@ from rehead.variants.layer_choice import auto_count
 
 #: Numbers of logits that are kept to compare with, and the fewest tokens to measure on.
 _LOGITS, _FEWEST = 1 << 27, 1024
+#: Texts that windows are measured on, and those that are recalled from at each distance, by the kind of device.
+_WINDOW_TEXTS = {"cpu": (2, 1), "cuda": (8, 4)}
 
 
 def choose(
@@ -41,14 +45,28 @@ def choose(
     from rehead.variants.ranking import choose_layers
     from rehead.variants.stack import live_variant
 
-    assert options.block is not None
     assert isinstance(options.layers, str)
-    if model.config.model_type in SWITCHES:
-        raise UnsupportedError(f"{model.config.model_type}: its class switches all layers together; leave --layers out")
-    reblock(model, options.block, None, options.plain)
     vocab = int(model.config.vocab_size)
-    count = min(options.calibration_tokens, max(_FEWEST, _LOGITS // vocab))
-    longest = min(options.lengths_within(getattr(model.config, "max_position_embeddings", None)))
+    lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
+    trials = 0
+    if options.window is not None:
+        name, told = (
+            "window",
+            {key: getattr(options, key) for key in ("sinks", "sink_logit")} | {"size": options.window},
+        )
+        longest = max(lengths)
+        check_lengths(model, options)
+        rows, trials = _WINDOW_TEXTS.get(device.type, _WINDOW_TEXTS["cuda"])
+        count = min(options.calibration_tokens, rows * longest)
+    else:
+        assert options.block is not None
+        if model.config.model_type in SWITCHES:
+            raise UnsupportedError(
+                f"{model.config.model_type}: its class switches all layers together; leave --layers out"
+            )
+        reblock(model, options.block, None, options.plain)
+        name, told, longest = options.block, {}, min(lengths)
+        count = min(options.calibration_tokens, max(_FEWEST, _LOGITS // vocab))
     text = load_calibration(
         options.calibration, model.source, vocab, max(count, longest), [min(longest, count)], options.seed
     )
@@ -69,13 +87,22 @@ def choose(
             ) from None
     live = live.to(device).eval()
     asked = auto_count(options.layers, int(model.config.num_hidden_layers))
+    recalled = []
+    if options.window is not None:
+        distances = fitting((2 * options.window, 3 * options.window), live)
+        recalled = recall_texts(text.tokens[0].flatten(), distances, trials=trials, seed=options.seed)
     choice = choose_layers(
-        live_variant(live, options.block), text.tokens[0], kl_budget=options.kl_budget, count=asked, progress=progress
+        live_variant(live, name, **told),
+        text.tokens[0],
+        kl_budget=options.kl_budget,
+        count=asked,
+        recalled=recalled,
+        progress=progress,
     )
     wanted = min(asked or 0, len(choice.alone))  # some may have that form already
     if options.kl_budget is None and len(choice.layers) < wanted:
         raise UsageError(
-            f"--layers {options.layers}: only {len(choice.layers)} of {wanted} layers can be {options.block} and leave "
+            f"--layers {options.layers}: only {len(choice.layers)} of {wanted} layers can be {name} and leave "
             "finite logits; ask for fewer"
         )
     if not choice.layers:
@@ -89,6 +116,8 @@ def choose(
         "asked": options.layers,
         "kl_budget": options.kl_budget,
         "kl": round(choice.kl, 6),
+        **({"recalled_from": sorted({text.distance for text in recalled})} if recalled else {}),
+        **({"compared": {key: round(kl, 6) for key, kl in choice.compared.items()}} if choice.compared else {}),
         "tokens": text.count,
         "text": text.names,
         "path": [[layer, round(kl, 6)] for layer, kl in choice.path],

@@ -257,7 +257,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         UnsupportedError: the class cannot express the result, or would not load it.
     """
     source, old = model, model.num_kv_heads
-    _check_lengths(model, options)
+    check_lengths(model, options)
     if options.is_latent:
         return _checked(Plan(source, model, *with_latent(model, options, DTYPES[options.dtype]), options))
     kv = options.num_key_value_heads or old
@@ -281,7 +281,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     return _checked(Plan(source, model, pooled, result, options))
 
 
-def _check_lengths(model: Model, options: ConvertOptions) -> None:
+def check_lengths(model: Model, options: ConvertOptions) -> None:
     """Refuse calibration text that hardly shows what a window hides."""
     lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
     if options.window is not None and options.needs_calibration and max(lengths) < 4 * options.window:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from rehead.errors import UsageError
 from rehead.models import probing
 from rehead.models.distance import Distances, distances
 from rehead.models.predictions import Predictions, predict
+from rehead.models.recall import RecallText
 from rehead.variants.stack import LiveVariant
 
 
@@ -36,12 +37,15 @@ class Choice:
         kl: of the model with all of them changed, in nats per token.
         path: (layer, KL of the model with it and all before it changed), in the order of choice.
         alone: every layer changed alone, cheapest first.
+        compared: KL of as many layers chosen plainly, by name: the first, the last, every so many; of all chosen by
+            taking layers away (``backward``) and by adding them (``forward``).
     """
 
     layers: list[int]
     kl: float
     path: list[tuple[int, float]] = field(default_factory=list)
     alone: list[LayerLoss] = field(default_factory=list)
+    compared: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -56,21 +60,25 @@ class LayerSwitch:
     Args:
         live: a variant of all layers of a model, not applied.
         input_ids: int ``[B, S]`` calibration tokens. Their logits are kept: ``B S V`` numbers in the model's dtype.
+        recalled: texts to recall from, whose divergence counts as much as that of the calibration tokens: what a window
+            costs where prose does not show it.
 
     Raises:
         UnsupportedError: the model cannot be changed this way.
         UsageError: bad tokens, or the variant changes nothing.
     """
 
-    def __init__(self, live: LiveVariant, input_ids: Tensor) -> None:
-        self.live = live
+    def __init__(self, live: LiveVariant, input_ids: Tensor, recalled: Sequence[RecallText] = ()) -> None:
+        self.live, self._recalled = live, list(recalled)
         self._parts = probing.batches(input_ids, live.model)
         self._reference: list[Predictions] = []
+        self._recall: list[Predictions] = []
         self.layers: list[int] = []
 
     def __enter__(self) -> LayerSwitch:
         with probing.frozen(self.live.model):
             self._reference = [self._logits(part) for part in self._parts]
+            self._recall = [text.predictions(self.live.model) for text in self._recalled]
         self.live.apply()
         try:
             self.live.calibrate(torch.cat(self._parts), sequential=False)
@@ -82,17 +90,21 @@ class LayerSwitch:
 
     def __exit__(self, *exc: object) -> None:
         self.live.revert()
-        self._reference = []
+        self._reference, self._recall = [], []
 
     def _logits(self, tokens: Tensor) -> Predictions:
         return predict(self.live.model, {"input_ids": tokens})
 
     def kl(self, layers: Iterable[int]) -> float:
-        """Nats per token between the original model and the one with ``layers`` switched; infinite where it
-        overflows."""
+        """Nats per token between the original model and the one with ``layers`` switched, with those per recalled token
+        added; infinite where it overflows."""
         with self.live.only(layers), probing.frozen(self.live.model):
             pairs = zip(self._parts, self._reference)
             kl = Distances.cat([distances(reference, self._logits(part)) for part, reference in pairs]).mean_kl
+            if self._recalled:
+                texts = zip(self._recalled, self._recall)
+                apart = [distances(reference, text.predictions(self.live.model)) for text, reference in texts]
+                kl += Distances.cat(apart).mean_kl
         # What is no number would compare as neither more nor less than any other.
         return kl if math.isfinite(kl) else math.inf
 
@@ -130,6 +142,7 @@ def choose_layers(
     kl_budget: float | None = None,
     count: int | None = None,
     exhaustive: bool = False,
+    recalled: Sequence[RecallText] = (),
     progress: Progress | None = None,
 ) -> Choice:
     """Choose layers greedily: next, always the one that adds least to the model's loss.
@@ -144,6 +157,8 @@ def choose_layers(
         kl_budget: stop before the model's loss exceeds this, in nats per token.
         count: stop at this many layers, or before the first that leaves no finite loss.
         exhaustive: measure every remaining layer at every step.
+        recalled: texts to recall from; see :class:`LayerSwitch`. With them and a count, the choice is also made by
+            taking layers away from all of them, and compared with plain ones; the least loss wins.
         progress: called with ("choosing layers", chosen, at most).
 
     Raises:
@@ -154,7 +169,7 @@ def choose_layers(
         raise UsageError("choosing layers needs a limit; give kl_budget= or count=")
     if (kl_budget is not None and not kl_budget >= 0) or (count is not None and count < 0):
         raise UsageError("kl_budget and count cannot be negative; give a larger one")
-    with LayerSwitch(live, input_ids) as switch:
+    with LayerSwitch(live, input_ids, recalled) as switch:
         alone = _rank(switch, progress)
         most = len(alone) if count is None else min(count, len(alone))
         path: list[tuple[int, float]] = []
@@ -180,4 +195,36 @@ def choose_layers(
             path.append((layer, total))
         if progress is not None:
             progress("choosing layers", most, most)
-    return Choice(sorted(layer for layer, _ in path), total, path, alone)
+        layers, compared = sorted(layer for layer, _ in path), {}
+        if recalled and count is not None and 0 < len(path) == most < len(alone):
+            others = _plain(switch.layers, most) | {"backward": _backward(switch, most)}
+            compared = {"forward": total} | {name: switch.kl(chosen) for name, chosen in others.items()}
+            best = min(compared, key=compared.__getitem__)
+            if best != "forward" and (kl_budget is None or compared[best] <= kl_budget):
+                layers, total, path = sorted(others[best]), compared[best], []
+    return Choice(layers, total, path, alone, compared)
+
+
+def _plain(layers: Sequence[int], count: int) -> dict[str, list[int]]:
+    """As many layers by rules that look at nothing, by name."""
+    spread = [layers[index * len(layers) // count] for index in range(count)]
+    return {"first": list(layers[:count]), "last": list(layers[-count:]), "spread": spread}
+
+
+def _backward(switch: LayerSwitch, count: int) -> list[int]:
+    """Layers that are left when the one whose change costs most is taken away again and again.
+
+    Layers that hardly mattered when last measured are measured again only once they come first.
+    """
+    left = list(switch.layers)
+    # (loss without the layer when last measured, layer, how many were left then)
+    queue = [(switch.kl([one for one in left if one != layer]), layer, len(left)) for layer in left]
+    heapq.heapify(queue)
+    while len(left) > count:
+        loss, layer, at = heapq.heappop(queue)
+        if at != len(left):
+            loss = switch.kl([one for one in left if one != layer])
+            heapq.heappush(queue, (loss, layer, len(left)))
+            continue
+        left.remove(layer)
+    return left
