@@ -27,6 +27,7 @@ from rehead.models.remote import in_view_rounds, layout_facts
 from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.models.rewritten_source import RewrittenSource
+from rehead.variants.layer_choice import is_auto
 from rehead.variants.pool.rewrite import check_count, pool
 
 LayerProvider = Callable[[int], dict[str, Tensor]]
@@ -284,7 +285,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 def check_lengths(model: Model, options: ConvertOptions) -> None:
     """Refuse calibration text that hardly shows what a window hides."""
     lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
-    if options.window is not None and options.needs_calibration and max(lengths) < 4 * options.window:
+    measured = options.needs_calibration or is_auto(options.layers)
+    if options.window is not None and measured and max(lengths) < 4 * options.window:
         raise UsageError(
             f"--window {options.window}: calibration sequences of {max(lengths)} tokens hardly show what it hides; "
             f"give --calibration-length {4 * options.window} or more, or a smaller window"

@@ -68,8 +68,9 @@ def test_a_patch_is_measured_by_distance_and_without_its_sinks():
         assert [(row.kind, row.distance) for row in measured.recall] == [
             ("copy", 50), ("pairs", 50), ("copy", 200), ("pairs", 200)
         ]  # fmt: skip
-        assert all(row.top1 > 0.9 for row in measured.recall_original)  # words of a block may be in the text too
-        assert [row.top1 > 0.9 for row in measured.recall] == [True, True, False, False]
+        # Words of a block are in the text too, so that some of its tokens follow from elsewhere.
+        shares = [row.top1 / before.top1 for row, before in zip(measured.recall, measured.recall_original)]
+        assert [share > 0.8 for share in shares] == [True, True, False, False]
         assert "copy at 200 " in str(measured)
         assert measured.ablated is not None
         assert f"{measured.ablated:.4f} without what it adds" in str(measured)

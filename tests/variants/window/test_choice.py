@@ -29,11 +29,15 @@ def test_a_planted_induction_head_keeps_its_layer_at_any_budget():
     assert choice.compared["last"] > 1
 
 
-def test_prose_alone_would_give_it_up():
-    """On tokens that repeat nothing the induction head is worth little: that is why recall counts too."""
+def test_recall_counts_beside_prose():
+    """The loss of a set of layers is that on the texts and that of what is recalled."""
     model = copying()
-    plain = choose_layers(live_variant(model, "window", size=40), RUNNING[:2], kl_budget=1.0)
-    assert plain.layers == [0, 1]
+    texts = recall_texts(RUNNING.flatten(), [200], words=WORDS, trials=1)
+    alone, both = (
+        choose_layers(live_variant(model, "window", size=40), RUNNING[:2], count=2, recalled=recalled).kl
+        for recalled in ((), texts)
+    )
+    assert both > alone + 1
 
 
 def test_convert_chooses_layers(tmp_path):
