@@ -24,6 +24,7 @@ class WindowLayer(DynamicLayer):
         shift: of the keys that :meth:`update` returned last, those after the sinks stand ``shift`` places before their
             positions; 0 while nothing was dropped.
         starts: int64 ``[B]``, how many tokens of padding come before each text, or None; set before the first update.
+        waits: whether a text may begin later, so that its start is to be noted again.
     """
 
     is_sliding = False  # masks are made for the whole text, and cut to what is kept by :meth:`positions`
@@ -35,7 +36,15 @@ class WindowLayer(DynamicLayer):
         self.values: Any
         self.seen = self.shift = self._dropped = 0
         self.starts: torch.Tensor | None = None
+        self.waits = False
         self.record_past = False
+
+    def begin(self, starts: torch.Tensor | None) -> None:
+        """Note where the texts begin, of those that had not begun when that was noted last."""
+        if starts is not None and self.starts is not None:
+            starts = torch.where(self.starts >= self.seen, starts.to(self.starts.device), self.starts)
+        self.starts = starts
+        self.waits = starts is not None and bool((starts > self.seen).any())
 
     @property
     def kept(self) -> int:
@@ -134,7 +143,7 @@ class WindowLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self.seen = self.shift = self._dropped = 0
-        self.starts = None
+        self.starts, self.waits = None, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the texts of other beams."""
@@ -200,7 +209,7 @@ class StaticWindowLayer(WindowLayer):
 
 
 def starts_of(mask: Any) -> torch.Tensor | None:
-    """How many tokens of padding come before each text, int64 ``[B]``; None where there are none.
+    """How many tokens of padding come before each text, all so far of one not begun: int64 ``[B]``; None without any.
 
     Args:
         mask: a model's ``attention_mask``: int or bool ``[B, S]``, bool ``[B, 1, Sq, S]``, one for each kind of layer,
@@ -211,7 +220,7 @@ def starts_of(mask: Any) -> torch.Tensor | None:
     if isinstance(mask, torch.Tensor):
         rows = mask if mask.ndim == 2 else mask[:, 0, -1] if mask.ndim == 4 else None
         rows = None if rows is None or rows.is_floating_point() else rows != 0
-        starts = None if rows is None else rows.int().argmax(-1)
+        starts = None if rows is None else torch.where(rows.any(-1), rows.int().argmax(-1), rows.shape[-1])
     else:
         starts = getattr(mask, "kv_start", None)
     return starts.long() if starts is not None and bool((starts > 0).any()) else None
@@ -225,9 +234,9 @@ def use_windows(cache: Cache, windows: Iterable[tuple[int, int, int]], mask: Any
         windows: (layer's index in the cache, window, sinks) of every layer with a window.
         mask: the mask of the call, to tell where each text begins; see :func:`starts_of`.
     """
-    starts: torch.Tensor | None = None
-    if not (len(cache.layers) and cache.get_seq_length()):
-        starts = starts_of(mask)
+    fresh = not (len(cache.layers) and cache.get_seq_length())
+    waiting = any(isinstance(layer, WindowLayer) and layer.waits for layer in cache.layers)
+    starts = starts_of(mask) if fresh or waiting else None
     for index, window, sinks in windows:
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -235,8 +244,8 @@ def use_windows(cache: Cache, windows: Iterable[tuple[int, int, int]], mask: Any
             continue
         layer: Any = cache.layers[index]
         if isinstance(layer, WindowLayer):
-            if layer.starts is None and not layer.seen:
-                layer.starts = starts
+            if layer.waits or (layer.starts is None and not layer.seen):
+                layer.begin(starts)
             continue
         made: WindowLayer
         if type(layer) is StaticLayer:
@@ -245,7 +254,7 @@ def use_windows(cache: Cache, windows: Iterable[tuple[int, int, int]], mask: Any
             made = WindowLayer(window, sinks)
         else:
             continue
-        made.starts = starts
+        made.begin(starts)
         cache.layers[index] = made
         count = int(layer.get_seq_length()) if layer.is_initialized else 0
         if count:
