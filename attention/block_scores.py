@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
-from rehead.attention.kernels.api import unavailable
 
 STEP_ELEMENTS = 1 << 24
-"""Largest number of scores held at a time on the CPU."""
+"""Largest number of scores held at a time."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -19,6 +18,15 @@ def _whole(batch: int, num_k: int, device: torch.device) -> tuple[Tensor, Tensor
     """The bounds of keys that are all visible, int32 ``[B]`` each."""
     return torch.zeros(batch, dtype=torch.int32, device=device), torch.full(
         (batch,), num_k, dtype=torch.int32, device=device
+    )
+
+
+def key_bounds(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The bounds of a call's keys, int32 ``[B]`` each."""
+    start, end = _whole(call.key.shape[0], call.key.shape[2], call.key.device)
+    return (
+        start if call.kv_start is None else call.kv_start.int().contiguous(),
+        end if call.ends is None else call.ends.int().contiguous(),
     )
 
 
@@ -34,15 +42,8 @@ def block_mass(call: AttentionCall, rows: Tensor, keys: int) -> Tensor:
         Float32 ``[B, H, R, key blocks]``; the shares of a row that sees nothing are 0.
     """
     query, key = call.query.detach(), call.key.detach()
-    query = query.to(key.dtype)
     batch, num_k, device = query.shape[0], key.shape[2], query.device
-    none, all_keys = _whole(batch, num_k, device)
-    start = none if call.kv_start is None else call.kv_start.int()
-    end = all_keys if call.ends is None else call.ends.int()
-    if device.type != "cpu" and unavailable(device) is None:
-        from rehead.attention.kernels import block_sums
-
-        return block_sums.run(query, key, rows, keys, call.factor, call.offset, start, end)
+    start, end = key_bounds(call)
     pad = -num_k % keys
     group = query.shape[1] // key.shape[1]
     place = torch.arange(num_k + pad, device=device)

@@ -155,14 +155,17 @@ class KeyBlocks:
         starts = torch.searchsorted(ordered, wanted).view(*self.starts.shape[:2], -1)
         return KeyBlocks(starts.int(), (owner % row_blocks)[order].int(), self.keys, self.rows)
 
-    def seen(self, num_q: int, num_k: int) -> Tensor:
-        """The mask as a bool tensor ``[B or 1, H or 1, Sq, Skv]``, for tests and debugging: takes quadratic memory."""
+    def listed(self, num_k: int) -> Tensor:
+        """Which key blocks each row block may see, bool ``[B or 1, H or 1, row blocks, key blocks]``."""
         row_blocks, key_blocks = self.starts.shape[-1] - 1, -(-num_k // self.keys)
         groups = self.starts.shape[0] * self.starts.shape[1]
         seen = torch.zeros(groups * row_blocks + 1, key_blocks, dtype=torch.bool, device=self.index.device)
         seen[self.owners(), self.index.long()] = True  # unused entries go to the row that is left out
-        seen = seen[:-1].view(*self.starts.shape[:2], row_blocks, key_blocks)
-        wide = seen.repeat_interleave(self.rows, 2).repeat_interleave(self.keys, 3)
+        return seen[:-1].view(*self.starts.shape[:2], row_blocks, key_blocks)
+
+    def seen(self, num_q: int, num_k: int) -> Tensor:
+        """The mask as a bool tensor ``[B or 1, H or 1, Sq, Skv]``, for tests and debugging: takes quadratic memory."""
+        wide = self.listed(num_k).repeat_interleave(self.rows, 2).repeat_interleave(self.keys, 3)
         return wide[:, :, :num_q, :num_k]
 
     def runs(self, batch: int, head: int = 0) -> list[list[tuple[int, int]]]:

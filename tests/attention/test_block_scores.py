@@ -7,8 +7,10 @@ import torch
 from kernel_parity import DEVICE, lengths, needs_kernels
 
 from rehead.attention.block_scores import block_mass
+from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
 from rehead.attention.kernels import reference
+from rehead.variants.sparse import select
 
 CASES = {
     "whole": (2, 4, 2, 70, 70, 16, {}),
@@ -19,26 +21,50 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("path", ["plain", pytest.param("kernel", marks=needs_kernels)])
-def test_sums_are_those_of_the_scores(path, name):
+def made(name):
     batch, heads, kv_heads, num_q, num_k, dim, rules = CASES[name]
     gen = torch.Generator().manual_seed(0)
     query = torch.randn(batch, num_q, heads, dim, generator=gen).to(DEVICE).transpose(1, 2)
     key = torch.randn(batch, kv_heads, num_k, dim, generator=gen).to(DEVICE) * 2
-    call = AttentionCall(query, key, key, **rules)
-    rows = torch.randint(num_q, (batch, heads, 21), generator=gen).int().sort(-1).values.to(DEVICE)
-    scores = query.double() @ key.double().repeat_interleave(heads // kv_heads, 1).transpose(-1, -2) * call.factor
-    seen = reference.visible(num_q, num_k, DEVICE, causal=True, **{k: v for k, v in rules.items() if k != "scale"})
-    scores = scores.masked_fill(~seen, float("-inf"))
-    shares = torch.nn.functional.pad(scores.softmax(-1).nan_to_num(0.0), (0, -num_k % 16)).unflatten(-1, (-1, 16))
-    want = shares.sum(-1).gather(2, rows.long()[..., None].expand(-1, -1, -1, shares.shape[3]))
-    if path == "kernel":
-        from rehead.attention.kernels import block_sums
+    return AttentionCall(query, key, key, **rules)
 
-        start = rules.get("kv_start", torch.zeros(batch, dtype=torch.int32, device=DEVICE))
-        end = rules.get("kv_end", torch.full((batch,), num_k, dtype=torch.int32, device=DEVICE))
-        got = block_sums.run(query, key, rows, 16, call.factor, call.offset, start, end)
-    else:
-        got = block_mass(call, rows, 16)
-    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize("name", CASES)
+def test_shares_are_those_of_the_softmax(name):
+    call = made(name)
+    batch, heads, num_q, _ = call.query.shape
+    num_k, rules = call.key.shape[2], CASES[name][-1]
+    rows = torch.randint(num_q, (batch, heads, 21)).int().to(DEVICE)
+    keys = call.key.double().repeat_interleave(heads // call.key.shape[1], 1)
+    scores = call.query.double() @ keys.transpose(-1, -2) * call.factor
+    seen = reference.visible(num_q, num_k, DEVICE, causal=True, **{k: v for k, v in rules.items() if k != "scale"})
+    shares = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    shares = torch.nn.functional.pad(shares, (0, -num_k % 16)).unflatten(-1, (-1, 16)).sum(-1)
+    want = shares.gather(2, rows.long()[..., None].expand(-1, -1, -1, shares.shape[3]))
+    torch.testing.assert_close(block_mass(call, rows, 16).double(), want, atol=1e-5, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_choose_what_plain_tensors_choose(name, samples):
+    from rehead.attention.kernels.block_choice import lists_of
+
+    call = made(name)
+    batch, heads, num_q, _ = call.query.shape
+    rows, owner, _ = select.draw(torch.device(DEVICE), batch, heads, num_q, 16, samples, 0)
+    some = rows.shape[2] - owner.shape[2] + 9  # the interpreter is slow
+    rows, owner = rows[..., :some].contiguous(), owner[..., :9]
+    sizes = {"block": 16, "samples": samples, "first": 1, "local": 0}
+    level, lost = select._levels_on_gpu(call, rows, owner, **sizes)
+    wanted, losses = select._levels(call, rows, owner, **sizes)
+    # Rounding may move a share over the border of a level.
+    assert int((level.long() - wanted).abs().max()) <= 1
+    assert float((level.long() != wanted).double().mean()) < 0.02
+    if torch.equal(level.long(), wanted):
+        torch.testing.assert_close(lost, losses, atol=1e-5, rtol=1e-4)
+    kept = torch.tensor(select.LEVELS - 20, device=DEVICE)
+    blocks = lists_of(level, kept, 16, level.numel())
+    assert torch.equal(blocks.listed(call.key.shape[2]), level >= kept)
+    again = KeyBlocks.checked(blocks.starts, blocks.index, num_q, call.key.shape[2], rows=16, keys=16)
+    assert torch.equal(again.seen(num_q, call.key.shape[2]), blocks.seen(num_q, call.key.shape[2]))

@@ -147,15 +147,23 @@ def test_hopper_latent(hopper, direct, tmp_path):
     assert spilled(report) == 0
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_sums_of_blocks(dim, tmp_path):
-    from rehead.attention.kernels import block_sums
+CHOOSING = {
+    "block_sums": {"D": 64, "BLOCK_D": 64, "BLOCK_M": 128, "KEYS": 128, "WIDE": 16, "PRECISION": "ieee"},
+    "block_levels": {"SAMPLES": 4, "KEYS": 128, "WIDE": 128, "LEVELS": 160, "PER_OCTAVE": 8},
+    "lost_by_level": {"KEYS": 128, "WIDE": 32, "LEVELS": 160, "PADDED": 256},
+    "write_lists": {"WIDE": 256, "COUNT": False},
+}
 
-    sizes = {"D": dim, "BLOCK_D": dim, "BLOCK_M": 128, "KEYS": 128, "WIDE": 32, "PRECISION": "ieee"}
-    signature = {"q_ptr": "*bf16", "k_ptr": "*bf16", "rows_ptr": "*i32", "out_ptr": "*fp32", "kv_start": "*i32",
-                 "kv_end": "*i32", "scale": FLOAT}  # fmt: skip
-    options = {"num_warps": 8, "num_stages": 3}
-    report = assemble(block_sums.block_sums, signature, sizes, False, tmp_path, **options)
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_choosing_blocks(name, tmp_path):
+    from rehead.attention.kernels import block_choice
+
+    pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "level_ptr": "*i16", "kept_ptr": "*i64", "scale": FLOAT}
+    pointers |= {f"{each}_ptr": "*i32" for each in ("rows", "starts", "index")}
+    pointers |= {f"{each}_ptr": "*fp32" for each in ("sums", "lost", "out")} | {"kv_start": "*i32", "kv_end": "*i32"}
+    options = {"num_warps": 8, "num_stages": 3} if name == "block_sums" else {}
+    report = assemble(getattr(block_choice, name), pointers, CHOOSING[name], False, tmp_path, **options)
     assert spilled(report) == 0
 
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rehead.attention.attend import attend as dense
-from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UsageError
@@ -60,7 +59,7 @@ def test_the_lost_mass_stays_within_its_bound(checked, kind, seed, allowed):
     finally:
         select.CHECKED = before
         select.draw.cache_clear()
-    lost = float(lost_mass(call, KeyBlocks.of(choice.keep, 32, 32)).mean())
+    lost = float(lost_mass(call, choice.blocks).mean())
     assert lost <= float(choice.bound) + 1e-5
     assert float(choice.bound) <= allowed
     if checked > LENGTH:  # all rows were looked at, so the estimate is the truth
@@ -72,7 +71,7 @@ def test_the_lost_mass_stays_within_its_bound(checked, kind, seed, allowed):
 def test_the_hard_bound_holds_for_every_row(kind, seed, allowed):
     call = AttentionCall(*drawn(kind, seed), kv_start=torch.tensor([seed % 100]))
     choice = choice_of(call, OPTIONS.but(lost_mass=allowed, bound="hard"))
-    lost = float(lost_mass(call, KeyBlocks.of(choice.keep, 32, 32)).max())
+    lost = float(lost_mass(call, choice.blocks).max())
     assert lost <= float(choice.bound) + 1e-5
     assert float(choice.bound) <= allowed + 1e-6
 
@@ -80,7 +79,7 @@ def test_the_hard_bound_holds_for_every_row(kind, seed, allowed):
 def test_both_bounds_leave_out_what_they_may():
     for bound, kind, most in (("sampled", "peaked", 0.8), ("sampled", "alike", 0.5), ("hard", "alike", 0.5)):
         choice = choice_of(AttentionCall(*drawn(kind)), OPTIONS.but(bound=bound, lost_mass=0.2))
-        density = float(choice.keep.sum() / (choice.visible.sum() * 4))
+        density = choice.blocks.index.numel() / choice.visible
         assert density < most, (bound, kind)
 
 
@@ -88,16 +87,16 @@ def test_rows_that_mislead_the_choice_are_found_out():
     """The rows that choose look elsewhere than all others: those that check see it, and what they need is computed."""
     call = AttentionCall(*drawn("behind the samples"))
     misled = select.choose(call, 0.9, block=32, samples=4, first=0, local=0, seed=0)
-    assert float(lost_mass(call, KeyBlocks.of(misled.keep, 32, 32)).mean()) > 0.2
+    assert float(lost_mass(call, misled.blocks).mean()) > 0.2
     choice = select.choose(call, 0.05, block=32, samples=4, first=0, local=0, seed=0)
-    assert float(lost_mass(call, KeyBlocks.of(choice.keep, 32, 32)).mean()) <= 0.05
+    assert float(lost_mass(call, choice.blocks).mean()) <= 0.05
 
 
 def test_nothing_lost_is_the_dense_call():
     call = AttentionCall(*drawn("peaked"))
     assert torch.equal(attend(call, OPTIONS.but(lost_mass=0.0), {}, dense), dense(call))
     choice = choice_of(call, OPTIONS.but(lost_mass=1e-9))
-    torch.testing.assert_close(dense(call.with_(blocks=KeyBlocks.of(choice.keep, 32, 32))), dense(call))
+    torch.testing.assert_close(dense(call.with_(blocks=choice.blocks)), dense(call))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_the_chosen_blocks_are_computed_and_nothing_else(rules):
     with recorded(measure=True) as reports:
         got = attend(call, LOOSE, {}, dense)
     choice = choice_of(call, LOOSE)
-    wide = choice.keep.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, : query.shape[2]]
+    wide = choice.blocks.seen(query.shape[2], LENGTH)
     want = dense(call.with_(bias=wide))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     grads = [torch.autograd.grad(out.square().sum(), query)[0] for out in (got, want)]
@@ -157,6 +156,7 @@ def test_options_say_what_is_wrong_with_them():
     model = tiny_model("llama")
     for options, message in (
         ({"block": 48}, "power of two"),
+        ({"samples": 3}, "power of two"),
         ({"lost_mass": 1.0}, "less than 1"),
         ({"bound": "soft"}, "sampled"),
     ):

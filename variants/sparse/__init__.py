@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from rehead.attention.blocks import SMALLEST, KeyBlocks
+from rehead.attention.blocks import SMALLEST
 from rehead.attention.call import AttentionCall
 from rehead.options import Count
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
@@ -33,16 +33,16 @@ class SparseOptions(VariantOptions):
     )
     min_keys: Count = Field(4096, ge=1, description="Calls with no more keys than this stay dense.")
     block: Count = Field(128, ge=SMALLEST, description="Rows and keys per block; 128 is fast on Hopper.")
-    samples: Count = Field(4, ge=1, description="Rows of each block that choose its key blocks.")
+    samples: Count = Field(4, ge=1, le=16, description="Rows of each block that choose its key blocks.")
     first: Count = Field(1, ge=0, description="Blocks at the beginning of a sequence that are always computed.")
     local: Count = Field(1, ge=0, description="Blocks just before a block of rows that are always computed.")
     seed: Count = Field(0, ge=0, description="Of the rows that are drawn.")
 
-    @field_validator("block")
+    @field_validator("block", "samples")
     @classmethod
     def _power(cls, value: int) -> int:
         if value & (value - 1):
-            raise ValueError("give a power of two, such as 64 or 128")
+            raise ValueError("give a power of two")
         return value
 
 
@@ -52,8 +52,7 @@ class CallReport:
 
     Attributes:
         rows, keys: its size.
-        density: chosen blocks as a share of the blocks that causality leaves; all are computed from
-            :data:`DENSE_FROM` on.
+        density: computed blocks as a share of the blocks that causality leaves.
         estimate: mean lost mass of the rows that were checked.
         bound: what the lost mass does not exceed: on average, or in any row with ``bound="hard"``.
         lost: the mean lost mass of all rows, where :func:`recorded` was asked for it.
@@ -66,9 +65,6 @@ class CallReport:
     bound: float
     lost: float | None = None
 
-
-DENSE_FROM = 0.85
-"""Share of blocks from which a call is computed densely."""
 
 _records: list[tuple[list[CallReport], bool]] = []
 
@@ -95,11 +91,9 @@ def attend(call: AttentionCall, options: SparseOptions, state: Mapping[str, Tens
     if isinstance(call.q_offset, Tensor):
         call = call.with_(q_offset=int(call.q_offset))
     choice = choice_of(call.joined(), options)
-    blocks = KeyBlocks.of(choice.keep, options.block, options.block)
     for reports, measure in _records:
-        reports.append(_report(call, choice, blocks, measure))
-    # The dense kernel is the faster one for nearly all blocks.
-    return compute(call if blocks.index.numel() > DENSE_FROM * choice.blocks else call.with_(blocks=blocks))
+        reports.append(_report(call, choice, measure))
+    return compute(call.with_(blocks=choice.blocks))
 
 
 def _long(call: AttentionCall, options: SparseOptions) -> bool:
@@ -125,14 +119,14 @@ def choice_of(call: AttentionCall, options: SparseOptions) -> Choice:
         return choice if options.bound == "sampled" else secure(call, choice, options.lost_mass, options.block)
 
 
-def _report(call: AttentionCall, choice: Choice, blocks: KeyBlocks, measure: bool) -> CallReport:
+def _report(call: AttentionCall, choice: Choice, measure: bool) -> CallReport:
     return CallReport(
         call.query.shape[2],
         call.key.shape[2],
-        blocks.index.numel() / choice.blocks,
+        int(choice.blocks.starts[-1, -1, -1]) / choice.visible,
         float(choice.estimate),
         float(choice.bound),
-        float(lost_mass(call, blocks).mean()) if measure else None,
+        float(lost_mass(call, choice.blocks).mean()) if measure else None,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rehead.attention.attend import attend_with_lse
 from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
-from rehead.variants.sparse.select import Choice
+from rehead.variants.sparse.select import Choice, places
 
 STEP_ELEMENTS = 1 << 26
 SLACK = 1e-3
@@ -28,16 +28,17 @@ def secure(call: AttentionCall, choice: Choice, lost_mass: float, block: int) ->
     Returns:
         A choice whose ``bound`` is the largest of any row.
     """
-    kept = KeyBlocks.of(choice.keep, block, block)
-    lse = attend_with_lse(call.with_(blocks=kept))[1]
-    share = _shares(call, lse, block).masked_fill_(choice.keep | ~choice.visible, 0.0)
+    lse = attend_with_lse(call.with_(blocks=choice.blocks))[1]
+    kept = choice.blocks.listed(call.key.shape[2])
+    visible = places(call.query.device, call.offset, call.query.shape[2], block, kept.shape[3], 0)[0]
+    share = _shares(call, lse, block).masked_fill_(kept | ~visible, 0.0)
     # The lightest are left out while they stay within the odds; what more is computed only lowers a share.
     ordered, order = share.sort(-1)
     total = ordered.cumsum(-1)
     leave = total <= lost_mass / (1 - lost_mass)
-    keep = (choice.keep | ~torch.zeros_like(leave).scatter_(-1, order, leave)) & choice.visible
+    keep = (kept | ~torch.zeros_like(leave).scatter_(-1, order, leave)) & visible
     odds = torch.where(leave, total, 0.0).amax()
-    return replace(choice, keep=keep, bound=odds / (1 + odds))
+    return replace(choice, blocks=KeyBlocks.of(keep, block, block), bound=odds / (1 + odds))
 
 
 def _shares(call: AttentionCall, lse: Tensor, block: int) -> Tensor:

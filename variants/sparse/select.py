@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rehead.attention.block_scores import block_mass
+from rehead.attention.block_scores import block_mass, key_bounds
 from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import AttentionCall
 
 CHECKED = 8192
-"""Rows that are drawn to check the lost mass, over all batch rows and heads."""
+"""Rows that are drawn to check the lost mass, over all batch rows and heads, at least."""
+CHECKED_SHARE = 64
+"""One row in so many is drawn where that is more."""
 FAILURE = 1e-4
 """Largest probability that the bound of a call does not hold, over the draw of the checked rows."""
 LEVELS, PER_OCTAVE = 160, 8
@@ -33,16 +35,14 @@ class Choice:
     """The blocks that a call computes.
 
     Attributes:
-        keep: bool ``[B, H, row blocks, key blocks]``.
-        visible: bool ``[row blocks, key blocks]``: the blocks that causality leaves.
-        blocks: how many these are, over all batch rows and heads.
+        blocks: what each head's row blocks see.
+        visible: how many blocks causality leaves, over all batch rows and heads.
         estimate: mean lost mass of the checked rows, a tensor of one element.
         bound: what the mean over all rows and heads exceeds with a probability of :data:`FAILURE` at most.
     """
 
-    keep: Tensor
-    visible: Tensor
-    blocks: int
+    blocks: KeyBlocks
+    visible: int
     estimate: Tensor
     bound: Tensor
 
@@ -58,7 +58,7 @@ def draw(
     step = block / samples
     place = torch.arange(samples) * step + torch.rand(batch, heads, blocks, samples, generator=generator) * step
     sampled = (torch.arange(blocks)[:, None] * block + place.long()).clamp(max=num_q - 1)
-    count = -(-CHECKED // (batch * heads))
+    count = -(-max(CHECKED, batch * heads * num_q // CHECKED_SHARE) // (batch * heads))
     if count >= num_q:
         checked = torch.arange(num_q).expand(batch, heads, -1)
     else:
@@ -82,43 +82,60 @@ def choose(
     """
     batch, heads, num_q, _ = call.query.shape
     rows, owner, all_rows = draw(call.query.device, batch, heads, num_q, block, samples, seed)
+    visible = places(call.query.device, call.offset, num_q, block, -(-call.key.shape[2] // block), local)[2]
+    on_gpu = call.query.device.type != "cpu"
+    find = _levels_on_gpu if on_gpu else _levels
+    level, lost = find(call, rows, owner, block=block, samples=samples, first=first, local=local)
+    variance, mean = torch.var_mean(lost, 0)
+    bound = mean if all_rows else _bernstein(mean, variance, lost.shape[0])
+    # The highest level has the blocks that are always kept: leaving them out loses everything.
+    kept = (bound > lost_mass).int().argmax()
+    figures = torch.nn.functional.pad(torch.stack([mean, bound]), (1, 0))[:, kept]
+    most = visible * batch * heads
+    if on_gpu:
+        from rehead.attention.kernels.block_choice import lists_of
+
+        return Choice(lists_of(level, kept, block, most), most, figures[0], figures[1])
+    return Choice(KeyBlocks.of(level >= kept, block, block), most, figures[0], figures[1])
+
+
+def _levels(
+    call: AttentionCall, rows: Tensor, owner: Tensor, *, block: int, samples: int, first: int, local: int
+) -> tuple[Tensor, Tensor]:
+    """(level of each block ``[B, H, row blocks, key blocks]``; losses ``[B * H * n, LEVELS]`` of the rows that check
+    where the blocks up to a level are left out).
+
+    Blocks that are always kept have the highest level, others at most the second, and those that no row sees -1.
+    """
     mass = block_mass(call, rows, block)
     count = rows.shape[2] - owner.shape[2]
     chosen, shown = mass[:, :, :count], mass[:, :, count:]
-    least, most, visible, blocks = _limits(call, block, mass.shape[3], first, local)
-    level = (chosen.unflatten(2, (-1, samples)).mean(3).log2_() * PER_OCTAVE).add_(LEVELS - 1)
-    level = level.clamp_(min=least, max=most).long()
+    level = chosen.unflatten(2, (-1, samples)).mean(3).log2() * PER_OCTAVE + (LEVELS - 1)
+    level = level.clamp_(0, LEVELS - 2).long()
+    visible, near, _ = places(mass.device, call.offset, call.query.shape[2], block, mass.shape[3], local)
+    key = torch.arange(mass.shape[3], device=mass.device)
+    begin = 0 if call.kv_start is None else (call.kv_start.clamp(min=0) // block).view(-1, 1, 1, 1)
+    level = level.masked_fill(near | ((key >= begin) & (key < begin + first)), LEVELS - 1)
     lost = torch.zeros(shown.shape[:3].numel(), LEVELS, device=mass.device)
     of_rows = level.gather(2, owner[..., None].expand(-1, -1, -1, level.shape[3]))
     lost.scatter_add_(1, of_rows.flatten(0, 2), shown.flatten(0, 2))
-    # What is lost where the blocks up to a level are left out.
-    variance, mean = torch.var_mean(lost.cumsum_(1), 0)
-    bound = mean if all_rows else _bernstein(mean, variance, lost.shape[0])
-    # The highest level has the blocks that are always kept: leaving them out loses everything.
-    first_kept = (bound > lost_mass).int().argmax()
-    nothing = mean.new_zeros(1)
-    figures = torch.stack([torch.cat([nothing, part]) for part in (mean, bound)])[:, first_kept]
-    return Choice((level >= first_kept) & visible, visible, blocks * batch * heads, figures[0], figures[1])
+    return level.masked_fill(~visible, -1), lost.cumsum(1)
 
 
-def _limits(
-    call: AttentionCall, block: int, key_blocks: int, first: int, local: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(lowest level, highest level that a block may have; bool ``[row blocks, key blocks]``: any row sees the block;
-    how many of these there are).
+def _levels_on_gpu(call: AttentionCall, rows: Tensor, owner: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
+    """:func:`_levels` by kernels."""
+    from rehead.attention.kernels.block_choice import levels
 
-    Blocks that are always kept have the highest one, others at most the second, and unseen ones the lowest.
-    """
-    device = call.query.device
-    visible, near, count = _places(device, call.offset, call.query.shape[2], block, key_blocks, local)
-    key = torch.arange(key_blocks, device=device)
-    begin = 0 if call.kv_start is None else (call.kv_start // block).view(-1, 1, 1, 1)
-    always = visible & (near | ((key >= begin) & (key < begin + first)))
-    return always * (LEVELS - 1.0), (visible * (LEVELS - 2.0)).maximum(always * (LEVELS - 1.0)), visible, count
+    query, key = call.query.detach(), call.key.detach()
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query.to(key.dtype), key))
+    start, end = key_bounds(call)
+    return levels(
+        query, key, rows, start, end, scale=call.factor, offset=call.offset, steps=(LEVELS, PER_OCTAVE), **sizes
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _places(
+def places(
     device: torch.device, offset: int, num_q: int, block: int, key_blocks: int, local: int
 ) -> tuple[Tensor, Tensor, int]:
     """(bool ``[row blocks, key blocks]``: causality leaves some of the block; it is the rows' own or just before; how
