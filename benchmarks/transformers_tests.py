@@ -135,9 +135,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         new = compare(options.checkout.absolute(), options.models, options.expression, options.workers)
-        for name, outcome in new.items():
-            echo(f"{'refused' if outcome.refused else 'FAILED'} {printable(name)}: {printable(outcome.reason)}")
         wrong = [name for name, outcome in new.items() if not outcome.refused]
+        for name in wrong:
+            echo(f"FAILED {printable(name)}: {printable(new[name].reason)}")
+        refused = Counter(
+            (name.rsplit("::", 1)[-1], outcome.reason) for name, outcome in new.items() if outcome.refused
+        )
+        for (test, reason), count in refused.items():
+            echo(f"refused {count} x {printable(test)}: {printable(reason)}")
         echo(f"{len(new)} fail only with tiled attention, {len(new) - len(wrong)} of them refused by name")
         if wrong:
             raise VerificationError(f"{wrong[0]}: fails only with tiled attention; report it")

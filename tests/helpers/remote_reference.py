@@ -1,4 +1,4 @@
-"""Tiny checkpoints in layouts that came with remote code, and what each computes, written out from its description.
+"""What layouts that came with remote code compute, written out from their descriptions, and their tensors' shapes.
 
 Every function here takes the raw ``config.json`` and the tensors by their published names. No class of transformers and
 nothing of Rehead takes part, so that both can be compared with it.
@@ -6,49 +6,15 @@ nothing of Rehead takes part, so that both can be compared with it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 HIDDEN, HEADS, SIZE, INNER, VOCAB = 32, 4, 8, 48, 96
-
-
-@dataclass(frozen=True)
-class Published:
-    """One layout: its config, the shapes of its tensors, and its function from tokens [S] to logits [S, V]."""
-
-    config: dict[str, Any]
-    shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]
-    logits: Callable[[dict[str, Any], Tensors, Tensor], Tensor]
-    host: str
-
-
-def write(folder: Path, name: str, **changes: Any) -> tuple[dict[str, Any], Tensors]:
-    """Write a random checkpoint of a layout, float32, with two layers; returns its config and tensors."""
-    config = {**PUBLISHED[name].config, **changes}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in PUBLISHED[name].shapes(config).items():
-        norm = "norm" in key or ".ln" in key or "ln_" in key
-        draw = torch.randn(shape, generator=generator)
-        tensors[key] = 1 + 0.1 * draw if norm and key.endswith("weight") else 0.2 * draw
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return config, tensors
-
-
-def reference(name: str, config: dict[str, Any], tensors: Tensors, tokens: Tensor) -> Tensor:
-    """Logits [S, V] of tokens [S]."""
-    return PUBLISHED[name].logits(config, {key: value.double() for key, value in tensors.items()}, tokens)
 
 
 # ---- what they share
@@ -100,7 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---- ChatGLM2, ChatGLM3, GLM-4
 
 
-def _glm_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def glm_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     kv = c["multi_query_group_num"] if c["multi_query_attention"] else HEADS
     rows = (HEADS + 2 * kv) * SIZE
     shapes: dict[str, tuple[int, ...]] = {"transformer.embedding.word_embeddings.weight": (VOCAB, HIDDEN)}
@@ -122,7 +88,7 @@ def _glm_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _glm(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def glm(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     x = t["transformer.embedding.word_embeddings.weight"][tokens]
     kv, length, epsilon = c["multi_query_group_num"], len(tokens), c["layernorm_epsilon"]
     for i in range(c["num_layers"]):
@@ -197,13 +163,13 @@ def _named_shapes(names: dict[str, str], attention: dict[str, tuple[int, ...]]) 
     return shapes | {"model.norm.weight": (HIDDEN,), f"{names['head']}.weight": (VOCAB, HIDDEN)}
 
 
-def _baichuan_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def baichuan_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     attention = {"W_pack": (3 * HIDDEN, HIDDEN), "o_proj": (HIDDEN, HIDDEN)}
     shapes = _named_shapes(_LLAMA, {f"self_attn.{key}.weight": shape for key, shape in attention.items()})
     return shapes | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (SIZE // 2,) for i in range(2)}
 
 
-def _baichuan(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def baichuan(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     def qkv(x: Tensor, at: str) -> Any:
         return linear(x, t, f"{at}self_attn.W_pack").reshape(len(x), 3, HEADS, SIZE).unbind(1)
 
@@ -211,27 +177,27 @@ def _baichuan(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     return _llama_like(c, t, tokens, {**_LLAMA, **second}, qkv)
 
 
-def _internlm_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def internlm_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     square: dict[str, tuple[int, ...]] = {}
     for part in "qkvo":
         square |= {f"self_attn.{part}_proj.weight": (HIDDEN, HIDDEN), f"self_attn.{part}_proj.bias": (HIDDEN,)}
     return _named_shapes(_LLAMA, square)
 
 
-def _internlm(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def internlm(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     def qkv(x: Tensor, at: str) -> Any:
         return tuple(linear(x, t, f"{at}self_attn.{part}_proj").reshape(len(x), HEADS, SIZE) for part in "qkv")
 
     return _llama_like(c, t, tokens, _LLAMA, qkv)
 
 
-def _internlm2_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def internlm2_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     rows = (HEADS + 2 * c["num_key_value_heads"]) * SIZE
     attention = {"attention.wqkv.weight": (rows, HIDDEN), "attention.wo.weight": (HIDDEN, HIDDEN)}
     return _named_shapes(_INTERNLM2, attention)
 
 
-def _internlm2(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def internlm2(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     kv = c["num_key_value_heads"]
     group = HEADS // kv
 
@@ -247,7 +213,7 @@ def _internlm2(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
 # ---- the first Qwen
 
 
-def _qwen_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def qwen_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (VOCAB, HIDDEN)}
     for i in range(2):
         at = f"transformer.h.{i}."
@@ -264,7 +230,7 @@ def _qwen_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
-def _qwen(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def qwen(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     x, epsilon = t["transformer.wte.weight"][tokens], c["layer_norm_epsilon"]
     for i in range(c["num_hidden_layers"]):
         at = f"transformer.h.{i}."
@@ -280,7 +246,7 @@ def _qwen(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
 # ---- the first Phi
 
 
-def _phi_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def phi_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     pairs = {"lm_head.ln": (HIDDEN,), "lm_head.linear": (VOCAB, HIDDEN)}
     for i in range(2):
         at = f"transformer.h.{i}."
@@ -297,7 +263,7 @@ def _phi_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _phi(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def phi(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     x, epsilon = t["transformer.embd.wte.weight"][tokens], c["layer_norm_epsilon"]
     for i in range(c["n_layer"]):
         at = f"transformer.h.{i}."
@@ -313,7 +279,7 @@ def _phi(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
 # ---- Falcon under its first names
 
 
-def _falcon_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def falcon_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     kv = c.get("n_head_kv", 1)
     norms = ("ln_attn", "ln_mlp") if "n_head_kv" in c else ("input_layernorm",)
     shapes: dict[str, tuple[int, ...]] = {"transformer.word_embeddings.weight": (VOCAB, HIDDEN)}
@@ -330,7 +296,7 @@ def _falcon_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (HIDDEN,), "transformer.ln_f.bias": (HIDDEN,)}
 
 
-def _falcon(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
+def falcon(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
     x, epsilon = t["transformer.word_embeddings.weight"][tokens], c["layer_norm_epsilon"]
     kv = c.get("n_head_kv", 1)
     group = HEADS // kv
@@ -346,84 +312,3 @@ def _falcon(c: dict[str, Any], t: Tensors, tokens: Tensor) -> Tensor:
         x = x + linear(attend(q, k, v), t, f"{at}self_attention.dense") + linear(up, t, f"{at}mlp.dense_4h_to_h")
     x = layer_norm(x, t, "transformer.ln_f", epsilon)
     return x @ t["transformer.word_embeddings.weight"].T
-
-
-_CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
-_GLM_CONFIG: dict[str, Any] = {
-    "model_type": "chatglm", "architectures": ["ChatGLMModel"], "auto_map": _CODE, "hidden_size": HIDDEN,
-    "num_layers": 2, "num_attention_heads": HEADS, "kv_channels": SIZE, "ffn_hidden_size": INNER,
-    "padded_vocab_size": VOCAB, "vocab_size": VOCAB, "seq_length": 128, "layernorm_epsilon": 1e-5,
-    "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "add_bias_linear": False,
-    "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
-    "attention_dropout": 0.0, "hidden_dropout": 0.0, "original_rope": True, "post_layer_norm": True,
-    "rmsnorm": True, "quantization_bit": 0, "pre_seq_len": None, "eos_token_id": 2, "pad_token_id": 0,
-    "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "float32",
-}  # fmt: skip
-_LLAMA_CONFIG: dict[str, Any] = {
-    "auto_map": _CODE, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
-    "num_attention_heads": HEADS, "hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
-    "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
-}  # fmt: skip
-_QWEN_CONFIG: dict[str, Any] = {
-    "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "auto_map": _CODE, "hidden_size": HIDDEN,
-    "intermediate_size": 2 * INNER, "num_hidden_layers": 2, "num_attention_heads": HEADS, "kv_channels": SIZE,
-    "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 64, "no_bias": True,
-    "max_position_embeddings": 128, "use_dynamic_ntk": True, "use_logn_attn": True, "scale_attn_weights": True,
-    "vocab_size": VOCAB, "tie_word_embeddings": False,
-}  # fmt: skip
-_PHI_CONFIG: dict[str, Any] = {
-    "model_type": "phi-msft", "architectures": ["PhiForCausalLM"], "auto_map": _CODE, "n_embd": HIDDEN, "n_layer": 2,
-    "n_head": HEADS, "n_head_kv": None, "n_inner": None, "rotary_dim": 4, "n_positions": 128, "vocab_size": VOCAB,
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0, "tie_word_embeddings": False,
-}  # fmt: skip
-_FALCON_CONFIG: dict[str, Any] = {
-    "architectures": ["RWForCausalLM"], "auto_map": _CODE, "alibi": False, "bias": False, "hidden_size": HIDDEN,
-    "n_head": HEADS, "n_layer": 2, "layer_norm_epsilon": 1e-5, "vocab_size": VOCAB, "attention_dropout": 0.0,
-    "hidden_dropout": 0.0, "apply_residual_connection_post_layernorm": False, "bos_token_id": 11, "eos_token_id": 11,
-}  # fmt: skip
-
-PUBLISHED: dict[str, Published] = {
-    "chatglm2": Published(_GLM_CONFIG, _glm_shapes, _glm, "glm"),
-    "chatglm-mha": Published({**_GLM_CONFIG, "multi_query_attention": False}, _glm_shapes, _glm, "glm"),
-    "glm4": Published({**_GLM_CONFIG, "rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}, _glm_shapes, _glm, "glm"),
-    "baichuan": Published(
-        {**_LLAMA_CONFIG, "model_type": "baichuan", "architectures": ["BaiChuanForCausalLM"]},
-        _baichuan_shapes,
-        _baichuan,
-        "llama",
-    ),
-    "baichuan2": Published(
-        {**_LLAMA_CONFIG, "model_type": "baichuan", "architectures": ["BaichuanForCausalLM"]},
-        _baichuan_shapes,
-        _baichuan,
-        "llama",
-    ),
-    "internlm": Published(
-        {**_LLAMA_CONFIG, "model_type": "internlm", "bias": True}, _internlm_shapes, _internlm, "llama"
-    ),
-    "internlm2": Published(
-        {
-            **_LLAMA_CONFIG,
-            "model_type": "internlm2",
-            "bias": False,
-            "num_key_value_heads": 2,
-            "rope_theta": 1000000,
-            "rope_scaling": {"type": "dynamic", "factor": 2.0},
-        },
-        _internlm2_shapes,
-        _internlm2,
-        "llama",
-    ),
-    "qwen": Published(_QWEN_CONFIG, _qwen_shapes, _qwen, "qwen2"),
-    "phi": Published(_PHI_CONFIG, _phi_shapes, _phi, "phi"),
-    "falcon-7b": Published(
-        {**_FALCON_CONFIG, "model_type": "RefinedWebModel", "multi_query": True, "parallel_attn": True},
-        _falcon_shapes,
-        _falcon,
-        "falcon",
-    ),
-    "falcon-40b": Published(
-        {**_FALCON_CONFIG, "model_type": "RefinedWeb", "n_head_kv": 2}, _falcon_shapes, _falcon, "falcon"
-    ),
-}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from remote_reference import PUBLISHED, VOCAB, reference, write
+from remote_published import PUBLISHED, reference, write
+from remote_reference import VOCAB
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,6 +20,8 @@ from rehead.cli import main
 from rehead.convert import convert, inspect, plan, verify
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.families.remote import REMOTE
+from rehead.recipes.evaluation.models import load_model
+from rehead.recipes.training.models import load, open_checkpoint
 
 TOKENS = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(1))
 
@@ -60,6 +63,18 @@ def test_it_is_converted_like_any_other_model(name: str, tmp_path: Path) -> None
     assert all(torch.equal(direct[key], second[key]) for key in direct)
     assert plan(tmp_path / "in", num_key_value_heads=1).kv == 1
     assert torch.isfinite(logits(tmp_path / "direct")).all()
+
+
+def test_it_is_evaluated_and_trained_as_it_is(tmp_path: Path) -> None:
+    """Without a plain copy on disk: the weights are read in the host's layout."""
+    config, tensors = write(tmp_path / "in", "chatglm2")
+    expected = reference("chatglm2", config, tensors, TOKENS)
+    judged = load_model("model", str(tmp_path / "in"), device=torch.device("cpu"))
+    trained = load(open_checkpoint(str(tmp_path / "in")), torch.float32, torch.device("cpu"))
+    for model in (judged.model, trained.eval()):
+        with torch.no_grad():
+            found = model(input_ids=TOKENS[None]).logits[0].double()
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_inspect_tells_which_class_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
