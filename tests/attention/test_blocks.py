@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import some_blocks
 
-from rehead.attention.attend import attend, attend_with_lse
+from rehead.attention.attend import _as_bias, attend, attend_with_lse
 from rehead.attention.blocks import KeyBlocks
 from rehead.attention.call import CALL, AttentionCall
 from rehead.attention.kernels import reference
 from rehead.attention.mask import TiledMask
-from rehead.errors import UnsupportedError, UsageError
+from rehead.benchmarks.tiny import tiny_model
+from rehead.errors import UsageError
+from rehead.patches import patch_model
 
 
 def inputs(batch=2, heads=4, kv_heads=2, rows=70, keys=70, dim=8):
@@ -157,11 +159,37 @@ def test_a_mask_object_holds_lists_and_first_tokens():
     torch.testing.assert_close(step, want[:, 64:])
 
 
+def test_a_model_takes_such_a_mask():
+    model = tiny_model("llama")
+    tokens = torch.randint(8, 120, (1, 60), generator=torch.Generator().manual_seed(0))
+    mask = TiledMask(1, 60, 60, torch.device("cpu"), window=25, sink_tokens=2, blocks=some_blocks(1, 1, 60, 60))
+    hidden = torch.zeros(1, 1, 60, 60).masked_fill(~mask.materialize(), torch.finfo(torch.float32).min)
+    rows = mask.materialize()[0, 0].any(-1)  # eager attention gives rows without keys the mean of all values
+    rows[int(rows.logical_not().nonzero().min()) if not rows.all() else 60 :] = False
+    with torch.no_grad():
+        want = model(tokens, attention_mask=hidden, use_cache=False).logits
+        with patch_model(model, "tiled"):
+            got = model(tokens, attention_mask=mask, use_cache=False).logits
+    assert int(rows.sum()) > 30
+    torch.testing.assert_close(got[0, rows], want[0, rows], atol=2e-5, rtol=1e-5)
+
+
+def test_a_decode_step_has_its_lists_as_a_bias():
+    query, key, value = inputs(rows=5)
+    blocks = some_blocks(1, 4, 5, 70)
+    for rules in ({}, {"window": 20, "sink_tokens": 3}, {"bias": torch.ones(1, 1, 5, 70, dtype=torch.bool)}):
+        call = AttentionCall(query, key, value, q_offset=65, blocks=blocks, **rules)
+        step = _as_bias(call)
+        assert step.blocks is None
+        assert step.window is None
+        torch.testing.assert_close(attend(step), attend(call))
+
+
 def test_decoding_kernels_refuse_lists():
     from rehead.attention.kernels import decode
 
     query, key, value = inputs()
     with pytest.raises(UsageError, match="sink tokens or blocks"):
         decode(query[:, :, :2], key, value, blocks=some_blocks(1, 1, 2, 70))
-    with pytest.raises((UsageError, UnsupportedError)):
+    with pytest.raises(UsageError, match="sink tokens or blocks"):
         decode(query[:, :, :2], key, value, window=3, sink_tokens=2)
