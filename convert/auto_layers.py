@@ -22,7 +22,7 @@ from rehead.variants.layer_choice import auto_count
 #: Numbers of logits that are kept to compare with, and the fewest tokens to measure on.
 _LOGITS, _FEWEST = 1 << 27, 1024
 #: Texts that windows are measured on, and those that are recalled from at each distance, by the kind of device.
-_WINDOW_TEXTS = {"cpu": (2, 1), "cuda": (8, 4)}
+_WINDOW_TEXTS = {"cpu": (2, 1), "cuda": (4, 2)}
 
 
 def choose(
