@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,10 @@ from rehead.models.model import Model
 from rehead.models.rewritten import rewritten
 from rehead.variants.latent.angles import angles_of
 from rehead.variants.latent.export import HOSTS
+from rehead.variants.latent.linear import made_linear, needs_of
 from rehead.variants.latent.options import LatentOptions, cache_numbers
 from rehead.variants.latent.pairs import enough_pairs, fastest, turning_energy, undecided
 from rehead.variants.latent.rewrite import check_source, latent, span, stored
-from rehead.variants.latent.seen import NEEDS
 from rehead.variants.latent.settle import settle
 from rehead.variants.latent.sizes import splits
 from rehead.variants.latent.solve import solve
@@ -46,7 +47,7 @@ def with_latent(model: Model, options: ConvertOptions, code: str | None) -> tupl
     """
     asked, angles = _asked(model, options), angles_of(model)
     asked = settle(asked, angles, *span(model))
-    live = rewritten(model, latent(model, asked, angles, options.refit))
+    live = rewritten(model, latent(model, asked, angles, options.refit, options.fit > 0))
     return live, rewritten(live, stored(live, model, asked, angles, code))
 
 
@@ -72,7 +73,9 @@ def choose_sizes(
         text = _text(model, options, min(_REACH, max(lengths)))
         some = [model.layers[len(model.layers) * part // 6] for part in (1, 3, 5)]
         energies, kept = [], []
-        for seen in observe(model, text, NEEDS, 1, device, progress, some if asked.kv_cache is not None else ()):
+        needs = needs_of(model.family.norm_of(model.config) != "none")
+        for seen in observe(model, text, needs, 1, device, progress, some if asked.kv_cache is not None else ()):
+            seen = replace(seen, heads=made_linear(seen.heads, seen.moments, asked.fold_biases, 0.0)[0])
             energies.append(turning_energy(seen.heads, seen.moments))
             kept += [seen] if seen.outputs else []
         pairs = enough_pairs(energies, angles.to(energies[0].device), multiple=_MULTIPLE)
@@ -130,6 +133,7 @@ def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
             "rank": options.latent,
             "rope_dims": options.rope_dims,
             "kv_cache": options.kv_cache,
+            "fold_biases": options.fold_biases,
             "host": host,
             "engine": options.engine if options.engine == "llama.cpp" else None,  # others take the class as it is
         }

@@ -1,8 +1,8 @@
 """Biases where a host has no place for them.
 
 The latent's rows, the shared key and the output projection may have biases in transformers' own classes (with
-``attention_bias``), queries may not, and serving engines know none of them. A bias can be had from the inputs
-themselves: a direction u with u . x as near to one as can be, so that W + b u^T does nearly what W x + b does.
+``attention_bias``), queries only through a second matrix, and serving engines know none of them. A bias can be had from
+the inputs themselves: a direction u with u . x as near to one as can be, so that W + b u^T does what W x + b does.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ def constant_direction(inputs: Tensor) -> tuple[Tensor, float]:
     return u, float((1 - 2 * u @ mean + u @ gram @ u).clamp_min(0).sqrt())
 
 
-def without_biases(heads: Heads, inputs: Tensor, names: str = "qkv") -> tuple[Heads, float]:
+def without_biases(heads: Heads, inputs: Tensor) -> tuple[Heads, float]:
     """The layer without biases on queries, keys and values; approximate, and by how much.
 
     Args:
         inputs: as for :func:`constant_direction`.
-        names: which projections; a bias on values is exact in an output bias, where the host has one.
 
     Returns:
         (the layer, the error of :func:`constant_direction`; 0 where there was no bias).
     """
-    having = [name for name in names if getattr(heads, name + "_bias") is not None]
+    having = [name for name in "qkv" if getattr(heads, name + "_bias") is not None]
     if not having:
         return heads, 0.0
     u, error = constant_direction(inputs)

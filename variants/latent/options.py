@@ -21,6 +21,9 @@ class LatentOptions(VariantOptions):
     kv_cache: str | None = Field(
         None, description="Size of the cache instead of the rank: 33% of the model's, or numbers per token and layer."
     )
+    fold_biases: bool = Field(
+        False, description="Put biases of queries, keys and values into the weights, nearly the same: for engines."
+    )
     host: Literal["deepseek_v3", "youtu"] = Field("deepseek_v3", description="Class that the result is written as.")
     engine: Literal["llama.cpp"] | None = Field(
         None, description="Engine that has to serve the result: llama.cpp asks for queries in two factors."

@@ -16,23 +16,24 @@ from torch import Tensor
 from rehead.checkpoints.source import torch_dtype
 from rehead.errors import UnsupportedError
 from rehead.models.families.latent import LATENT
-from rehead.models.families.layouts import tensor_names
+from rehead.models.families.layouts import shared_norm_names, tensor_names
 from rehead.models.families.spec import rope_parameters
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, Derived, LayerForm, Read, Rewrite
 from rehead.variants.latent.export import is_biased, latent_config, layer_tensors, stream_scale, wants_two_factors
 from rehead.variants.latent.heads import LatentHeads
+from rehead.variants.latent.linear import made_linear, needs_of
 from rehead.variants.latent.module import RECOVERY, LatentAttention, module_weights, with_module_weights
+from rehead.variants.latent.norms import LEAST_R2
 from rehead.variants.latent.options import LatentOptions
-from rehead.variants.latent.seen import NEEDS
 from rehead.variants.latent.settle import kept_pairs
 from rehead.variants.latent.sizes import LatentSizes
 from rehead.variants.latent.solve import solve
 
 #: Classes that compute what the hosts do around the attention: pre-norm blocks, RMSNorm with plain weights, gated FFNs,
 #: no multipliers. Each is proved by a test of its own.
-SOURCES = ("llama", "mistral", "qwen2")
+SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 
 #: A source's tensors below a layer that have the same place in the hosts.
 _FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
@@ -49,12 +50,7 @@ def check_source(model: Model) -> None:
     Raises:
         UnsupportedError: with the reason and what can be done instead.
     """
-    kind, norm = model.config.model_type, model.family.norm_of(model.config)
-    if norm != "none":
-        raise UnsupportedError(
-            f"{kind}: a norm stands on each head's keys, so they are not linear in what a latent caches; share KV "
-            "heads instead (--kv-heads)"
-        )
+    kind = model.config.model_type
     if kind not in SOURCES:
         raise UnsupportedError(
             f"{kind}: its blocks compute what {' and '.join(LATENT)} have no place for; latents are for "
@@ -68,13 +64,14 @@ def span(model: Model) -> tuple[int, int]:
     return numbers, min(numbers, int(model.config.hidden_size))
 
 
-def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool) -> Rewrite:
+def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool, fits: bool) -> Rewrite:
     """Every layer's attention as latent attention at its natural scale, computed over calibration text.
 
     Args:
         options: with rank and rotary dimensions; see :func:`~rehead.variants.latent.settle.settle`.
         angles: of :func:`~rehead.variants.latent.angles.angles_of`.
         refits: the FFN's output is refitted too.
+        fits: the layers are fitted, which makes up for queries and keys that are far from linear.
 
     Raises:
         UnsupportedError: a tensor has no place in the host.
@@ -85,12 +82,15 @@ def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool) -
     kept = kept_pairs(options, angles)
     like = _shapes(model, options, angles, kept)
     named = module_weights(like)
+    normed = family.norm_of(model.config) != "none"
     tensors: dict[str, Derived] = {}
     for name, info in headers.items():
         layer = _layer_of(model, name)
         if layer is None:
             tensors[name] = Derived((name,), info.shape)
             continue
+        if name in shared_norm_names(family, model.config, layer, headers):
+            continue  # the linear queries and keys have them in
         old = tuple(tensor_names(family, model.config, layer, headers))
         below = name.removeprefix(family.layer.format(i=layer))
         if name in old:
@@ -107,15 +107,16 @@ def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool) -
             )
 
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
-        solution = solve(heads, moments, angles, kept, rank)
+        plain, costs = made_linear(heads, moments, options.fold_biases, 0.0 if fits else LEAST_R2)
+        solution = solve(plain, moments, angles, kept, rank)
         whole = float(solution.spectrum.sum()) + solution.rotary_loss
         weights = module_weights(solution.latent.to(torch.float32))
-        facts = {"lost": round(solution.loss(rank) / max(whole, 1e-30), 6)}
+        facts = {"lost": round(solution.loss(rank) / max(whole, 1e-30), 6), **costs}
         return Changed({family.prefix(layer) + name: weight for name, weight in weights.items()}, facts)
 
     form = LayerForm(
         closed,
-        needs=NEEDS,
+        needs=needs_of(normed),
         groups=1,
         calibrated=True,
         module=lambda: LatentAttention(like),
@@ -212,9 +213,13 @@ def _shapes(model: Model, options: LatentOptions, angles: Tensor, kept: Tensor) 
     assert options.rope_dims is not None
     heads = model.layer_on_meta(model.layers[0])
     count, size, rank, turning = heads.num_heads, heads.head_dim, options.rank, options.rope_dims
-    width = heads.q.shape[-1]
+    width, folds = heads.q.shape[-1], options.fold_biases
+    q_bias, k_bias = (
+        bias is not None and not folds and heads.key_norm == "none" for bias in (heads.q_bias, heads.k_bias)
+    )
+    v_bias = heads.v_bias is not None and not folds
     make = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
-    biased = heads.q_bias is not None or heads.k_bias is not None
+    biased = q_bias or k_bias
     return LatentHeads(
         down=make(rank, width),
         rope=make(turning, width),
@@ -226,10 +231,10 @@ def _shapes(model: Model, options: LatentOptions, angles: Tensor, kept: Tensor) 
         frequencies=angles.double()[kept],
         scaling=size**-0.5,
         down_bias=make(rank) if biased else None,
-        rope_bias=make(turning) if heads.k_bias is not None else None,
-        q_nope_bias=make(count, size) if heads.q_bias is not None else None,
-        q_rope_bias=make(count, turning) if heads.q_bias is not None else None,
-        o_bias=make(heads.o.shape[0]) if heads.v_bias is not None or heads.o_bias is not None else None,
+        rope_bias=make(turning) if k_bias else None,
+        q_nope_bias=make(count, size) if q_bias else None,
+        q_rope_bias=make(count, turning) if q_bias else None,
+        o_bias=make(heads.o.shape[0]) if v_bias or heads.o_bias is not None else None,
     )
 
 

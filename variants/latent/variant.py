@@ -17,7 +17,7 @@ from rehead.variants.latent.settle import settle
 
 def _rewrite(model: Model, options: LatentOptions) -> Rewrite:
     angles = angles_of(model)
-    return latent(model, settle(options, angles, *span(model)), angles, refits=False)
+    return latent(model, settle(options, angles, *span(model)), angles, refits=False, fits=False)
 
 
 def _layout(layer: LayerLayout, options: LatentOptions) -> LayerLayout:

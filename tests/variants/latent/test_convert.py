@@ -10,9 +10,11 @@ import pytest
 import tiny
 import torch
 from tiny import IDS, loaded, logits
+from transformers import AutoModelForCausalLM
 
 from rehead.convert import convert, inspect, plan, verify
 from rehead.convert.commands import convert_command, plan_command
+from rehead.convert.options import ConvertOptions
 from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.models.distance import distances
 from rehead.variants.latent import rewrite
@@ -30,7 +32,16 @@ def live(source: Path, latents: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("host", ["deepseek_v3", "youtu"])
-@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("qwen2", {"fit": 3}), ("mistral", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"fit": 3}),
+        ("qwen2", {"fold_biases": True}),
+        ("qwen3", {"fit": 3}),
+        ("mistral", {}),
+    ],
+)
 def test_saved_equals_live(kind: str, options: dict, host: str, tmp_path: Path, monkeypatch) -> None:
     extra = {"sliding_window": None} if kind == "mistral" else {}
     source = tiny.save_tiny(kind, tmp_path / "source", **extra)
@@ -112,6 +123,7 @@ def test_the_text_chooses_the_pairs_that_keep_turning(tmp_path: Path) -> None:
         ({"latent": 8, "num_key_value_heads": 1}, UsageError, "one of them"),
         ({"latent": 8, "method": "svd"}, UsageError, "--method svd: says nothing"),
         ({"latent": 8, "grouping": "similar"}, UsageError, "--grouping similar: says nothing"),
+        ({"num_key_value_heads": 1, "fold_biases": True}, UsageError, "--fold-biases: says nothing"),
         ({"latent": 8, "host": "gemma"}, UnsupportedError, "deepseek_v3"),
         ({"latent": 8, "dtype": "float16"}, UnsupportedError, "bfloat16"),
         ({"engine": "llama.cpp", "num_key_value_heads": 1}, UsageError, "--for: says nothing"),
@@ -139,7 +151,8 @@ def test_llama_cpp_gets_queries_in_two_factors_unless_it_has_a_bias_or_knows_the
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("qwen3", "norm"), ("gemma2", "no place"), ("mistral", "windows"), ("gpt2", "no place")]
+    ("kind", "said"),
+    [("gemma3_text", "no place"), ("gemma2", "no place"), ("mistral", "windows"), ("gpt2", "no place")],
 )
 def test_models_that_no_host_holds_are_refused_with_the_reason(kind: str, said: str, tmp_path: Path) -> None:
     source = tiny.save_tiny(kind, tmp_path / "source")
@@ -156,3 +169,77 @@ def test_a_plan_reads_no_weights_and_prints_the_costs(tmp_path: Path) -> None:
     assert "128 -> 64 numbers per layer" in done.output
     facts = plan(source, kv_cache="50%").as_json()
     assert facts["kv_bytes_per_token"]["after"] * 2 == facts["kv_bytes_per_token"]["before"]
+
+
+def test_norms_on_keys_are_made_linear_and_the_manifest_says_how_nearly(tmp_path: Path, monkeypatch) -> None:
+    source = tiny.save_tiny("qwen3", tmp_path / "source", attention_bias=False)
+    monkeypatch.setattr(rewrite, "LEAST_R2", 0.9999)
+    convert(source, tmp_path / "out", latent=24, rope_dims=16, refit=True, fit=40, **CALIBRATION)
+    layers = json.loads((tmp_path / "out" / "rehead.json").read_text())["layers"]
+    assert all(0 < layer["linear_r2"] <= 1 for layer in layers.values())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["attention_bias"], config["q_lora_rank"]) == (False, None)
+    assert verify(tmp_path / "out", str(source)).cache_error < 1e-5
+    with pytest.raises(UnsupportedError, match="linear rows explain only"):
+        convert(source, tmp_path / "closed", latent=24, rope_dims=16, **CALIBRATION)
+
+
+def test_folded_biases_leave_nothing_that_engines_do_not_read(tmp_path: Path) -> None:
+    source = tiny.save_tiny("qwen2", tmp_path / "source")
+    convert(source, tmp_path / "out", latent=24, rope_dims=8, fold_biases=True, **CALIBRATION)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["attention_bias"], config["q_lora_rank"]) == (False, None)
+    layers = json.loads((tmp_path / "out" / "rehead.json").read_text())["layers"]
+    assert all(0 <= layer["bias_error"] <= 1 for layer in layers.values())
+
+
+def test_a_fit_of_latents_gets_more_text_of_two_lengths_unless_told() -> None:
+    fitted = ConvertOptions.parse({"kv_cache": "33%", "refit": True, "fit": "300"})
+    assert (fitted.calibration_tokens, fitted.calibration_lengths) == (262144, (512, 2048))
+    closed = ConvertOptions.parse({"latent": 96})
+    assert (closed.calibration_tokens, closed.calibration_lengths) == (131072, (512, 2048))
+    told = ConvertOptions.parse({"latent": 96, "fit": 300, "calibration_tokens": 8192, "calibration_length": 1024})
+    assert (told.calibration_tokens, told.calibration_lengths) == (8192, (1024,))
+    pooled = ConvertOptions.parse({"num_key_value_heads": 1, "method": "svd", "fit": 300, "refit": True})
+    assert (pooled.calibration_tokens, pooled.calibration_lengths) == (131072, (2048,))
+
+
+def planted(folder: Path, rank: int) -> Path:
+    """A tiny llama whose keys are, by rotary pair, complex multiples of one head's, and whose values have one rank."""
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.save_tiny("llama", folder, attention_bias=False)
+    weights, g = load_file(source / "model.safetensors"), torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    for name, weight in weights.items():
+        if "k_proj.weight" in name:
+            key = weight.unflatten(0, (tiny.KV_HEADS, 2, -1))  # real parts, imaginary parts
+            lead = torch.complex(key[0, 0], key[0, 1])
+            turned = torch.complex(draw(tiny.KV_HEADS, len(lead)), draw(tiny.KV_HEADS, len(lead)))[..., None] * lead
+            weights[name] = torch.stack([turned.real, turned.imag], 1).flatten(0, 2).contiguous()
+        if "v_proj.weight" in name:
+            weights[name] = draw(len(weight), rank) @ draw(rank, weight.shape[1]) * weight.std() / rank**0.5
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+def test_planted_keys_and_values_convert_exactly_and_kl_falls_with_the_rank(tmp_path: Path) -> None:
+    source = planted(tmp_path / "source", 12)
+    want, lost = logits(loaded(source)), []
+    for rank in (4, 8, 12, 64):
+        out = tmp_path / str(rank)
+        convert(source, out, latent=rank, rope_dims=16, **CALIBRATION)
+        got = logits(loaded(out))
+        lost.append(distances(want.flatten(0, 1), got.flatten(0, 1)).mean_kl)
+        if rank >= 12:
+            assert float((got - want).abs().max()) <= (1e-5 if rank == 12 else 1e-4) * float(want.abs().max())
+    assert lost[0] > lost[1] > 100 * max(lost[2:])
+
+
+def test_bfloat16_loses_no_more_than_twice_what_it_costs_the_source(tmp_path: Path) -> None:
+    source = planted(tmp_path / "source", 12)
+    convert(source, tmp_path / "out", latent=12, rope_dims=16, dtype="bfloat16", **CALIBRATION)
+    want = logits(loaded(source))
+    half = [AutoModelForCausalLM.from_pretrained(at, dtype=torch.bfloat16) for at in (source, tmp_path / "out")]
+    of_source, of_latent = (float((logits(model).float() - want).square().mean().sqrt()) for model in half)
+    assert of_latent <= 2 * of_source
