@@ -138,7 +138,7 @@ def _is_budget(given: dict[str, Any]) -> bool:
     if given.keys() & BudgetOptions.model_fields.keys():
         return True
     return bool(given.keys() & {"kv_cache", "engine"}) and not (
-        latent or given.keys() & {"rope_dims", "host", "latent"}
+        latent or given.keys() & {"rope_dims", "host", "latent", "fold_biases"}
     )
 
 
@@ -185,6 +185,8 @@ def _verdict_rows(result: Conversion) -> list[tuple[str, str]]:
 def _latent_errors(layers: dict[int, dict[str, Any]]) -> list[tuple[str, str]]:
     """What the layers lose, in closed form and after they were fitted: mean and worst."""
     told = (
+        ("nonlinear", "normed heads", "of the worst head that linear queries and keys leave out"),
+        ("bias_error", "folded biases", "of a bias, which the weights now stand for"),
         ("lost", "closed form", "of what heads read of keys and values"),
         ("output_error", "attention error", "of the attention's output, refitted"),
         ("block_error", "block error", "of what attention and FFN write, refitted"),

@@ -276,9 +276,9 @@ class ConvertOptions(Options):
         """Tokens in a calibration sequence, one entry for each length, none above ``calibration_tokens``."""
         asked = self.calibration_length
         length = max(usual_length(self.calibration_tokens), 4 * (self.window or 0)) if asked is None else asked
-        if asked is None and self.is_latent:  # measured: better at both lengths than 2048 alone
-            length = tuple(dict.fromkeys((512, length)))
         lengths = (length,) if isinstance(length, int) else length
+        if asked is None and self.is_latent:  # measured: better at both lengths than 2048 alone
+            lengths = (512, *lengths)
         return tuple(dict.fromkeys(min(length, self.calibration_tokens) for length in lengths))
 
     @property

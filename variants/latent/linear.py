@@ -26,7 +26,8 @@ def made_linear(
         least: R^2 that linear queries and keys must reach.
 
     Returns:
-        (the layer, what that costs: R^2 of the worst head, and the error of the biases per token).
+        (the layer, what that costs: the share of the worst normed head that is not linear, and the relative error of a
+        bias per token).
 
     Raises:
         UnsupportedError: a head is too far from linear.
@@ -34,7 +35,7 @@ def made_linear(
     facts: dict[str, Any] = {}
     if heads.key_norm != "none":
         heads, r2 = without_norms(heads, moments, least)
-        facts["linear_r2"] = round(r2, 4)
+        facts["nonlinear"] = round(1 - r2, 4)
     if fold_biases:
         heads, error = without_biases(heads, moments["inputs"])
         facts["bias_error"] = round(error, 4)
