@@ -33,6 +33,11 @@ QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress, no summar
 REVISION = click.option(
     "--revision", metavar="R", help="Hub revision: branch, tag or commit.  [default: the main branch]"
 )
+DRY_RUN = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be done, about how long it takes and how much memory, and stop.  [default: off]",
+)
 OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Replace an existing checkpoint at OUT, at the very end.  [default: off]"
 )
@@ -115,6 +120,14 @@ def print_facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
         echo(f"  {printable(name).ljust(width)}  {text}")
 
 
+def print_estimate(title: str, estimate: Any, as_json: bool) -> None:
+    """Print what a dry run found (:class:`rehead.recipes.estimate.Estimate`)."""
+    if as_json:
+        print_json(estimate.as_json())
+    else:
+        print_facts(title, estimate.rows())
+
+
 def print_columns(rows: Sequence[Sequence[object]]) -> None:
     """Print rows, each with the same number of cells, in aligned columns."""
     cells = [[printable(cell) for cell in row] for row in rows]
@@ -167,6 +180,7 @@ def progress_bar(quiet: bool) -> Iterator[ProgressBar | None]:
         rich.TextColumn("{task.description:<12}", markup=False),
         rich.BarColumn(),
         rich.TaskProgressColumn(),
+        rich.TextColumn("{task.fields[amount]}", markup=False),
         rich.TextColumn("{task.fields[figures]}", markup=False),
         rich.TimeRemainingColumn(),
     )
@@ -179,13 +193,17 @@ class _Bars:
     def __init__(self, bars: Any) -> None:
         self.figures = ""
         self._bars, self._tasks = bars, dict[str, Any]()
+        self._done: dict[str, float] = {}
 
     def __call__(self, stage: str, done: float, total: float) -> None:
+        shown = {"total": total or None, "amount": amount(stage, done, total), "figures": printable(self.figures)}
         if stage not in self._tasks:
             # A resumed run starts its bar where the earlier run stopped; that work does not count in its speed.
-            self._tasks[stage] = self._bars.add_task(printable(stage), total=total or None, completed=done, figures="")
-        figures = printable(self.figures)
-        self._bars.update(self._tasks[stage], completed=done, total=total or None, figures=figures)
+            self._tasks[stage] = self._bars.add_task(printable(stage), completed=done, **shown)
+        elif done < self._done[stage]:  # a second pass has a pace of its own
+            self._bars.reset(self._tasks[stage], completed=done, **shown)
+        self._done[stage] = done
+        self._bars.update(self._tasks[stage], completed=done, **shown)
 
     def line(self, text: str) -> None:
         self._bars.console.print(printable(text), markup=False)
@@ -202,23 +220,52 @@ class LogLines:
         self.figures = ""
         self._every, self._told = every, time.monotonic()
         self._started: dict[str, tuple[float, float]] = {}
+        self._done: dict[str, float] = {}
 
     def __call__(self, stage: str, done: float, total: float) -> None:
         now = time.monotonic()
+        if done < self._done.get(stage, done):  # a second pass has a pace of its own
+            del self._started[stage]
+        self._done[stage] = done
         since, first = self._started.setdefault(stage, (now, done))
         if now - self._told < self._every:
             return
         self._told = now
-        parts = [f"{stage} {done / total:.0%}" if total else f"{stage} {done:,.0f}", self.figures]
-        if total and done > first:
-            parts.append(f"{_duration((now - since) * (total - done) / (done - first))} left")
+        parts = [f"{stage} {done / total:.0%}" if total else stage, amount(stage, done, total), self.figures]
+        if total and first < done < total:
+            parts.append(f"{duration((now - since) * (total - done) / (done - first))} left")
         self.line("  ".join(filter(None, parts)))
 
     def line(self, text: str) -> None:
         echo(text, err=True)
 
 
-def _duration(seconds: float) -> str:
+#: What stages count, by the first words of their names.
+_UNITS = {
+    "calibrating": "layers", "ranking layers": "layers", "training": "steps", "tokenising": "tokens",
+    "writing": "bytes", "hashing": "bytes", "loading": "models", "divergence": "windows", "disjoint": "windows",
+    "strided": "windows", "rolling": "windows", "damage": "windows", "needle": "prompts", "speed": "sizes",
+    "samples": "models", "joint fit": "windows of layers",
+}  # fmt: skip
+
+
+def amount(stage: str, done: float, total: float) -> str:
+    """How far a stage is, in what it counts: ``"3 of 30 layers"``, ``"1.2 of 4.8 GB"``; empty for an unknown one."""
+    unit = _UNITS.get(stage.partition(",")[0], "")
+    if unit == "bytes":
+        size, unit = next(
+            pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if pair[0] <= max(total, 1)
+        )
+        return f"{done / size:,.3g} of {total / size:,.3g} {unit}" if total else f"{done / size:,.3g} {unit}"
+    if not unit:
+        return "" if total else f"{done:,.0f}"
+    return f"{done:,.0f} of {total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``"0.4 s"``, ``"45 s"``, ``"12 min"``, ``"2.5 h"``."""
+    if seconds < 9.5:
+        return f"{seconds:.1g} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

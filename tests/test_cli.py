@@ -295,7 +295,10 @@ def test_long_work_leaves_lines_in_a_log(capsys, monkeypatch) -> None:
         clock[0] += 31
         show("training", 5, 16)
         tell({"event": "note", "note": "something rare"})
-    assert capsys.readouterr().err == "training 31%  loss 0.5  1,234 tokens/s  6 min left\nnote: something rare\n"
+    assert (
+        capsys.readouterr().err
+        == "training 31%  5 of 16 steps  loss 0.5  1,234 tokens/s  6 min left\nnote: something rare\n"
+    )
     with progress_bar(quiet=True) as none, training_bar(quiet=True) as (also_none, _):
         assert none is None
         assert also_none is None

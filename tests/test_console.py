@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rehead import console
 from rehead.cli import main
-from rehead.console import print_columns, print_facts, print_json, print_wrapped, printable, progress_bar, rich_console
+from rehead.console import (
+    LogLines,
+    amount,
+    print_columns,
+    print_facts,
+    print_json,
+    print_wrapped,
+    printable,
+    progress_bar,
+    rich_console,
+)
 
 NASTY = "model\x1b[2K\x9b1A\rwrote\u202e\u200b\ud800\x07 ok"
 
@@ -90,3 +101,35 @@ def test_warnings_are_lines_too(capsys: pytest.CaptureFixture) -> None:
     name = NASTY.replace("\ud800", "")
     logging.getLogger("rehead.anything").warning("layer %s", name)
     assert capsys.readouterr().err == f"warning: layer {printable(name)}\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "done", "total", "shown"),
+    [
+        ("calibrating", 3, 30, "3 of 30 layers"),
+        ("disjoint, model", 4, 63, "4 of 63 windows"),
+        ("writing", 1.2e9, 4.8e9, "1.2 of 4.8 GB"),
+        ("hashing", 5e5, 2e6, "0.5 of 2 MB"),
+        ("tokenising", 1_234_567, 0, "1,234,567 tokens"),
+        ("of one's own", 3, 30, ""),
+        ("of one's own", 3, 0, "3"),
+    ],
+)
+def test_amounts_have_units(stage: str, done: float, total: float, shown: str) -> None:
+    assert amount(stage, done, total) == shown
+
+
+def test_the_time_left_is_of_the_pass_that_runs(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that runs twice begins anew: the first pass's hour is no part of the second's pace."""
+    clock = iter([0, 0, 1800, 3600, 3600, 3610, 3620])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    lines = LogLines(every=1)
+    for done in (0, 15, 30, 0, 3, 30):
+        lines("calibrating", done, 30)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "calibrating 50%  15 of 30 layers  30 min left",
+        "calibrating 100%  30 of 30 layers",
+        "calibrating 10%  3 of 30 layers  2 min left",
+        "calibrating 100%  30 of 30 layers",
+    ]

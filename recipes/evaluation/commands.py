@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from rehead.console import JSON, QUIET, REVISION, echo, print_json, progress_bar
+from rehead.console import DRY_RUN, JSON, QUIET, REVISION, echo, print_estimate, print_json, progress_bar
 from rehead.flags import flags, set_by_user
 from rehead.recipes.evaluation.options import EvaluateOptions
 
@@ -33,6 +33,7 @@ from rehead.recipes.evaluation.options import EvaluateOptions
     metavar="REPO",
     help="Add evaluation.json and the report to this Hub repository, below evaluation/.  [default: no upload]",
 )
+@DRY_RUN
 @REVISION
 @QUIET
 @JSON
@@ -44,6 +45,7 @@ def evaluate_command(
     data: tuple[str, ...],
     out: str | None,
     push_to_hub: str | None,
+    dry_run: bool,
     quiet: bool,
     as_json: bool,
     **values: Any,
@@ -53,10 +55,17 @@ def evaluate_command(
     Perplexity under named conventions with intervals, divergence from the baseline's predictions, the KV cache's size;
     damage by layer, retrieval, tasks and speed when asked for. With --patch, MODEL is measured beside itself.
     """
+    options = EvaluateOptions.parse(set_by_user(values))
+    if dry_run:
+        from rehead.recipes.evaluation.dry_run import estimate_evaluation, require_no_output
+
+        require_no_output(out, push_to_hub)
+        named: Any = {"revision": revision, "baseline": baseline, "control": control, "data": data}
+        print_estimate(f"would evaluate {model}", estimate_evaluation(model, **named, **dict(options)), as_json)
+        return
     from rehead.recipes.evaluation.gates import enforce
     from rehead.recipes.evaluation.output import check_folder, push, write
 
-    options = EvaluateOptions.parse(set_by_user(values))
     if out is not None:
         check_folder(out)
     from rehead.recipes.evaluation.run import evaluate

@@ -77,7 +77,7 @@ def evaluate(
         data = (HELD_OUT,)
     elif not data:
         notes.append("perplexity and divergence left out: the model has no tokenizer to read a text with")
-    _check_request(chosen, model, baseline, data)
+    check_request(chosen, model, baseline, data)
     manager = None
     if chosen.tasks:
         from rehead.recipes.evaluation.tasks import require_harness, task_manager
@@ -117,7 +117,7 @@ def evaluate(
     return found
 
 
-def _check_request(chosen: EvaluateOptions, model: str, baseline: str | None, data: Sequence[str]) -> None:
+def check_request(chosen: EvaluateOptions, model: str, baseline: str | None, data: Sequence[str]) -> None:
     """Refuse what cannot be measured before anything is loaded."""
     asked = [("--damage", chosen.damage), ("--needle", bool(chosen.needle)), ("--recall", bool(chosen.recall))]
     for flag, wanted in asked:

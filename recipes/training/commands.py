@@ -12,7 +12,17 @@ from typing import Any
 
 import click
 
-from rehead.console import JSON, OVERWRITE, QUIET, ProgressBar, print_facts, print_json, progress_bar
+from rehead.console import (
+    DRY_RUN,
+    JSON,
+    OVERWRITE,
+    QUIET,
+    ProgressBar,
+    print_estimate,
+    print_facts,
+    print_json,
+    progress_bar,
+)
 from rehead.flags import flags, set_by_user
 from rehead.recipes.training.options import UptrainOptions
 
@@ -27,6 +37,7 @@ _UNRECORDED = re.compile(r"(^| )(--overwrite|--quiet|-q|--json|--resume[ =]\w+|-
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never",
               help="auto: resume an interrupted run from its newest checkpoint; never: start again.")  # fmt: skip
 @OVERWRITE
+@DRY_RUN
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.  [default: no upload]")
 @QUIET
 @JSON
@@ -37,6 +48,7 @@ def uptrain_command(
     quiet: bool,
     resume: str,
     overwrite: bool,
+    dry_run: bool,
     push_to_hub: str | None,
     **values: Any,
 ) -> None:
@@ -44,6 +56,12 @@ def uptrain_command(
 
     Several GPUs: accelerate launch --config_file fsdp2.yaml -m rehead.cli uptrain ...
     """
+    if dry_run:
+        from rehead.recipes.training.dry_run import estimate_uptraining
+
+        estimate = estimate_uptraining(student, out, resume=resume, overwrite=overwrite, **set_by_user(values))
+        print_estimate(f"would uptrain {student}", estimate, as_json)
+        return
     from rehead.recipes.training.run import uptrain
 
     line = _UNRECORDED.sub("", shlex.join(["rehead", *sys.argv[1:]]))

@@ -189,7 +189,7 @@ class _Uptraining:
         store = open_tokens(checkpoints.work_path(self.out) / "tokens", student, tokenizer, options, run, progress)
         held_out = [held_out_windows(name, student, tokenizer, options) for name in options.eval_data]
         found, broken = self._earlier(work, run_identity(options, student, teacher, store.facts.sha256))
-        dtype = _dtype(options.dtype, run.device)
+        dtype = arithmetic(options.dtype, run.device)
         model, mentor, attention = self._load(student, teacher, dtype)
         lanes = lanes_off(model, student.name)
         names = choose(model, options.train)
@@ -328,7 +328,8 @@ class _Uptraining:
         log.write("resume", step=found.step, processes=self.run.world, device=self.run.device.type)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def arithmetic(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of ``--dtype``; ``auto`` is bfloat16 on a GPU that has it."""
     if name == "auto":
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
