@@ -285,5 +285,14 @@ def _conversion(manifest: dict[str, Any]) -> dict[str, Any] | None:
     found = manifest.get("conversion") or manifest
     if not isinstance(found, dict) or "options" not in found or "num_key_value_heads" not in found:
         return None
-    kept = ("source", "revision", "num_key_value_heads", "kv_bytes_per_token", "parameters", "exact", "options")
+    kept = (
+        "source",
+        "revision",
+        "num_key_value_heads",
+        "kv_bytes_per_token",
+        "parameters",
+        "exact",
+        "options",
+        "latent",
+    )
     return {key: found[key] for key in kept if key in found}

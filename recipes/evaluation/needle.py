@@ -151,7 +151,7 @@ def word_tokens(tokens: Tensor, tokenizer: Any) -> Tensor:
         texts = tokenizer.batch_decode(found[:, None].tolist(), clean_up_tokenization_spaces=False)
         pieces = tokenizer.convert_ids_to_tokens(found.tolist())
         keep = [
-            int(token) not in special and text.strip().isalpha() and len(text.strip()) >= 3 and _begins_word(piece)
+            int(token) not in special and text.strip().isalpha() and len(text.strip()) >= 3 and begins_word(piece)
             for token, text, piece in zip(found, texts, pieces)
         ]
         chosen = found[torch.tensor(keep, dtype=torch.bool)]
@@ -162,7 +162,7 @@ def word_tokens(tokens: Tensor, tokenizer: Any) -> Tensor:
     return found
 
 
-def _begins_word(piece: str | None) -> bool:
+def begins_word(piece: str | None) -> bool:
     """Whether a token begins a word, by the marks that byte-pair and sentencepiece tokenizers put there."""
     return piece is not None and piece[:1] in ("Ġ", "▁", " ")
 

@@ -16,10 +16,11 @@ from rehead.models.live import evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import keeps_logits
 from rehead.recipes import evaluation_schema as schema
+from rehead.recipes.evaluation.needle import begins_word
 
 #: Tokens of text that a continuation follows.
 PROMPT = 40
-#: How far a prompt may be moved so that it begins with a line.
+#: How far a prompt may be moved so that it begins with a sentence and ends with a word.
 _REACH = 256
 
 
@@ -51,7 +52,7 @@ def samples(
     """
     limits = [limit for model in models.values() if (limit := position_limit(model)) is not None]
     prompt = min([PROMPT, *(limit - length for limit in limits)])
-    places = _places(tokens, tokenizer, count, prompt + length)
+    places = _places(tokens, tokenizer, count, prompt, length)
     if prompt <= len(start) or not places:
         return []
     rows = begun(torch.stack([tokens[at : at + prompt] for at in places]), start)
@@ -112,16 +113,26 @@ def continue_greedily(model: Any, rows: Tensor, length: int) -> Tensor:
     return whole[:, rows.shape[1] :].cpu()
 
 
-def _places(tokens: Tensor, tokenizer: Any, count: int, length: int) -> list[int]:
-    """Where pieces of ``length`` tokens begin, evenly spread, each at a line's beginning where one is near."""
-    last = len(tokens) - length
+def _places(tokens: Tensor, tokenizer: Any, count: int, prompt: int, length: int) -> list[int]:
+    """Where pieces begin, evenly spread: with a sentence, and so that the prompt ends with a word, where one is near.
+
+    Args:
+        prompt, length: tokens of the prompt and of its continuation.
+    """
+    last = len(tokens) - prompt - length
+    if last < 0:
+        return []
     found = []
     for number in range(count):
         at = number * (last + 1) // max(count, 1)
-        ids = tokens[at : min(at + _REACH, last)].tolist()
-        pieces = tokenizer.batch_decode([[token] for token in ids]) if at and ids else []
-        found.append(at + next((i + 1 for i, piece in enumerate(pieces) if piece.endswith("\n")), 0))
-    return sorted({at for at in found if 0 <= at <= last})
+        ids = tokens[at : min(at + _REACH, last) + prompt + 1].tolist()
+        texts = [text.rstrip(" ") for text in tokenizer.batch_decode([[token] for token in ids])]
+        words = [begins_word(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]
+        starts = [i for i in range(1, len(ids) - prompt) if texts[i - 1].endswith((".", "!", "?", "\n"))]
+        starts = ([0] if at == 0 else []) + starts
+        whole = (i for i in starts if words[i + prompt] or texts[i + prompt - 1].endswith("\n"))
+        found.append(at + next(whole, next(iter(starts), 0)))
+    return sorted({min(at, last) for at in found})
 
 
 def _ended(ids: list[int], eos: int | None) -> list[int]:

@@ -117,8 +117,10 @@ def _row(tokens: int, seconds: Mapping[schema.Who, list[float]], who: schema.Who
 
 
 def median_interval(values: Sequence[float]) -> schema.Interval:
-    """The median with its 95% interval by order statistics; see the module's text."""
+    """The median with its 95% interval by order statistics (see the module's text); none of a single value."""
     ranked, count = sorted(values), len(values)
+    if count < 2:
+        return schema.Interval(value=ranked[0])
     skipped, tail = 0, 0.5**count  # the chance that no value lies below the true median
     while skipped < count:
         tail += math.comb(count, skipped + 1) * 0.5**count

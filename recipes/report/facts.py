@@ -11,7 +11,7 @@ from typing import Any
 from rehead.errors import UsageError
 from rehead.models.distance import judged
 from rehead.recipes.evaluation_schema import Divergence, Evaluation, Interval, Perplexity
-from rehead.recipes.report.wording import heads_phrase, short
+from rehead.recipes.report.wording import heads_phrase, latent_phrase, short
 from rehead.recipes.training.log import LOG_NAME
 
 CONVERTED, UPTRAINED = "converted", "uptrained"
@@ -310,6 +310,9 @@ def _by_tokens(events: list[dict[str, Any]], kind: str, key: str) -> dict[float,
 
 def heads_change(summary: Summary) -> str:
     """``"8 KV heads to 1"``; empty where the number stays or is not known."""
+    latent = (summary.entry.evaluation.model.conversion or {}).get("latent")
+    if isinstance(latent, dict):
+        return f"{heads_phrase(summary.baseline_kv_heads)} to a {latent_phrase(latent)}"
     if not summary.kv_heads or not summary.baseline_kv_heads or summary.kv_heads == summary.baseline_kv_heads:
         return ""
     return f"{heads_phrase(summary.baseline_kv_heads)} to {heads_phrase(summary.kv_heads).split(' KV')[0]}"
@@ -319,7 +322,8 @@ def how(summary: Summary) -> str:
     """How a model came about: ``"8 KV heads to 1, svd + refit + fit 300, uptrained on 8M tokens"``."""
     conversion = summary.entry.evaluation.model.conversion or {}
     options = conversion.get("options") if isinstance(conversion.get("options"), dict) else conversion
-    parts = [str(options["method"])] if options and options.get("method") else []
+    # Latents have a method of their own, whatever stands in the options for pooling.
+    parts = [str(options["method"])] if options and options.get("method") and "latent" not in conversion else []
     parts += ["refit"] if options and options.get("refit") else []
     parts += [f"fit {options['fit']}"] if options and options.get("fit") else []
     parts += [f"{options['block']} blocks"] if options and options.get("block") else []

@@ -62,7 +62,9 @@ def sample_cards(finals: Sequence[Summary]) -> list[SampleCard]:
             note = "" if own.same is None else f"{own.same} of {own.tokens} tokens as the original"
             rest = _plain(own.text[len(same) :])
             lines.append(Line(s.name, _plain(same).lstrip(), rest if same.strip() else rest.lstrip(), note))
-        cards.append(SampleCard(f"{sample.data}, from token {count(sample.position)}", _plain(sample.prompt), lines))
+        cards.append(
+            SampleCard(f"{sample.data}, from token {count(sample.position)}", _plain(sample.prompt).lstrip(), lines)
+        )
     return cards
 
 

@@ -54,7 +54,7 @@ def overview(summaries: list[Summary]) -> Table:
             s.name, s.verdict or "–", bytes_of(s.kv_bytes), times(text.ratio if text else None),
             figure(text.kl if text else None), percent(text.top1_agreement if text else None),
             times(text.against_control if text else None), figure(text.perplexity if text else None),
-            _spread(speed), heads(s.kv_heads),
+            _spread(speed), "latent" if "latent" in (s.entry.evaluation.model.conversion or {}) else heads(s.kv_heads),
         ])  # fmt: skip
     texts = {s.worst.name for s in summaries if s.worst}
     speed = next((one for s in summaries if (one := headline_speed(s, summaries)) is not None), None)

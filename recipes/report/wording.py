@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -70,6 +71,12 @@ def heads_phrase(by_layer: list[int]) -> str:
     """``"1 KV head"``, ``"8 KV heads"``, ``"1 to 4 KV heads"``."""
     text = heads(by_layer)
     return f"{text} KV head{'' if text == '1' else 's'}"
+
+
+def latent_phrase(facts: dict[str, Any]) -> str:
+    """``"latent of 128 numbers and a rotated key of 32"``, from what a manifest says of latent attention."""
+    key = facts.get("rope_dims")
+    return f"latent of {facts.get('rank')} numbers" + (f" and a rotated key of {key}" if key else "")
 
 
 def listed(parts: list[str]) -> str:

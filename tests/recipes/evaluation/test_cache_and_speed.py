@@ -157,7 +157,7 @@ def test_a_model_without_a_cache_is_not_timed():
 
 @pytest.mark.parametrize(
     ("values", "interval"),
-    [([3.0], (3, 3, 3)), ([5.0, 1, 3], (1, 3, 5)), (range(1, 7), (1, 3.5, 6)), (range(1, 9), (1, 4.5, 8)),
+    [([3.0], (None, 3, None)), ([5.0, 1, 3], (1, 3, 5)), (range(1, 7), (1, 3.5, 6)), (range(1, 9), (1, 4.5, 8)),
      (range(1, 10), (2, 5, 8)), (range(1, 101), (40, 50.5, 61))],
 )  # fmt: skip
 def test_intervals_of_medians_are_those_of_the_tables(values, interval):

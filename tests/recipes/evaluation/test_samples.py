@@ -15,7 +15,11 @@ def test_continuations_are_those_of_generate(load, original, converted, tokenize
     for sample in found:
         prompt = tokens[sample.position : sample.position + PROMPT]
         assert sample.prompt == tokenizer.decode(prompt)
-        assert sample.position == 0 or tokenizer.decode(tokens[sample.position - 1]).endswith("\n")
+        # A whole sentence's beginning, and no word cut in two.
+        assert sample.position == 0 or tokenizer.decode(tokens[sample.position - 1]).endswith((".", "\n"))
+        assert sample.prompt.endswith("\n") or tokenizer.decode(tokens[sample.position + PROMPT]).startswith(
+            (" ", "\n")
+        )
         assert sample.truth == tokenizer.decode(tokens[sample.position + PROMPT : sample.position + PROMPT + 12])
         for one in sample.continuations:
             whole = models[one.who].generate(

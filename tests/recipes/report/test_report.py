@@ -360,6 +360,16 @@ def test_speed_of_older_documents_is_said_to_have_no_spread() -> None:
     assert "one measurement without a spread" in said
 
 
+def test_latents_are_told_as_latents() -> None:
+    found = made.evaluation(0.4, 1, full=True)
+    found.model.conversion = {"options": {"method": "mean", "latent": 128}, "latent": {"rank": 128, "rope_dims": 32}}
+    summary = summarise(Entry("m", found))
+    said = verdict([summary]).headline
+    assert said.endswith("(8 KV heads to a latent of 128 numbers and a rotated key of 32).")
+    assert "mean" not in said
+    assert overview([summary]).rows[-1][-1] == "latent"
+
+
 def test_the_main_plot_takes_any_rows() -> None:
     rows = [CacheRow("pool", 2**20 * size, 1 / size, 0.9 / size, 1.1 / size) for size in (1, 2, 4)]
     plot = cache_plot([*rows, CacheRow("window", 2**19, 0.05), CacheRow("none", 2**20, 0.0)], 8192, original=2**24)
