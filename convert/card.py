@@ -141,6 +141,11 @@ def _notes(
             f"{what[0].upper()}{what[1:]} change{'s' if len(changes) == 1 else ''} what the model computes. Uptrain it "
             "briefly and evaluate it against the original before you rely on it."
         )
+    if "latent" in table:
+        yield (
+            "Latents are stored at a scale so small that the norm behind them is a constant. float16 and quantisations "
+            "with float16 scales (GGUF's Q8_0) turn them to zeros: keep `kv_a_proj_with_mqa` in bfloat16 or float32."
+        )
     for note in (table.get(name, {}).get("note") for name in ("layout", "host")):
         if note:
             yield f"{note[0].upper()}{note[1:]}."

@@ -138,7 +138,7 @@ def _is_budget(given: dict[str, Any]) -> bool:
     if given.keys() & BudgetOptions.model_fields.keys():
         return True
     return bool(given.keys() & {"kv_cache", "engine"}) and not (
-        latent or given.keys() & {"rope_dims", "host", "latent", "fold_biases"}
+        latent or given.keys() & {"rope_dims", "host", "latent", "fold_biases", "half_scale"}
     )
 
 

@@ -134,6 +134,7 @@ def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
             "rope_dims": options.rope_dims,
             "kv_cache": options.kv_cache,
             "fold_biases": options.fold_biases,
+            "half_scale": options.half_scale,
             "host": host,
             "engine": options.engine if options.engine == "llama.cpp" else None,  # others take the class as it is
         }

@@ -127,6 +127,11 @@ class ConvertOptions(Options):
         description="Of latent attention: put biases of queries, keys and values into the weights, nearly the same, so "
         "that engines can serve it.",
     )
+    half_scale: bool = Field(
+        False,
+        description="Of latent attention in float16: store it at a scale that float16 holds, which changes outputs by "
+        "about a hundredth.",
+    )
     engine: Annotated[
         Literal["vllm", "llama.cpp", "transformers"] | None, Flag("--for", default="any that takes the class")
     ] = Field(
@@ -235,6 +240,7 @@ class ConvertOptions(Options):
     def _check_latent(self) -> None:
         if not self.is_latent:
             own = {"--rope-dims": self.rope_dims, "--for": self.engine, "--fold-biases": self.fold_biases or None}
+            own |= {"--half-scale": self.half_scale or None}
             for flag, value in own.items():
                 if value is not None:
                     raise UsageError(f"{flag}: says nothing without --latent or --kv-cache; give one or leave it out")
@@ -298,7 +304,7 @@ class ConvertOptions(Options):
         allow them.
         """
         table = super().as_json()
-        latents = ("latent", "rope_dims", "kv_cache", "fold_biases", "engine")
+        latents = ("latent", "rope_dims", "kv_cache", "fold_biases", "half_scale", "engine")
         for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window"):
             if table[name] in (None, False, [], 0):
                 table.pop(name)

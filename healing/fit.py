@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -115,7 +116,7 @@ class _Recorded:
         self.step, self.device = step, device
         self.taken: dict[int, int] = {}
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _side_stream(device)
 
     def __call__(self, index: int, rows: Tensor) -> Tensor:
         if index not in self.graphs:
@@ -151,6 +152,12 @@ class _Recorded:
             return False
         self.graphs[index] = graph, static, loss
         return True
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """One stream for all recordings, since libraries keep work space for each."""
+    return torch.cuda.Stream(device)
 
 
 def _shuffled(batches: Sequence[tuple[int, int]], generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:

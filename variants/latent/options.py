@@ -24,6 +24,9 @@ class LatentOptions(VariantOptions):
     fold_biases: bool = Field(
         False, description="Put biases of queries, keys and values into the weights, nearly the same: for engines."
     )
+    half_scale: bool = Field(
+        False, description="With float16: store latents at a scale that it holds, which is off by about a hundredth."
+    )
     host: Literal["deepseek_v3", "youtu"] = Field("deepseek_v3", description="Class that the result is written as.")
     engine: Literal["llama.cpp"] | None = Field(
         None, description="Engine that has to serve the result: llama.cpp asks for queries in two factors."

@@ -161,10 +161,10 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
     rounds = scale.writers != 1
     first = tensor_names(family, config, source.layers[0], headers)[0]
     stored_as = code or headers[first].dtype
-    if stored_as == "F16":
+    if stored_as == "F16" and not options.half_scale:
         raise UnsupportedError(
             f"{source.source.id}: float16 has no room for the scale at which {options.host} must store a latent "
-            "(its rows would underflow); give --dtype bfloat16 or float32"
+            "(its rows would underflow); give --dtype bfloat16 or float32, or --half-scale to be a hundredth off"
         )
     dtype = torch_dtype(stored_as)
     names = list(module_weights(like))

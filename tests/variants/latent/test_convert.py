@@ -204,6 +204,14 @@ def test_a_fit_of_latents_gets_more_text_of_two_lengths_unless_told() -> None:
     assert (pooled.calibration_tokens, pooled.calibration_lengths) == (131072, (2048,))
 
 
+def test_float16_holds_latents_at_a_scale_of_its_own(tmp_path: Path) -> None:
+    source = planted(tmp_path / "source", 12)
+    convert(source, tmp_path / "out", latent=12, rope_dims=16, dtype="float16", half_scale=True, **CALIBRATION)
+    want, got = logits(loaded(source)), logits(loaded(tmp_path / "out"))
+    assert float((got - want).norm() / want.norm()) < 2e-2
+    assert "Q8_0" in (tmp_path / "out" / "README.md").read_text()
+
+
 def planted(folder: Path, rank: int) -> Path:
     """A tiny llama whose keys are, by rotary pair, complex multiples of one head's, and whose values have one rank."""
     from safetensors.torch import load_file, save_file

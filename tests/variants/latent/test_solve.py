@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from known_heads import SIZE, WIDTH, angles, attend, make_heads
 from latent_layers import latent_moments, planted
 
@@ -207,3 +209,19 @@ def test_a_short_fit_lowers_the_error_on_sequences_that_it_does_not_see() -> Non
     held = x[-4:].float()
     wanted = float((latent.attend(held) - y[-4:]).square().sum() / y[-4:].square().sum())
     assert closed == pytest.approx(wanted, rel=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    pairing=st.sampled_from(["half", "interleaved"]),
+    dims=st.sampled_from([4, SIZE]),
+    rank=st.integers(2, 10),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_is_planted_comes_out_exactly_and_less_rank_is_never_better(pairing, dims, rank, bias, seed) -> None:
+    heads, x = planted(pairing, dims, rank, bias, seed), inputs(seed + 1)
+    solution = whole(heads, rank + bias)
+    assert error(solution.latent, heads, x) < 1e-5
+    errors = [error(cut_rank(solution, less), heads, x) for less in range(1, rank + bias + 1, 3)]
+    assert all(after <= before * 1.05 + 1e-6 for before, after in pairwise(errors))
