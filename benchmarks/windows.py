@@ -64,7 +64,11 @@ class Judge:
 def live_rows(judge: Judge, load: Any, window: int, sinks: int, tokens: Tensor) -> None:
     """All layers of a live model under a window."""
     model = load()
-    settings = {"": {}, " + logit": {"sink_logit": True}, f" + {sinks} sinks": {"sinks": sinks}}
+    settings: dict[str, dict[str, Any]] = {
+        "": {},
+        " + logit": {"sink_logit": True},
+        f" + {sinks} sinks": {"sinks": sinks},
+    }
     settings[f" + {sinks} sinks + logit"] = {"sinks": sinks, "sink_logit": True}
     for name, options in settings.items():
         with patch_model(model, "window", size=window, calibration=tokens, **options):
