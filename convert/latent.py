@@ -16,7 +16,7 @@ from rehead.models.rewritten import rewritten
 from rehead.variants.latent.angles import angles_of
 from rehead.variants.latent.export import HOSTS
 from rehead.variants.latent.linear import made_linear, needs_of
-from rehead.variants.latent.options import LatentOptions, cache_numbers
+from rehead.variants.latent.options import ENGINES, LatentOptions, cache_numbers
 from rehead.variants.latent.pairs import enough_pairs, fastest, turning_energy, undecided
 from rehead.variants.latent.rewrite import check_source, latent, span, stored
 from rehead.variants.latent.settle import settle
@@ -136,7 +136,7 @@ def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
             "fold_biases": options.fold_biases,
             "half_scale": options.half_scale,
             "host": host,
-            "engine": options.engine if options.engine == "llama.cpp" else None,  # others take the class as it is
+            "engine": options.engine if options.engine in ENGINES else None,  # others take the class as it is
         }
     )
 

@@ -77,6 +77,7 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_is_4_times_as_wide": _first(config, ("intermediate_size", "n_inner")) in (None, 4 * (width or 0)),
         "query_latent": config.get("q_lora_rank") is not None,
         "has_26_or_27_layers": bool(config.get("kv_lora_rank")) and config.get("num_hidden_layers") in (26, 27),
+        "latent_biases": bool(config.get("kv_lora_rank") and config.get("attention_bias")),
         "window_period": _window_period(config.get("layer_types") or ()),
     }
 

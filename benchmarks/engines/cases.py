@@ -227,6 +227,19 @@ CASES: dict[str, Case] = {
         {"latent": 48, "rope_dims": 32, "host": "youtu", "engine": "llama.cpp", **SHORT},
         note="as youtu with --for llama.cpp, another size",
     ),
+    "latent-576": Case(
+        "llama",
+        {
+            "rope_parameters": ROPE,
+            "hidden_size": 512,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+        },
+        {"latent": 512, "rope_dims": 64, **SHORT},
+        {"vllm": {**FLAT, "latents": True}},
+        note="as deepseek_v3, 512 numbers and a rotated key of 64",
+    ),
     "latent-qwen2": Case(
         "qwen2", GROUPED, {"latent": 64, "rope_dims": 16, **SHORT}, {"vllm": FLAT}, note="as deepseek_v3, with biases"
     ),
@@ -241,6 +254,12 @@ CASES: dict[str, Case] = {
         convert={"latent": 96, "rope_dims": 32, "calibration_tokens": 2048, "engine": "llama.cpp"},
         client={"llama.cpp": {"numbered": False}, "vllm": FLAT},
         note="the same with --for llama.cpp",
+    ),
+    "smollm2-latent-vllm": Case(
+        "smollm2",
+        convert={"latent": 96, "rope_dims": 32, "calibration_tokens": 2048, "engine": "vllm"},
+        client={"llama.cpp": {"numbered": False}, "vllm": FLAT},
+        note="the same with --for vllm: a head of its own",
     ),
     "smollm2-latent-youtu": Case(
         "smollm2",

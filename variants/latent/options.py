@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from rehead.errors import UsageError
 from rehead.variants.contract import VariantOptions
 
+#: Engines that ask for more than the class does.
+ENGINES = ("llama.cpp", "vllm")
+
 
 class LatentOptions(VariantOptions):
     """The sizes of the latent and the class that holds it."""
@@ -28,8 +31,8 @@ class LatentOptions(VariantOptions):
         False, description="With float16: store latents at a scale that it holds, which is off by about a hundredth."
     )
     host: Literal["deepseek_v3", "youtu"] = Field("deepseek_v3", description="Class that the result is written as.")
-    engine: Literal["llama.cpp"] | None = Field(
-        None, description="Engine that has to serve the result: llama.cpp asks for queries in two factors."
+    engine: Literal["llama.cpp", "vllm"] | None = Field(
+        None, description="Engine that has to serve the result: llama.cpp wants queries in two factors, vllm the head."
     )
 
     @model_validator(mode="after")

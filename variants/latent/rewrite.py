@@ -147,7 +147,10 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
     like = _shapes(source, options, angles, kept)
     raw = {**config.to_dict(), **source.source.config}
     tied = bool(config.tie_word_embeddings)
-    scale = stream_scale(float(config.rms_norm_eps), tied)
+    # vLLM has no tied head in this class, and computes with one of zeros.
+    untied = tied and options.host == "deepseek_v3" and options.engine == "vllm"
+    raw |= {"tie_word_embeddings": tied and not untied}
+    scale = stream_scale(float(config.rms_norm_eps), tied and not untied)
     rope = rope_parameters(config, source.layers[0]) if len(kept) == len(angles) else None
     two = wants_two_factors(options.engine, int(config.num_hidden_layers), int(config.vocab_size))
     if options.engine is not None and is_biased(like):
@@ -184,6 +187,8 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
             elif at is None and name.endswith("norm.weight"):
                 compute = _times(scale.final_norm) if scale.final_norm != 1 else None
             tensors[name] = Derived((name,), derived.shape, compute, dtype=kind)
+            if untied and name.endswith("embed_tokens.weight"):
+                tensors["lm_head.weight"] = Derived((name,), derived.shape, None, dtype=kind)
 
     def step(layer: int, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
         prefix = family.prefix(layer)

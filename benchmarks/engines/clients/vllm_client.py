@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-# Attention over an expanded latent: vLLM's CPU kernel for latents takes only some sizes.
+# Attention over an expanded latent: vLLM's CPU kernel for latents takes only those of 576 and of 320 numbers.
 os.environ["VLLM_MLA_DISABLE"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
@@ -57,6 +57,9 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
     if job["options"].get("flat_rotary"):
         flat_rotary()
         notes.append(FLAT)
+    if job["options"].get("latents"):
+        os.environ["VLLM_MLA_DISABLE"] = "0"
+        notes.append("over the latents themselves")
     engine = vllm.LLM(
         job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1,
         enable_prefix_caching=False, disable_log_stats=True,

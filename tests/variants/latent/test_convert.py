@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from tiny import IDS, loaded, logits
 from transformers import AutoModelForCausalLM
 
@@ -148,6 +149,17 @@ def test_llama_cpp_gets_queries_in_two_factors_unless_it_has_a_bias_or_knows_the
     assert plan(known, **asked).raw_config["q_lora_rank"] is None
     with pytest.raises(UnsupportedError, match="biases"):
         plan(tiny.save_tiny("qwen2", tmp_path / "biased"), **asked)
+
+
+def test_vllm_gets_a_head_of_its_own_where_it_is_the_embedding(tmp_path: Path) -> None:
+    source = tiny.save_tiny("mistral", tmp_path / "source", sliding_window=None, tie_word_embeddings=True)
+    for name, engine in (("plain", None), ("for vllm", "vllm")):
+        convert(source, tmp_path / name, latent=24, rope_dims=8, engine=engine, **CALIBRATION)
+    want, got = (logits(loaded(tmp_path / name)) for name in ("plain", "for vllm"))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert "lm_head.weight" in load_file(tmp_path / "for vllm" / "model.safetensors")
+    assert not json.loads((tmp_path / "for vllm" / "config.json").read_text())["tie_word_embeddings"]
+    assert verify(tmp_path / "for vllm", str(source)).cache_error < 1e-5
 
 
 @pytest.mark.parametrize(
