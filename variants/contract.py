@@ -124,6 +124,7 @@ VARIANTS: Registry[Variant] = Registry(
         "tiled": "rehead.variants.tiled",
         "window": "rehead.variants.window",
         "sparse": "rehead.variants.sparse",
+        "far": "rehead.variants.far",
         "parallel": "rehead.variants.blocks.variant",
         "serial": "rehead.variants.blocks.variant",
         "fuse": "rehead.variants.fuse.variant",

@@ -62,6 +62,7 @@ ROWS = (
     Row(
         "sparse", {"lost_mass": 0.5, "min_keys": 4, "block": 16, "first": 0, "local": 0}, ("llama", "gptj", "gpt2"), 9.0
     ),
+    Row("far", {"size": 1, "block": 16, "first": 0}, ("llama", "gptj", "gpt2"), 9.0),
     Row("sparse", {"lost_mass": 0.0, "min_keys": 4}, ("llama",)),
     Row("temperature", {"start": 1.1}),
     Row("temperature", {"start": 3.0, "layers": [0]}, ("llama",)),

@@ -98,8 +98,7 @@ def attend(call: AttentionCall, options: SparseOptions, state: Mapping[str, Tens
 
 def _long(call: AttentionCall, options: SparseOptions) -> bool:
     """Whether a call is a long causal prefill whose only other rules are bounds of the keys."""
-    others = (call.window, call.chunk, call.key_mask, call.q_segments, call.softcap, call.alibi_slopes, call.bias)
-    plain = call.causal and call.blocks is None and all(rule is None for rule in others)
+    plain = call.causal and call.positional_only and call.window is None and call.blocks is None
     return plain and call.key.shape[2] > options.min_keys and call.query.shape[2] > options.block
 
 
