@@ -47,6 +47,11 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
                      + (", until a window is full" if facts["windows"] else "")),
         *_cache_rows(facts["windows"], {"": facts["cache_bytes"]}),
     ]  # fmt: skip
+    if layout := facts.get("layout"):
+        note = f"; {layout['note']}" if "note" in layout else ""
+        rows.insert(
+            1, ("published as", f"{layout['before']} with remote code, which is not needed: read as above{note}")
+        )
     for count, size in facts["can_convert_to"].items():
         saved = 1 - size / facts["kv_bytes_per_token"]
         rows.append((f"to {count} KV head{'s' if count != '1' else ''}", f"{size:,} bytes per token, {saved:.1%} less"))

@@ -82,10 +82,15 @@ def test_inspect_tells_which_class_reads_it(tmp_path: Path, capsys: pytest.Captu
     facts = inspect(tmp_path / "in")
     assert facts["layout"] == {"before": "chatglm", "after": "glm"}
     assert (facts["num_attention_heads"], facts["num_key_value_heads"], facts["model_type"]) == (4, 2, "glm")
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(tmp_path / "in"), "--kv-heads", "1"])
-    assert ended.value.code in (0, None)
-    assert "chatglm -> glm, which computes the same" in " ".join(capsys.readouterr().out.split())
+    told = {
+        "inspect": "chatglm with remote code, which is not needed",
+        "plan": "chatglm -> glm, which computes the same",
+    }
+    for command, words in told.items():
+        with pytest.raises(SystemExit) as ended:
+            main([command, str(tmp_path / "in"), *(["--kv-heads", "1"] if command == "plan" else [])])
+        assert ended.value.code in (0, None)
+        assert words in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_differs_beyond_the_training_length_is_said(tmp_path: Path) -> None:
