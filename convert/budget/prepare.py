@@ -137,18 +137,24 @@ def calibrated_states(live: Any, options: Library, tokens: Tensor) -> dict[tuple
 
 
 def estimate(
-    mix: Mix, options: Library, samples: Sequence[Sample], seed: int = 0, progress: Progress | None = None
+    mix: Mix,
+    options: Library,
+    fitted: Sample,
+    samples: Sequence[Sample],
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Estimates:
-    """Refit the output projection of every option in ``mix`` on running text, and estimate what each costs.
+    """Refit the output projection of every option in ``mix``, and estimate what each costs.
 
     Args:
         mix: with the closed form of every option.
         options: the options.
-        samples: texts; the first is running text.
+        fitted: running text for the refit; not what is measured on, of which it would learn the noise.
+        samples: texts to estimate on; the first is running text.
         seed: of y.
         progress: called with ("estimating", layers done, layers).
     """
-    seen = _watch(mix, list(options.layers), samples, seed)
+    seen = _watch(mix, list(options.layers), [fitted, *samples], seed)
     estimates = Estimates()
     for done, (layer, layer_options) in enumerate(options.layers.items()):
         if progress is not None:
@@ -173,7 +179,7 @@ def _of_option(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> t
         for batch in sample:
             read = _output_input(mix.attention(layer), output, batch)
             inputs[-1].append(read)
-            if number == 0:
+            if number == 0:  # the text to fit to
                 problem.add([read], batch.output)
     (fitted,), fitted_bias, _ = problem.solve()
     refitted = {"weight": fitted.T.contiguous() if transposed else fitted}
@@ -181,12 +187,12 @@ def _of_option(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> t
         refitted["bias"] = fitted_bias
     _store(mix, layer, name, refitted)
     effects, lost, size = [], 0.0, 0.0
-    for number, sample in enumerate(batches):
+    for number, sample in enumerate(batches[1:], 1):
         for batch, read in zip(sample, inputs[number]):
             gap = read @ fitted.T - batch.output
             if fitted_bias is not None:
                 gap = gap + fitted_bias
-            if number == 0:
+            if number == 1:
                 lost, size = lost + float(gap.square().sum()), size + float(batch.output.square().sum())
             for gradient in batch.gradients:
                 effects.append((gradient * gap).sum(-1).flatten() * batch.weight)
@@ -212,7 +218,7 @@ def _store(mix: Mix, layer: int, name: str, refitted: dict[str, Tensor]) -> None
 
 
 def _watch(mix: Mix, layers: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[list[_Seen]]]:
-    """Every layer's attention on every batch of every sample, with the gradients of log p(y)."""
+    """Every layer's attention on every batch of every sample, after the first with the gradients of log p(y)."""
     seen: dict[int, list[list[_Seen]]] = {layer: [[] for _ in samples] for layer in layers}
     trained = [parameter for parameter in mix.live.parameters() if parameter.requires_grad]
     mix.live.requires_grad_(False)
@@ -220,16 +226,18 @@ def _watch(mix: Mix, layers: Sequence[int], samples: Sequence[Sample], seed: int
     try:
         for number, sample in enumerate(samples):
             share = (1 / (sample.count * _DRAWS)) ** 0.5
-            if number:  # the probes together count as much as the text
-                share *= (1 / (len(samples) - 1)) ** 0.5
+            if number > 1:  # the probes together count as much as the text
+                share *= (1 / (len(samples) - 2)) ** 0.5
             for rows in sample.batches(mix.device):
-                with torch.enable_grad(), ExitStack() as stack:
+                with torch.set_grad_enabled(number > 0), ExitStack() as stack:
+                    for layer in layers:
+                        _watched(stack, mix.attention(layer), share, seen[layer][number])
+                    if number == 0:
+                        mix.live.base_model(input_ids=rows, use_cache=False)
+                        continue
                     stack.enter_context(_from_embeddings(mix.live))
-                    batch = {layer: _watched(stack, mix.attention(layer), share) for layer in layers}
                     logits = mix.live(input_ids=rows, use_cache=False).logits[:, sample.scored.to(mix.device)]
                     _backward(logits.float(), generator)
-                for layer, part in batch.items():
-                    seen[layer][number].append(part[0])
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -242,18 +250,17 @@ def _from_embeddings(live: Any) -> Any:
     return hooked(embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_()))
 
 
-def _watched(stack: ExitStack, attention: nn.Module, weight: float) -> list[_Seen]:
-    """A list that gets what an attention module is called with, gives, and the gradients of that."""
-    part: list[_Seen] = []
+def _watched(stack: ExitStack, attention: nn.Module, weight: float, kept: list[_Seen]) -> None:
+    """Keep what an attention module is called with, gives, and the gradients of that."""
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         output = result[0] if isinstance(result, tuple) else result
         args, kwargs = _detached(args), _detached(kwargs)
-        part.append(_Seen(args, kwargs, output.detach(), [], weight))
-        output.register_hook(part[0].gradients.append)
+        kept.append(_Seen(args, kwargs, output.detach(), [], weight))
+        if output.requires_grad:
+            output.register_hook(kept[-1].gradients.append)
 
     stack.enter_context(hooked(attention.register_forward_hook(keep, with_kwargs=True)))
-    return part
 
 
 def _backward(logits: Tensor, generator: torch.Generator) -> None:

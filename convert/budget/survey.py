@@ -11,7 +11,7 @@ import torch
 
 from rehead.console import Progress, quiet_transformers
 from rehead.convert.budget.library import Library, library
-from rehead.convert.budget.mix import Meter, Mix
+from rehead.convert.budget.mix import Meter, Mix, Sample
 from rehead.convert.budget.options import SurveyOptions
 from rehead.convert.budget.prepare import Estimates, calibrated_states, estimate, solve_forms
 from rehead.convert.budget.samples import running_text, samples
@@ -86,7 +86,9 @@ def survey(
     with Mix(live, model, every) as mix:
         solve_forms(mix, model, options, text, states, progress)
         texts = samples(model, running, asked.seed)
-        estimates = estimate(mix, options, texts, asked.seed, progress)
+        rows = text.tokens[0][: max(1, asked.tokens // length)]
+        fitted = Sample("fitted", rows, torch.ones(length, dtype=torch.bool))
+        estimates = estimate(mix, options, fitted, texts, asked.seed, progress)
         facts = {
             "context": context,
             "layer_count": len(options.layers),

@@ -66,7 +66,7 @@ def test_the_model_is_as_it_was_afterwards(planted):
     assert calibrated[0, "window:size=16,sink_logit=True"]["sinks"].shape == (8,)
     with Mix(live, model, [o for each in options.layers.values() for o in each]) as mix:
         solve_forms(mix, model, options, text, calibrated)
-        estimate(mix, options, samples(model, text))
+        estimate(mix, options, samples(model, text)[0], samples(model, text))
         with mix.on({0: options.layers[0][-1], 1: options.option(1, options.names[1])}):
             pass
     assert modules == [type(layer.self_attn) for layer in live.model.layers]
