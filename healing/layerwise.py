@@ -255,7 +255,7 @@ class LayerwiseModel:
         """
         prefix, new = self.model.family.layer.format(i=layer), new or {}
         there = [] if layer in self._loaded else [name for name in self.model.source.tensors if name.startswith(prefix)]
-        names = there or list(new)
+        names = list(dict.fromkeys([*there, *new]))
         tensors = {
             self.model.module_name(name): (new[name] if name in new else self.model.read(name, layer)).to(self.device)
             for name in names

@@ -49,7 +49,8 @@ def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> 
         kv, key, value = 1, int(rank), int(config.qk_rope_head_dim)
         reads = 2 * key + value
     else:
-        kv = family.num_kv_heads(config)
+        own = getattr(config, "layer_kv_heads", None)  # a modelling file of Rehead's
+        kv = (own[layer] if own else None) or family.num_kv_heads(config)
         key = value = family.head_dim(config)
         reads = None
     window = None if getattr(config, "is_encoder_decoder", False) else layer_window(config, layer)

@@ -120,6 +120,7 @@ VARIANTS: Registry[Variant] = Registry(
     "variant",
     {
         "pool": "rehead.variants.pool.variant",
+        "uneven": "rehead.variants.uneven.variant",
         "latent": "rehead.variants.latent.variant",
         "tiled": "rehead.variants.tiled",
         "window": "rehead.variants.window",

@@ -156,6 +156,8 @@ class Mix:
                                  self.model.source.tensors)  # fmt: skip
         named = {name.removeprefix(prefix): tensor.to(self.device, torch.float32) for name, tensor in weights.items()}
         module = None
+        if form.module is None:
+            named = _in_old_shapes(named, dict(self.attention(layer).named_parameters()), self.model.head_dim)
         if form.module is not None:
             module = form.module().to_empty(device=self.device)
             for name, tensor in named.items():
@@ -285,6 +287,24 @@ def as_many_heads(heads: Heads, kv: int) -> Heads:
         if tensor is not None and (name != "k_norm" or tensor.ndim == 2)
     }
     return replace(heads, **wide)  # type: ignore[arg-type]
+
+
+def _in_old_shapes(named: dict[str, Tensor], parameters: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Weights of fewer KV heads than a module has, each repeated for the query heads that read it.
+
+    Args:
+        named: by the parameter's name; ``kv_sizes``, where it is there, says how many query heads read each KV head.
+        parameters: of the module.
+        size: numbers of a head.
+    """
+    sizes = named.pop("kv_sizes", None)
+    if sizes is None:
+        return named
+    for name, tensor in named.items():
+        if tensor.shape[0] < parameters[name].shape[0]:
+            times = sizes * (parameters[name].shape[0] // size) / sizes.sum()
+            named[name] = tensor.unflatten(0, (-1, size)).repeat_interleave(times.round().long(), 0).flatten(0, 1)
+    return named
 
 
 def _restore(state: Any, before: tuple[Any, bool, Any]) -> None:

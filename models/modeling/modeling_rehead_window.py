@@ -4,6 +4,8 @@ The file travels beside a checkpoint, with ``modeling_rehead_core.py`` and ``mod
 transformers' own with the same parameters under the same names; ``config.layer_windows`` says what each layer sees,
 ``config.sink_tokens`` how many first tokens stay visible, and with ``config.sink_logits`` each head has one more logit
 in the denominator of its softmax, ``self_attn.sinks`` (Xiao et al. 2023, arXiv 2309.17453). Caches keep what is seen.
+With ``config.layer_kv_heads`` a layer has a number of KV heads of its own, each read by as many query heads as
+``self_attn.kv_sizes`` says.
 
 ``WindowLlamaConfig``, ``WindowLlamaModel``, ``WindowLlamaForCausalLM`` and so on for every name in ``FAMILIES`` are
 made from the installed transformers on first use.
@@ -80,7 +82,8 @@ def window_attention(
         )
         near = last[:, :, None] - kept[:, None] < window
         mask = mask & (near | (kept[:, None] < first[:, :, None] + sinks))[:, None]
-    groups = query.shape[1] // key.shape[1]
+    sizes = module._buffers.get("kv_sizes")
+    groups = query.shape[1] // key.shape[1] if sizes is None else sizes.round().long()
     logits = module._parameters.get("sinks")
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
     if logits is not None:  # one more key of zeros, whose score is the logit
@@ -89,7 +92,7 @@ def window_attention(
         key, value = (F.pad(states, (0, 0, 0, 1)) for states in (key, value))
     else:
         bias = bias.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # rows of padding, which nobody reads
-    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    key, value = (states.repeat_interleave(groups, 1, output_size=query.shape[1]) for states in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -144,9 +147,12 @@ class WindowModel:
         if config._attn_implementation in (None, "eager", "sdpa"):
             config._attn_implementation = NAME
         super().__init__(config)  # type: ignore[call-arg]
-        for layer, window in zip(self.base_model.layers, config.layer_windows):  # type: ignore[attr-defined]
+        counts = config.layer_kv_heads or [None] * config.num_hidden_layers
+        for layer, window, count in zip(self.base_model.layers, config.layer_windows, counts):  # type: ignore[attr-defined]
             attention = layer.self_attn
             attention.rehead_window = (window, config.sink_tokens)
+            if count is not None and "kv_sizes" not in attention._buffers:
+                _share_heads(attention, count)
             if config.sink_logits and "sinks" not in attention._parameters:
                 heads = config.num_attention_heads
                 attention.sinks = nn.Parameter(torch.full((heads,), NO_SINK))
@@ -169,9 +175,23 @@ def _windows(config: Any) -> list[tuple[int, int, int]]:
     return [(i, window, config.sink_tokens) for i, window in enumerate(config.layer_windows) if window is not None]
 
 
+def _share_heads(attention: Any, count: int) -> None:
+    """Give an attention module ``count`` KV heads, read by as many query heads each as its ``kv_sizes`` say."""
+    for name in ("k_proj", "v_proj"):
+        old = getattr(attention, name)
+        new = nn.Linear(old.in_features, count * attention.head_dim, old.bias is not None, old.weight.device)
+        setattr(attention, name, new.to(old.weight.dtype))
+    sizes = torch.ones(count, device=attention.k_proj.weight.device)
+    attention.register_buffer("kv_sizes", sizes)  # a tensor: which heads share is only known with the weights
+
+
 def _with_windows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Before each forward pass: caches that keep windows, and the attention layers told which cache is theirs."""
     config, cache = model.config, kwargs.get("past_key_values")
+    if config.layer_kv_heads and config._attn_implementation not in (NAME, "rehead_probe"):
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} knows no groups of unequal size; load without it"
+        )
     if config._attn_implementation not in (NAME, "rehead_tiled", "rehead_probe"):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} knows no sink tokens; load the model without it"
@@ -200,7 +220,12 @@ def _derived(model_type: str, prefix: str) -> DerivedClasses:
         model_type=TYPE_PREFIX + model_type,
         config=f"Window{prefix}Config",
         base=lambda: getattr(transformers, f"{prefix}Config"),
-        fields={"layer_windows": list | None, "sink_tokens": int | None, "sink_logits": bool | None},
+        fields={
+            "layer_windows": list | None,
+            "sink_tokens": int | None,
+            "sink_logits": bool | None,
+            "layer_kv_heads": list | None,
+        },
         check=check_windows,
         models={"AutoModel": models("Model"), "AutoModelForCausalLM": models("ForCausalLM")},
         also=also,

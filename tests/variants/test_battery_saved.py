@@ -59,6 +59,7 @@ ROWS = (
     Row("temperature", {"start": 0.8, "layers": "1"}, ("llama", "cohere")),
     Row("pool", {"num_key_value_heads": 2}),
     Row("pool", {"num_key_value_heads": 1, "method": "procrustes"}),
+    Row("uneven", {"num_key_value_heads": 3, "layers": "1"}, ("llama", "qwen2"), {"refit": True}),
     Row("latent", {"rank": 24, "rope_dims": 8}, ("llama", "qwen2", "qwen3")),
     Row("window", {"size": 5, "layers": "1"}, ("llama",)),
     Row("window", {"size": 8, "layers": "1"}, ("gemma2",)),
