@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from rehead.benchmarks.quality import LINES, draw, table
+from rehead.patches.commands import BENCHMARKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -105,3 +106,9 @@ def test_the_quick_tour_runs_as_printed(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{line}: {done.stderr[-500:]}"
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_every_benchmark_command_has_a_line_among_the_figures() -> None:
+    figures = (DOCS / "figures.md").read_text()
+    assert BENCHMARKS
+    assert not [name for name in BENCHMARKS if f"`{name}`" not in figures and f"bench {name}`" not in figures]
