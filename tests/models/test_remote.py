@@ -93,6 +93,30 @@ def test_inspect_tells_which_class_reads_it(tmp_path: Path, capsys: pytest.Captu
         assert words in " ".join(capsys.readouterr().out.split())
 
 
+def test_shards_stay_shards_and_a_killed_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused tensor becomes three in its own shard."""
+    _, tensors = write(tmp_path / "in", "internlm2")
+    convert(tmp_path / "in", tmp_path / "whole", num_key_value_heads=1)
+    names = list(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / "in" / file, {"format": "pt"})
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (tmp_path / "in" / "model.safetensors").unlink()
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with monkeypatch.context() as patched:
+        patched.setattr("rehead.checkpoints.target.Target.commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "in", tmp_path / "out", num_key_value_heads=1)
+    assert not (tmp_path / "out").exists()
+    convert(tmp_path / "in", tmp_path / "out", num_key_value_heads=1, resume=True)
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == set(parts)
+    found = {key: value for file in parts for key, value in load_file(tmp_path / "out" / file).items()}
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
 def test_what_differs_beyond_the_training_length_is_said(tmp_path: Path) -> None:
     write(tmp_path / "in", "qwen")
     convert(tmp_path / "in", tmp_path / "out", host="auto")
