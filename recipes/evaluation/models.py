@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rehead.checkpoints.opening import split_revision
 from rehead.checkpoints.source import Source, torch_dtype
@@ -163,9 +164,23 @@ def patched(loaded: JudgedModel, patches: Sequence[str]) -> JudgedModel:
     from rehead.patches import patch_model
 
     for name, options in read_patches(patches):
-        loaded.patches.append(patch_model(loaded.model, name, **options).apply())
+        loaded.patches.append(patch_model(loaded.model, name, calibration=_text_for(loaded, name, options), **options))
+        loaded.patches[-1].apply()
     loaded.patched_with = tuple(patches)
     return loaded
+
+
+def _text_for(loaded: JudgedModel, name: str, options: dict[str, Any]) -> Tensor | None:
+    """Tokens of the text that ships with Rehead, for a variant that is fitted to text; None for others."""
+    from rehead.data.calibration import calibration_tokens
+    from rehead.variants.contract import VARIANTS
+
+    variant = VARIANTS.get(name)
+    asked = variant.options.parse(options)
+    if variant.calibrate is None or not variant.needs(asked) or loaded.tokenizer is None:
+        return None
+    length = max(1024, 4 * variant.reach(asked))
+    return calibration_tokens(loaded.tokenizer, max(8192, length), length)
 
 
 def read_patches(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -50,7 +50,7 @@ def fit_logits(live: LiveVariant, tokens: Tensor, sequential: bool = True) -> No
         whole = compute(call)
         kept, lse = attend_with_lse(narrowed.with_(sinks=None))
         sums = errors(whole.transpose(1, 2), kept.transpose(1, 2), lse, metrics.get(id(sinks)))
-        sinks.data.copy_(best(sums))
+        sinks.data.copy_(best(sums, options.sinks))
         return None if sequential else whole
 
     body: Any = getattr(live.model, "base_model", live.model)

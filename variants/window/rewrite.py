@@ -48,7 +48,7 @@ def window_rewrite(model: Model, options: WindowOptions) -> Rewrite:
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
         if not needs:
             return Changed(heads)
-        logits = best(moments[needs[0]]).to(heads.q)
+        logits = best(moments[needs[0]], options.sinks).to(heads.q)
         told = [round(float(value), 4) for value in logits]
         return Changed(replace(heads, extras={**heads.extras, SINKS: logits[:, None]}), {"sink_logits": told})
 

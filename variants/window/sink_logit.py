@@ -14,6 +14,10 @@ from rehead.healing.moments import Batch, Moment, moment
 from rehead.variants.window.classes import OFF
 
 LOW, HIGH, STEP = -30.0, 30.0, 0.25
+WORTH = 0.5
+"""The most error that a logit may leave of a head's without one where sink tokens are kept too. What is lost then is no
+sink, and the logit shrinks all that the head gives, its mean too, which later layers count on: logits that took little
+error away raised SmolLM2's divergence by a third."""
 
 
 def grid(like: Tensor) -> Tensor:
@@ -44,11 +48,12 @@ def errors(whole: Tensor, kept: Tensor, lse: Tensor, metric: Tensor | None = Non
     return torch.stack(rows, 1)
 
 
-def best(sums: Tensor) -> Tensor:
-    """The logit of each head with the least error, float64 [H]; :data:`OFF` where none is best.
+def best(sums: Tensor, sinks: int) -> Tensor:
+    """The logit of each head with the least error, float64 [H]; :data:`OFF` where none is best or worth it.
 
     Args:
         sums: of :func:`errors` over batches, or their mean, [H, N, 2].
+        sinks: sink tokens that are kept beside it; see :data:`WORTH`.
     """
     sums = sums.double().cpu()
     points, error, slope = grid(sums), sums[..., 0], sums[..., 1]
@@ -59,7 +64,8 @@ def best(sums: Tensor) -> Tensor:
     first, second = slope[rows, at], slope[rows, other]
     step = torch.where(first * second < 0, first / (first - second), torch.zeros_like(first))
     logits = points[at] + step * (points[other] - points[at])
-    return torch.where(at == 0, torch.full_like(logits, OFF), logits)
+    worth = error[rows, at] < (WORTH if sinks else 1.0) * error[:, 0]
+    return torch.where(worth & (at > 0), logits, torch.full_like(logits, OFF))
 
 
 @moment("sink_logit")

@@ -29,12 +29,24 @@ def test_a_planted_logit_is_recovered(metric: bool) -> None:
     whole = torch.sigmoid(lse - planted[:, None])[..., None] * kept
     form = torch.randn(4, 8, 8, generator=generator) if metric else None
     sums = errors(whole, kept, lse, None if form is None else form @ form.transpose(1, 2))
-    torch.testing.assert_close(best(sums), planted.double(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(best(sums, 0), planted.double(), atol=2e-3, rtol=0)
 
 
 def test_heads_that_lose_nothing_get_no_logit() -> None:
     kept = torch.randn(2, 3, 40, 8, generator=torch.Generator().manual_seed(2))
-    assert bool((best(errors(kept, kept, torch.zeros(2, 3, 40))) < -20).all())
+    assert bool((best(errors(kept, kept, torch.zeros(2, 3, 40)), 0) < -20).all())
+
+
+def test_beside_sinks_a_logit_must_be_worth_it() -> None:
+    """One that takes all of the error away stays, one that takes a fifth of it goes."""
+    generator = torch.Generator().manual_seed(4)
+    kept, noise = torch.randn(2, 2, 1, 500, 8, generator=generator)
+    lse = torch.zeros(2, 1, 500)
+    for noisy, stays in ((0.0, True), (1.0, False)):
+        whole = 0.5 * kept + noisy * noise
+        logits = best(errors(whole, kept, lse), 4)
+        assert (float(logits.abs().max()) < 1.0) == stays
+        assert float(best(errors(whole, kept, lse), 0).abs().max()) < 1.0
 
 
 def test_the_live_logit_is_fitted_to_text() -> None:
