@@ -210,6 +210,18 @@ CASES: dict[str, Case] = {
         {"vllm": FLAT},
         note="the same with a latent of the queries",
     ),
+    "window": Case(
+        "llama",
+        GROUPED,
+        {"window": 32, "layers": "1", "sink_logit": True, **SHORT},
+        note="as granite_swa, with a logit",
+    ),
+    "window-ministral": Case("llama", GROUPED, {"window": 32, "layers": "0"}, note="as ministral, without sinks"),
+    "window-qwen2": Case("qwen2", GROUPED, {"window": 32, "layers": "0"}, note="its own class, one layer of two"),
+    "window-qwen3": Case("qwen3", GROUPED, {"window": 32, "layers": "0"}, note="its own class, one layer of two"),
+    "window-sinks": Case(
+        "llama", GROUPED, {"window": 32, "sinks": 4}, note="sink tokens, which only a modelling file has"
+    ),
     "latent": Case("llama", GROUPED, {"latent": 64, "rope_dims": 16, **SHORT}, {"vllm": FLAT}, note="as deepseek_v3"),
     "latent-llama.cpp": Case(
         "llama",
