@@ -126,6 +126,24 @@ def test_a_fit_finds_what_it_is_asked_for_whatever_the_size_of_the_weights() -> 
     assert other.fit(300, seed=1) != loss
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("waits", [False, True], ids=["recorded", "waits for the GPU"])
+def test_a_recorded_fit_is_the_fit_and_what_cannot_be_recorded_runs_as_it_is(waits: bool) -> None:
+    true, x = [w.cuda() for w in Products().true], [part.cuda() for part in Products().x]
+    losses = []
+    for record in (False, True):
+        weights = {name: nn.Parameter(w.detach().cuda(), requires_grad=False) for name, w in Products().weights.items()}
+
+        def forward(index: int, rows: torch.Tensor, weights: dict[str, nn.Parameter] = weights) -> torch.Tensor:
+            out = x[index][rows] @ weights["0"].T @ weights["1"].T
+            return out * (1 if not waits or float(out.detach().sum()) < 1e9 else 0)
+
+        target = lambda index, rows: x[index][rows] @ true[0].T @ true[1].T  # noqa: E731
+        losses.append(fit_attention(weights, forward, target, 60, [(8, 2), (3, 1)], 0, record=record))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_a_fit_goes_through_all_sequences_before_it_sees_one_again() -> None:
     layer = Products()
     layer.fit(14)
