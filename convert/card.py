@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
-from rehead.models.serving import facts_of, sentences
+from rehead.models.serving import DIFFERENT, REFUSED, facts_of, sentences, served_by
 from rehead.version import __version__
 
 if TYPE_CHECKING:
     from rehead.convert.planning import Plan
     from rehead.convert.verdict import Verdict
 
+# Engines that a latent can be converted for, by ``--for``, and their names in the records.
+_FLAGS = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
 # Metadata of the source that stays true of the result.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
@@ -40,6 +42,7 @@ def model_card(
         *_notes(plan, table, layers, details),
         "Engines, each run on a small model of this kind:",
         "\n".join(f"- {plain(line)}" for line in _engines(plan)),
+        *_for_engines(plan),
         "\n".join(code_block(without_folders(command))),
     ]
     metadata = yaml.safe_dump(_metadata(plan, table), sort_keys=False, allow_unicode=True, width=10_000).strip()
@@ -173,6 +176,15 @@ def _notes(
         )
     if left := table["code_left_out"]:
         yield f"Code stays behind: {', '.join(map(code, left))}. A tokenizer that needs it loads from the original."
+
+
+def _for_engines(plan: Plan) -> list[str]:
+    """What another conversion would do for engines that do not serve this one."""
+    config, said = plan.raw_config, []
+    if config.get("kv_lora_rank") and not config.get("attention_bias"):
+        runs = {run.engine: run.outcome for run in served_by(config["model_type"], facts_of(config))}
+        said = [f"`--for {flag}`" for flag, name in _FLAGS.items() if runs.get(name) in (DIFFERENT, REFUSED)]
+    return [f"Converted with {' or '.join(said)} it serves there."] if said else []
 
 
 def _engines(plan: Plan) -> list[str]:

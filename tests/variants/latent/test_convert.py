@@ -160,6 +160,9 @@ def test_vllm_gets_a_head_of_its_own_where_it_is_the_embedding(tmp_path: Path) -
     assert "lm_head.weight" in load_file(tmp_path / "for vllm" / "model.safetensors")
     assert not json.loads((tmp_path / "for vllm" / "config.json").read_text())["tie_word_embeddings"]
     assert verify(tmp_path / "for vllm", str(source)).cache_error < 1e-5
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("plain", "for vllm")]
+    assert "Converted with `--for llama.cpp` or `--for vllm` it serves there." in cards[0]
+    assert "--for vllm` it" not in cards[1]
 
 
 @pytest.mark.parametrize(
