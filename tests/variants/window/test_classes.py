@@ -142,3 +142,15 @@ def test_a_fit_moves_the_logit_too(tmp_path: Path) -> None:
         assert not torch.equal(a.self_attn.sinks, b.self_attn.sinks)
     kl = [verify(tmp_path / name, str(source)).against_source["mean_kl"] for name in ("fitted", "closed")]
     assert kl[0] < kl[1]
+
+
+def test_a_modelling_file_trains_and_saves(tmp_path: Path) -> None:
+    """Its logits have gradients, and a copy that transformers writes is the same model."""
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    convert(source, tmp_path / "out", window=5, sink_logit=True, host="rehead_window", **CALIBRATION)
+    model = loaded(tmp_path / "out")
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(float(layer.self_attn.sinks.grad.abs().sum()) > 0 for layer in model.model.layers)
+    model.eval().save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), IDS), logits(model, IDS))
