@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
         return list(self._table)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return self._load(self._table[name][0], name) if name in self._table else None
+        return without_empty_words(self._load(self._table[name][0], name)) if name in self._table else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -75,6 +75,24 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section(f"{self._kind.capitalize()}s"):
             formatter.write_dl([(name, text) for name, (_, text) in self._table.items()])
+
+
+def without_empty_words(command: click.Command) -> click.Command:
+    """A command that refuses an empty argument or option by name, as an unset shell variable leaves it."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        words = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(word, str) and not word.strip() for word in words):
+            ctx.fail(f"{parameter.make_metavar(ctx) if isinstance(parameter, click.Argument) else parameter.opts[0]}: "
+                     "is empty; give it a value")  # fmt: skip
+        return value
+
+    for part in command.commands.values() if isinstance(command, click.Group) else ():
+        without_empty_words(part)
+    for parameter in command.params:
+        if parameter.callback is None:
+            parameter.callback = check
+    return command
 
 
 def printable(text: object, newlines: bool = False) -> str:

@@ -88,7 +88,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The known name nearest to what the user wrote, or all of them where none is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    swapped = [known for known in names if sorted(known) == sorted(name)]
+    near = swapped or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
 
 

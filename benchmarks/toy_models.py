@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rehead.models.tiny import randomize
+
 HIDDEN, HEADS, VOCAB = 64, 8, 96
 
 SIZES: dict[str, Any] = {
@@ -132,24 +134,4 @@ def build(name: str) -> Any:
     torch.manual_seed(0)
     auto: Any = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     model = auto.from_config(config).float().eval()
-    randomise(model)
-    return model
-
-
-def randomise(model: torch.nn.Module, seed: int | None = 0, scale: float = 0.6) -> None:
-    """Give every parameter random values that keep activations near one; norms and biases too, in place.
-
-    Args:
-        seed: of the numbers; torch's own generator when None.
-        scale: of matrices, relative to what keeps the size of their input.
-    """
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * scale * parameter.shape[-1] ** -0.5)
-            elif "norm" in name or "ln_" in name:
-                parameter.copy_(0.2 * noise + (0.1 if name.endswith("bias") else 1.0))
-            else:
-                parameter.copy_(0.3 * noise)
+    return randomize(model, scale=0.6, redraw=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(part)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            number = left.name.split(".")[-2]
+            if left == part or (number.isdigit() and not is_running(int(number))):  # its process was killed
+                remove(left)
         yield part
         for file in [part] if part.is_file() else sorted(part.rglob("*")):
             if file.is_file():
@@ -43,6 +47,17 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             remove(part)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
 
 
 def write_file(path: Path, data: str | bytes) -> None:

@@ -50,6 +50,8 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None) -> S
         UnsupportedError: the checkpoint is in another format or broken, or the Hub refuses or cannot be reached.
     """
     text = os.fspath(model)
+    if not text.strip():
+        raise UsageError("the model's name is empty; give a checkpoint's folder or a Hub id (owner/name)")
     if text == EMBEDDED and not os.path.exists(text):
         return LocalSource(embedded_model(), id=text)
     if os.path.isdir(text):

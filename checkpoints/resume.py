@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rehead.checkpoints.manifest import completed, verify_files
+from rehead.checkpoints.outputs import out_path
 from rehead.checkpoints.staging import Staging, fingerprint_of, only_unpublished, staging_path
 from rehead.errors import ReheadError
 
@@ -26,7 +26,7 @@ def finish_commit(out: str | os.PathLike[str], fingerprint: str | Mapping[str, A
         UsageError: another run is writing ``out``.
         ResourceError: the rename failed.
     """
-    path, (whole, parts) = Path(os.path.abspath(out)), fingerprint_of(fingerprint)
+    path, (whole, parts) = out_path(out), fingerprint_of(fingerprint)
     if only_unpublished(path) and not os.path.lexists(path):
         try:
             same = verify_files(staging_path(path), allow_extra=True).get("fingerprint") == whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rehead.checkpoints.files import exchange, remove
-from rehead.checkpoints.smallfiles import CONFIG_NAME, MANIFEST_NAME, is_checkpoint_file
+from rehead.checkpoints.files import exchange, is_running, remove
+from rehead.checkpoints.smallfiles import MANIFEST_NAME
 from rehead.checkpoints.stream import sync_dir, write_error
 from rehead.errors import UnsupportedError, UsageError, output_expected
 
@@ -28,67 +27,6 @@ _JOURNAL = "journal.jsonl"
 _OWNER = "owner.json"
 
 
-def check_out(out: Path, source_folder: Path | None, overwrite: bool) -> None:
-    """Refuse an invalid OUT.
-
-    Args:
-        out: the folder to be written.
-        source_folder: the source's folder when it is local.
-        overwrite: whether an existing OUT may be replaced.
-
-    Raises:
-        UsageError: OUT is the source, inside it or around it; exists without ``overwrite``; or exists and is not a
-            checkpoint, so that replacing it would delete foreign files.
-    """
-    if out.name in ("", ".", ".."):
-        raise UsageError(f"{out}: is not a folder name; give a new folder as OUT")
-    real = out.resolve()
-    if source_folder is not None:
-        src = source_folder.resolve()
-        if real == src:
-            raise UsageError(f"{out}: OUT is the source itself; choose another OUT")
-        if real.is_relative_to(src):
-            raise UsageError(f"{out}: OUT lies inside the source; choose an OUT outside {source_folder}")
-        if src.is_relative_to(real):
-            raise UsageError(f"{out}: the source lies inside OUT; choose another OUT")
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise UsageError(f"{out}: already exists; choose another OUT or give --overwrite")
-    if out.is_symlink() or not out.is_dir():
-        raise UsageError(f"{out}: is a file or a link, not a folder; choose another OUT")
-    names = os.listdir(out)
-    if names and MANIFEST_NAME not in names and CONFIG_NAME not in names:
-        raise UsageError(f"{out}: has files but no checkpoint, so it will not be overwritten; choose another OUT")
-    foreign = foreign_file(out)
-    if foreign is not None:
-        raise UsageError(
-            f"{out}: has {foreign}, which is not part of a checkpoint and would be lost; move it away or choose "
-            "another OUT"
-        )
-
-
-def foreign_file(folder: Path) -> str | None:
-    """The first file or folder, by name, that is not part of the checkpoint in a folder; None if there is none.
-
-    Files in Rehead's manifest are part of it, and all that model hubs and training libraries put into a checkpoint's
-    folder. A link is foreign, since its target is not checked.
-    """
-    try:
-        listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-        own = set(listed) if isinstance(listed, dict) else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        inside = Path(place).relative_to(folder)
-        for name in sorted([*files, *(one for one in folders if (Path(place) / one).is_symlink())]):
-            path = (inside / name).as_posix()
-            if path not in own and not is_checkpoint_file(path):
-                return path
-    return None
-
-
 def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """(a hash of everything that determines the output, a hash of each named part of it)."""
     if isinstance(parts, str):
@@ -99,6 +37,47 @@ def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]
     }
     whole = hashlib.sha256("\n".join(f"{k}={v}" for k, v in sorted(hashes.items())).encode()).hexdigest()
     return whole, hashes
+
+
+def check_same(out: Path, parts: Mapping[str, Any]) -> None:
+    """Refuse to resume another conversion, as far as some named parts of its fingerprint tell.
+
+    Raises:
+        UsageError: an interrupted run of ``out`` noted another hash for one of them.
+    """
+    head, _ = _read_journal(staging_path(out))
+    noted = head.get("parts")
+    earlier: dict[str, str] = noted if isinstance(noted, dict) else {}
+    now = fingerprint_of(parts)[1]
+    _refuse_other(out, [name for name in now if name in earlier and earlier[name] != now[name]])
+
+
+def _refuse_other(out: Path, changed: list[str]) -> None:
+    if changed:
+        what = ", ".join(changed).replace("asked", "the options")
+        raise UsageError(
+            f"{out}: cannot resume, since {what} changed after the interrupted run; run again without --resume"
+        )
+
+
+def _read_journal(staging: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    """(fingerprint and parts, files) as far as a journal is whole; empty where there is none."""
+    try:
+        lines = (staging / PRIVATE / _JOURNAL).read_bytes().split(b"\n")[:-1]  # an unfinished line does not count
+    except OSError:
+        return {}, {}
+    head: dict[str, Any] = {}
+    files: dict[str, tuple[int, str]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            if "fingerprint" in record:
+                head = record
+            else:
+                files[record["file"]] = (int(record["size"]), str(record["sha256"]))
+        except (ValueError, TypeError, KeyError):
+            break
+    return head, files
 
 
 def staging_path(out: Path) -> Path:
@@ -223,7 +202,7 @@ class Staging:
     def _refuse_if_owned(self) -> None:
         owner = self._owner()
         pid = owner.get("pid")
-        if type(pid) is int and pid != os.getpid() and owner.get("host") == socket.gethostname() and _alive(pid):
+        if type(pid) is int and pid != os.getpid() and owner.get("host") == socket.gethostname() and is_running(pid):
             raise UsageError(self._busy(owner))
 
     def _unlock(self) -> None:
@@ -244,7 +223,7 @@ class Staging:
 
     def _load(self, parts: Mapping[str, str]) -> bool:
         """Read the journal of an earlier run; False when there is none."""
-        head, files = self._read_journal()
+        head, files = _read_journal(self.path)
         if not head:
             head, files = self._read_manifest()
         if not head:
@@ -253,32 +232,11 @@ class Staging:
             noted = head.get("parts")
             earlier: dict[str, str] = noted if isinstance(noted, dict) else {}
             differ = sorted(k for k in {*parts, *earlier} if parts.get(k) != earlier.get(k))
-            what = ", ".join(differ) if parts and earlier and differ else "the source or the options"
-            raise UsageError(
-                f"{self.out}: cannot resume, since {what} changed after the interrupted run; run again without --resume"
-            )
+            _refuse_other(self.out, differ if parts and earlier and differ else ["the source or the options"])
         self.files = files
         self.resumed = True
         self._begin(parts)
         return True
-
-    def _read_journal(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
-        try:
-            lines = (self.path / PRIVATE / _JOURNAL).read_bytes().split(b"\n")[:-1]  # an unfinished line does not count
-        except OSError:
-            return {}, {}
-        head: dict[str, Any] = {}
-        files: dict[str, tuple[int, str]] = {}
-        for line in lines:
-            try:
-                record = json.loads(line)
-                if "fingerprint" in record:
-                    head = record
-                else:
-                    files[record["file"]] = (int(record["size"]), str(record["sha256"]))
-            except (ValueError, TypeError, KeyError):
-                break
-        return head, files
 
     def _read_manifest(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
         """(fingerprint, files) of a run killed just before the rename: its journal is gone, its manifest complete."""
@@ -386,11 +344,3 @@ class Staging:
     def keep(self) -> None:
         """Keep the staging folder, so that a later run can resume."""
         self._unlock()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as err:
-        return err.errno == errno.EPERM
-    return True

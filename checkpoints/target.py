@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rehead.checkpoints.copying import copy_run, give_back_memory, raw_bytes, runs
 from rehead.checkpoints.manifest import MANIFEST_NAME, manifest_bytes, verify_files
 from rehead.checkpoints.notes import Notes
+from rehead.checkpoints.outputs import check_out, out_path
 from rehead.checkpoints.resume import finish_commit
 from rehead.checkpoints.shards import (
     DEFAULT_MAX_SHARD_SIZE,
@@ -31,7 +32,7 @@ from rehead.checkpoints.shards import (
     plan_shards,
 )
 from rehead.checkpoints.source import Source
-from rehead.checkpoints.staging import Staging, check_out, fingerprint_of
+from rehead.checkpoints.staging import Staging, fingerprint_of
 from rehead.checkpoints.stream import (
     HashingWriter,
     Pool,
@@ -93,7 +94,7 @@ class Target:
         resume: bool = False,
         fingerprint: str | Mapping[str, Any],
     ) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = out_path(out)
         self.source = source
         self.overwrite = overwrite
         self.resume = resume

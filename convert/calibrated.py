@@ -11,7 +11,7 @@ from torch import nn
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
-from rehead.convert.planning import Plan
+from rehead.convert.planning import Plan, ffn_writer
 from rehead.data.calibration import CalibrationText, load_calibration
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job, LayerJob
@@ -62,7 +62,7 @@ def job_of(plan: Plan) -> Job:
     return Job(
         original=plan.original,
         changed=plan.pooled if modules else model,
-        config=plan.layer_config,
+        config=plan.pooled.config,
         layers={layer: _layer_job(plan, layer) for layer in model.layers if layer in plan.computed_layers},
         tensors=lambda layer, heads: tensors_of(model.family, layer, heads, model.source.tensors),
         store=lambda name, tensor: cast(name, tensor, torch_dtype(infos[name].dtype)),
@@ -78,7 +78,7 @@ def _layer_job(plan: Plan, layer: int) -> LayerJob:
     names = model.family.names
     writers: tuple[str, ...] = ()
     if options.refit and layer in plan.reblocked:
-        ffn = plan.ffn_writer(layer)
+        ffn = ffn_writer(plan.model, layer)
         assert ffn is not None, "the plan has refused a layer without one"
         writers = (model.family.attention + names.output, ffn) if layer in plan.parallel_layers else (ffn,)
     style = forms[-1] if forms else LayerForm(lambda layer, heads, moments: Changed(heads))

@@ -172,8 +172,10 @@ def _notes(
     if drafts := table["drafts"]:
         yield (
             f"Draft layers that transformers does not load keep the original's heads: {', '.join(map(code, drafts))}. "
-            "An engine that drafts with them reads them wrongly."
-        )
+            + ("" if table["exact"] else "An engine that drafts with them reads them wrongly.")
+        ).strip()
+    if dropped := table["dropped"]:
+        yield f"Layers that drafted tokens were left out, {len(dropped)} tensors; an engine must not be told to draft."
     if left := table["code_left_out"]:
         yield f"Code stays behind: {', '.join(map(code, left))}. A tokenizer that needs it loads from the original."
 

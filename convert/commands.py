@@ -212,7 +212,11 @@ def _strays(facts: dict[str, Any]) -> str:
     kinds = (
         ("missing", "is missing as in the source: each load draws it at random"),
         ("unexpected", "is ignored by the class, which is as good as without it"),
-        ("drafts", "drafts tokens, which the class does not load: it keeps the source's heads"),
+        (
+            "drafts",
+            "drafts tokens, which the class does not load: it keeps the source's heads (--drop-drafts omits it)",
+        ),
+        ("dropped", "drafted tokens and is left out"),
         ("code_left_out", "is code, which stays behind; a tokenizer that names it loads from the source only"),
     )
     said = []

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rehead.checkpoints.manifest import made_by
-from rehead.checkpoints.staging import check_out
+from rehead.checkpoints.outputs import check_out, out_path
+from rehead.checkpoints.staging import check_same
 from rehead.checkpoints.target import Target, finish_commit
 from rehead.console import Progress
 from rehead.convert.card import model_card
@@ -98,9 +99,13 @@ def convert(
     started = time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
-        if not resume:  # before the model runs to choose layers or sizes
-            check_out(Path(os.path.abspath(out)), getattr(opened.source, "folder", None), overwrite)
+        # Before the model runs to choose layers or sizes.
         chosen: dict[str, Any] = {}
+        asks = {"asked": asked.as_json()} if is_auto(asked.layers) or asked.is_latent else {}
+        if resume:
+            check_same(out_path(out), {"source": opened.source.fingerprint(), **asks})
+        else:
+            check_out(out_path(out), getattr(opened.source, "folder", None), overwrite)
         if is_auto(asked.layers):
             from rehead.convert.auto_layers import choose
 
@@ -114,7 +119,7 @@ def convert(
             from rehead.convert.prove_layout import prove_layout
 
             prove_layout(plan.model)
-        result = execute(plan, out, device, resume, overwrite, progress, command, chosen)
+        result = execute(plan, out, device, resume, overwrite, progress, command, chosen, asks=asks)
     result.seconds = time.monotonic() - started
     if push_to_hub:
         from rehead.checkpoints.push import push_folder
@@ -149,12 +154,15 @@ def execute(
     command: str | None = None,
     chosen: dict[str, Any] | None = None,
     solved: tuple[FinishedLayers, dict[str, Any]] | None = None,
+    asks: dict[str, Any] | None = None,
 ) -> Conversion:
     """Carry out a plan; as :func:`convert`.
 
     Args:
         chosen: how the layers were chosen, for the manifest.
         solved: the layers of a calibrated plan and facts for the manifest, where they have been computed before.
+        asks: what was asked for where the text has decided the plan's options, so that a resumed run can be refused
+            before it reads any.
     """
     source, options = plan.result.source, plan.options
     result = Conversion(Path(out), plan)
@@ -165,6 +173,7 @@ def execute(
         "plan": [[t.name, t.dtype, list(t.shape), t.origin] for t in plan.outputs],
         "version": [__version__, torch.__version__],
         "device": device if options.needs_calibration else "",
+        **(asks or {}),
     }
     finished = finish_commit(out, fingerprint) if resume else None
     if finished is not None:  # the run that is resumed was killed in its last step

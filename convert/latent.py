@@ -9,7 +9,7 @@ import torch
 
 from rehead.console import Progress
 from rehead.data.calibration import CalibrationText, load_calibration
-from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.errors import UsageError, unknown_name
 from rehead.healing.run import Observed, observe
 from rehead.models.model import Model
 from rehead.models.rewritten import rewritten
@@ -127,7 +127,7 @@ def _asked(model: Model, options: ConvertOptions) -> LatentOptions:
     check_source(model)
     host = options.host or "deepseek_v3"
     if host not in HOSTS:
-        raise UnsupportedError(unknown_name("host of latent attention", host, HOSTS))
+        raise UsageError(unknown_name("host of latent attention", host, HOSTS))
     return LatentOptions.parse(
         {
             "rank": options.latent,

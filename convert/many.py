@@ -56,6 +56,11 @@ def convert_many(
     for name in ("refit", "fit"):
         if options.get(name):
             raise UsageError(f"--{name}: follows each result's own drift and cannot share a pass; convert one by one")
+    places: dict[str, int] = {}
+    for kv, out in outs.items():
+        other = places.setdefault(os.path.realpath(out), kv)
+        if other != kv:
+            raise UsageError(f"{os.fspath(out)}: is to hold {other} KV heads and {kv}; give each a folder of its own")
     opened = open_model(model, revision)
     with opened.source:
         plans = {kv: make_plan(opened, ConvertOptions.parse({**options, "num_key_value_heads": kv})) for kv in outs}

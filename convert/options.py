@@ -111,6 +111,9 @@ class ConvertOptions(Options):
         None, gt=0, description="What --layers auto may cost per token; the whole model is loaded to measure it."
     )
     plain: bool = Field(False, description="Refuse blocks for which the result needs a modelling file of Rehead's.")
+    drop_drafts: bool = Field(
+        False, description="Leave out layers that draft tokens (MTP), which keep the source's heads otherwise."
+    )
     latent: Annotated[Count | None, Flag(metavar="R")] = Field(
         None, ge=1, description="Latent attention (MLA): one latent of R numbers per token and layer for all heads."
     )
@@ -305,7 +308,7 @@ class ConvertOptions(Options):
         """
         table = super().as_json()
         latents = ("latent", "rope_dims", "kv_cache", "fold_biases", "half_scale", "engine")
-        for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window"):
+        for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window", "drop_drafts"):
             if table[name] in (None, False, [], 0):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):

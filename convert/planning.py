@@ -7,7 +7,7 @@ dtype, a wider model. Each takes the model that the one before it leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from rehead.convert.variants import variant_rewrite
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
-from rehead.models.meta import LoadReport, check_loads, draft_layers, shapes_of
+from rehead.models.meta import LoadReport, check_loads, draft_layers, drop_drafts, shapes_of, without_drafts
 from rehead.models.model import Model
 from rehead.models.remote import in_view_rounds, layout_facts
 from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
@@ -60,6 +60,7 @@ class Plan:
         result: the model at the end of the chain.
         options: what was asked, with the number of KV heads filled in.
         strays: tensors that the class misses or ignores in the result as in the source (a base model has no head).
+        dropped: tensors of layers that draft tokens, which were left out as asked.
     """
 
     source: Model
@@ -68,6 +69,7 @@ class Plan:
     result: Model
     options: ConvertOptions
     strays: LoadReport | None = None
+    dropped: list[str] = field(default_factory=list)
 
     # ---- the result
 
@@ -79,7 +81,8 @@ class Plan:
     @property
     def raw_config(self) -> dict[str, Any]:
         """The result's ``config.json``."""
-        return with_older_rope(self.result.source.config, self.source.source.id)
+        raw = with_older_rope(self.result.source.config, self.source.source.id)
+        return without_drafts(raw) if self.dropped else raw
 
     @property
     def config(self) -> Any:
@@ -181,11 +184,6 @@ class Plan:
         return changed | set(self.reblocked)
 
     @property
-    def layer_config(self) -> Any:
-        """The config of the model before it is widened, in which layers are converted one by one."""
-        return self.pooled.config
-
-    @property
     def calibrated(self) -> bool:
         """Whether the model has to be run over text."""
         return any(rewrite.calibrated for rewrite in self.rewrites)
@@ -194,10 +192,6 @@ class Plan:
     def parallel_layers(self) -> set[int]:
         """The layers whose block is parallel in the result, of those that changed."""
         return set(self.reblocked) if self.options.block == "parallel" else set()
-
-    def ffn_writer(self, layer: int) -> str | None:
-        """As :func:`ffn_writer`."""
-        return ffn_writer(self.model, layer)
 
     # ---- telling
 
@@ -231,6 +225,7 @@ class Plan:
             "missing": sorted(self.strays.missing) if self.strays else [],
             "unexpected": self._unexpected(),
             "drafts": draft_layers(source),
+            "dropped": self.dropped,
             "code_left_out": source.code_left_out(),
             "exact": self.exact,
             "rounded": self.rounded,
@@ -257,10 +252,12 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         UsageError: the number of KV heads does not divide the model's, or exceeds it.
         UnsupportedError: the class cannot express the result, or would not load it.
     """
-    source, old = model, model.num_kv_heads
+    source, old, dropped = model, model.num_kv_heads, drop_drafts(model.source) if options.drop_drafts else []
     check_lengths(model, options)
     if options.is_latent:
-        return _checked(Plan(source, model, *with_latent(model, options, DTYPES[options.dtype]), options))
+        return _checked(
+            Plan(source, model, *with_latent(model, options, DTYPES[options.dtype]), options, dropped=dropped)
+        )
     kv = options.num_key_value_heads or old
     options = options.but(num_key_value_heads=kv)
     check_count(model, kv)
@@ -279,7 +276,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         from rehead.convert.reinvest import widen
 
         result = rewritten(pooled, widen(pooled, old, options.reinvest, options.multiple_of, options.seed))
-    return _checked(Plan(source, model, pooled, result, options))
+    return _checked(Plan(source, model, pooled, result, options, dropped=dropped))
 
 
 def check_lengths(model: Model, options: ConvertOptions) -> None:

@@ -126,6 +126,27 @@ def draft_layers(source: Source) -> list[str]:
     return sorted(whole - loaded)
 
 
+def drop_drafts(source: Source) -> list[str]:
+    """Take all that only drafts tokens out of a source: those layers, and what stands beside them (``mtp.fc``).
+
+    Returns:
+        The names of the tensors that are gone.
+    """
+    roots = {prefix.split(".")[0] for prefix in draft_layers(source)}
+    roots -= {name.split(".")[0] for name in source.tensors}
+    starts = tuple(f"{start}." for start in (*draft_layers(source), *roots))
+    dropped = [name for name in source.ignored if name.startswith(starts)] if starts else []
+    for name in dropped:
+        del source.ignored[name]
+    return dropped
+
+
+def without_drafts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw config that announces no layers that draft tokens."""
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+    return {**raw, **{key: 0 for key in keys if raw.get(key)}}
+
+
 def check_loads(
     source_config: Any, source_tensors: Mapping[str, Any], config: Any, tensors: Mapping[str, Any]
 ) -> LoadReport:

@@ -52,16 +52,27 @@ LISTS = ("layer_types", "attention_layers", "layers_block_type", "mlp_layer_type
 """Per-layer lists: one layer of every kind is kept, so that no kind goes untried."""
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights large enough that attention scores differ and a lost mask shows; in place."""
-    gen = torch.Generator().manual_seed(seed)
+def randomize(model: nn.Module, seed: int | None = 0, scale: float = 1.5, redraw: bool = False) -> nn.Module:
+    """Random weights for a model, in place; by default large enough that attention differs and a lost mask shows.
+
+    Args:
+        model: of any class.
+        seed: of the numbers; torch's own generator when None.
+        scale: of matrices, relative to what keeps the size of their input.
+        redraw: draw norms and biases too, norms around one; otherwise they are moved a little from what they are.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
                 continue
-            noise = torch.randn(parameter.shape, generator=gen, dtype=torch.float32)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             if parameter.ndim >= 2:
-                parameter.copy_(noise * (1.5 * parameter.shape[-1] ** -0.5))
-            else:
+                parameter.copy_(noise * (scale * parameter.shape[-1] ** -0.5))
+            elif not redraw:
                 parameter.add_(0.1 * noise)
+            elif "norm" in name or "ln_" in name:
+                parameter.copy_(0.2 * noise + (0.1 if name.endswith("bias") else 1.0))
+            else:
+                parameter.copy_(0.3 * noise)
     return model

@@ -146,8 +146,16 @@ class Patch:
                 part.revert()
 
     def only(self, layers: Iterable[int]) -> AbstractContextManager[Any]:
-        """Inside the block the patch works in the layers of these indices alone; afterwards as before."""
+        """Inside the block the patch works in the layers of these indices alone; afterwards as before.
+
+        Raises:
+            UsageError: it changes nothing in one of them.
+        """
         wanted, stack = list(layers), ExitStack()
+        known = sorted({state.index for part in self.parts for state in part.states if state.index is not None})
+        if wrong := sorted(set(wanted) - set(known)):
+            changed = f"choose from {', '.join(map(str, known))}" if known else "apply it first"
+            raise UsageError(f"patch {self.name!r}: changes nothing in layer {wrong[0]}; {changed}")
         for part in self.parts:
             if not part.variant.settles:
                 stack.enter_context(part.only(wanted))

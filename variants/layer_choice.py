@@ -59,6 +59,23 @@ def parse_layers(text: str | Sequence[int] | None, count: int) -> list[int]:
     """
     if text is None or text == "all":
         return list(range(count))
+    chosen = named_layers(text, count)
+    wrong = [layer for layer in chosen if not 0 <= layer < count]
+    if wrong:
+        raise UsageError(f"--layers: layer {wrong[0]} does not exist; the model's layers are 0 to {count - 1}")
+    return chosen
+
+
+def named_layers(text: str | Sequence[int], most: int = 1 << 20) -> list[int]:
+    """Layer indices that a list names, ascending, whatever the model has.
+
+    Args:
+        text: ``"0,4-7"``, or the indices themselves.
+        most: where a range that runs beyond all layers is cut.
+
+    Raises:
+        UsageError: not a list of layers.
+    """
     if isinstance(text, str):
         chosen: list[int] = []
         for part in text.split(","):
@@ -68,12 +85,9 @@ def parse_layers(text: str | Sequence[int] | None, count: int) -> list[int]:
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 raise UsageError(f"--layers {text}: {part.strip()!r} runs backwards; write {last}-{first}")
-            chosen += range(first, max(first, min(last, count)) + 1)  # one beyond the end is enough to be refused
+            chosen += range(first, max(first, min(last, most)) + 1)  # one beyond the end is enough to be refused
     else:
         chosen = [int(layer) for layer in text]
-    wrong = [layer for layer in chosen if not 0 <= layer < count]
-    if wrong:
-        raise UsageError(f"--layers: layer {wrong[0]} does not exist; the model's layers are 0 to {count - 1}")
     if not chosen:
         raise UsageError("--layers: names no layer; write auto, all or a list like 0,4-7")
     return sorted(set(chosen))

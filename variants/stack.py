@@ -22,7 +22,7 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.models.live import LayerState
 from rehead.models.undo import Undoing, UndoLog
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions
-from rehead.variants.layer_choice import check_known, parse_layers
+from rehead.variants.layer_choice import check_known, named_layers
 from rehead.variants.shapes import layouts
 
 STACK = "_rehead_stack"
@@ -148,7 +148,7 @@ class LiveVariant(Undoing):
         self._memory.pop("temporary", None)
         try:
             if self.variant.redirect is not None:
-                asked = None if self.options.layers == ALL else set(_indices(self.options.layers))
+                asked = None if self.options.layers == ALL else set(named_layers(self.options.layers))
                 self.states = self.variant.redirect(self.model, self.options, asked, self._undo, self._memory)
                 self.untouched = self._memory.get("untouched", [])
                 for state in self.states:
@@ -233,16 +233,11 @@ def _check_free(model: nn.Module, name: str) -> None:
                 )
 
 
-def _indices(layers: str | Sequence[int]) -> list[int]:
-    """The indices that a list of layers names, however many layers there are."""
-    return parse_layers(layers, 1 << 20)
-
-
 def _chosen(layers: list[AttentionLayer], asked: str | tuple[int, ...]) -> list[AttentionLayer]:
     if asked == ALL:
         return list(layers)
     known = sorted({layer.index for layer in layers if layer.index is not None})
-    wanted = set(_indices(asked))
+    wanted = set(named_layers(asked))
     check_known(wanted, known)
     return [layer for layer in layers if layer.index in wanted]
 

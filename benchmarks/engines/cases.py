@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rehead.benchmarks.toy_models import randomise
 from rehead.convert import convert
+from rehead.models.tiny import randomize
 from rehead.recipes.pipeline.named_models import embedded_model, write_smollm2
 
 HEADS, HEAD_DIM, HIDDEN, LAYERS = 4, 32, 128, 2
@@ -379,7 +379,7 @@ def _random_model(case: Case, out: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto.from_config(config, dtype=torch.float32)
-        randomise(model, seed=None, scale=0.8)
+        randomize(model, seed=None, scale=0.8, redraw=True)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     return out

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from rehead.checkpoints.outputs import check_out, out_path
 from rehead.checkpoints.resume import finish_commit
-from rehead.checkpoints.staging import check_out
 from rehead.console import Progress
 from rehead.data.sources import identity as data_identity
 from rehead.errors import UsageError
@@ -114,7 +114,7 @@ def uptrain(
     if resume not in RESUME:
         raise UsageError(f"--resume {resume}: choose auto or never")
     run = join_processes(chosen.device)
-    return _Uptraining(os.fspath(student), Path(os.path.abspath(out)), chosen, run, resume, overwrite, command)(
+    return _Uptraining(os.fspath(student), out_path(out), chosen, run, resume, overwrite, command)(
         progress if run.main else None, on_event if run.main else None
     )
 

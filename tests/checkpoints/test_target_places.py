@@ -11,7 +11,7 @@ import pytest
 import torch
 import writing
 
-from rehead.checkpoints import staging
+from rehead.checkpoints import outputs, staging
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.target import Target
@@ -78,7 +78,7 @@ def test_checkpoints_of_others_are_known_by_their_files(tmp_path, model):
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
-    assert staging.foreign_file(out) is None
+    assert outputs.foreign_file(out) is None
     convert(model, out, overwrite=True)
     assert verify_files(out)
 

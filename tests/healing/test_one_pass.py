@@ -72,7 +72,7 @@ def test_every_count_comes_out_of_one_pass(source: Path, tmp_path: Path, monkeyp
             assert finished.facts[layer]["groups"] == alone.facts[layer]["groups"]
             # Singular vectors are found up to a sign, so what is compared is what queries, keys and values compute.
             both = [
-                split(step.model.family, step.layer_config, layer, folder(layer), kv).to(torch.float32)
+                split(step.model.family, step.pooled.config, layer, folder(layer), kv).to(torch.float32)
                 for folder in (alone, finished)
             ]
             assert max(reconstruction_error(*both)) < 1e-3

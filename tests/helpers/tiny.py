@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rehead.benchmarks.toy_models import randomise as randomise
+from rehead.models.tiny import randomize
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, VOCAB = 2, 64, 8, 4, 96
 
@@ -205,8 +205,7 @@ def tiny_model(name: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """A model of :func:`tiny_config` in float32 and eval mode, every parameter random."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), attn_implementation="eager")
-    randomise(model, seed)
-    return model.float().eval()
+    return randomize(model, seed, scale=0.6, redraw=True).float().eval()
 
 
 def save_tiny(name: str, folder: Path | str, seed: int = 0, **overrides: Any) -> Path:

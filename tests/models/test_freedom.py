@@ -45,7 +45,7 @@ def odd_model(name: str, size: int, kind: str, factor: float) -> torch.nn.Module
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        tiny.randomise(model)
+        tiny.randomize(model, scale=0.6, redraw=True)
         model = model.float().eval()
         tiny.logits(model)
     except Exception:

@@ -109,6 +109,32 @@ def test_draft_layers_are_named(tmp_path: Path) -> None:
         assert "mtp.layers.0 drafts tokens" in CliRunner().invoke(cli, line).output
 
 
+@pytest.mark.parametrize("asked", [{"num_key_value_heads": 1}, {"block": "parallel"}])
+@pytest.mark.parametrize("name", ["qwen3_next", "glm4_moe"])
+def test_draft_layers_are_left_out_on_request(name: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    """A tree of their own with what stands beside its layers, or one layer more than the model has."""
+    if "block" in asked and name == "qwen3_next":
+        pytest.skip("its blocks stay as they are")
+    source = tiny.save_tiny(name, tmp_path / "source")
+    edit(source, num_nextn_predict_layers=1)
+    tensors = load_file(source / "model.safetensors")
+    start = "mtp.layers.0." if name == "qwen3_next" else "model.layers.2."
+    draft = {k.replace("model.layers.1.", start): v for k, v in tensors.items() if "layers.1." in k}
+    beside = (
+        {"mtp.fc.weight": torch.zeros(2, 2)} if name == "qwen3_next" else {f"{start}eh_proj.weight": torch.zeros(2)}
+    )
+    save(source, tensors | draft | beside)
+    done = convert(source, tmp_path / "out", drop_drafts=True, **asked)
+    assert done.as_json()["dropped"] == sorted({**draft, **beside}, key=done.as_json()["dropped"].index)
+    assert set(done.as_json()["dropped"]) == draft.keys() | beside.keys()
+    assert done.as_json()["drafts"] == []
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert not written.keys() & (draft.keys() | beside.keys())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert "were left out" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out", str(source)).drafts == ()
+
+
 def test_the_config_class_is_the_one_that_auto_config_takes(tmp_path: Path) -> None:
     for name in sorted(FAMILIES):
         if tiny.available(name):

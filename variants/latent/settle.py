@@ -46,11 +46,14 @@ def settle(options: LatentOptions, angles: Tensor, numbers: int, most: int, pair
     rank = options.rank
     if rank is None:
         assert options.kv_cache is not None
-        rank = rank_for(cache_numbers(options.kv_cache, numbers), dims // 2)
+        rank = rank_for(cache_numbers(options.kv_cache, numbers), dims // 2, f"--kv-cache {options.kv_cache}")
     if rank > most:
         raise UsageError(f"--latent {rank}: keys and values of this model span {most} numbers; give that or less")
     if rank % 2:
-        raise UsageError(f"--kv-cache {options.kv_cache}: leaves an odd rank, {rank}; give an even number")
+        raise UsageError(
+            f"--kv-cache {options.kv_cache}: beside a rotated key of {dims} numbers the latent would have {rank}, and "
+            f"engines take even ranks only; give {rank + dims - 1} or {rank + dims + 1}"
+        )
     return options.but(rank=rank, rope_dims=dims, kv_cache=None)
 
 

@@ -55,8 +55,11 @@ class LatentSizes:
         return 2 * (self.parameters - self.rank - up + context * up + attention)
 
 
-def rank_for(numbers: int, pairs: int) -> int:
+def rank_for(numbers: int, pairs: int, asked: str = "") -> int:
     """The latent that fills a cache of ``numbers`` per token beside ``pairs`` rotary pairs.
+
+    Args:
+        asked: the flag and what was given with it, for the message.
 
     Raises:
         UsageError: nothing is left for it.
@@ -64,8 +67,8 @@ def rank_for(numbers: int, pairs: int) -> int:
     rank = numbers - 2 * pairs
     if rank < 1:
         raise UsageError(
-            f"a cache of {numbers} numbers per token: {pairs} rotary pairs leave nothing for the latent; "
-            f"give at least {2 * pairs + 1}, or fewer pairs"
+            f"{asked or f'a cache of {numbers}'}: is {numbers} numbers per token, and a rotated key of {2 * pairs} "
+            f"leaves nothing of them for the latent; give {2 * pairs + 2} or more"
         )
     return rank
 
