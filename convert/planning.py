@@ -81,8 +81,8 @@ class Plan:
     @property
     def raw_config(self) -> dict[str, Any]:
         """The result's ``config.json``."""
-        raw = with_older_rope(self.result.source.config, self.source.source.id)
-        return without_drafts(raw) if self.dropped else raw
+        raw = without_drafts(self.result.source.config) if self.dropped else self.result.source.config
+        return with_older_rope(raw, self.source.source.id)
 
     @property
     def config(self) -> Any:
@@ -255,9 +255,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     source, old, dropped = model, model.num_kv_heads, drop_drafts(model.source) if options.drop_drafts else []
     check_lengths(model, options)
     if options.is_latent:
-        return _checked(
-            Plan(source, model, *with_latent(model, options, DTYPES[options.dtype]), options, dropped=dropped)
-        )
+        both = with_latent(model, options, DTYPES[options.dtype])
+        return _checked(Plan(source, model, *both, options, dropped=dropped))
     kv = options.num_key_value_heads or old
     options = options.but(num_key_value_heads=kv)
     check_count(model, kv)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rehead.checkpoints.staging import check_out
+from rehead.checkpoints.outputs import check_out
 from rehead.console import Progress
 from rehead.convert.budget.choose import Selection, check_budget, select, smallest
 from rehead.convert.budget.holders import Holder, holders
