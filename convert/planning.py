@@ -1,7 +1,6 @@
 """The plan: exactly what a conversion changes, worked out and checked before any weight is read.
 
-A plan is a chain of Rewrites: another form of blocks, another class, fewer KV heads, a refit of what changed, another
-dtype, a wider model. Each takes the model that the one before it leaves.
+A plan is a chain of Rewrites (another class, fewer KV heads, ...). Each takes the model that the one before it leaves.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Plan:
         result: the model at the end of the chain.
         options: what was asked, with the number of KV heads filled in.
         strays: tensors that the class misses or ignores in the result as in the source (a base model has no head).
-        dropped: tensors of layers that draft tokens, which were left out as asked.
+        dropped: tensors of draft layers that were left out as asked.
     """
 
     source: Model
@@ -246,7 +245,7 @@ class Plan:
 
 
 def make_plan(model: Model, options: ConvertOptions) -> Plan:
-    """Work out the conversion and check it against the target class on the meta device. No weight is read.
+    """Work out the conversion and check it against the target class on the meta device.
 
     Raises:
         UsageError: the number of KV heads does not divide the model's, or exceeds it.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rehead.checkpoints.staging import check_out
+from rehead.checkpoints.outputs import check_out
 from rehead.data.sources import documents_of, parse_source
 from rehead.errors import UsageError
 from rehead.options import takes
