@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rehead.convert.options import ConvertOptions
-from rehead.convert.planning import check_lengths
+from rehead.convert.variants import check_lengths
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.config import causal_lm_class
 from rehead.models.model import Model

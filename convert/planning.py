@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rehead.checkpoints.shards import OutputTensor
 from rehead.checkpoints.source import Source
-from rehead.convert.hosts import host, window_hosts
+from rehead.convert.hosts import host
 from rehead.convert.latent import with_latent
 from rehead.convert.options import DTYPES, ConvertOptions
-from rehead.convert.variants import variant_rewrite
-from rehead.errors import UnsupportedError, UsageError
+from rehead.convert.variants import check_lengths, host_for, variant_rewrite
+from rehead.errors import UnsupportedError
 from rehead.models.config import json_floats, with_older_rope
 from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, drop_drafts, shapes_of, without_drafts
@@ -26,7 +26,6 @@ from rehead.models.remote import in_view_rounds, layout_facts
 from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.models.rewritten_source import RewrittenSource
-from rehead.variants.layer_choice import is_auto
 from rehead.variants.pool.rewrite import check_count, pool
 
 LayerProvider = Callable[[int], dict[str, Tensor]]
@@ -265,7 +264,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         model = rewritten(model, reblock(model, options.block, options.layers, options.plain))
     in_stock_class = options.host == "auto" and layout_facts(source.source)  # which opening it did
     wanted = None if in_stock_class else options.host
-    wanted = wanted or _host_for(model, options) or ("auto" if kv != old and model.family.hosted else None)
+    wanted = wanted or host_for(model, options) or ("auto" if kv != old and model.family.hosted else None)
     if wanted is not None:
         model = rewritten(model, host(model, wanted, options.sink_logit))
     pooled = _with_layers(model, options, kv)
@@ -275,26 +274,6 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 
         result = rewritten(pooled, widen(pooled, old, options.reinvest, options.multiple_of, options.seed))
     return _checked(Plan(source, model, pooled, result, options, dropped=dropped))
-
-
-def check_lengths(model: Model, options: ConvertOptions) -> None:
-    """Refuse calibration text that hardly shows what a window hides."""
-    lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
-    measured = options.needs_calibration or is_auto(options.layers)
-    if options.window is not None and measured and max(lengths) < 4 * options.window:
-        raise UsageError(
-            f"--window {options.window}: calibration sequences of {max(lengths)} tokens hardly show what it hides; "
-            f"give --calibration-length {4 * options.window} or more, or a smaller window"
-        )
-
-
-def _host_for(model: Model, options: ConvertOptions) -> str | None:
-    """The class that must stand in for a model's own, so that variants can be held."""
-    hosts = window_hosts(model) if options.window is not None else []
-    for variant, asked in options.asked_variants:
-        if (name := variant.host(model, asked, hosts)) is not None:
-            return name
-    return None
 
 
 def _checked(plan: Plan) -> Plan:

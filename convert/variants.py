@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rehead.convert.hosts import window_hosts
 from rehead.errors import UsageError
 from rehead.models.by_heads import rewrite_heads
 from rehead.models.heads import Heads
@@ -12,6 +13,9 @@ from rehead.models.model import Model
 from rehead.models.rewrite import Changed, LayerForm, Rewrite
 from rehead.variants.contract import VARIANTS, Variant
 from rehead.variants.layer_choice import is_auto, parse_layers
+
+if TYPE_CHECKING:
+    from rehead.convert.options import ConvertOptions
 
 
 def variant_rewrite(model: Model, variant: Variant, options: Any) -> Rewrite:
@@ -45,6 +49,26 @@ def by_weights(model: Model, variant: Variant, options: Any) -> Rewrite:
         lambda layer, heads: change(heads, options, None),
     )
     return replace(rewrite, exact=variant.exact(options), rounds=True)
+
+
+def check_lengths(model: Model, options: ConvertOptions) -> None:
+    """Refuse calibration text that hardly shows what a window hides."""
+    lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
+    measured = options.needs_calibration or is_auto(options.layers)
+    if options.window is not None and measured and max(lengths) < 4 * options.window:
+        raise UsageError(
+            f"--window {options.window}: calibration sequences of {max(lengths)} tokens hardly show what it hides; "
+            f"give --calibration-length {4 * options.window} or more, or a smaller window"
+        )
+
+
+def host_for(model: Model, options: ConvertOptions) -> str | None:
+    """The class that must stand in for a model's own, so that variants can be held."""
+    hosts = window_hosts(model) if options.window is not None else []
+    for variant, asked in options.asked_variants:
+        if (name := variant.host(model, asked, hosts)) is not None:
+            return name
+    return None
 
 
 def describe_variants() -> list[dict[str, Any]]:
