@@ -151,14 +151,18 @@ def _is_budget(given: dict[str, Any]) -> bool:
 @click.argument("out")
 @click.option("--source", metavar="MODEL", help="Compare logits with this model.  [default: none]")
 @REVISION
+@QUIET
 @JSON
-def verify_command(out: str, source: str | None, revision: str | None, as_json: bool) -> None:
+def verify_command(out: str, source: str | None, revision: str | None, quiet: bool, as_json: bool) -> None:
     """Check a converted folder OUT: files against the manifest, loading, logits."""
     from rehead.convert import verify
 
-    report = verify(out, source, revision=revision).as_json()
+    with progress_bar(quiet) as progress:
+        report = verify(out, source, revision=revision, progress=progress).as_json()
     if as_json:
         print_json(report)
+        return
+    if quiet:
         return
     rows = [
         ("files", f"{report['files']} match their SHA-256"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.source import Source
+from rehead.console import Progress
 from rehead.data.sample import Sample, sample
 from rehead.errors import UnsupportedError, VerificationError
 from rehead.models.cache_layouts import config_layouts
@@ -81,7 +82,12 @@ class Verification:
 
 
 def verify(
-    out: str | os.PathLike[str], source: str | None = None, *, revision: str | None = None, positions: int = 256
+    out: str | os.PathLike[str],
+    source: str | None = None,
+    *,
+    revision: str | None = None,
+    positions: int = 256,
+    progress: Progress | None = None,
 ) -> Verification:
     """Check a converted folder.
 
@@ -95,12 +101,13 @@ def verify(
         source: the original, to compare logits with: a folder or a Hub id.
         revision: Hub revision of ``source``.
         positions: tokens to compare.
+        progress: called with ("hashing", bytes done, bytes).
 
     Raises:
         UsageError: no such folder, or one that Rehead did not write.
         VerificationError: something did not hold; the line says what.
     """
-    manifest = verify_files(out)
+    manifest = verify_files(out, None if progress is None else lambda done, total: progress("hashing", done, total))
     folder = open_source(str(out))
     config = resolve_config(folder.config, str(out))
     if absent := _absent_code(folder):

@@ -6,7 +6,9 @@ there. No weight is read, so an estimate of a large model takes seconds, and it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import math
 import statistics
@@ -172,6 +174,7 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> float:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        _give_back()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         before = _resident("VmRSS")
         work()
@@ -184,9 +187,16 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> float:
 def resident(device: torch.device) -> float:
     """Bytes that this process has before any model is in it; 0 on a GPU, where only models are."""
     try:
+        _give_back()
         return 0.0 if device.type == "cuda" else _resident("VmRSS")
     except OSError:
         return 0.5e9
+
+
+def _give_back() -> None:
+    """Let the C library return freed memory to the system, so that what is taken next shows."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(key: str) -> float:
