@@ -53,28 +53,28 @@ class Predictor:
 
     def moves(self, choice: Choice) -> list[Move]:
         """Every change of one layer."""
+        changes = _Changes.of(self, choice)
         return [
-            self._after(choice, {layer: option})
-            for layer, options in self.options.layers.items()
-            for option in options
-            if option.name != self._at(choice, layer).name
+            Move({layer: option}, predicted, total)
+            for (layer, option), predicted, total in zip(
+                changes.made, changes.predicted.tolist(), changes.totals.tolist()
+            )
         ]
 
-    def swaps(self, choice: Choice, budget: int) -> list[Move]:
-        """Every change of one layer to a dearer option and another to a cheaper one within ``budget`` bytes."""
-        total, size = self.options.total(choice), self.options.bytes_of
-        up: list[tuple[int, Option, int]] = []
-        down: list[tuple[int, Option, int]] = []
-        for layer, options in self.options.layers.items():
-            now = self._at(choice, layer)
-            for option in options:
-                (up if size(option) > size(now) else down).append((layer, option, size(option) - size(now)))
-        down = [entry for entry in down if entry[1].name != self._at(choice, entry[0]).name]
+    def swaps(self, choice: Choice, budget: int, most: int = 16) -> list[Move]:
+        """The changes of two layers with the least predicted loss within ``budget`` bytes, ``most`` of them at most."""
+        changes = _Changes.of(self, choice)
+        if not changes.made:
+            return []
+        predicted = changes.pairs()
+        totals = changes.totals[:, None] + changes.totals[None] - changes.total
+        predicted[totals > budget] = torch.inf
+        best = predicted.flatten().topk(min(most, predicted.numel()), largest=False)
+        count = len(changes.made)
         return [
-            self._after(choice, {a: raised, b: lowered})
-            for a, raised, more in up
-            for b, lowered, less in down
-            if a != b and total + more + less <= budget
+            Move(dict((changes.made[at // count], changes.made[at % count])), loss, int(totals.flatten()[at]))
+            for loss, at in zip(best.values.tolist(), best.indices.tolist())
+            if loss < torch.inf
         ]
 
     def improved(self, choice: Choice, budget: int, rounds: int = 200) -> dict[int, Option]:
@@ -106,22 +106,60 @@ class Predictor:
         saving = [move for move in self.moves(choice) if move.total < total]
         return sorted(saving, key=lambda move: (move.predicted - loss) / (total - max(move.total, budget)))
 
-    def _at(self, choice: Choice, layer: int) -> Option:
+    def at(self, choice: Choice, layer: int) -> Option:
+        """The option that a layer has in a choice."""
         return choice.get(layer, self.options.layers[layer][0])
 
-    def _after(self, choice: Choice, changes: dict[int, Option]) -> Move:
-        total = self.options.total(choice)
-        rows = [self.index[layer, option.name] for layer, option in choice.items() if option.name]
-        weight = torch.zeros(len(self.keys), dtype=torch.float64)
-        weight[rows] = 1
-        for layer, option in changes.items():
-            before = self._at(choice, layer)
-            total += self.options.bytes_of(option) - self.options.bytes_of(before)
-            if before.name:
-                weight[self.index[layer, before.name]] -= 1
-            if option.name:
-                weight[self.index[layer, option.name]] += 1
-        return Move(changes, float(weight @ self.gram @ weight), total)
+
+@dataclass
+class _Changes:
+    """Every change of one layer of a choice.
+
+    Attributes:
+        made: (layer, its new option) of each.
+        steps: [changes, options]: +1 for the option that a change takes, -1 for the one that it leaves.
+        predicted: predicted loss after each; of none of them: ``loss``.
+        totals: bytes after each; of none of them: ``total``.
+    """
+
+    made: list[tuple[int, Option]]
+    steps: Tensor
+    predicted: Tensor
+    totals: Tensor
+    loss: float
+    total: int
+    gram: Tensor
+
+    @classmethod
+    def of(cls, predictor: Predictor, choice: Choice) -> _Changes:
+        options, gram, index = predictor.options, predictor.gram, predictor.index
+        made = [
+            (layer, option)
+            for layer, each in options.layers.items()
+            for option in each
+            if option.name != predictor.at(choice, layer).name
+        ]
+        taken = torch.zeros(len(gram), dtype=torch.float64)
+        taken[[index[layer, option.name] for layer, option in choice.items() if option.name]] = 1
+        steps, saved = torch.zeros(len(made), len(gram), dtype=torch.float64), []
+        for row, (layer, option) in enumerate(made):
+            before = predictor.at(choice, layer)
+            saved.append(options.bytes_of(option) - options.bytes_of(before))
+            for name, sign in ((option.name, 1), (before.name, -1)):
+                if name:
+                    steps[row, index[layer, name]] = sign
+        loss, total = float(taken @ gram @ taken), options.total(choice)
+        predicted = loss + 2 * steps @ (gram @ taken) + ((steps @ gram) * steps).sum(1)
+        return cls(made, steps, predicted, torch.tensor(saved, dtype=torch.int64) + total, loss, total, gram)
+
+    def pairs(self) -> Tensor:
+        """Predicted loss after any two changes, [changes, changes]; infinite for two of one layer and below the
+        diagonal."""
+        both = 2 * (self.steps @ self.gram @ self.steps.T)
+        predicted = self.predicted[:, None] + self.predicted[None] - self.loss + both
+        layers = torch.tensor([layer for layer, _ in self.made])
+        apart = (layers[:, None] != layers[None]).triu(1)
+        return predicted.masked_fill(~apart, torch.inf)
 
 
 def uniform(options: Library, name: str) -> dict[int, Option]:
