@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
+from rehead.console import printable
 from rehead.recipes.report.drawing import DASHES, Key
 from rehead.recipes.report.tables import Table
 from rehead.version import __version__
@@ -45,7 +46,14 @@ def html(**content: Any) -> str:
     from markupsafe import Markup
 
     folder = files("rehead.recipes.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+    def shown(value: Any) -> Any:
+        """Text from a file without control characters, which escaping for HTML leaves in."""
+        return printable(value, newlines=True) if type(value) is str else value
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
+    )
     environment.filters["swatch"] = lambda key: Markup(swatch(key))
     environment.filters["drawing"] = lambda svg, alt: Markup(described(svg, alt))
     cell = environment.from_string(_TABLE)
