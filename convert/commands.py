@@ -15,6 +15,7 @@ from rehead.convert.budget.commands import print_met
 from rehead.convert.budget.options import BudgetOptions
 from rehead.convert.options import ConvertOptions
 from rehead.flags import flags, set_by_user
+from rehead.models.serving import engine_line
 
 if TYPE_CHECKING:
     from rehead.convert.execute import Conversion
@@ -175,6 +176,7 @@ def verify_command(out: str, source: str | None, revision: str | None, quiet: bo
                                        f"{against['top1_agreement']:.1%}, largest logit difference "
                                        f"{against['max_difference']:.3g}, on {against['positions']:.0f} tokens of "
                                        f"{report['text']}"))  # fmt: skip
+    rows.append(("engines", engine_line(report["engines"])))
     print_facts(f"{out} verifies", rows)
 
 
@@ -315,7 +317,7 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if "reinvest" in facts:
         spent = facts["reinvest"]
         rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))
-    return rows + _calibration_row(options)
+    return [*rows, ("engines", engine_line(facts["engines"])), *_calibration_row(options)]
 
 
 def _calibration_row(options: dict[str, Any]) -> list[tuple[str, str]]:
@@ -345,6 +347,7 @@ def _latent_rows(facts: dict[str, Any], healing: list[str]) -> list[tuple[str, s
         ("attention", f"{flops['before']:,} -> {flops['after']:,} FLOPs for one token {at}; {flops['expanded']:,} "
                       "where heads are expanded"),
         *([("tensors", strays)] if (strays := _strays(facts)) else []),
+        ("engines", engine_line(facts["engines"])),
         *_calibration_row(options),
     ]  # fmt: skip
 

@@ -226,7 +226,7 @@ def manifest(
             "source", "revision", "model_type", "layout", "host",
             "num_attention_heads", "head_dim", "num_key_value_heads",
             "kv_bytes_per_token", "cache_bytes", "parameters", "reinvest", "block", "variants", "latent",
-            "exact", "rounded",
+            "exact", "rounded", "engines",
             "options", "config_changes",
         ) if key in table},
         "calibration": details,

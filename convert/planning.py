@@ -26,6 +26,7 @@ from rehead.models.remote import in_view_rounds, layout_facts
 from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.models.rewritten_source import RewrittenSource
+from rehead.models.serving import engines
 from rehead.variants.pool.rewrite import check_count, pool
 
 LayerProvider = Callable[[int], dict[str, Tensor]]
@@ -225,6 +226,7 @@ class Plan:
             "drafts": draft_layers(source),
             "dropped": self.dropped,
             "code_left_out": source.code_left_out(),
+            "engines": engines(raw),
             "exact": self.exact,
             "rounded": self.rounded,
             "options": self.options.as_json(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from rehead.models.layout import cache_bytes
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
 from rehead.models.remote import open_known
+from rehead.models.serving import engines
 from rehead.models.streamed import in_memory, stream
 
 _CACHE_TOLERANCE = 2e-3
@@ -41,6 +42,7 @@ class Verification:
             size; None where the class hands no cache back (RecurrentGemma keeps its own).
         against_source: mean KL divergence in nats to the source, share of equal top tokens and largest logit
             difference, over ``positions`` next-token predictions; None without a source.
+        engines: which serving engines read a model of this kind right, wrong or not at all, as far as any was run.
         text: what all of this was measured on: a built-in text, or random tokens where there is no tokenizer.
         plain: transformers' own class loads it; otherwise it carries a modelling file of ours.
         missing: tensors that the class has and neither this checkpoint nor its source (a base model's head): each load
@@ -64,6 +66,7 @@ class Verification:
     source_cache_error: float | None = None
     cache_bytes: dict[str, int] | None = None
     text: str = ""
+    engines: dict[str, list[str]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -78,6 +81,7 @@ class Verification:
             "source_cache_error": self.source_cache_error,
             "against_source": self.against_source,
             "text": self.text,
+            "engines": self.engines,
         }
 
 
@@ -144,7 +148,8 @@ def verify(
     missing, unexpected = tuple(sorted(report.missing)), tuple(sorted(report.unexpected))
     folder.ignore(report.ignored)
     drafts = tuple(draft_layers(folder))
-    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs, size, measured.name)
+    told = (measured.name, engines(folder.config))
+    return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs, size, *told)
 
 
 def _absent_code(folder: Source) -> set[str]:

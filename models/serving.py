@@ -117,6 +117,30 @@ def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
     return list(lines.values()) or ["no engine has been run on a model of this kind"]
 
 
+def engines(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What engines made of a model of this kind when they were run: their names under ``right``, ``wrong``, ``refuse``.
+
+    Args:
+        config: the model's ``config.json``.
+    """
+    outcomes: dict[str, str] = {}
+    for run in served_by(str(config.get("model_type")), facts_of(config)):
+        outcomes.setdefault(run.engine, run.outcome)
+    kinds = {"right": SAME, "wrong": DIFFERENT, "refuse": REFUSED}
+    return {kind: [name for name, outcome in outcomes.items() if outcome == wanted] for kind, wanted in kinds.items()}
+
+
+def engine_line(outcomes: Mapping[str, Sequence[str]]) -> str:
+    """:func:`engines` in one line."""
+    words = {
+        "right": "read it right",
+        "wrong": "load it and compute something else: do not use them",
+        "refuse": "refuse",
+    }
+    said = [f"{', '.join(outcomes[kind])}: {text}" for kind, text in words.items() if outcomes.get(kind)]
+    return "; ".join(said) or "none was run on a model of this kind"
+
+
 @cache
 def results() -> dict[str, Any]:
     """The recorded runs: ``versions``, ``date`` and ``rows``, one for each small model."""

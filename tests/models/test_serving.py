@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from click.testing import CliRunner
 
 from rehead.checkpoints.markdown import plain
+from rehead.cli import cli
 from rehead.convert import convert
 from rehead.models import serving
 from rehead.models.serving import DIFFERENT, REFUSED, SAME, facts_of, served_by
@@ -113,3 +115,30 @@ def test_the_record_that_ships() -> None:
             assert run["version"]
     assert "/tmp" not in json.dumps(rows)
     assert outcomes(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "asked", "host", "wrong", "right"),
+    [
+        ("opt", {}, {"num_key_value_heads": 1}, "gpt_bigcode", "llama.cpp", "vLLM"),
+        ("gpt_neox-serial", {"hidden_act": "gelu"}, {"num_key_value_heads": 2}, "nemotron", "llama.cpp", "vLLM"),
+        ("llama-mha", {}, {"num_key_value_heads": 2}, "llama", None, "llama.cpp"),
+    ],
+)
+def test_every_description_names_the_engines(
+    name: str, overrides: dict, asked: dict, host: str, wrong: str | None, right: str, tmp_path: Path
+) -> None:
+    """Plan, summary, manifest, card and verify: llama.cpp loses the ReLU of OPT and the GELU of NeoX in their hosts."""
+    source, out = tiny.save_tiny(name, tmp_path / "m", **overrides), tmp_path / "out"
+    told = convert(source, out, **asked).as_json()["engines"]
+    assert json.loads((out / "config.json").read_text())["model_type"] == host
+    assert told == json.loads((out / "rehead.json").read_text())["engines"]
+    assert told["wrong"] == ([wrong] if wrong else [])
+    assert right in told["right"]
+    card = (out / "README.md").read_text()
+    flags = [word for key, value in asked.items() for word in ("--kv-heads", str(value))]
+    said = [CliRunner().invoke(cli, line).output for line in (["plan", str(source), *flags], ["verify", str(out)])]
+    for text in said:
+        assert right in text.split("engines")[1]
+        assert ("do not use" in text) == bool(wrong)
+    assert ("computes something else: do not use it" in card) == bool(wrong)
