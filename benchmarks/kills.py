@@ -7,6 +7,8 @@ a kill (SIGKILL to the whole process group) may fall into imports as well as int
 * beside it lies nothing but the working folders that the commands name;
 * now and then the command runs to its end, and what it writes equals what an undisturbed run wrote.
 
+Every second kill waits for the command to begin writing, which may be short beside imports and planning.
+
     python -m rehead.benchmarks.kills --kills 100 --seed 0
 """
 
@@ -153,8 +155,14 @@ def hammer(home: Path, arguments: Sequence[str], kills: int, rng: random.Random,
         if tally.killed == kills:
             break
         run = start(arguments, log)
+        deadline = time.monotonic() + rng.uniform(0, 1.05 * tally.seconds)
+        written = (home / ".out.rehead-staging", home / ".out.rehead-training")
+        if trial % 2 and not any(map(os.path.lexists, written)):  # every second kill falls into the writing, if any
+            while run.poll() is None and time.monotonic() < deadline and not any(map(os.path.lexists, written)):
+                time.sleep(0.005)
+            deadline = min(deadline, time.monotonic() + rng.uniform(0, 0.2 * tally.seconds))
         try:
-            run.wait(rng.uniform(0, 1.05 * tally.seconds))
+            run.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()

@@ -173,3 +173,13 @@ def test_eight_kills(tmp_path):
 def test_fifty_kills(tmp_path, seed):
     staged, _ = hammer(tmp_path, kills=50, seed=seed, layers=12)
     assert staged >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_command_is_killed_imports_included() -> None:
+    """The benchmark's 100 kills, fewer: convert, fit, uptrain, evaluate and run, started as a user starts them."""
+    line = [sys.executable, "-m", "rehead.benchmarks.kills", "--kills", "15", "--seed", "1"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("nothing wrong") == 5
