@@ -18,8 +18,9 @@ from rehead.variants.window.sink_logit import best
 if TYPE_CHECKING:
     from rehead.variants.window import WindowOptions
 
-#: Queries and keys stay what they were; only what the window loses is fitted.
-RECOVERY = RecoverySettings(logits=False)
+#: Queries and keys are not refitted to the original's logits, most of whose keys are not seen. Texts are long, and
+#: classes with sinks compute attention eagerly, so a step of the fit reads fewer tokens than elsewhere.
+RECOVERY = RecoverySettings(logits=False, tokens=4096)
 
 
 def window_rewrite(model: Model, options: WindowOptions) -> Rewrite:
