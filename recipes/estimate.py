@@ -32,7 +32,7 @@ _LAYERS = 4
 _LARGE = 200_000_000
 #: Bytes read from disk and converted in a second, of a checkpoint that is not in memory yet: a cautious figure.
 _READ = 500e6
-_OPEN = 1.0
+_OPEN = 2.0
 
 
 @dataclass
