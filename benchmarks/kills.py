@@ -157,7 +157,9 @@ def hammer(home: Path, arguments: Sequence[str], kills: int, rng: random.Random,
         run = start(arguments, log)
         deadline = time.monotonic() + rng.uniform(0, 1.05 * tally.seconds)
         written = (home / ".out.rehead-staging", home / ".out.rehead-training")
-        if trial % 2 and not any(map(os.path.lexists, written)):  # every second kill falls into the writing, if any
+        stages = arguments[0] in ("convert", "uptrain")
+        if stages and trial % 2 and not any(map(os.path.lexists, written)):  # every second kill falls into the writing
+            deadline = time.monotonic() + 2 * tally.seconds
             while run.poll() is None and time.monotonic() < deadline and not any(map(os.path.lexists, written)):
                 time.sleep(0.005)
             deadline = min(deadline, time.monotonic() + rng.uniform(0, 0.2 * tally.seconds))
