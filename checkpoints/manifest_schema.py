@@ -78,6 +78,8 @@ class Manifest(_Section):
     parameters: BeforeAfter[int] | None = None
     exact: bool | None = None
     rounded: bool | None = None
+    engines: dict[str, list[str]] | None = None
+    quality: dict[str, Any] | None = None
     options: dict[str, Any] | None = None
     config_changes: dict[str, BeforeAfter[Any]] = {}
     calibration: dict[str, Any] | None = None
