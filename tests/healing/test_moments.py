@@ -8,6 +8,8 @@ import pytest
 import torch
 from known_heads import shown
 
+import rehead.healing.normed  # noqa: F401 registers moments of its own
+import rehead.variants.window.sink_logit  # noqa: F401
 from rehead.errors import UnsupportedError, UsageError
 from rehead.healing.moments import MOMENTS, SINKS, Gatherer, Moments
 from rehead.healing.rotation import Rotation
@@ -17,6 +19,8 @@ from rehead.models.watch import Seen, observing, probe_attention
 HEADS, KV, SIZE, LENGTH, WIDTH = 6, 3, 4, 9, 5
 ROWS = torch.tensor([2, 5, 8])
 ANGLES = torch.tensor([1.0, 0.1])
+NAMES = tuple({"sink_logit": "sink_logit:4:1"}.get(name, name) for name in MOMENTS.names())
+"""Every moment, as it is asked for."""
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +47,7 @@ BATCHES = [batch(0), batch(1)]
 
 
 def gather(groups: int) -> Moments:
-    gatherer = Gatherer(MOMENTS.names(), groups, OUTPUT, ROTATION)
+    gatherer = Gatherer(NAMES, groups, OUTPUT, ROTATION)
     for x, seen in BATCHES:
         gatherer.add_inputs(x)
         gatherer.add_attention(x, seen)
@@ -94,7 +98,7 @@ def test_coarser_groups_are_means_of_finer_ones(groups: int) -> None:
     size = HEADS // groups
     merged = fine.merged([list(range(at, at + size)) for at in range(0, HEADS, size)])
     assert merged.groups == groups
-    assert merged.means.keys() == alone.means.keys() == set(MOMENTS.names())
+    assert merged.means.keys() == alone.means.keys() == set(NAMES)
     for name, mean in alone.means.items():
         torch.testing.assert_close(merged[name], mean, rtol=1e-5, atol=1e-5)
     assert alone.merged([[group] for group in range(groups)]) is alone
