@@ -101,7 +101,7 @@ def test_the_loss_of_several_layers_is_predicted_together(tmp_path):
         whole = uniform(ready.options, ready.options.names[1])
         for choice in ({0: whole[0]}, {3: whole[3]}, whole):
             measured = ready.meter.measure(choice).loss
-            assert 0.6 * measured < ready.predictor.loss(choice) < 1.6 * measured
+            assert measured / 2 < ready.predictor.loss(choice) < 2 * measured
 
 
 def test_predictions_are_half_the_square_of_summed_effects():

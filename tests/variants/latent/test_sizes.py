@@ -38,7 +38,7 @@ def test_absorbing_pays_where_the_context_is_long() -> None:
 
 def test_a_cache_is_split_between_pairs_and_latent() -> None:
     assert rank_for(128, 16) == 96
-    with pytest.raises(UsageError, match="at least 33"):
+    with pytest.raises(UsageError, match="give 34 or more"):
         rank_for(32, 16)
     assert splits(128, 16, 32) == [(16, 96), (20, 88), (24, 80), (32, 64)]
     assert splits(100, 16, 32) == [(16, 68), (20, 60), (24, 52)]
