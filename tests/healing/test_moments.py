@@ -8,8 +8,8 @@ import pytest
 import torch
 from known_heads import shown
 
-import rehead.healing.normed  # noqa: F401 registers moments of its own
-import rehead.variants.window.sink_logit  # noqa: F401
+import rehead.healing.normed
+import rehead.variants.window.sink_logit
 from rehead.errors import UnsupportedError, UsageError
 from rehead.healing.moments import MOMENTS, SINKS, Gatherer, Moments
 from rehead.healing.rotation import Rotation
