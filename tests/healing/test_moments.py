@@ -9,7 +9,7 @@ import torch
 from known_heads import shown
 
 import rehead.healing.normed
-import rehead.variants.window.sink_logit
+import rehead.variants.window.sink_logit  # noqa: F401
 from rehead.errors import UnsupportedError, UsageError
 from rehead.healing.moments import MOMENTS, SINKS, Gatherer, Moments
 from rehead.healing.rotation import Rotation
