@@ -17,13 +17,12 @@ from rehead.models.predictions import batch_size, keeps_logits, vocabulary
 from rehead.options import takes
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.estimate import Estimate, Sketch, memory_of, resident, timed
-from rehead.recipes.evaluation.models import at_revision, open_named, read_patches, tokenizer_of
-from rehead.recipes.evaluation.needle import require_length
+from rehead.recipes.evaluation.models import open_named
 from rehead.recipes.evaluation.options import EvaluateOptions
-from rehead.recipes.evaluation.run import check_request
+from rehead.recipes.evaluation.run import requested
 from rehead.recipes.evaluation.samples import PROMPT, continue_greedily
 from rehead.recipes.evaluation.speed import STEPS
-from rehead.recipes.evaluation.texts import HELD_OUT, TokenisedText, read_texts
+from rehead.recipes.evaluation.texts import TokenisedText, read_texts
 from rehead.recipes.evaluation.windows import cut, predict_last
 
 
@@ -59,17 +58,9 @@ def estimate_evaluation(
         UnsupportedError: a model that cannot be built with fewer layers.
     """
     chosen = EvaluateOptions.parse(options)
-    model = at_revision(model, revision)
-    if chosen.patches:
-        read_patches(chosen.patches)
-        baseline = baseline or model
-    if not data and tokenizer_of(open_named(baseline or model)) is not None:
-        data = (HELD_OUT,)
-    check_request(chosen, model, baseline, data)
+    model, baseline, data = requested(chosen, model, revision, baseline, data)
     device = resolve_device(chosen.device)
     texts = read_texts(data, baseline or model, chosen)
-    if texts:
-        require_length(texts[0].tokens, chosen.needle)
     names: dict[schema.Who, str | None] = {"baseline": baseline, "control": control, "model": model}
     sketches = {who: Sketch.of(name, open_named(name)) for who, name in names.items() if name is not None}
     base = resident(device)

@@ -25,7 +25,6 @@ from rehead.recipes.evaluation.models import (
     require_same_tokenizer,
     tokenizer_of,
 )
-from rehead.recipes.evaluation.needle import require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.stages import Stages
 from rehead.recipes.evaluation.texts import HELD_OUT, TokenisedText, read_texts
@@ -68,16 +67,8 @@ def evaluate(
         UnsupportedError: a model that does not load or whose logits are not finite.
     """
     chosen = EvaluateOptions.parse(options)
-    model = at_revision(model, revision)
-    if chosen.patches:
-        read_patches(chosen.patches)
-        baseline = baseline or model
-    notes = []
-    if not data and tokenizer_of(open_named(baseline or model)) is not None:
-        data = (HELD_OUT,)
-    elif not data:
-        notes.append("perplexity and divergence left out: the model has no tokenizer to read a text with")
-    check_request(chosen, model, baseline, data)
+    model, baseline, data = requested(chosen, model, revision, baseline, data)
+    notes = [] if data else ["perplexity and divergence left out: the model has no tokenizer to read a text with"]
     manager = None
     if chosen.tasks:
         from rehead.recipes.evaluation.tasks import require_harness, task_manager
@@ -86,8 +77,6 @@ def evaluate(
         manager = task_manager(chosen.tasks, chosen.tasks_dir)
     device = resolve_device(chosen.device)
     texts = read_texts(data, baseline or model, chosen)
-    if texts:
-        require_length(texts[0].tokens, chosen.needle)
     loaded = _load({"baseline": baseline, "control": control, "model": model}, chosen, device, progress)
     run = Stages(loaded, texts, chosen, progress)
     facts = {item.who: item.facts() for item in loaded}
@@ -117,7 +106,28 @@ def evaluate(
     return found
 
 
-def check_request(chosen: EvaluateOptions, model: str, baseline: str | None, data: Sequence[str]) -> None:
+def requested(
+    chosen: EvaluateOptions, model: str, revision: str | None, baseline: str | None, data: Sequence[str]
+) -> tuple[str, str | None, Sequence[str]]:
+    """Model, baseline and texts with what goes without saying; only a tokenizer is loaded.
+
+    Args:
+        chosen, model, revision, baseline, data: as :func:`evaluate` takes them.
+
+    Raises:
+        UsageError: what is asked for cannot be measured.
+    """
+    model = at_revision(model, revision)
+    if chosen.patches:
+        read_patches(chosen.patches)
+        baseline = baseline or model
+    if not data and tokenizer_of(open_named(baseline or model)) is not None:
+        data = (HELD_OUT,)
+    _check_request(chosen, model, baseline, data)
+    return model, baseline, data
+
+
+def _check_request(chosen: EvaluateOptions, model: str, baseline: str | None, data: Sequence[str]) -> None:
     """Refuse what cannot be measured before anything is loaded."""
     asked = [("--damage", chosen.damage), ("--needle", bool(chosen.needle)), ("--recall", bool(chosen.recall))]
     for flag, wanted in asked:

@@ -11,6 +11,7 @@ from rehead.data.beginning import text_start
 from rehead.data.tokens import load_tokenizer, token_stream
 from rehead.errors import UsageError
 from rehead.recipes.evaluation.models import open_named
+from rehead.recipes.evaluation.needle import require_length
 from rehead.recipes.evaluation.options import EvaluateOptions
 
 #: What is read where no text is named.
@@ -40,10 +41,11 @@ def read_texts(data: Sequence[str], name: str, options: EvaluateOptions) -> list
     Args:
         data: texts, as ``rehead.data.sources.read_documents`` takes them.
         name: the checkpoint.
-        options: how much of each is read.
+        options: how much of each is read, and for what.
 
     Raises:
-        UsageError: a text that cannot be read or is shorter than one window.
+        UsageError: a text that cannot be read or is shorter than one window; the first is shorter than a context in
+            which a needle is to be found.
     """
     if not data:
         return []
@@ -58,4 +60,5 @@ def read_texts(data: Sequence[str], name: str, options: EvaluateOptions) -> list
             )
         text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts.append(TokenisedText(source, tokens, text_start(tokenizer), len(text.encode("utf-8"))))
+    require_length(texts[0].tokens, options.needle)
     return texts
