@@ -49,6 +49,17 @@ def parse_count(value: Any) -> Any:
     return int(number)
 
 
+def power_of_two(value: int) -> int:
+    """A check for ``field_validator``.
+
+    Raises:
+        ValueError: the number is not a power of two.
+    """
+    if value & (value - 1):
+        raise ValueError("give a power of two")
+    return value
+
+
 def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rehead.attention.attend import attend_with_lse, merge
 from rehead.attention.blocks import SMALLEST, KeyBlocks
 from rehead.attention.call import AttentionCall
-from rehead.options import Count
+from rehead.options import Count, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.far.gaussian import far_field
 
@@ -28,12 +28,7 @@ class FarOptions(VariantOptions):
     samples: Count = Field(32, ge=1, description="Rows that say which heads gain by the Gaussian.")
     heads: str = Field("auto", pattern="^(auto|all|none)$", description="Heads with a Gaussian; auto measures each.")
 
-    @field_validator("block")
-    @classmethod
-    def _power(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("give a power of two")
-        return value
+    _powers = field_validator("block")(power_of_two)
 
 
 def attend(call: AttentionCall, options: FarOptions, state: Mapping[str, Tensor], compute: Compute) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rehead.attention.blocks import SMALLEST
 from rehead.attention.call import AttentionCall
-from rehead.options import Count
+from rehead.options import Count, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.sparse.hard import secure
 from rehead.variants.sparse.select import FAILURE, Choice, choose, lost_mass
@@ -38,12 +38,7 @@ class SparseOptions(VariantOptions):
     local: Count = Field(1, ge=0, description="Blocks just before a block of rows that are always computed.")
     seed: Count = Field(0, ge=0, description="Of the rows that are drawn.")
 
-    @field_validator("block", "samples")
-    @classmethod
-    def _power(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("give a power of two")
-        return value
+    _powers = field_validator("block", "samples")(power_of_two)
 
 
 @dataclass(frozen=True)
