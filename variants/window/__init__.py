@@ -43,6 +43,10 @@ class WindowOptions(VariantOptions):
         """The layers that are named, of a model of ``count``."""
         return parse_layers(self.layers, count)
 
+    def moments(self) -> tuple[str, ...]:
+        """What calibration collects, to fit the sink logits where there are any."""
+        return (f"sink_logit:{self.size}:{self.sinks}",) if self.sink_logit else ()
+
 
 def attend(call: AttentionCall, options: WindowOptions, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
     """The layer's attention with its mask narrowed; a layer whose own window is narrower keeps it."""
@@ -120,7 +124,7 @@ VARIANT = register(
         cache=_cache,
         rewrite=_rewrite,
         host=_host,
-        needs=lambda options: (f"sink_logit:{options.size}:{options.sinks}",) if options.sink_logit else (),
+        needs=lambda options: options.moments(),
         reach=lambda options: options.size,
     )
 )

@@ -44,7 +44,7 @@ def window_rewrite(model: Model, options: WindowOptions) -> Rewrite:
             + "; give a smaller one"
         )
     raw = config_with(model, options)
-    needs = (f"sink_logit:{options.size}:{options.sinks}",) if options.sink_logit else ()
+    needs = options.moments()
 
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
         if not needs:
