@@ -100,18 +100,20 @@ def parallel_config(config: dict[str, Any], layers: Sequence[int]) -> dict[str, 
         raise UsageError(f"layer {wrong} does not exist; the model's layers are 0 to {count - 1}")
     if not parallel:
         return result
-    name = f"Parallel{file.FAMILIES[model_type]}"
-    result |= {
-        "model_type": file.TYPE_PREFIX + model_type,
+    classes = _classes(PARALLEL, f"Parallel{file.FAMILIES[model_type]}")
+    return result | {"model_type": file.TYPE_PREFIX + model_type, **classes, "parallel_layers": parallel}
+
+
+def _classes(module: str, name: str) -> dict[str, Any]:
+    """What a ``config.json`` says of the classes that a modelling file has under a name."""
+    return {
         "architectures": [f"{name}ForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"{PARALLEL}.{name}Config",
-            "AutoModel": f"{PARALLEL}.{name}Model",
-            "AutoModelForCausalLM": f"{PARALLEL}.{name}ForCausalLM",
+            "AutoConfig": f"{module}.{name}Config",
+            "AutoModel": f"{module}.{name}Model",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
         },
-        "parallel_layers": parallel,
     }
-    return result
 
 
 def serial_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -142,17 +144,11 @@ def window_config(config: Mapping[str, Any], windows: Sequence[int | None], sink
     """
     file = importlib.import_module(f"{__name__}.{WINDOW}")
     result, model_type = dict(config), str(config.get("model_type")).removeprefix(file.TYPE_PREFIX)
-    name = f"Window{file.FAMILIES[model_type]}"
     for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"):
         result.pop(key, None)
     return result | {
         "model_type": file.TYPE_PREFIX + model_type,
-        "architectures": [f"{name}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{WINDOW}.{name}Config",
-            "AutoModel": f"{WINDOW}.{name}Model",
-            "AutoModelForCausalLM": f"{WINDOW}.{name}ForCausalLM",
-        },
+        **_classes(WINDOW, f"Window{file.FAMILIES[model_type]}"),
         "layer_windows": list(windows),
         "sink_tokens": sinks,
         "sink_logits": logits,
