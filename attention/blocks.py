@@ -92,13 +92,8 @@ class KeyBlocks:
     @classmethod
     def of(cls, seen: Tensor, rows: int = 128, keys: int = 128) -> KeyBlocks:
         """The record from a bool tensor ``[B or 1, H or 1, row blocks, key blocks]``, True where a block is seen."""
-        batch, heads, row_blocks, key_blocks = seen.shape
-        ends = torch.zeros(batch * heads * row_blocks + 1, dtype=torch.int32, device=seen.device)
-        torch.cumsum(seen.sum(-1).view(-1), 0, dtype=torch.int32, out=ends[1:])
-        # A head's last end is the next one's first start, so their views overlap.
-        starts = ends.as_strided((batch, heads, row_blocks + 1), (heads * row_blocks, row_blocks, 1))
-        column = torch.arange(key_blocks, dtype=torch.int32, device=seen.device)
-        return cls(starts, column.expand_as(seen).masked_select(seen), rows, keys)
+        column = torch.arange(seen.shape[-1], dtype=torch.int32, device=seen.device)
+        return cls(starts_of(seen.sum(-1)), column.expand_as(seen).masked_select(seen), rows, keys)
 
     def check_shape(self, num_q: int, num_k: int) -> None:
         """Raise :class:`UsageError` unless the tensors describe ``num_q`` rows; reads no values."""
@@ -181,3 +176,12 @@ class KeyBlocks:
                 joined.append((low, high))
             result.append(joined)
         return result
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """``starts`` of lists with so many entries, integer ``[B or 1, H or 1, row blocks]``, one behind the other."""
+    batch, heads, row_blocks = counts.shape
+    ends = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts.view(-1), 0, dtype=torch.int32, out=ends[1:])
+    # A head's last end is the next one's first start, so their views overlap.
+    return ends.as_strided((batch, heads, row_blocks + 1), (heads * row_blocks, row_blocks, 1))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rehead.attention.blocks import KeyBlocks
+from rehead.attention.blocks import KeyBlocks, starts_of
 from rehead.attention.kernels.general import interpreting
 from rehead.attention.kernels.masks import LOG2E
 
@@ -196,13 +196,11 @@ def levels(
 def lists_of(level: Tensor, kept: Tensor, block: int, most: int) -> KeyBlocks:
     """The blocks whose level is at least ``kept`` (one integer on the device); ``most`` of them at most."""
     batch, heads, lists, blocks = level.shape
-    ends = torch.zeros(batch * heads * lists + 1, dtype=torch.int32, device=level.device)
-    counts = torch.empty(batch * heads * lists, dtype=torch.int32, device=level.device)
+    counts = torch.empty((batch, heads, lists), dtype=torch.int32, device=level.device)
     index = torch.zeros(most, dtype=torch.int32, device=level.device)
     with torch.cuda.device_of(level):
         grid = (batch * heads * lists,)
         write_lists[grid](level, kept, counts, index, blocks, WIDE=256, COUNT=True)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=ends[1:])
-        write_lists[grid](level, kept, ends, index, blocks, WIDE=256, COUNT=False)
-    starts = ends.as_strided((batch, heads, lists + 1), (heads * lists, lists, 1))
+        starts = starts_of(counts)
+        write_lists[grid](level, kept, starts, index, blocks, WIDE=256, COUNT=False)
     return KeyBlocks(starts, index, block, block)
