@@ -22,6 +22,8 @@ from rehead.recipes.report.drawing import (
     Key,
     Plot,
     blank_figure,
+    doubling,
+    interval,
     line,
     log_if_wide,
     spread,
@@ -118,16 +120,14 @@ def _by_size(ax: Any, curves: Curves, original: float | None, label: str, lines:
     """A curve for each series; bytes double from left to right."""
     rows = [row for _, points in curves for row in points]
     for key, points in curves:
-        _bars(ax, key, points)
+        for row in points:
+            interval(ax, row.bytes, row.low, row.high, key)
         line(ax, [row.bytes for row in points], [row.value for row in points], key)
-    ax.set_xscale("log", base=2)
     sizes = sorted({row.bytes for row in rows} | ({original} if original else set()))
     if original:
         ax.axvline(original, color=FAINT, linewidth=0.8, linestyle=DASHES[2])
     ticks = sorted({*spread(sizes), *((original,) if original else ())})
-    ax.set_xticks(ticks, [bytes_of(x) + "\noriginal" * (x == original) for x in ticks], minor=False)
-    ax.minorticks_off()
-    ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
+    doubling(ax, sizes, ticks, [bytes_of(x) + "\noriginal" * (x == original) for x in ticks])
     log_if_wide(ax, [row.value for row in rows])
     for at, (_, value) in enumerate(lines):
         ax.axhline(value, color=FAINT, linewidth=0.9, linestyle=DASHES[1 + at % 2])
@@ -140,8 +140,7 @@ def _by_name(ax: Any, curves: Curves, original: float | None, label: str, lines:
     """A row for each model, the best at the top."""
     pairs = sorted(((key, row) for key, points in curves for row in points), key=lambda pair: -pair[1].value)
     for at, (key, row) in enumerate(pairs):
-        if row.low is not None and row.high is not None:
-            ax.plot([row.low, row.high], [at, at], color=SERIES[key.colour], linewidth=1.1)
+        interval(ax, at, row.low, row.high, key, level=True)
         line(ax, [row.value], [at], key)
     ax.set_yticks(range(len(pairs)), [_folded(key.text) for key, _ in pairs])
     ax.set_ylim(-0.7, len(pairs) - 0.3)
@@ -149,12 +148,6 @@ def _by_name(ax: Any, curves: Curves, original: float | None, label: str, lines:
     for at, (_, value) in enumerate(lines):
         ax.axvline(value, color=FAINT, linewidth=0.9, linestyle=DASHES[1 + at % 2])
     ax.set_xlabel(label)
-
-
-def _bars(ax: Any, key: Key, points: Sequence[CacheRow]) -> None:
-    for row in points:
-        if row.low is not None and row.high is not None:
-            ax.plot([row.bytes, row.bytes], [row.low, row.high], color=SERIES[key.colour], linewidth=1.1)
 
 
 def _verdicts(ax: Any) -> None:

@@ -65,6 +65,21 @@ def line(ax: Any, xs: Sequence[float], ys: Sequence[float], key: Key) -> None:
     )  # fmt: skip
 
 
+def interval(ax: Any, at: float, low: float | None, high: float | None, key: Key, level: bool = False) -> None:
+    """A plain line from ``low`` to ``high``, upright or level, where an interval was measured."""
+    if low is not None and high is not None:
+        place, ends = [at, at], [low, high]
+        ax.plot(*((ends, place) if level else (place, ends)), color=SERIES[key.colour], linewidth=1.1)
+
+
+def doubling(ax: Any, values: Sequence[float], ticks: Sequence[float], labels: Sequence[str]) -> None:
+    """A horizontal axis on which sorted sizes double from left to right."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, labels)
+    ax.minorticks_off()
+    ax.set_xlim(values[0] / 1.25, values[-1] * 1.25)
+
+
 def spread(values: list[float], most: int = 5) -> list[float]:
     """At most so many of sorted values, ends included."""
     if len(values) <= most:

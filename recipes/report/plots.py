@@ -15,6 +15,8 @@ from rehead.recipes.report.drawing import (
     Key,
     Plot,
     blank_figure,
+    doubling,
+    interval,
     line,
     log_if_wide,
     spread,
@@ -185,18 +187,14 @@ def decode_speed(summaries: list[Summary]) -> Plot | None:
             # Bars of one context stand beside each other.
             xs = [one.context * 1.025 ** (at - (len(shapes) - 1) / 2) for one in points]
             for x, one in zip(xs, points):
-                if one.low is not None and one.high is not None:
-                    ax.plot([x, x], [one.low, one.high], color=SERIES[key.colour], linewidth=1.1)
+                interval(ax, x, one.low, one.high, key)
             line(ax, xs, [one.factor for one in points], key)
             keys.append(key)
             words.append(f"{key.text}: " + ", ".join(f"{times(one.factor)} at {one.context:,}" for one in points))
         ax.axhline(1.0, color=FAINT, linewidth=0.9, linestyle=DASHES[1])
         keys.append(Key("original", -1, "", False, 1))
-        ax.set_xscale("log", base=2)
         ticks = spread([float(context) for context in contexts])
-        ax.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
-        ax.minorticks_off()
-        ax.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
+        doubling(ax, contexts, ticks, [f"{x:,.0f}" for x in ticks])
         log_if_wide(ax, [one.factor for one in shown])
         ax.set_xlabel("context (tokens)")
         ax.set_ylabel("tokens per second, × original")
