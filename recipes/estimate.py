@@ -6,13 +6,10 @@ there. No weight is read, so an estimate of a large model takes seconds, and it 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +17,12 @@ from typing import Any
 
 import torch
 
+from rehead.checkpoints.copying import give_back_memory
 from rehead.checkpoints.source import Source
 from rehead.console import duration, quiet_transformers
 from rehead.errors import UnsupportedError, first_line
 from rehead.models.config import causal_lm_class, resolve_config
+from rehead.models.live import clock
 from rehead.models.tiny import LISTS
 
 #: Layers of the model that is tried out, beside one with a single layer.
@@ -153,11 +152,9 @@ def timed(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> fl
     """Median seconds of some work after one run to warm up; one run where it takes long."""
     seconds: list[float] = []
     for repeat in range(repeats + 1):
-        _finish(device)
-        start = time.perf_counter()
+        start = clock(device)
         work()
-        _finish(device)
-        last = time.perf_counter() - start
+        last = clock(device) - start
         if repeat:
             seconds.append(last)
         if sum(seconds) > 10:
@@ -174,7 +171,7 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> float:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        _give_back()
+        give_back_memory()  # so that what is taken next shows
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         before = _resident("VmRSS")
         work()
@@ -187,16 +184,10 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> float:
 def resident(device: torch.device) -> float:
     """Bytes that this process has before any model is in it; 0 on a GPU, where only models are."""
     try:
-        _give_back()
+        give_back_memory()
         return 0.0 if device.type == "cuda" else _resident("VmRSS")
     except OSError:
         return 0.5e9
-
-
-def _give_back() -> None:
-    """Let the C library return freed memory to the system, so that what is taken next shows."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(key: str) -> float:
@@ -204,8 +195,3 @@ def _resident(key: str) -> float:
         if line.startswith(f"{key}:"):
             return float(line.split()[1]) * 1024
     raise OSError(key)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

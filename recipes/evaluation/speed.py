@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rehead.models.live import evaluating
+from rehead.models.live import clock, evaluating
 from rehead.models.positions import position_limit
 from rehead.models.predictions import keeps_logits, vocabulary
 from rehead.recipes import evaluation_schema as schema
@@ -141,25 +140,18 @@ def _once(model: Any, tokens: Tensor) -> tuple[float, list[float], int | None]:
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     steps = []
     with evaluating(model):
-        start = _now(device)
+        start = clock(device)
         result = model(input_ids=tokens, use_cache=True, **keep)
-        prefill = _now(device) - start
+        prefill = clock(device) - start
         if getattr(result, "past_key_values", None) is None:
             raise NoCache(f"{model.config.model_type} gives back no KV cache to decode with")
         for step in range(STEPS + 1):
             cache, latest = result.past_key_values, result.logits[:, -1:].argmax(-1)
-            start = _now(device)
+            start = clock(device)
             result = model(input_ids=latest, past_key_values=cache, use_cache=True)
             if step:
-                steps.append(_now(device) - start)
+                steps.append(clock(device) - start)
     return prefill, steps, torch.cuda.max_memory_allocated(device) - before if on_gpu else None
-
-
-def _now(device: torch.device) -> float:
-    """The clock, once the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def _too_large(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from rehead.recipes import estimate, evaluate
+from rehead.recipes import evaluate
 from rehead.recipes.estimate import Cost, Estimate, Sketch
 from rehead.recipes.evaluation.dry_run import estimate_evaluation
 from rehead.recipes.scratch import NewModel, new_model
@@ -38,7 +38,7 @@ def of_the_process(monkeypatch: pytest.MonkeyPatch):
     """Both sides in seconds of this process, so that other work on the machine does not show."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(estimate.time, "perf_counter", time.process_time)
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     yield
     torch.set_num_threads(threads)
 

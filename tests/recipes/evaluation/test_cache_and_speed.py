@@ -85,7 +85,7 @@ def test_a_conversion_keeps_a_quarter(load, original, converted):
 def test_speed_takes_turns_and_counts_tokens(load, original, converted, monkeypatch):
     order = []
     clock = iter(range(10**6))
-    monkeypatch.setattr(speed, "_now", lambda device: float(next(clock)))
+    monkeypatch.setattr(speed, "clock", lambda device: float(next(clock)))
     models = {"model": load(converted), "baseline": load(original)}
     for who, model in models.items():
         model.register_forward_pre_hook(
