@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from rehead.checkpoints.outputs import check_out
+from rehead.checkpoints.outputs import check_out, out_path
 from rehead.console import Progress
 from rehead.convert.budget.choose import Selection, check_budget, select, smallest
 from rehead.convert.budget.holders import Holder, holders
@@ -102,7 +101,7 @@ def meet(
     opened = open_model(model, revision)
     with opened.source:
         if not resume:
-            check_out(Path(os.path.abspath(out)), getattr(opened.source, "folder", None), overwrite)
+            check_out(out_path(out), getattr(opened.source, "folder", None), overwrite)
         wanted = _survey_options(asked, given)
         with survey(opened, wanted, where, progress) as prepared:
             holder, selection, refused = choose(prepared, opened, kv_cache, asked.kl, given.get("engine"), progress)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rehead.checkpoints.outputs import check_out
+from rehead.checkpoints.outputs import check_out, out_path
 from rehead.data.sources import documents_of, parse_source
 from rehead.errors import UsageError
 from rehead.options import takes
@@ -26,7 +25,7 @@ from rehead.recipes.training.models import (
 from rehead.recipes.training.optimizer import Optimizer, Weights, choose
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import join_processes
-from rehead.recipes.training.run import arithmetic
+from rehead.recipes.training.run import arithmetic, check_resume
 from rehead.recipes.training.texts import first_micro_batch, tokenizer_of
 
 #: Bytes of each trained number beside the parameter itself: gradient and AdamW's two moments in float32.
@@ -48,13 +47,14 @@ def estimate_uptraining(
         UsageError, UnsupportedError: as ``uptrain``, as far as it shows before the texts are tokenised.
     """
     chosen = UptrainOptions.parse(options)
+    check_resume(resume)
     run = join_processes(chosen.device)
     if run.world > 1:
         raise UsageError("--dry-run: estimates one process; run it without accelerate launch")
     opened = open_checkpoint(os.fspath(student))
     name = teacher_name(opened, chosen)
     teacher = None if name is None else open_checkpoint(name)
-    check_out(Path(os.path.abspath(out)), getattr(opened.source, "folder", None), overwrite)
+    check_out(out_path(out), getattr(opened.source, "folder", None), overwrite)
     tokenizer = tokenizer_of(opened, "--data")
     if teacher is not None:
         same_tokens(tokenizer, tokenizer_of(teacher, "--teacher", tokenizer), (opened.name, teacher.name))
@@ -75,7 +75,7 @@ def estimate_uptraining(
     seconds = {"loading": sum(each.load_seconds() for each in (pupil, mentor) if each is not None)}
     seconds["training"] = chosen.steps * step
     if chosen.eval_data:
-        times = 1 + -(-chosen.steps // (chosen.eval_every or -(-chosen.steps // 10)))
+        times = 1 + -(-chosen.steps // chosen.evaluation_interval)
         read = len(chosen.eval_data) * chosen.eval_tokens / (micro * chosen.seq_length)
         seconds["evaluating"] = times * read * forward.of(pupil.layers)
     seconds["writing"] = pupil.load_seconds()

@@ -150,7 +150,7 @@ class Loop:
                     self._settle()
                 done = step + 1
                 # First, so that a run which resumes from the checkpoint finds the evaluation done.
-                if self.held_out and self._due(done, self._evaluation_interval()):
+                if self.held_out and self._due(done, self.options.evaluation_interval):
                     self._settle_all()
                     self._evaluate(done)
                 if self._due(done, self.options.checkpoint_every) and done < self.options.steps:
@@ -163,9 +163,6 @@ class Loop:
 
     def _due(self, done: int, every: int) -> bool:
         return bool(every) and done % every == 0
-
-    def _evaluation_interval(self) -> int:
-        return self.options.eval_every or -(-self.options.steps // 10)
 
     def _step(self, step: int, stop: int) -> None:
         options, run = self.options, self.run

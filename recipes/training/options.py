@@ -126,6 +126,11 @@ class UptrainOptions(Options):
         """Optimiser steps: the fewest that see ``tokens`` tokens."""
         return -(-self.tokens // (self.rows_per_step * self.seq_length))
 
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between evaluations of the held-out texts."""
+        return self.eval_every or -(-self.steps // 10)
+
     def objective(self) -> Any:
         """The parsed loss (:class:`rehead.recipes.training.losses.Objective`)."""
         from rehead.recipes.training.losses import parse_objective

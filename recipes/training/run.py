@@ -111,8 +111,7 @@ def uptrain(
         Interrupted: SIGINT or SIGTERM; a checkpoint is kept.
     """
     chosen = UptrainOptions.parse(options)
-    if resume not in RESUME:
-        raise UsageError(f"--resume {resume}: choose auto or never")
+    check_resume(resume)
     run = join_processes(chosen.device)
     return _Uptraining(os.fspath(student), out_path(out), chosen, run, resume, overwrite, command)(
         progress if run.main else None, on_event if run.main else None
@@ -326,6 +325,12 @@ class _Uptraining:
         loop.seconds, loop.last = float(found.state["seconds"]), dict(found.state["last"])
         log.truncate(int(found.state["log_position"]))
         log.write("resume", step=found.step, processes=self.run.world, device=self.run.device.type)
+
+
+def check_resume(resume: str) -> None:
+    """Raise UsageError for an unknown ``--resume``."""
+    if resume not in RESUME:
+        raise UsageError(f"--resume {resume}: choose auto or never")
 
 
 def arithmetic(name: str, device: torch.device) -> torch.dtype:

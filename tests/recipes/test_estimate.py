@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from rehead.errors import UsageError
 from rehead.recipes import evaluate
 from rehead.recipes.estimate import Cost, Estimate, Sketch
 from rehead.recipes.evaluation.dry_run import estimate_evaluation
@@ -102,6 +103,7 @@ def test_commands_say_it_and_leave_nothing(run, place, monkeypatch):
         (["evaluate", "MODEL", "--data", "none.txt", "--dry-run"], "no such file"),
         (["uptrain", "MODEL", "OUT", "--data", "none.txt", "--loss", "ce", "--dry-run"], "no such file"),
         (["uptrain", "MODEL", "OUT", "--data", "TEXT", "--dry-run"], "needs a teacher"),
+        (["uptrain", "MODEL", "OUT", "--data", "TEXT", "--loss", "ce", "--resume", "on", "--dry-run"], "auto or never"),
         (["uptrain", "MODEL", "OUT", "--data", "TEXT", "--loss", "ce", "--train", "atention", "--dry-run"],
          "did you mean 'attention'"),
     ],
@@ -111,6 +113,11 @@ def test_a_dry_run_refuses_what_the_run_would(run, place, words, says):
     code, _, err = run(*(names.get(word, word) for word in words))
     assert code == 2
     assert says in err
+
+
+def test_a_dry_run_takes_no_empty_folder(place):
+    with pytest.raises(UsageError, match="OUT is empty"):
+        estimate_uptraining(place / "model", "", data=[str(place / "text.txt")], loss="ce")
 
 
 def test_costs_grow_with_the_layers():
