@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from rehead.attention.kernels.masks import LOG2E
+
 
 @triton.jit
 def _first_keys(dq, dk, dv_acc, q_ptr, do_ptr, k, v, key, high, rows, lse, delta, stride_qm, stride_dom, scale, num_q,
@@ -15,7 +17,7 @@ def _first_keys(dq, dk, dv_acc, q_ptr, do_ptr, k, v, key, high, rows, lse, delta
     wide = rows[:, None].to(tl.int64)
     q = tl.load(q_ptr + wide * stride_qm + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
     do = tl.load(do_ptr + wide * stride_dom + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0)
-    s = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634)
+    s = tl.dot(q, tl.trans(k)) * (scale * LOG2E)
     keep = (key[None, :] <= (rows + q_offset - window)[:, None]) & (key < high)[None, :]
     p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
     ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None])).to(k.dtype)

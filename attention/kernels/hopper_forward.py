@@ -24,8 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from rehead.attention.kernels.hopper_tiles import key_range, looks_back, start_of, tile_of
-
-LOG2E = gl.constexpr(1.4426950408889634)
+from rehead.attention.kernels.masks import LOG2E
 
 
 @gluon.jit
