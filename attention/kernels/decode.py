@@ -50,7 +50,7 @@ def run_decode(call: AttentionCall) -> Tensor:
     group = heads // kv_heads
     total = num_q * group
     block_d, block_dv = (max(16, triton.next_power_of_2(item)) for item in (dim, dim_v))
-    early = _is_hopper(query.device)
+    early = is_hopper(query.device)
     shapes = latent_shape if latent else launch_shape
     shape = shapes(query.device, query.element_size(), max(block_d, block_dv), total)
     if halves:
@@ -62,9 +62,9 @@ def run_decode(call: AttentionCall) -> Tensor:
     parts = (batch * kv_heads, splits, total)
     acc = out if splits == 1 else torch.empty((*parts, block_dv), dtype=torch.float32, device=query.device)
     lse = out if splits == 1 else torch.empty(parts, dtype=torch.float32, device=query.device)
-    start, start_step = _device_number(call.kv_start, query)
-    end, end_step = _device_number(end_tensor, query)
-    offset, offset_step = _device_number(offset_tensor, query)
+    start, start_step = device_number(call.kv_start, query)
+    end, end_step = device_number(end_tensor, query)
+    offset, offset_step = device_number(offset_tensor, query)
     mask = key_mask = call.key_mask
     if key_mask is not None:
         mask = (key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()).view(torch.uint8)
@@ -107,7 +107,7 @@ def run_decode(call: AttentionCall) -> Tensor:
     return out
 
 
-def _device_number(item: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
+def device_number(item: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
     """(a pointer to per-batch integers, the step between them: 0 if all batch rows share one)."""
     if item is None:
         return unused, 0
@@ -115,7 +115,8 @@ def _device_number(item: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a GPU of compute capability 9.0."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -161,7 +162,7 @@ def launch_shape(device: torch.device, itemsize: int, width: int, total: int) ->
     roomy = shared_memory(device) > 150_000
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     slots = 2 * processors
-    if _is_hopper(device) and itemsize == 2:
+    if is_hopper(device) and itemsize == 2:
         rows = 64 if rows > 16 else rows
         if width <= 128 and rows > 16:
             return LaunchShape(rows, 64, 4, 3, processors, 0, True)
@@ -188,7 +189,7 @@ def latent_shape(device: torch.device, itemsize: int, width: int, total: int) ->
     room = shared_memory(device)
     rows = 16
     if total > 16 and itemsize == 2 and room > 150_000:
-        rows = 64 if _is_hopper(device) else 32
+        rows = 64 if is_hopper(device) else 32
     block_n = 16 if itemsize == 4 or room < 150_000 else 32 if rows > 16 else 64
     return LaunchShape(rows, block_n, 8 if rows > 16 else 4, 2, processors, 0, True)
 

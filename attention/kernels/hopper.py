@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from rehead.attention.call import AttentionCall
+from rehead.attention.kernels.decode import device_number, is_hopper
 from rehead.attention.kernels.general import block_lists, interpreting, key_splits, row_delta
 
 # Gluon is Triton's experimental layer and changes between releases; the kernels are tested on these.
@@ -56,11 +57,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _describable(tensor: Tensor) -> bool:
     """Whether the copy engine can read a tensor: aligned, with non-zero strides that are multiples of 16 bytes."""
     step = 16 // tensor.element_size()
@@ -77,7 +73,7 @@ def refusal(call: AttentionCall) -> str | None:
     query, key, value = call.query, call.key, call.value
     if not READY:
         return f"Triton {triton.__version__} is not among the releases the Hopper kernels are tested on (3.6)"
-    if interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
+    if interpreting() or not is_hopper(query.device):
         return "the device is not a Hopper GPU"
     if call.blocks is not None and (call.blocks.keys != LISTED or call.blocks.rows < LISTED):
         return f"blocks of {call.blocks.rows} rows and {call.blocks.keys} keys; the keys must be 128, the rows at least"
@@ -226,7 +222,7 @@ LATENT_ROWS, LATENT_KEYS, LATENT_HALF, LATENT_TAIL = 64, 64, 256, 64
 def takes_latents(call: AttentionCall) -> bool:
     """Whether the Hopper kernel decodes this call over latents; the general one takes the others."""
     query, key, tail = call.query, call.key, call.key_tail
-    if tail is None or not READY or interpreting() or query.device.type != "cuda" or not _is_hopper(query.device):
+    if tail is None or not READY or interpreting() or not is_hopper(query.device):
         return False
     others = (call.window, call.sinks, call.blocks)
     if query.dtype not in _DTYPES or not call.positional_only or any(rule is not None for rule in others):
@@ -259,10 +255,7 @@ def partial_latents(call: AttentionCall, acc: Tensor, lse: Tensor, out: Tensor, 
     batch, heads, _ = query.shape
     rank, num_k = key.shape[2], key.shape[1]
     end, offset = (item if isinstance(item, Tensor) else None for item in (call.kv_end, call.q_offset))
-    numbers = [out if item is None else item for item in (call.kv_start, end, offset)]
-    steps = [
-        0 if item is None or item.numel() == 1 else item.reshape(-1).stride(0) for item in (call.kv_start, end, offset)
-    ]
+    numbers, steps = zip(*(device_number(item, out) for item in (call.kv_start, end, offset)), strict=True)
     tiles = triton.cdiv(heads, LATENT_ROWS)
     hopper_latent.partial_latents[(tiles, splits, batch)](
         _describe_rows(query[..., :rank], LATENT_ROWS, LATENT_HALF),
