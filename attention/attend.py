@@ -62,8 +62,7 @@ def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
         return cpu.run(call)
     from rehead.attention import kernels
 
-    if isinstance(call.q_offset, Tensor):
-        call = call.with_(q_offset=int(call.q_offset))
+    call = call.with_int_offset()
     reason = kernels.unsupported(call)
     if reason is not None:
         raise UnsupportedError(f"rehead_tiled cannot compute this attention: {reason}; use attn_implementation='sdpa'")

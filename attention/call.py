@@ -96,6 +96,10 @@ class AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def with_int_offset(self) -> AttentionCall:
+        """The same with a ``q_offset`` that is an int; one in a tensor is read from its device."""
+        return self.with_(q_offset=int(self.q_offset)) if isinstance(self.q_offset, Tensor) else self
+
     def joined(self) -> AttentionCall:
         """The same with keys in one part. Its values have the tail's columns too, which the caller cuts off."""
         if self.key_tail is None:

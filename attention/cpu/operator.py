@@ -17,8 +17,7 @@ NAMES = CALL.names()
 
 def _read(values: Any) -> AttentionCall:
     """The call from an operator's arguments, with ``q_offset`` as a number."""
-    call = CALL.unflatten(values)
-    return call.with_(q_offset=int(call.q_offset)) if isinstance(call.q_offset, Tensor) else call
+    return CALL.unflatten(values).with_int_offset()
 
 
 @torch.library.custom_op("rehead::cpu_attention", mutates_args=(), schema=CALL.schema("", "(Tensor, Tensor)"))

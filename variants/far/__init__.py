@@ -37,8 +37,7 @@ def attend(call: AttentionCall, options: FarOptions, state: Mapping[str, Tensor]
     plain = call.causal and call.positional_only and all(rule is None for rule in others)
     if not plain or call.query.shape[2] <= options.block:
         return compute(call)
-    if isinstance(call.q_offset, Tensor):
-        call = call.with_(q_offset=int(call.q_offset))
+    call = call.with_int_offset()
     begin, end = options.first, far_ends(call, options)
     if int(end.max()) <= begin:
         return compute(call)

@@ -83,8 +83,7 @@ def attend(call: AttentionCall, options: SparseOptions, state: Mapping[str, Tens
     """The layer's attention over the chosen blocks; short calls, decode steps and other masks pass unchanged."""
     if options.lost_mass == 0 or not _long(call, options):
         return compute(call)
-    if isinstance(call.q_offset, Tensor):
-        call = call.with_(q_offset=int(call.q_offset))
+    call = call.with_int_offset()
     choice = choice_of(call.joined(), options)
     for reports, measure in _records:
         reports.append(_report(call, choice, measure))
