@@ -46,6 +46,10 @@ class Stages:
     def _by_who(self) -> dict[schema.Who, JudgedModel]:
         return {item.who: item for item in self.loaded}
 
+    @property
+    def _models(self) -> dict[schema.Who, Any]:
+        return {item.who: item.model for item in self.loaded}
+
     def notes(self, found: schema.Evaluation) -> list[str]:
         """What a reader must know of the models before any figure.
 
@@ -129,7 +133,7 @@ class Stages:
         if tokenizer is None:
             return
         found.samples = samples(
-            {item.who: item.model for item in self.loaded},
+            self._models,
             text.tokens,
             tokenizer,
             self.chosen.samples,
@@ -167,7 +171,7 @@ class Stages:
     def needle(self, found: schema.Evaluation) -> None:
         """Retrieval at every length and depth, in passages of the first text."""
         cells, notes = needle_cells(
-            {item.who: item.model for item in self.loaded},
+            self._models,
             self.texts[0].tokens,
             self.loaded[0].tokenizer,
             self.chosen.needle,
@@ -183,7 +187,7 @@ class Stages:
     def recall(self, found: schema.Evaluation) -> None:
         """Copying and key-value recall at every distance, in passages of the first text."""
         rows, notes = recall_rows(
-            {item.who: item.model for item in self.loaded},
+            self._models,
             self.texts[0].tokens,
             self.loaded[0].tokenizer,
             self.chosen.recall,
@@ -214,7 +218,7 @@ class Stages:
         """Prefill and decoding at every size."""
         caches = {item.who: measure_cache(item.model) for item in self.loaded}
         rows, notes = speed_rows(
-            {item.who: item.model for item in self.loaded},
+            self._models,
             {who: cache.bytes_per_token if cache else None for who, cache in caches.items()},
             self.chosen.speed_batch,
             self.chosen.speed_context,
