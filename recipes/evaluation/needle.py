@@ -139,8 +139,13 @@ def count_hits(model: Any, rows: Tensor) -> int:
     return hits
 
 
-def word_tokens(tokens: Tensor, tokenizer: Any) -> Tensor:
+def word_tokens(tokens: Tensor, tokenizer: Any, flag: str = "--needle") -> Tensor:
     """Tokens of a text that stand for a whole word of three letters or more, int64 [W], sorted.
+
+    Args:
+        tokens: int64 [T], the text.
+        tokenizer: None takes any token as a word.
+        flag: what asks for them, for messages.
 
     Raises:
         UsageError: there are too few to draw from.
@@ -158,7 +163,7 @@ def word_tokens(tokens: Tensor, tokenizer: Any) -> Tensor:
         # A tokenizer of bytes or characters has no words; its own units will do.
         found = chosen if len(chosen) >= 4 * (KEY + VALUE) else found[~torch.isin(found, torch.tensor([*special, -1]))]
     if len(found) < KEY + VALUE:
-        raise UsageError(f"--needle: the text has {len(found)} different words, too few to hide one; give more text")
+        raise UsageError(f"{flag}: the text has {len(found)} different words, too few to hide one; give more text")
     return found
 
 

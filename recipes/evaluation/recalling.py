@@ -44,7 +44,7 @@ def recall_rows(
     Raises:
         UsageError: the text has too few words.
     """
-    words, start = word_tokens(tokens, tokenizer), text_start(tokenizer)
+    words, start = word_tokens(tokens, tokenizer, "--recall"), text_start(tokenizer)
     rows: list[schema.RecallRow] = []
     notes: list[str] = []
     for at, (who, model) in enumerate(models.items()):

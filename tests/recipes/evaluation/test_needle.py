@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from rehead.errors import UsageError
+from rehead.models import recall
+from rehead.recipes.evaluation import options
 from rehead.recipes.evaluation.needle import KEY, VALUE, needle_cells, prompt, word_tokens
+from rehead.recipes.evaluation.recalling import recall_rows
 from rehead.recipes.scratch import train_tokenizer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -86,3 +89,9 @@ def test_too_long_for_the_model_or_the_text(copying_model, running):
         needle_cells({"model": copying_model()}, running, None, [4000], (0.5,))
     with pytest.raises(UsageError, match="too few to hide one"):
         needle_cells({"model": copying_model()}, torch.tensor([1, 2, 3] * 50), None, [64], (0.5,))
+    with pytest.raises(UsageError, match=r"^--recall: the text has 3 different words"):
+        recall_rows({"model": copying_model()}, torch.tensor([1, 2, 3] * 50), None, [64])
+
+
+def test_the_shortest_distance_is_the_probes_own():
+    assert options.SHORTEST == recall.SHORTEST
