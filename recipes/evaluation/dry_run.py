@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehead.checkpoints.source import Source
 from rehead.errors import UsageError
 from rehead.models.distance import distances, token_nll
 from rehead.models.live import evaluating, resolve_device
@@ -17,7 +18,7 @@ from rehead.models.predictions import batch_size, keeps_logits, vocabulary
 from rehead.options import takes
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.estimate import Estimate, Sketch, memory_of, resident, timed
-from rehead.recipes.evaluation.models import open_named
+from rehead.recipes.evaluation.models import open_named, stored_dtype
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.evaluation.run import requested
 from rehead.recipes.evaluation.samples import PROMPT, continue_greedily
@@ -62,18 +63,19 @@ def estimate_evaluation(
     device = resolve_device(chosen.device)
     texts = read_texts(data, baseline or model, chosen)
     names: dict[schema.Who, str | None] = {"baseline": baseline, "control": control, "model": model}
-    sketches = {who: Sketch.of(name, open_named(name)) for who, name in names.items() if name is not None}
+    opened = {who: (name, open_named(name)) for who, name in names.items() if name is not None}
+    sketches = {who: Sketch.of(name, source) for who, (name, source) in opened.items()}
     base = resident(device)
-    dtype = _dtype(chosen, device)
-    paces, pair, working = _tried(sketches, chosen, dtype, device)
+    dtypes = {who: loaded_dtype(chosen.dtype, device, source) for who, (_, source) in opened.items()}
+    paces, pair, working = _tried(sketches, chosen, dtypes, device)
     result = Estimate(_seconds(sketches, paces, pair, texts, chosen), 0.0)
-    weights = [sketch.parameters * dtype.itemsize for sketch in sketches.values()]
+    weights = [sketch.parameters * dtypes[who].itemsize for who, sketch in sketches.items()]
     # While the last model is loaded its file is in memory too.
     loading = max(sketch.stored_bytes for sketch in sketches.values()) if device.type == "cpu" else 0
     result.memory_bytes = base + sum(weights) + max(working, loading)
     result.facts["models"] = ", ".join(f"{who} {sketch.name}" for who, sketch in sketches.items())
     result.facts["texts"] = ", ".join(f"{text.name} ({len(text.tokens):,} tokens)" for text in texts) or "none"
-    result.facts["on"] = f"{device}, {str(dtype).removeprefix('torch.')}"
+    result.facts["on"] = ", ".join(map(str, (device, *dict.fromkeys(dtypes.values())))).replace("torch.", "")
     if chosen.tasks:
         result.notes.append(f"the tasks {', '.join(chosen.tasks)}")
     if chosen.patches:
@@ -81,17 +83,24 @@ def estimate_evaluation(
     return result
 
 
-def _dtype(chosen: EvaluateOptions, device: torch.device) -> torch.dtype:
-    if chosen.dtype != "auto":
-        return getattr(torch, chosen.dtype)  # type: ignore[no-any-return]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+def loaded_dtype(name: str, device: torch.device, source: Source) -> torch.dtype:
+    """The dtype in which a checkpoint is loaded; ``auto`` is float32 on a CPU and its own elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    stored = stored_dtype(source)
+    # Quantised weights are unpacked as they are used.
+    own = stored if stored.is_floating_point and stored.itemsize > 1 else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else own
 
 
 def _tried(
-    sketches: dict[schema.Who, Sketch], chosen: EvaluateOptions, dtype: torch.dtype, device: torch.device
+    sketches: dict[schema.Who, Sketch],
+    chosen: EvaluateOptions,
+    dtypes: dict[schema.Who, torch.dtype],
+    device: torch.device,
 ) -> tuple[dict[schema.Who, Paces], float, float]:
     """(paces of each model, seconds to compare two models on one token, bytes that a batch takes)."""
-    live = {who: sketch.first_layers(sketch.tried, dtype, device) for who, sketch in sketches.items()}
+    live = {who: sketch.first_layers(sketch.tried, dtypes[who], device) for who, sketch in sketches.items()}
     size = min(batch_size(model, chosen.window, chosen.batch_tokens) for model in live.values())
     known = min(vocabulary(model) for model in live.values())
     draw = torch.Generator().manual_seed(chosen.seed)

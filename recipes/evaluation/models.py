@@ -148,7 +148,7 @@ def load_model(
         lost = sorted(map(str, report["missing_keys"] or report["mismatched_keys"]))[0]
         raise UnsupportedError(f"{name}: tensor {lost} is missing or misshapen and would be random; fetch it again")
     size = sum(info.nbytes for info in source.tensors.values())
-    loaded = JudgedModel(who, name, model, _dtype_of(source), size, tokenizer_of(source))
+    loaded = JudgedModel(who, name, model, stored_dtype(source), size, tokenizer_of(source))
     return patched(loaded, [*((TILED,) if attention == TILED else ()), *patches])
 
 
@@ -249,7 +249,7 @@ def open_named(name: str) -> Source:
     return open_known(*split_revision(name))
 
 
-def _dtype_of(source: Source) -> torch.dtype:
+def stored_dtype(source: Source) -> torch.dtype:
     """The dtype of most of a checkpoint's weights."""
     sizes: Counter[str] = Counter()
     for info in source.tensors.values():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from rehead.checkpoints.opening import open_source
 from rehead.errors import UsageError
 from rehead.recipes import evaluate
 from rehead.recipes.estimate import Cost, Estimate, Sketch
-from rehead.recipes.evaluation.dry_run import estimate_evaluation
+from rehead.recipes.evaluation.dry_run import estimate_evaluation, loaded_dtype
 from rehead.recipes.scratch import NewModel, new_model
 from rehead.recipes.training.dry_run import estimate_uptraining
 from rehead.recipes.training.run import uptrain
@@ -118,6 +120,16 @@ def test_a_dry_run_refuses_what_the_run_would(run, place, words, says):
 def test_a_dry_run_takes_no_empty_folder(place):
     with pytest.raises(UsageError, match="OUT is empty"):
         estimate_uptraining(place / "model", "", data=[str(place / "text.txt")], loss="ce")
+
+
+def test_a_gpu_loads_a_checkpoint_as_it_is_stored(place):
+    source = open_source(place / "model")  # float32
+    assert loaded_dtype("auto", torch.device("cuda"), source) == torch.float32
+    assert loaded_dtype("float16", torch.device("cuda"), source) == torch.float16
+    for info in list(source.tensors.values()):
+        source.tensors[info.name] = replace(info, dtype="F16")
+    assert loaded_dtype("auto", torch.device("cuda"), source) == torch.float16
+    assert loaded_dtype("auto", torch.device("cpu"), source) == torch.float32
 
 
 def test_costs_grow_with_the_layers():
