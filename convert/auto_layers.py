@@ -10,11 +10,10 @@ import torch
 
 from rehead.convert.options import ConvertOptions
 from rehead.convert.variants import check_lengths
-from rehead.errors import UnsupportedError, UsageError, first_line
-from rehead.models.config import causal_lm_class
+from rehead.convert.whole_model import load_whole
+from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import Model
 from rehead.models.recall import fitting, recall_texts
-from rehead.models.remote import weights_for_loading
 from rehead.variants.blocks.forms import reblock
 from rehead.variants.blocks.switches import SWITCHES
 from rehead.variants.layer_choice import auto_count
@@ -40,7 +39,6 @@ def choose(
         UsageError: the calibration text cannot be used, or no layer fits the budget.
         UnsupportedError: the class switches all layers together, or the model cannot be loaded.
     """
-    from rehead.console import quiet_transformers
     from rehead.data.calibration import load_calibration
     from rehead.variants.ranking import choose_layers
     from rehead.variants.stack import live_variant
@@ -70,22 +68,7 @@ def choose(
     text = load_calibration(
         options.calibration, model.source, vocab, max(count, longest), [min(longest, count)], options.seed
     )
-    source = model.source
-    source.materialise()
-    where = getattr(source, "folder", None) or source.id
-    with quiet_transformers():
-        try:
-            live: Any = causal_lm_class(model.config).from_pretrained(
-                **weights_for_loading(source, where),
-                config=model.config,
-                revision=source.revision or "main",
-                dtype=torch.float32,
-            )
-        except Exception as error:
-            raise UnsupportedError(
-                f"{source.id}: cannot be loaded to choose layers ({first_line(error)}); name --layers"
-            ) from None
-    live = live.to(device).eval()
+    live = load_whole(model, device, "choose layers", "name --layers")
     asked = auto_count(options.layers, int(model.config.num_hidden_layers))
     recalled = []
     if options.window is not None:

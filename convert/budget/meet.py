@@ -14,10 +14,11 @@ from rehead.convert.budget.holders import Holder, holders
 from rehead.convert.budget.library import Library
 from rehead.convert.budget.mix import Measured, compared
 from rehead.convert.budget.options import BudgetOptions, SurveyOptions
-from rehead.convert.budget.survey import Survey, budget_of, load_live, survey
+from rehead.convert.budget.survey import Survey, budget_of, survey
 from rehead.convert.execute import Conversion, execute
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
+from rehead.convert.whole_model import load_whole
 from rehead.errors import QualityError, UnsupportedError, UsageError
 from rehead.models.distance import judged
 from rehead.models.live import resolve_device
@@ -111,7 +112,7 @@ def meet(
         plan = make_plan(opened, ConvertOptions.parse(made))
         conversion = execute(plan, out, device, resume, overwrite, progress, command, {"budget": facts})
     conversion.seconds = time.monotonic() - started
-    measured = compared(load_live(open_model(out), where), texts, reference)
+    measured = compared(load_whole(open_model(out), where, "measure it"), texts, reference)
     if push_to_hub:
         from rehead.checkpoints.push import push_folder
 

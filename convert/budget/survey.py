@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from rehead.console import Progress, quiet_transformers
+from rehead.console import Progress
 from rehead.convert.budget.library import Library, library
 from rehead.convert.budget.mix import Meter, Mix, Sample
 from rehead.convert.budget.options import SurveyOptions
 from rehead.convert.budget.prepare import Estimates, calibrated_states, estimate, solve_forms
 from rehead.convert.budget.samples import running_text, samples
 from rehead.convert.budget.search import Predictor
+from rehead.convert.whole_model import load_whole
 from rehead.data.calibration import load_calibration
-from rehead.errors import UnsupportedError, UsageError, first_line
-from rehead.models.config import causal_lm_class
+from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import Model
 
 #: The context that caches are compared at where nobody says, at most, and the texts to measure on, in tokens.
@@ -80,7 +80,7 @@ def survey(
         asked.calibration, model.source, vocabulary, asked.calibration_tokens, (length,), asked.seed
     )
     running = running_text(model, asked.calibration, asked.tokens, length, asked.seed)
-    live = load_live(model, device)
+    live = load_whole(model, device, "measure it")
     every = [option for each in options.layers.values() for option in each]
     states = calibrated_states(live, options, text.tokens[0][: max(1, _STATE_TOKENS // length)])
     with Mix(live, model, every) as mix:
@@ -111,25 +111,6 @@ def lengths(model: Model, asked: SurveyOptions) -> tuple[int, int]:
         raise UsageError(f"--context {context}: the model has positions for {positions} tokens; give that or less")
     length = min(max(context // 8, _SHORTEST), _LONGEST, positions or _LONGEST)
     return context, min(length, asked.tokens)
-
-
-def load_live(model: Model, device: torch.device) -> Any:
-    """A checkpoint's model in float32 for measuring.
-
-    Raises:
-        UnsupportedError: transformers cannot load it.
-    """
-    source = model.source
-    source.materialise()
-    where = getattr(source, "folder", None) or source.id
-    with quiet_transformers():
-        try:
-            live: Any = causal_lm_class(model.config).from_pretrained(
-                where, config=model.config, revision=source.revision or "main", dtype=torch.float32
-            )
-        except Exception as error:
-            raise UnsupportedError(f"{source.id}: cannot be loaded to measure it ({first_line(error)})") from None
-    return live.to(device).eval()
 
 
 def budget_of(text: str, options: Library) -> int:

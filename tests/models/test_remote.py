@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rehead.cli import main
 from rehead.convert import convert, inspect, plan, verify
+from rehead.convert.whole_model import load_whole
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.families.remote import REMOTE
+from rehead.models.model import open_model
 from rehead.recipes.evaluation.models import load_model
 from rehead.recipes.training.models import load, open_checkpoint
 
@@ -75,6 +77,17 @@ def test_it_is_evaluated_and_trained_as_it_is(tmp_path: Path) -> None:
         with torch.no_grad():
             found = model(input_ids=TOKENS[None]).logits[0].double()
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_measured_whole_has_the_published_weights(name: str, tmp_path: Path) -> None:
+    """Layers are chosen and budgets met on this model, not on one of random weights."""
+    config, tensors = write(tmp_path / "in", name)
+    expected = reference(name, config, tensors, TOKENS)
+    whole = load_whole(open_model(tmp_path / "in"), torch.device("cpu"), "measure it")
+    with torch.no_grad():
+        result = whole(input_ids=TOKENS[None]).logits[0].double()
+    assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_inspect_tells_which_class_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
