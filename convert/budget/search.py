@@ -11,6 +11,9 @@ from torch import Tensor
 from rehead.convert.budget.library import Choice, Library, Option
 from rehead.convert.budget.prepare import Estimates
 
+#: Changes of two layers that are looked at.
+_SWAPS = 16
+
 
 @dataclass(frozen=True)
 class Move:
@@ -53,36 +56,19 @@ class Predictor:
 
     def moves(self, choice: Choice) -> list[Move]:
         """Every change of one layer."""
-        changes = _Changes.of(self, choice)
-        return [
-            Move({layer: option}, predicted, total)
-            for (layer, option), predicted, total in zip(
-                changes.made, changes.predicted.tolist(), changes.totals.tolist()
-            )
-        ]
+        return _Changes.of(self, choice).moves()
 
-    def swaps(self, choice: Choice, budget: int, most: int = 16) -> list[Move]:
+    def swaps(self, choice: Choice, budget: int, most: int = _SWAPS) -> list[Move]:
         """The changes of two layers with the least predicted loss within ``budget`` bytes, ``most`` of them at most."""
-        changes = _Changes.of(self, choice)
-        if not changes.made:
-            return []
-        predicted = changes.pairs()
-        totals = changes.totals[:, None] + changes.totals[None] - changes.total
-        predicted[totals > budget] = torch.inf
-        best = predicted.flatten().topk(min(most, predicted.numel()), largest=False)
-        count = len(changes.made)
-        return [
-            Move(dict((changes.made[at // count], changes.made[at % count])), loss, int(totals.flatten()[at]))
-            for loss, at in zip(best.values.tolist(), best.indices.tolist())
-            if loss < torch.inf
-        ]
+        return _Changes.of(self, choice).swaps(budget, most)
 
     def improved(self, choice: Choice, budget: int, rounds: int = 200) -> dict[int, Option]:
         """A choice near another with the least predicted loss that ``budget`` bytes allow; steps that help, in turn."""
         now, loss = dict(choice), self.loss(choice)
         for _ in range(rounds):
-            steps = [move for move in self.moves(now) if move.total <= budget]
-            best = min([*steps, *self.swaps(now, budget)], key=lambda move: move.predicted, default=None)
+            changes = _Changes.of(self, now)
+            steps = [move for move in changes.moves() if move.total <= budget]
+            best = min([*steps, *changes.swaps(budget)], key=lambda move: move.predicted, default=None)
             if best is None or best.predicted >= loss * (1 - 1e-9):
                 break
             now, loss = {**now, **best.changes}, best.predicted
@@ -118,17 +104,18 @@ class _Changes:
     Attributes:
         made: (layer, its new option) of each.
         steps: [changes, options]: +1 for the option that a change takes, -1 for the one that it leaves.
+        products: [changes, options]: the effects of each change times those of each option, halved.
         predicted: predicted loss after each; of none of them: ``loss``.
         totals: bytes after each; of none of them: ``total``.
     """
 
     made: list[tuple[int, Option]]
     steps: Tensor
+    products: Tensor
     predicted: Tensor
     totals: Tensor
     loss: float
     total: int
-    gram: Tensor
 
     @classmethod
     def of(cls, predictor: Predictor, choice: Choice) -> _Changes:
@@ -148,14 +135,34 @@ class _Changes:
             for name, sign in ((option.name, 1), (before.name, -1)):
                 if name:
                     steps[row, index[layer, name]] = sign
-        loss, total = float(taken @ gram @ taken), options.total(choice)
-        predicted = loss + 2 * steps @ (gram @ taken) + ((steps @ gram) * steps).sum(1)
-        return cls(made, steps, predicted, torch.tensor(saved, dtype=torch.int64) + total, loss, total, gram)
+        loss, total, products = float(taken @ gram @ taken), options.total(choice), steps @ gram
+        predicted = loss + 2 * steps @ (gram @ taken) + (products * steps).sum(1)
+        return cls(made, steps, products, predicted, torch.tensor(saved, dtype=torch.int64) + total, loss, total)
+
+    def moves(self) -> list[Move]:
+        """Each change."""
+        every = zip(self.made, self.predicted.tolist(), self.totals.tolist())
+        return [Move({layer: option}, predicted, total) for (layer, option), predicted, total in every]
+
+    def swaps(self, budget: int, most: int = _SWAPS) -> list[Move]:
+        """As :meth:`Predictor.swaps`."""
+        if not self.made:
+            return []
+        predicted = self.pairs()
+        totals = self.totals[:, None] + self.totals[None] - self.total
+        predicted[totals > budget] = torch.inf
+        best = predicted.flatten().topk(min(most, predicted.numel()), largest=False)
+        count = len(self.made)
+        return [
+            Move(dict((self.made[at // count], self.made[at % count])), loss, int(totals.flatten()[at]))
+            for loss, at in zip(best.values.tolist(), best.indices.tolist())
+            if loss < torch.inf
+        ]
 
     def pairs(self) -> Tensor:
         """Predicted loss after any two changes, [changes, changes]; infinite for two of one layer and below the
         diagonal."""
-        both = 2 * (self.steps @ self.gram @ self.steps.T)
+        both = 2 * (self.products @ self.steps.T)
         predicted = self.predicted[:, None] + self.predicted[None] - self.loss + both
         layers = torch.tensor([layer for layer, _ in self.made])
         apart = (layers[:, None] != layers[None]).triu(1)
