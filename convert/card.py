@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
-from rehead.models.serving import DIFFERENT, REFUSED, facts_of, sentences, served_by
+from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, facts_of, sentences, served_by
 from rehead.version import __version__
 
 if TYPE_CHECKING:
     from rehead.convert.planning import Plan
     from rehead.convert.verdict import Verdict
 
-# Engines that a latent can be converted for, by ``--for``, and their names in the records.
-_FLAGS = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
 # Metadata of the source that stays true of the result.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
@@ -185,7 +183,7 @@ def _for_engines(plan: Plan) -> list[str]:
     config, said = plan.raw_config, []
     if config.get("kv_lora_rank") and not config.get("attention_bias"):
         runs = {run.engine: run.outcome for run in served_by(config["model_type"], facts_of(config))}
-        said = [f"`--for {flag}`" for flag, name in _FLAGS.items() if runs.get(name) in (DIFFERENT, REFUSED)]
+        said = [f"`--for {flag}`" for flag, name in ENGINE_NAMES.items() if runs.get(name) in (DIFFERENT, REFUSED)]
     return [f"Converted with {' or '.join(said)} it serves there."] if said else []
 
 

@@ -18,6 +18,9 @@ SAME = "same"
 DIFFERENT = "different"
 REFUSED = "refused"
 
+#: Engines that a model can be converted for, as ``--for`` names them -> as the records do.
+ENGINE_NAMES = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
+
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _EQUAL_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}

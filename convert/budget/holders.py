@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rehead.convert.budget.library import Choice, Library
+from rehead.convert.budget.library import Choice, Library, option_name
 from rehead.convert.budget.search import uniform
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import Model
-from rehead.models.serving import SAME, facts_of, served_by
+from rehead.models.serving import ENGINE_NAMES, SAME, facts_of, served_by
 
-#: ``--for`` -> the engine's name in the records of what was run; any class loads in transformers.
-ENGINES = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "transformers": None}
 #: Steps of the layer-wise fit where nobody says; none where the refit alone leaves nothing to win.
 _FIT = 250
 
@@ -41,23 +39,21 @@ class Holder:
             given: what the user said besides, which goes first.
         """
         option = next(iter(choice.values()))
+        assert option.variant is not None
         assert option.options is not None
-        said = option.options.model_dump(exclude_defaults=True)
-        if not self.everywhere:
-            said["layers"] = tuple(sorted(choice))
-        text = ",".join(f"{key}={_written(value)}" for key, value in said.items())
+        wanted = option.options if self.everywhere else option.options.but(layers=tuple(sorted(choice)))
         tokens_kept = option.layout.window is not None and option.layout.sinks > 0
         recovery = {"refit": True, "fit": 0 if tokens_kept else _FIT}
         if option.kind != "latent":  # no other form differs by engine
             given = {key: value for key, value in given.items() if key != "engine"}
-        return {**recovery, **given, "variants": (*given.get("variants", ()), f"{option.kind}:{text}")}
+        return {**recovery, **given, "variants": (*given.get("variants", ()), option_name(option.variant, wanted))}
 
 
 def holders(model: Model, options: Library, engine: str | None) -> tuple[list[Holder], dict[str, str]]:
     """The ways to store choices for an engine.
 
     Args:
-        engine: a key of :data:`ENGINES`; None for any.
+        engine: as ``--for`` names it; None for any.
 
     Returns:
         (the ways, name of each other option -> why it is none).
@@ -89,8 +85,8 @@ def holders(model: Model, options: Library, engine: str | None) -> tuple[list[Ho
 
 def _refusal(config: dict[str, Any], engine: str | None) -> str | None:
     """Why an engine serves no model of this config; None where it does."""
-    wanted = ENGINES.get(engine or "transformers")
-    if wanted is None:
+    wanted = ENGINE_NAMES.get(engine or "")
+    if wanted is None:  # any class loads in transformers
         return None
     runs = [run for run in served_by(str(config["model_type"]), facts_of(config)) if run.engine == wanted]
     if not runs:
@@ -98,7 +94,3 @@ def _refusal(config: dict[str, Any], engine: str | None) -> str | None:
     if not any(run.outcome == SAME for run in runs):
         return f"{wanted} does not serve {config['model_type']} of this kind ({runs[0].outcome})"
     return None
-
-
-def _written(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -82,7 +82,10 @@ class Library:
 
     def option(self, layer: int, name: str) -> Option:
         """A layer's option by its name; raises KeyError where it has none of that name."""
-        return next((option for option in self.layers[layer] if option.name == name), None) or _missing(layer, name)
+        for option in self.layers[layer]:
+            if option.name == name:
+                return option
+        raise KeyError(f"layer {layer} has no option {name!r}")
 
     def only(self, kinds: Iterable[str]) -> Library:
         """The same with the options of some variants alone."""
@@ -127,7 +130,10 @@ def library(model: Model, context: int, longest: int | None = None) -> Library:
 
 def option_name(variant: Variant, options: VariantOptions) -> str:
     """Options as ``--variant`` takes them: ``NAME:key=value,key=value``, without what is as by default."""
-    said = [f"{key}={value}" for key, value in options.model_dump(exclude_defaults=True).items()]
+    said = [
+        f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in options.model_dump(exclude_defaults=True).items()
+    ]
     return f"{variant.name}:{','.join(said)}" if said else variant.name
 
 
@@ -152,7 +158,3 @@ def _usable(model: Model, variant: Variant, options: VariantOptions, name: str, 
     except (UnsupportedError, UsageError) as error:
         blocked[name] = str(error)
         return False
-
-
-def _missing(layer: int, name: str) -> Option:
-    raise KeyError(f"layer {layer} has no option {name!r}")
