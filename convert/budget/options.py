@@ -8,18 +8,23 @@ from pydantic import Field
 
 from rehead.options import Count, Flag, Names, Options
 
+Context = Annotated[
+    Count | None,
+    Flag(metavar="N", default="the model's positions, 8192 at most"),
+    Field(ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."),
+]
+Tokens = Annotated[Count, Field(ge=512, description="Tokens of running text that choices are measured on.")]
+
 
 class SurveyOptions(Options):
     """What a survey of a model's options is told."""
 
-    context: Annotated[Count | None, Flag(metavar="N", default="the model's positions, 8192 at most")] = Field(
-        None, ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."
-    )
+    context: Context = None
     calibration: Annotated[Names, Flag(metavar="TEXT", default="the text that ships with Rehead")] = Field(
         (), description="Text to calibrate and measure on; repeat for more."
     )
     calibration_tokens: Count = Field(32768, ge=1024, description="Tokens that closed forms are calibrated on.")
-    tokens: Count = Field(8192, ge=512, description="Tokens of running text that choices are measured on.")
+    tokens: Tokens = 8192
     seed: Count = Field(0, description="Of excerpts, probes and what is drawn from the model.")
 
 
@@ -35,7 +40,5 @@ class BudgetOptions(Options):
     kl: Annotated[float | None, Flag(metavar="NATS")] = Field(
         None, gt=0, description="The smallest cache that loses at most this per token; with --kv-cache, a gate."
     )
-    context: Annotated[Count | None, Flag(metavar="N", default="the model's positions, 8192 at most")] = Field(
-        None, ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."
-    )
-    tokens: Count = Field(8192, ge=512, description="Tokens of running text that choices are measured on.")
+    context: Context = None
+    tokens: Tokens = 8192
