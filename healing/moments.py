@@ -296,7 +296,8 @@ class Moments:
         """The moments of coarser groups.
 
         Args:
-            groups: the present groups in each new group, equally many; query heads are reordered accordingly.
+            groups: the present groups in each new group, equally many; query heads are reordered accordingly, and those
+                of groups in none are left out.
         """
         flat = [member for group in groups for member in group]
         if len(groups) == self.groups and flat == list(range(self.groups)):
@@ -310,18 +311,6 @@ class Moments:
                 parts = [part.unflatten(0, (self.groups, -1)) for part in (means[name], self._weight(name))]
                 means[name], weights[name] = (part[flat].flatten(0, 1) for part in parts)
         return replace(self, means=means, weights=weights, groups=len(groups))
-
-    def of(self, group: Sequence[int]) -> Moments:
-        """The moments of some of the groups alone, as one."""
-        means, weights = dict(self.means), dict(self.weights)
-        for name in means:
-            per = moment_class(name).per
-            if per == "group":
-                means[name], weights[name] = self._merged(name, [group])
-            elif per == "head":
-                parts = [part.unflatten(0, (self.groups, -1)) for part in (means[name], self._weight(name))]
-                means[name], weights[name] = (part[list(group)].flatten(0, 1) for part in parts)
-        return replace(self, means=means, weights=weights, groups=1)
 
     def _weight(self, name: str) -> Tensor:
         mean = self.means[name]

@@ -62,7 +62,7 @@ def share_heads(heads: Heads, count: int, moments: Moments) -> tuple[Heads, list
     result = heads.map(torch.clone)
     for group in (group for group in groups if len(group) > 1):
         queries = queries_of(group, heads.group_size)
-        context = MethodContext(0, 0, moments.of(group))
+        context = MethodContext(0, 0, moments.merged([group]))
         shared = regroup(_part(heads, group, queries), 1, METHOD, "contiguous", context).heads
         for name in (*OF_KEYS, *OF_QUERIES):
             if (whole := getattr(result, name)) is not None:

@@ -19,13 +19,10 @@ from rehead.models.modeling import window_families
 from rehead.models.rewrite import Changed, Derived, LayerForm, Rewrite, unchanged
 from rehead.options import Count
 from rehead.variants.contract import ALL, Variant, VariantOptions, register
-from rehead.variants.layer_choice import parse_layers
+from rehead.variants.layer_choice import named_layers, parse_layers
 from rehead.variants.pool.regroup import POOL_MOMENTS
 from rehead.variants.uneven.solve import OF_KEYS, compressed, share_heads
-
-FILE = "rehead_window"
-"""What ``--host`` calls the class of Rehead's that holds it."""
-
+from rehead.variants.window.classes import FILE
 
 SIZES = "kv_sizes"
 """The tensor of an attention module that says how many query heads read each KV head, [KV heads]."""
@@ -89,7 +86,7 @@ def _host(model: Model, options: UnevenOptions, hosts: Sequence[str]) -> str | N
 
 
 def _layout(layer: LayerLayout, options: UnevenOptions) -> LayerLayout:
-    if options.layers != ALL and layer.index not in parse_layers(options.layers, 1 << 20):
+    if options.layers != ALL and layer.index not in named_layers(options.layers):
         return layer
     return layer.with_heads(options.num_key_value_heads)
 
