@@ -72,7 +72,7 @@ def host(model: Model, name: str = "auto", logits: bool = False) -> Rewrite:
     if name == FILE:
         return with_file(model, logits)
     candidates, pairs = hosts_of(model_type), _PAIRS | _WINDOWED
-    if name in HOSTS and (model_type, name) in _WINDOWED:
+    if (model_type, name) in _WINDOWED:
         candidates = [name]
     if name != "auto" and name not in HOSTS:
         raise UsageError(unknown_name("host", name, ["auto", *HOSTS]))

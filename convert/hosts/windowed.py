@@ -85,12 +85,8 @@ def host(build: Builder) -> Rewrite:
             build.make(f"{stem}{projection}.bias", (f"{stem}{projection}.weight",), _no_bias)
         if kind == "granite_swa":
             build.make(f"{stem}sinks", (f"{stem}q_proj.weight",), lambda weight: weight.new_full((heads,), OFF))
-    return build.finish(result, _no_step, r"rotary_emb\.inv_freq$")
+    return build.finish(result, None, r"rotary_emb\.inv_freq$")
 
 
 def _no_bias(weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape[0])
-
-
-def _no_step(layer: int, read: object) -> tuple[dict[str, Tensor], dict[str, object]]:
-    return {}, {}
