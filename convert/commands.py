@@ -134,7 +134,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
         if "latent" in facts:
             rows += _latent_errors(facts["layer_errors"])
         rows.append(("time", f"{facts['seconds']:.1f} s"))
-        rows += _verdict_rows(result)
+        rows += _verdict_rows(result, facts["quality"]["better"])
         print_facts(f"wrote {out}", rows)
 
 
@@ -180,17 +180,16 @@ def verify_command(out: str, source: str | None, revision: str | None, quiet: bo
     print_facts(f"{out} verifies", rows)
 
 
-def _verdict_rows(result: Conversion) -> list[tuple[str, str]]:
+def _verdict_rows(result: Conversion, better: str | None) -> list[tuple[str, str]]:
     """How far the result is from its source, what it is good for, and what to run next."""
-    verdict, quality = result.verdict, result.as_json()["quality"]
-    source = result.plan.source.source.id
+    verdict, source = result.verdict, result.plan.source.source.id
     rows = [("beside its source", str(verdict))]
     if verdict.word is None:
         rows.append(("to measure", shlex.join(["rehead", "verify", str(result.out), "--source", source])))
         rows += [] if result.plan.exact else [("verdict", "unknown; uptrain or evaluate it before you rely on it")]
     else:
         rows.append(("verdict", "exact: the same function" if result.plan.exact else verdict.word))
-    return rows + ([("better", quality["better"])] if quality["better"] else [])
+    return rows + ([("better", better)] if better else [])
 
 
 def _latent_errors(layers: dict[int, dict[str, Any]]) -> list[tuple[str, str]]:
