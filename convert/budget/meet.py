@@ -108,6 +108,7 @@ def meet(
             holder, selection, refused = choose(prepared, opened, kv_cache, asked.kl, given.get("engine"), progress)
             facts = _facts(prepared.options, selection, prepared.facts, refused)
             texts, reference = prepared.meter.samples, prepared.meter.reference
+        del prepared  # and the whole model with it, before the conversion and its result need memory
         made = holder.convert_options(selection.choice, given)
         plan = make_plan(opened, ConvertOptions.parse(made))
         conversion = execute(plan, out, device, resume, overwrite, progress, command, {"budget": facts})
