@@ -48,11 +48,8 @@ def choose(
     lengths = options.lengths_within(getattr(model.config, "max_position_embeddings", None))
     trials = 0
     if options.window is not None:
-        name, told = (
-            "window",
-            {key: getattr(options, key) for key in ("sinks", "sink_logit")} | {"size": options.window},
-        )
-        longest = max(lengths)
+        name, longest = "window", max(lengths)
+        told = {"size": options.window, "sinks": options.sinks, "sink_logit": options.sink_logit}
         check_lengths(model, options)
         rows, trials = _WINDOW_TEXTS.get(device.type, _WINDOW_TEXTS["cuda"])
         count = min(options.calibration_tokens, rows * longest)

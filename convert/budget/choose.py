@@ -106,7 +106,7 @@ def select(
     rivals = plain_choices(options, budget)
     results = {name: meter.measure(each) for name, each in (contenders | rivals).items()}
     best = min(results, key=lambda name: results[name].loss)
-    choice = _swapped(options, predictor, meter, (contenders | rivals)[best], budget)
+    choice = _swapped(predictor, meter, (contenders | rivals)[best], budget)
     measured = meter.measure(choice)
     told = [Rival(name, options.total(each), results[name]) for name, each in rivals.items()]
     return Selection(
@@ -202,7 +202,7 @@ def _best_measured(
     return best[1]
 
 
-def _swapped(options: Library, predictor: Predictor, meter: Meter, choice: Choice, budget: int) -> dict[int, Option]:
+def _swapped(predictor: Predictor, meter: Meter, choice: Choice, budget: int) -> dict[int, Option]:
     """A choice after the changes of one or two layers that measure better within the budget."""
     now, loss, tries = dict(choice), meter.measure(choice).loss, _SWAPS
     while tries:

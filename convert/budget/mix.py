@@ -128,8 +128,6 @@ class Mix:
     def __exit__(self, *exc: Any) -> None:
         self._undo.close()
 
-    # ---- one layer
-
     def attention(self, layer: int) -> nn.Module:
         """The attention module that a layer has now."""
         return self.live.get_submodule(self._path(layer))
@@ -155,16 +153,15 @@ class Mix:
             weights = tensors_of(self.model.family, layer, as_many_heads(weights, self.model.num_kv_heads),
                                  self.model.source.tensors)  # fmt: skip
         named = {name.removeprefix(prefix): tensor.to(self.device, torch.float32) for name, tensor in weights.items()}
-        module = None
         if form.module is None:
-            named = _in_old_shapes(named, dict(self.attention(layer).named_parameters()), self.model.head_dim)
-        if form.module is not None:
-            module = form.module().to_empty(device=self.device)
-            for name, tensor in named.items():
-                owner = module.get_submodule(name.rpartition(".")[0])
-                owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)
-            named = {}
-        self.forms[layer, option.name] = Form(named, module)
+            parameters = dict(self.attention(layer).named_parameters())
+            self.forms[layer, option.name] = Form(_in_old_shapes(named, parameters, self.model.head_dim))
+            return
+        module = form.module().to_empty(device=self.device)
+        for name, tensor in named.items():
+            path, _, leaf = name.rpartition(".")
+            module.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        self.forms[layer, option.name] = Form({}, module)
 
     @contextmanager
     def at(self, layer: int, option: Option) -> Iterator[None]:
@@ -196,12 +193,6 @@ class Mix:
                 stack.enter_context(self.at(layer, option))
             yield
 
-    # ---- the whole
-
-    def predictions(self, sample: Sample) -> Predictions:
-        """What the model predicts at a sample's scored positions now, as rows."""
-        return predictions_on(self.live, sample)
-
     def _path(self, layer: int) -> str:
         return self.model.module_name(self.model.family.prefix(layer)).rstrip(".")
 
@@ -220,7 +211,7 @@ class Meter:
 
     def __init__(self, mix: Mix, samples: Sequence[Sample]) -> None:
         self.mix, self.samples = mix, list(samples)
-        self.reference = [mix.predictions(sample) for sample in samples]
+        self.reference = [predictions_on(mix.live, sample) for sample in samples]
         self._known: dict[tuple[tuple[int, str], ...], Measured] = {}
 
     @property
@@ -233,11 +224,8 @@ class Meter:
         key = tuple(sorted((layer, option.name) for layer, option in choice.items() if option.name))
         if key not in self._known:
             with self.mix.on(choice):
-                self._known[key] = self._measured()
+                self._known[key] = compared(self.mix.live, self.samples, self.reference)
         return self._known[key]
-
-    def _measured(self) -> Measured:
-        return compared(self.mix.live, self.samples, self.reference)
 
 
 def predictions_on(live: Any, sample: Sample) -> Predictions:
