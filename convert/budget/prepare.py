@@ -1,14 +1,10 @@
-"""Every option of every layer, from one calibration pass: its closed form, its error, and what that error will cost.
+"""Every option of every layer, from one calibration pass: its closed form, and what its error will cost.
 
-Three estimates for each option, in rising cost and worth:
-
-1. The *local error*: the squared change of the attention's output, relative to it, with the output projection refitted.
-2. The *predicted loss*, from one backward pass. With y drawn from the model's own predictions and g the gradient of
-   log p(y) in a layer's attention output, an output that moves by d costs 1/2 E[(g . d)^2] nats, to second order: the
-   Fisher information as a quadratic form (Martens 2020, arXiv 1412.1193). The numbers g . d of every token are kept, so
-   that what several layers cost *together* is predicted too, 1/2 E[(sum of g . d over layers)^2]: errors that add up or
-   cancel are seen, where sums of single losses miss both.
-3. The loss itself, measured with that layer alone changed, for whoever asks (:meth:`Meter.measure`).
+What it costs is predicted from one backward pass. With y drawn from the model's own predictions and g the gradient of
+log p(y) in a layer's attention output, an output that moves by d costs 1/2 E[(g . d)^2] nats, to second order: the
+Fisher information as a quadratic form (Martens 2020, arXiv 1412.1193). The numbers g . d of every token are kept, so
+that what several layers cost *together* is predicted too, 1/2 E[(sum of g . d over layers)^2]: errors that add up or
+cancel are seen, where sums of single losses miss both. The loss itself is measured by :meth:`Meter.measure`.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rehead.attention.interface import register
 from rehead.console import Progress
@@ -43,12 +40,10 @@ class Estimates:
     """What the options of a model's layers lose, as far as one pass can tell.
 
     Attributes:
-        local: (layer, option's name) -> squared error of the attention's output relative to its square, refitted.
-        effects: the same keys -> g . d of every token of all samples, scaled so that half of the
-            sum of their squares is the loss.
+        effects: (layer, option's name) -> g . d of every token of all samples, scaled so that half of the sum of their
+            squares is the loss.
     """
 
-    local: dict[tuple[int, str], float] = field(default_factory=dict)
     effects: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def predicted(self, choice: Choice) -> float:
@@ -126,7 +121,7 @@ def calibrated_states(live: Any, options: Library, tokens: Tensor) -> dict[tuple
             continue
         applied = live_variant(live, variant.name, **wanted.model_dump(exclude={"layers"})).apply()
         try:
-            variant.calibrate(applied, tokens.to(next(live.parameters()).device), False)
+            applied.calibrate(tokens.to(next(live.parameters()).device), sequential=False)
             for state in applied.states:
                 if state.index is not None:
                     kept = {key: tensor.detach().clone() for key, tensor in state.tensors.items()}
@@ -162,14 +157,12 @@ def estimate(
         batches = seen.pop(layer)
         for option in layer_options[1:]:
             with mix.at(layer, option):
-                local, effect = _of_option(mix, layer, option.name, batches)
-            estimates.local[layer, option.name] = local
-            estimates.effects[layer, option.name] = effect
+                estimates.effects[layer, option.name] = _effect(mix, layer, option.name, batches)
     return estimates
 
 
-def _of_option(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> tuple[float, Tensor]:
-    """(local error, effect on every token) of a layer that stands in an option, its output refitted in passing."""
+def _effect(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> Tensor:
+    """The effect on every token of a layer that stands in an option, its output projection refitted in passing."""
     output, transposed = mix.output(layer), mix.model.family.transposed
     parameters: Any = output
     problem = LeastSquares([parameters.weight.T if transposed else parameters.weight], parameters.bias)
@@ -186,17 +179,15 @@ def _of_option(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> t
     if fitted_bias is not None:
         refitted["bias"] = fitted_bias
     _store(mix, layer, name, refitted)
-    effects, lost, size = [], 0.0, 0.0
-    for number, sample in enumerate(batches[1:], 1):
-        for batch, read in zip(sample, inputs[number]):
+    effects = []
+    for sample, reads in zip(batches[1:], inputs[1:]):
+        for batch, read in zip(sample, reads):
             gap = read @ fitted.T - batch.output
             if fitted_bias is not None:
                 gap = gap + fitted_bias
-            if number == 1:
-                lost, size = lost + float(gap.square().sum()), size + float(batch.output.square().sum())
             for gradient in batch.gradients:
                 effects.append((gradient * gap).sum(-1).flatten() * batch.weight)
-    return lost / max(size, 1e-30), torch.cat(effects)
+    return torch.cat(effects)
 
 
 def _output_input(attention: nn.Module, output: nn.Module, batch: _Seen) -> Tensor:
@@ -255,7 +246,7 @@ def _watched(stack: ExitStack, attention: nn.Module, weight: float, kept: list[_
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         output = result[0] if isinstance(result, tuple) else result
-        args, kwargs = _detached(args), _detached(kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         kept.append(_Seen(args, kwargs, output.detach(), [], weight))
         if output.requires_grad:
             output.register_hook(kept[-1].gradients.append)
@@ -270,13 +261,3 @@ def _backward(logits: Tensor, generator: torch.Generator) -> None:
         y = torch.multinomial(flat, 1, generator=generator)
         loss = log_p.flatten(0, -2).gather(-1, y).sum()
         loss.backward(retain_graph=draw + 1 < _DRAWS)
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, tuple):
-        return tuple(_detached(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    return value

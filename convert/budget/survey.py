@@ -13,13 +13,14 @@ from rehead.console import Progress
 from rehead.convert.budget.library import Library, library
 from rehead.convert.budget.mix import Meter, Mix, Sample
 from rehead.convert.budget.options import SurveyOptions
-from rehead.convert.budget.prepare import Estimates, calibrated_states, estimate, solve_forms
+from rehead.convert.budget.prepare import calibrated_states, estimate, solve_forms
 from rehead.convert.budget.samples import running_text, samples
 from rehead.convert.budget.search import Predictor
 from rehead.convert.whole_model import load_whole
 from rehead.data.calibration import load_calibration
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import Model
+from rehead.variants.latent.options import cache_numbers
 
 #: The context that caches are compared at where nobody says, at most, and the texts to measure on, in tokens.
 _CONTEXT, _SHORTEST, _LONGEST = 8192, 512, 2048
@@ -32,18 +33,14 @@ class Survey:
     """A model's options, ready to be chosen from.
 
     Attributes:
-        model: the open checkpoint.
         options: of every layer.
         mix: the live model.
-        estimates: what each option costs, as one pass tells.
         predictor, meter: of losses.
         facts: what was run on which text; JSON.
     """
 
-    model: Model
     options: Library
     mix: Mix
-    estimates: Estimates
     predictor: Predictor
     meter: Meter
     facts: dict[str, Any]
@@ -96,7 +93,7 @@ def survey(
             "measured_on": {sample.name: sample.count for sample in texts},
             "device": str(device),
         }
-        yield Survey(model, options, mix, estimates, Predictor(options, estimates), Meter(mix, texts), facts)
+        yield Survey(options, mix, Predictor(options, estimates), Meter(mix, texts), facts)
 
 
 def lengths(model: Model, asked: SurveyOptions) -> tuple[int, int]:
@@ -119,13 +116,10 @@ def budget_of(text: str, options: Library) -> int:
     Raises:
         UsageError: it is neither, or no smaller cache.
     """
-    from rehead.variants.latent.options import cache_numbers
-
-    some = next(iter(options.layers.values()))[0].layout
+    numbers = cache_numbers(text, 100)  # of a share, only its check counts
     if text.strip().endswith("%"):
-        cache_numbers(text, 100)  # checks it
         return int(options.whole * float(text.strip()[:-1]) / 100)
-    numbers = cache_numbers(text, 100)
+    some = next(iter(options.layers.values()))[0].layout
     if not 0 < numbers < some.numbers_per_token:
         raise UsageError(f"--kv-cache {text}: the model caches {some.numbers_per_token} numbers; give less, or a share")
     return options.whole * numbers // some.numbers_per_token
