@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -83,6 +83,17 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
         known: every accepted name.
     """
     return f"unknown {kind} {name!r}; {suggestion(name, known)}"
+
+
+def check_names(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse the first of several names that is not registered, with :func:`unknown_name`'s message.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name in names:
+        if name not in known:
+            raise UsageError(unknown_name(kind, name, known))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

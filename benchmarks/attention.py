@@ -10,19 +10,16 @@ CUDA-event timings with the L2 cache flushed between runs.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from rehead.benchmarks.machine import headline, machine
-from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.benchmarks.command import kernel_parser, print_report, run_script
+from rehead.errors import UnsupportedError, check_names
 
 PEERS = ("rehead", "flash", "cudnn", "flex")
 
@@ -203,12 +200,8 @@ def run(
     """
     require_cuda("attention")
     known = {shape.name: shape for shape in SHAPES}
-    for name in only or ():
-        if name not in known:
-            raise UsageError(unknown_name("shape", name, known))
-    for name in peers:
-        if name not in PEERS:
-            raise UsageError(unknown_name("peer", name, PEERS))
+    check_names("shape", only or (), known)
+    check_names("peer", peers, PEERS)
     return [measure(known[name], peer, budget_ms) for name in (only or known) for peer in peers]
 
 
@@ -248,30 +241,14 @@ def proportions(rows: Sequence[dict[str, object]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="rehead bench attention", description="Attention kernels beside SDPA flash, SDPA cuDNN and FlexAttention"
-    )
-    parser.add_argument(
-        "--only", action="append", help=f"one of {', '.join(shape.name for shape in SHAPES)}; repeatable"
-    )
-    parser.add_argument("--peers", default=",".join(PEERS), help="names with commas between (default: all of them)")
+    about = "Attention kernels beside SDPA flash, SDPA cuDNN and FlexAttention"
+    parser = kernel_parser("attention", about, [shape.name for shape in SHAPES], PEERS)
     parser.add_argument("--budget-ms", type=float, default=300.0, help="GPU time for each figure")
-    parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     rows = run(args.only, args.peers.split(","), args.budget_ms)
-    facts = machine()
-    print(headline(facts))
-    print("bf16, causal; TFLOP/s over visible pairs, medians")
-    print("\n".join([table(rows), *proportions(rows)]))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": facts, "rows": rows}, file, indent=1)
+    text = "\n".join([table(rows), *proportions(rows)])
+    print_report("bf16, causal; TFLOP/s over visible pairs, medians", text, rows, args.json)
 
 
 if __name__ == "__main__":
-    from rehead.errors import ReheadError
-
-    try:
-        main()
-    except ReheadError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rehead.benchmarks.block_model import FORMS, HEAD_DIM, Shape
 from rehead.benchmarks.block_variants import Bench, Variant, variants
+from rehead.benchmarks.command import run_script
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError, UsageError
 
@@ -255,9 +255,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from rehead.errors import ReheadError
-
-    try:
-        main()
-    except ReheadError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

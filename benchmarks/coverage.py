@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from rehead.console import echo, print_json, progress_bar
-from rehead.errors import UsageError, VerificationError, unknown_name
+from rehead.errors import VerificationError, check_names
 
 PROVED, REFUSED, FAILED, WRONG, UNBUILT = "proved", "refused", "failed", "wrong", "not built"
 
@@ -266,9 +266,7 @@ def command(types: Sequence[str], workers: int, seconds: float, as_json: bool, q
     from rehead.benchmarks.tiny import causal_types
 
     known = causal_types()
-    for name in types:
-        if name not in known:
-            raise UsageError(unknown_name("causal model type", name, known))
+    check_names("causal model type", types, known)
     chosen = list(types) or known
     with progress_bar(quiet) as progress:
         done = 0

@@ -14,10 +14,7 @@ timed in the same ways:
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,9 +23,9 @@ import torch
 from torch import Tensor
 
 from rehead.benchmarks.attention import median_ms, require_cuda
+from rehead.benchmarks.command import kernel_parser, print_report, run_script
 from rehead.benchmarks.graphs import warm_up
-from rehead.benchmarks.machine import headline, machine
-from rehead.errors import UsageError, unknown_name
+from rehead.errors import check_names
 
 HEADS = 32
 DIM = 128
@@ -168,12 +165,8 @@ def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list
     """
     require_cuda("decode")
     known = {case.name: case for case in CASES}
-    for name in only or ():
-        if name not in known:
-            raise UsageError(unknown_name("case", name, known))
-    for name in peers:
-        if name not in PEERS:
-            raise UsageError(unknown_name("peer", name, PEERS))
+    check_names("case", only or (), known)
+    check_names("peer", peers, PEERS)
     bandwidth = copy_bandwidth()
     rows = [measure(known[name], peer, bandwidth) for name in (only or known) for peer in peers]
     return [row | {"copy_bytes_per_s": bandwidth} for row in rows]
@@ -195,27 +188,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="rehead bench decode", description="Decode attention as a share of the copy bandwidth, beside SDPA"
-    )
-    parser.add_argument("--only", action="append", help=f"one of {', '.join(case.name for case in CASES)}; repeatable")
-    parser.add_argument("--peers", default=",".join(PEERS), help="names with commas between (default: all of them)")
-    parser.add_argument("--json", help="also write the rows to this file")
-    args = parser.parse_args(argv)
+    about = "Decode attention as a share of the copy bandwidth, beside SDPA"
+    args = kernel_parser("decode", about, [case.name for case in CASES], PEERS).parse_args(argv)
     rows = run(args.only, args.peers.split(","))
-    facts = machine()
-    print(headline(facts))
-    print(f"bf16, {HEADS} query heads of {DIM}; device copy {rows[0]['copy_bytes_per_s'] / 1e12:.2f} TB/s; medians")
-    print(table(rows))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": facts, "rows": rows}, file, indent=1)
+    title = f"bf16, {HEADS} query heads of {DIM}; device copy {rows[0]['copy_bytes_per_s'] / 1e12:.2f} TB/s; medians"
+    print_report(title, table(rows), rows, args.json)
 
 
 if __name__ == "__main__":
-    from rehead.errors import ReheadError
-
-    try:
-        main()
-    except ReheadError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -14,11 +14,8 @@ Peers: ``sdpa on heads`` attends over keys and values of all heads that are in m
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,9 +25,9 @@ from torch import Tensor
 
 from rehead.attention.call import AttentionCall
 from rehead.benchmarks.attention import median_ms, require_cuda
+from rehead.benchmarks.command import kernel_parser, print_report, run_script
 from rehead.benchmarks.decode import copy_bandwidth, graphed_ms
-from rehead.benchmarks.machine import headline, machine
-from rehead.errors import UsageError, unknown_name
+from rehead.errors import check_names
 
 RANK, TURNING, STILL, VALUE = 512, 64, 128, 128
 PEERS = ("rehead", "rehead general", "flashmla", "sdpa on heads", "expanded")
@@ -191,12 +188,8 @@ def run(only: Sequence[str] | None = None, peers: Sequence[str] = PEERS) -> list
     """
     require_cuda("latent")
     known = {case.name: case for case in CASES}
-    for name in only or ():
-        if name not in known:
-            raise UsageError(unknown_name("case", name, known))
-    for name in peers:
-        if name not in PEERS:
-            raise UsageError(unknown_name("peer", name, PEERS))
+    check_names("case", only or (), known)
+    check_names("peer", peers, PEERS)
     bandwidth, rate = copy_bandwidth(), matrix_rate()
     rows = []
     for name in only or known:
@@ -232,28 +225,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; ``argv`` as on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="rehead bench latent", description="Decode over latents beside expanded heads and FlashMLA"
-    )
-    parser.add_argument("--only", action="append", help=f"one of {', '.join(case.name for case in CASES)}; repeatable")
-    parser.add_argument("--peers", default=",".join(PEERS), help="names with commas between (default: all of them)")
-    parser.add_argument("--json", help="also write the rows to this file")
-    args = parser.parse_args(argv)
+    about = "Decode over latents beside expanded heads and FlashMLA"
+    args = kernel_parser("latent", about, [case.name for case in CASES], PEERS).parse_args(argv)
     rows = run(args.only, args.peers.split(","))
-    facts = machine()
-    print(headline(facts))
     rates = rows[0]["copy_bytes_per_s"] / 1e12, rows[0]["matrix_flops_per_s"] / 1e12
-    print(f"bf16, latents of {RANK} + {TURNING}; copy {rates[0]:.2f} TB/s, product {rates[1]:.0f} TFLOP/s; medians")
-    print(table(rows))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": facts, "rows": rows}, file, indent=1)
+    title = f"bf16, latents of {RANK} + {TURNING}; copy {rates[0]:.2f} TB/s, product {rates[1]:.0f} TFLOP/s; medians"
+    print_report(title, table(rows), rows, args.json)
 
 
 if __name__ == "__main__":
-    from rehead.errors import ReheadError
-
-    try:
-        main()
-    except ReheadError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rehead.errors import ReheadError, UsageError, unknown_name
+from rehead.errors import ReheadError, check_names
 
 #: Conversions to start from: name -> options of ``rehead convert``.
 STARTS: dict[str, dict[str, Any]] = {
@@ -135,9 +135,7 @@ def chosen(studies: Sequence[str]) -> list[Cell]:
     Raises:
         UsageError: an unknown study.
     """
-    for name in studies:
-        if name not in STUDIES:
-            raise UsageError(unknown_name("study", name, STUDIES))
+    check_names("study", studies, STUDIES)
     return [cell for name in studies for cell in STUDIES[name]]
 
 

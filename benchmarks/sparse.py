@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
 from rehead.attention.layer import LAYER
 from rehead.benchmarks.attention import median_ms, require_cuda
+from rehead.benchmarks.command import run_script
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UsageError
 from rehead.patches import patch_model
@@ -156,9 +156,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from rehead.errors import ReheadError
-
-    try:
-        main()
-    except ReheadError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -15,7 +15,7 @@ from typing import Any
 from rehead.benchmarks.engines import environments, runner
 from rehead.benchmarks.engines.cases import CASES
 from rehead.benchmarks.engines.table import digest, put, table
-from rehead.errors import ReheadError, UsageError, unknown_name
+from rehead.errors import ReheadError, check_names
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "models" / "serving.json"
@@ -48,9 +48,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.table or arguments.pages:
         print(table(results))
         return
-    for case in arguments.cases:
-        if case not in CASES:
-            raise UsageError(unknown_name("case", case, CASES))
+    check_names("case", arguments.cases, CASES)
     folder, work = arguments.environments.absolute(), arguments.work.absolute()
     for name in arguments.engines:
         environments.set_up(name, folder)
