@@ -15,7 +15,7 @@ from typing import Any
 
 from rehead.benchmarks.engines.table import put
 from rehead.benchmarks.machine import machine
-from rehead.benchmarks.quality import ASSETS, ROOT
+from rehead.benchmarks.quality import ASSETS, ROOT, picture
 
 RECORD, PICTURE = ASSETS / "latents.json", ASSETS / "latents.svg"
 WINDOWS = (512, 2048)
@@ -80,36 +80,17 @@ def _label(row: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], out: Path) -> None:
     """KL over the size of the cache, on the first text and window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey, text = "#808890", next(name for name in record["rows"][0] if " " in name)
-    plt.rcParams.update(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "rehead"}
-    )
-    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    text = next(name for name in record["rows"][0] if " " in name)
     styles = {"svd": "#e09f3e", "latent": "#5b7fde"}
-    labels = list(dict.fromkeys(_label(row) for row in record["rows"]))
-    for label in labels:
-        rows = sorted((row for row in record["rows"] if _label(row) == label), key=lambda row: row["numbers"])
-        shape: dict[str, Any] = {
-            "marker": "o" if rows[0]["fitted"] else "s",
-            "linestyle": "-" if rows[0]["fitted"] else "--",
-        }
-        points = [(row["numbers"], row[text][0]) for row in rows]
-        axes.plot(*zip(*points), color=styles[rows[0]["line"]], linewidth=2, label=label, **shape)
-    axes.set_yscale("log")
-    axes.set_xlabel("numbers cached for each token and layer", color=grey)
-    axes.set_ylabel("distance from the original (KL, nats)", color=grey)
-    axes.tick_params(colors=grey, which="both")
-    axes.grid(color=grey, alpha=0.25)
-    for side in axes.spines.values():
-        side.set_color(grey)
-    axes.legend(frameon=False, labelcolor=grey, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.tight_layout()
-    figure.savefig(out, transparent=True, metadata={"Date": None})
+    with picture(out, "numbers cached for each token and layer") as axes:
+        for label in dict.fromkeys(_label(row) for row in record["rows"]):
+            rows = sorted((row for row in record["rows"] if _label(row) == label), key=lambda row: row["numbers"])
+            shape: dict[str, Any] = {
+                "marker": "o" if rows[0]["fitted"] else "s",
+                "linestyle": "-" if rows[0]["fitted"] else "--",
+            }
+            points = [(row["numbers"], row[text][0]) for row in rows]
+            axes.plot(*zip(*points), color=styles[rows[0]["line"]], linewidth=2, label=label, **shape)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,40 +82,53 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(record: dict[str, Any], out: Path) -> None:
-    """The record as a picture that can be read on a light and on a dark page."""
+@contextmanager
+def picture(out: Path, sizes: str) -> Iterator[Any]:
+    """Axes for KL over size, to draw lines on; saved afterwards, to be read on a light and on a dark page.
+
+    Args:
+        out: the SVG file.
+        sizes: what the horizontal axis says.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    grey, colours = "#808890", ("#d1495b", "#e09f3e", "#2a9d8f", "#5b7fde")
+    grey = "#808890"
     plt.rcParams.update(
         {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "rehead"}
     )
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
-    for colour, line in zip(colours, LINES):
-        points = sorted(
-            (100 * row["bytes_per_token"] / record["original"], row["kl"])
-            for row in record["rows"]
-            if row["line"] == line
-        )
-        axes.plot(*zip(*points), marker="o", color=colour, linewidth=2, label=line)
-    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks([12.5, 25, 50], ["12.5%", "25%", "50%"])
-    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
-    axes.set_ylim(0.09, 7)
-    axes.minorticks_off()
-    axes.set_xlabel("size of the KV cache, as a share of the original's", color=grey)
+    yield axes
+    axes.set_xlabel(sizes, color=grey)
     axes.set_ylabel("distance from the original (KL, nats)", color=grey)
-    axes.tick_params(colors=grey)
+    axes.tick_params(colors=grey, which="both")
     axes.grid(color=grey, alpha=0.25)
     for side in axes.spines.values():
         side.set_color(grey)
     axes.legend(frameon=False, labelcolor=grey, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(out, transparent=True, metadata={"Date": None})
+
+
+def draw(record: dict[str, Any], out: Path) -> None:
+    """The record as a picture: a line for each method."""
+    colours = ("#d1495b", "#e09f3e", "#2a9d8f", "#5b7fde")
+    with picture(out, "size of the KV cache, as a share of the original's") as axes:
+        for colour, line in zip(colours, LINES):
+            points = sorted(
+                (100 * row["bytes_per_token"] / record["original"], row["kl"])
+                for row in record["rows"]
+                if row["line"] == line
+            )
+            axes.plot(*zip(*points), marker="o", color=colour, linewidth=2, label=line)
+        axes.set_xscale("log")
+        axes.set_xticks([12.5, 25, 50], ["12.5%", "25%", "50%"])
+        axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+        axes.set_ylim(0.09, 7)
+        axes.minorticks_off()
 
 
 def main() -> None:
