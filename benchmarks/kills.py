@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def clear(home: Path) -> None:
             shutil.rmtree(path)
 
 
-def hammer(home: Path, arguments: Sequence[str], kills: int, rng: random.Random, tell: Callable[[str], None]) -> Tally:
+def hammer(home: Path, arguments: Sequence[str], kills: int, rng: random.Random) -> Tally:
     """Kill one command until it died ``kills`` times; every fourth kill is followed by a run to the end."""
     tally, log, out = Tally(), home / "log", home / "out"
 
@@ -189,7 +189,6 @@ def hammer(home: Path, arguments: Sequence[str], kills: int, rng: random.Random,
             clear(home)
         if tally.faults:
             break
-        tell(f"trial {trial}: {tally.killed} killed, {tally.ended} ended, {tally.finished} finished")
     return tally
 
 
@@ -218,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             home.mkdir()
             share = args.kills // len(names) + (index < args.kills % len(names))
             rng = random.Random(f"{args.seed} {name}")
-            tally = hammer(home, commands(home, model, student)[name], share, rng, lambda line: None)
+            tally = hammer(home, commands(home, model, student)[name], share, rng)
             print(
                 f"{name}: {tally.killed} kills (a whole run takes {tally.seconds:.1f} s), {tally.left} left a working "
                 f"folder, {tally.ended} runs were faster, {tally.finished} finished with the same result; "

@@ -16,7 +16,7 @@ import click
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rehead.benchmarks.machine import machine
+from rehead.benchmarks.machine import headline, machine
 from rehead.console import quiet_transformers
 from rehead.convert import plan
 from rehead.convert.calibrated import calibration_text
@@ -47,7 +47,7 @@ def command(hidden: int, tokens: int, repeats: int) -> None:
                     pass
                 seconds[count].append(time.process_time() - start)
     medians = {count: statistics.median(times) for count, times in seconds.items()}
-    print(", ".join(f"{name} {value}" for name, value in machine("cpu").items()))
+    print(headline(machine("cpu")))
     for count, times in seconds.items():
         print(f"{count} groups: {medians[count]:.2f} s of CPU ({min(times):.2f} to {max(times):.2f})")
     print(f"one pass for all is {medians[8] / medians[1]:.2f} times a pass for 1, and "

@@ -112,18 +112,7 @@ class Row:
 
 def write_model(folder: Path, setting: Setting, kv_heads: int, seed: int) -> None:
     """A checkpoint with random weights in bf16, and a tokenizer whose words are numbers."""
-    config = LlamaConfig(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.intermediate_size,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max(setting.length, 2048),
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    config = LlamaConfig(**_shape(setting), num_key_value_heads=kv_heads)
     torch.manual_seed(seed)
     _save(LlamaForCausalLM(config), folder, setting)
 
@@ -132,27 +121,19 @@ def write_latent(folder: Path, setting: Setting) -> None:
     """The same with latent attention in every layer, at the scale at which Rehead stores it."""
     size = setting.hidden_size // setting.heads
     config = DeepseekV3Config(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.intermediate_size,
+        **_shape(setting),
         moe_intermediate_size=setting.intermediate_size,
-        num_hidden_layers=setting.layers,
         first_k_dense_replace=setting.layers,
         n_routed_experts=1,
         num_experts_per_tok=1,
         n_group=1,
         topk_group=1,
-        num_attention_heads=setting.heads,
         num_key_value_heads=setting.heads,
         q_lora_rank=None,
         kv_lora_rank=setting.latent,
         qk_rope_head_dim=setting.rope_dims,
         qk_nope_head_dim=size,
         v_head_dim=size,
-        max_position_embeddings=max(setting.length, 2048),
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
     )
     torch.manual_seed(2)
     model: Any = DeepseekV3ForCausalLM(config)
@@ -161,6 +142,21 @@ def write_latent(folder: Path, setting: Setting) -> None:
             layer.self_attn.kv_a_layernorm.weight.fill_(LANE_DEFAULT)
             layer.self_attn.kv_a_proj_with_mqa.weight[: setting.latent] *= NORM_EPS**0.5 / LANE_DEFAULT
     _save(model, folder, setting)
+
+
+def _shape(setting: Setting) -> dict[str, Any]:
+    """What the configs of both classes have in common."""
+    return {
+        "vocab_size": setting.vocab_size,
+        "hidden_size": setting.hidden_size,
+        "intermediate_size": setting.intermediate_size,
+        "num_hidden_layers": setting.layers,
+        "num_attention_heads": setting.heads,
+        "max_position_embeddings": max(setting.length, 2048),
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
 
 
 def _save(model: Any, folder: Path, setting: Setting) -> None:
