@@ -8,7 +8,7 @@ A synthetic sharded LLaMA (random BF16 weights) is written to disk, then, in tur
 
     python -m rehead.benchmarks.convert --gb 2 8 --repeat 3 --naive
 
-Bytes a second are source bytes over wall-clock time from start of the process to its end, imports included. Peak memory
+Bytes per second are source bytes over wall-clock time from start of the process to its end, imports included. Peak memory
 is the kernel's own figure for the process (``ru_maxrss``), which leaves the page cache out.
 """
 

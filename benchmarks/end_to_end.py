@@ -1,4 +1,4 @@
-"""Decoding with a LLaMA-2-7B-shaped model of random weights and 32, 8 or 1 KV heads: tokens a second, patched and not.
+"""Decoding with a LLaMA-2-7B-shaped model of random weights and 32, 8 or 1 KV heads: tokens per second, patched and not.
 
 Greedy decoding under a StaticCache whose first tokens are already there (random keys and values, as the weights are),
 so that no time goes into a prefill. With ``--backend graph`` (the default) one step, mask and argmax included, is
@@ -70,7 +70,7 @@ class Row:
         tokens_per_second: over the batch, decoding only.
         milliseconds: of one step.
         bytes_read: weights and the cache in use, that a step must read.
-        bandwidth: those bytes a second, in TB/s.
+        bandwidth: those bytes per second, in TB/s.
         speedup: over 32 (the most) KV heads under the same implementation.
         predicted: the ratio of the bytes.
         share: of the predicted speed-up that is reached.

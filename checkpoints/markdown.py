@@ -43,8 +43,8 @@ _FOLDERS = re.compile(r"""(?<![\w.:/@~-])(?:~|\.{1,2})?/(?:[^\s'"=,;/]+/)*([^\s'
 def without_folders(text: str) -> str:
     """A text, such as a command line, with the last name of each local path in the path's place.
 
-    A card goes with a model to others, to whom the folders of the machine that made it say nothing. Paths that begin
-    with ``/``, ``~/``, ``./`` or ``../`` count; Hub ids and URLs stay.
+    People on other machines read the card, and folders of the machine that made the model mean nothing there. Paths
+    that begin with ``/``, ``~/``, ``./`` or ``../`` count; Hub ids and URLs stay.
     """
     return _FOLDERS.sub(r"\1", _QUOTED.sub(r"\1\2\1", text))
 

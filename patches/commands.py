@@ -16,7 +16,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "sparse": ("rehead.benchmarks.sparse", "Block-sparse attention of a model's long prompt beside the dense kernel."),
     "latent": ("rehead.benchmarks.latent_decode", "A decoding step over latents, beside FlashMLA and expanded heads."),
     "cpu": ("rehead.benchmarks.cpu_attention", "The CPU path beside SDPA: time and memory to 64k tokens."),
-    "end-to-end": ("rehead.benchmarks.end_to_end", "A 7B-shaped model with 32, 8 and 1 KV heads: tokens a second."),
+    "end-to-end": ("rehead.benchmarks.end_to_end", "A 7B-shaped model with 32, 8 and 1 KV heads: tokens per second."),
     "blocks": ("rehead.benchmarks.blocks", "Serial beside parallel transformer blocks."),
     "perplexity": ("rehead.benchmarks.perplexity", "Perplexity beside its referees, convention by convention."),
 }
