@@ -8,8 +8,8 @@ A synthetic sharded LLaMA (random BF16 weights) is written to disk, then, in tur
 
     python -m rehead.benchmarks.convert --gb 2 8 --repeat 3 --naive
 
-Bytes per second are source bytes over wall-clock time from start of the process to its end, imports included. Peak memory
-is the kernel's own figure for the process (``ru_maxrss``), which leaves the page cache out.
+Bytes per second are source bytes over wall-clock time from start of the process to its end, imports included. Peak
+memory is the kernel's own figure for the process (``ru_maxrss``), which leaves the page cache out.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _call(peer: str, item: Inputs) -> Callable[[], Tensor]:
 
 
 def measure(case: Case, peer: str, bandwidth: float) -> dict[str, Any]:
-    """One row: microseconds a call, bytes of visible cache per second, their share of ``bandwidth``; timed both ways."""
+    """One row: microseconds a call, bytes of visible cache per second, share of ``bandwidth``; timed both ways."""
     sets = max(2, min(16, int(4 * 60e6 / case.cache_bytes) + 1))
     inputs = [_inputs(case) for _ in range(sets)]
     calls = [_call(peer, item) for item in inputs]

@@ -1,4 +1,4 @@
-"""Decoding with a LLaMA-2-7B-shaped model of random weights and 32, 8 or 1 KV heads: tokens per second, patched and not.
+"""Decoding with a LLaMA-2-7B-shaped model of random weights and 32, 8 or 1 KV heads: tokens per second, patched or not.
 
 Greedy decoding under a StaticCache whose first tokens are already there (random keys and values, as the weights are),
 so that no time goes into a prefill. With ``--backend graph`` (the default) one step, mask and argmax included, is

@@ -1,4 +1,4 @@
-"""Uptraining: tokens per second and peak memory of `rehead uptrain`, beside a plain `transformers.Trainer` with its loss.
+"""Uptraining: tokens per second and peak memory of `rehead uptrain` beside a `transformers.Trainer` with its loss.
 
 A student and a teacher of SmolLM2-135M's shape with random weights, written to a folder and trained for a few steps on
 a random text. Rehead's rows are its own log of `rehead.recipes.uptrain`: the real command, reading, packing, logging
