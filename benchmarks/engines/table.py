@@ -1,4 +1,4 @@
-"""The recorded runs in Markdown: a table for the engines' own page, a digest of one line an engine for README."""
+"""The recorded runs in Markdown: every run for the engines' own page, counts alone for README."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def table(results: dict[str, Any]) -> str:
         cells = [_cell(row, next((run for run in row["runs"] if run["engine"] == name), None)) for name in engines]
         size = f"{row['transformers_cache_bytes_per_token']:,.0f}"
         lines.append(f"| {row['model_type']} | {row['case']} | {_kind(row)} | {size} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *counts(results), "", *reasons(results)])
+    return "\n".join([*lines, "", digest(results), "", *reasons(results)])
 
 
 def by_engine(results: dict[str, Any]) -> dict[str, Runs]:
@@ -33,14 +33,14 @@ def by_engine(results: dict[str, Any]) -> dict[str, Runs]:
     return engines
 
 
-def counts(results: dict[str, Any]) -> list[str]:
-    """For each engine: how many of the models that it was given it serves, and with which version."""
-    lines = []
+def digest(results: dict[str, Any]) -> str:
+    """One line for each engine: its version, and how many of the models that it was given it serves."""
+    lines = ["| engine | version | models | same tokens | wrong | refused |", "| --- " * 2 + "| --: " * 4 + "|"]
     for name, runs in by_engine(results).items():
         outcomes = [run["outcome"] for _, run in runs]
-        numbers = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in (SAME, DIFFERENT, REFUSED))
-        lines.append(f"- {name} ({runs[-1][1]['version']}): {len(runs)} models, {numbers}")
-    return lines
+        numbers = [len(runs), *(outcomes.count(kind) for kind in (SAME, DIFFERENT, REFUSED))]
+        lines.append(f"| {name} | {runs[-1][1]['version']} | " + " | ".join(map(str, numbers)) + " |")
+    return "\n".join(lines)
 
 
 def reasons(results: dict[str, Any]) -> list[str]:
@@ -56,20 +56,6 @@ def reasons(results: dict[str, Any]) -> list[str]:
             which = "all" if names == taken else ", ".join(names)
             lines.append(f"- {name}: {_plain(note)} ({which})")
     return lines
-
-
-def digest(results: dict[str, Any]) -> str:
-    """One line for each engine: the classes that it serves, refuses and gets wrong."""
-    lines = []
-    for name, runs in by_engine(results).items():
-        kinds: dict[str, list[str]] = {SAME: [], DIFFERENT: [], REFUSED: []}
-        for row, run in runs:
-            kinds[run["outcome"]].append(row["case"])
-        parts = [f"{len(kinds[SAME])} of {len(runs)} the same"]
-        parts += [f"**wrong**: {', '.join(kinds[DIFFERENT])}"] if kinds[DIFFERENT] else []
-        parts += [f"refused: {', '.join(kinds[REFUSED])}"] if kinds[REFUSED] else []
-        lines.append(f"- {name} ({runs[-1][1]['version']}): {'; '.join(parts)}")
-    return "\n".join(lines)
 
 
 def put(text: str, page: Path, mark: str = "engines") -> None:
