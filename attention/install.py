@@ -18,6 +18,7 @@ from rehead.attention.kernels.bounds import MAX_HEAD_DIM
 from rehead.attention.layer import LAYER, AttentionLayer
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.live import enclosing_layer
+from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.undo import Undoing, UndoLog, own_configs
 
 INSTALLED = "_rehead_attention"
@@ -209,7 +210,7 @@ def _refuse_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
             "output_attentions=True asks for attention weights, which tiled attention never forms; "
             "revert the patch for that run, or leave output_attentions out"
         )
-    cache = kwargs.get("past_key_values")
+    cache = passed_cache(kwargs)
     if isinstance(cache, Cache) and any(_is_quantised(layer) for layer in _cache_layers(cache)):
         raise UnsupportedError(
             "the KV cache is quantised, which rehead_tiled does not read; use a DynamicCache or a StaticCache "

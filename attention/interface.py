@@ -16,14 +16,15 @@ from rehead.attention.layer import LAYER
 from rehead.attention.mask import TiledMask
 from rehead.attention.ring import WINDOW, fitted, ring_of, with_file_window
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.modeling.modeling_rehead_cache import NAMES
 
 NAME = "rehead_tiled"
 
 IGNORED = frozenset(
     {
         # Positions, caches and bookkeeping that have done their work before attention is called.
-        "position_ids", "cache_position", "position_embeddings", "past_key_values", "past_key_value", "use_cache",
-        "is_updated", "layer_idx", "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep",
+        *NAMES, "use_cache", "position_ids", "cache_position", "position_embeddings", "is_updated", "layer_idx",
+        "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep",
         "output_router_logits", "return_tensors", "labels", "shift_labels", "token_type_ids", "mm_token_type_ids",
         "training", "max_length_q", "max_length_k", "inputs_embeds", "input_ids",
         # Speech and vision encoders hand these down to every layer.

@@ -118,20 +118,22 @@ def _decode(model: Any, ids: Any) -> Any:
     """Logits of a cached continuation with the first row padded on the left; the error's text where there is none."""
     import torch
 
+    from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
+
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     try:
         with torch.no_grad():
             first = model(input_ids=ids[:, :30], attention_mask=mask[:, :30], use_cache=True)
-            cache = first.past_key_values
+            cache = returned_cache(first)
             if cache is None:
                 return "no cache"
             rows = [first.logits[1], first.logits[0, 7:]]
             for start, stop in ((30, 31), (31, 32), (32, 36)):
                 step = model(
-                    input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True
+                    input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **cache_argument(cache)
                 )
-                cache = step.past_key_values
+                cache = returned_cache(step)
                 rows.append(step.logits.flatten(0, 1))
         return torch.cat(rows)
     except Exception as error:

@@ -36,6 +36,7 @@ from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForC
 from rehead.benchmarks.graphs import warm_up
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import patch_model
 
 IMPLEMENTATIONS = ("tiled", "tiled+fused", "sdpa")
@@ -174,7 +175,7 @@ def _generate(model: Any, cache: Any, setting: Setting, steps: int, seed: int) -
     _wait(device)
     start = time.perf_counter()
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=options)
+        out = model.generate(ids, attention_mask=mask, generation_config=options, **cache_argument(cache))
     _wait(device)
     seconds = time.perf_counter() - start
     if out.shape[1] != setting.context + steps:
@@ -196,7 +197,7 @@ def _replayed(model: Any, cache: Any, setting: Setting) -> float:
     def step() -> None:
         with torch.no_grad():
             logits = forward(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, position_ids=positions, use_cache=True
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache_argument(cache)
             ).logits
         ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
         positions.add_(1)

@@ -27,6 +27,7 @@ from rehead.console import echo, print_columns
 from rehead.data.tokens import load_tokenizer, token_stream
 from rehead.models.cache_layouts import config_layouts
 from rehead.models.layout import cache_bytes
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.models.recall import Recall, RecallText, fitting, recall, recall_texts
 from rehead.patches import patch_model
 from rehead.recipes.evaluation.divergence import compare
@@ -98,13 +99,13 @@ def peak_bytes(model: Any, tokens: Tensor, steps: int) -> dict[str, int]:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for piece in tokens.split(2048, 1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece, use_cache=True, logits_to_keep=1, **cache_argument(cache))
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated() - before
         torch.cuda.reset_peak_memory_stats()
         token = tokens[:, -1:]
         for _ in range(steps):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, use_cache=True, **cache_argument(cache)).logits[:, -1:].argmax(-1)
     return {"cache": held, "peak": torch.cuda.max_memory_allocated() - before}
 
 

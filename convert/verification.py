@@ -22,6 +22,7 @@ from rehead.models.distance import distances
 from rehead.models.layout import cache_bytes
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.remote import open_known
 from rehead.models.serving import engines
 from rehead.models.streamed import in_memory, stream
@@ -207,13 +208,13 @@ def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, d
     # As generate() does: some classes count positions from 0 whatever is in the cache (Bamba).
     placed = not model.config.is_encoder_decoder and "position_ids" in inspect.signature(model.forward).parameters
     step = _run(model, tokens[:, :half], tokens, use_cache=True)
-    cache, rows = getattr(step, "past_key_values", None), [step.logits[0].float()]
+    cache, rows = returned_cache(step), [step.logits[0].float()]
     if cache is None:
         return None, None
     for at in range(half, min(half + steps, tokens.shape[1])):
         options = {"position_ids": torch.tensor([[at]])} if placed else {}
-        step = _run(model, tokens[:, at : at + 1], tokens, past_key_values=cache, use_cache=True, **options)
-        cache = step.past_key_values
+        step = _run(model, tokens[:, at : at + 1], tokens, use_cache=True, **cache_argument(cache), **options)
+        cache = returned_cache(step)
         rows.append(step.logits[0].float())
     cached = torch.cat(rows)
     error = float((cached - logits[: len(cached)]).abs().max() / logits.abs().max().clamp_min(1e-6))

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from rehead.errors import UsageError, first_line
 from rehead.models.distance import difference, largest
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.predictions import Predictions, predict, predict_step
 
 HALF = (torch.bfloat16, torch.float16)
@@ -177,10 +178,13 @@ def continued(model: nn.Module, probe: Probe) -> Predictions | None:
     for start, stop in ((0, probe.cut), (probe.cut, probe.cut + 1), (probe.cut + 1, tokens.shape[1])):
         if start == stop:
             continue
-        step: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        step |= {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop], "use_cache": True}
+        step = cache_argument(cache) | {
+            "input_ids": tokens[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "use_cache": True,
+        }
         part, out = predict_step(model, step, rows=tokens.numel())
-        cache = getattr(out, "past_key_values", None)
+        cache = returned_cache(out)
         if cache is None or getattr(out, "logits", None) is None:
             return None
         rows.append(part[mask[:, start:stop].bool()])

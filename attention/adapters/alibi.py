@@ -17,6 +17,7 @@ from rehead.attention.adapters.registry import register_adapter
 from rehead.attention.interface import tiled_attention
 from rehead.attention.layer import LAYER
 from rehead.errors import UnsupportedError
+from rehead.models.modeling.modeling_rehead_cache import either_name
 
 
 @register_adapter("bloom.BloomAttention")
@@ -65,11 +66,12 @@ def bloom(module: Any) -> dict[str, Any]:
 def mpt(module: nn.Module) -> dict[str, Any]:
     """MPT: alibi ``[H, 1, max_seq_len]`` that ends at the last position, optional clipping of q, k and v."""
 
+    @either_name
     def forward(
         self: Any,
         hidden_states: Tensor,
         position_bias: Tensor | None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -80,8 +82,8 @@ def mpt(module: nn.Module) -> dict[str, Any]:
         query, key, value = (
             x.reshape(batch, length, self.n_heads, self.head_dim).transpose(1, 2) for x in mixed.chunk(3, dim=2)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         bias = None
         if position_bias is not None:
             n_key = key.shape[2]

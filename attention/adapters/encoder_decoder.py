@@ -11,6 +11,7 @@ from transformers import EncoderDecoderCache
 from rehead.attention.adapters.registry import register_adapter
 from rehead.attention.interface import tiled_attention
 from rehead.errors import UnsupportedError
+from rehead.models.modeling.modeling_rehead_cache import either_name
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -41,11 +42,12 @@ def _keys_and_values(
 def bart_like(module: nn.Module) -> dict[str, Any]:
     """XGLM, TrOCR and MVP: queries scaled in place of scores, one cache for each kind of attention."""
 
+    @either_name
     def forward(
         self: Any,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
         output_attentions: bool | None = False,
         **kwargs: Any,
@@ -63,7 +65,7 @@ def bart_like(module: nn.Module) -> dict[str, Any]:
                 for linear in (self.k_proj, self.v_proj)
             )
 
-        key, value = _keys_and_values(self, hidden_states, key_value_states, past_key_values, project)
+        key, value = _keys_and_values(self, hidden_states, key_value_states, cache, project)
         out, _ = tiled_attention(
             self,
             query,
@@ -86,13 +88,14 @@ def bart_like(module: nn.Module) -> dict[str, Any]:
 def bert_like(module: nn.Module) -> dict[str, Any]:
     """RemBERT, Megatron-BERT and RoFormer: separate projections, RoFormer's rotated where there is no encoder."""
 
+    @either_name
     def forward(
         self: Any,
         hidden_states: Tensor,
         attention_mask: Any = None,
         sinusoidal_pos: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -112,7 +115,7 @@ def bert_like(module: nn.Module) -> dict[str, Any]:
                     query, key = rotate(sinusoidal_pos, query, key)
             return key, value
 
-        key, value = _keys_and_values(self, hidden_states, encoder_hidden_states, past_key_values, project)
+        key, value = _keys_and_values(self, hidden_states, encoder_hidden_states, cache, project)
         out, _ = tiled_attention(
             self,
             query,

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
+
 NEW_TOKENS = 24
 PROMPT_TOKENS = 64
 
@@ -71,8 +73,8 @@ def continue_greedily(folder: Path, prompt: list[int], count: int = NEW_TOKENS) 
         for _ in range(count):
             if config.is_encoder_decoder:
                 given["encoder_outputs"] = encoded
-            answer = model(**given, past_key_values=cache, use_cache=True)
-            cache = answer.past_key_values
+            answer = model(**given, use_cache=True, **cache_argument(cache))
+            cache = returned_cache(answer)
             best = answer.logits[0, -1].log_softmax(-1).topk(2)
             tokens.append(int(best.indices[0]))
             logprobs.append(float(best.values[0]))

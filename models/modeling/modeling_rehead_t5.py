@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from .modeling_rehead_cache import either_name
 from .modeling_rehead_core import DerivedClasses, named
 
 MODEL_TYPE = "rehead_t5"
@@ -59,22 +60,23 @@ class Grouped:
     has_relative_attention_bias: bool
     compute_bias: Any
 
+    @either_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As in T5: ``(output [B, S, d_model], position bias [1, H, S, T], attention weights or None)``."""
         batch, length = hidden_states.shape[:2]
         source, crosses = (hidden_states, False) if key_value_states is None else (key_value_states, True)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts it up in place
         query = self._heads(self.q(hidden_states))
-        key, value = self._keys_and_values(source, past_key_values, crosses)
+        key, value = self._keys_and_values(source, cache, crosses)
         if position_bias is None:
             position_bias = self._bias(query, key.shape[2], seen)
         attend = transformers.AttentionInterface().get_interface(self.config._attn_implementation, eager_attention)

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
+from .modeling_rehead_cache import NAMES, cache_argument, passed_cache
 from .modeling_rehead_core import DerivedClasses, named
 from .modeling_rehead_ring import WindowLayer, use_windows
 
@@ -161,7 +162,7 @@ class WindowModel:
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """As transformers', with window layers from the start, so that drafted tokens can be taken back."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
-        if isinstance(cache := model_kwargs.get("past_key_values"), transformers.Cache):
+        if isinstance(cache := passed_cache(model_kwargs), transformers.Cache):
             use_windows(cache, _windows(self.config))  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,7 +188,7 @@ def _share_heads(attention: Any, count: int) -> None:
 
 def _with_windows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Before each forward pass: caches that keep windows, and the attention layers told which cache is theirs."""
-    config, cache = model.config, kwargs.get("past_key_values")
+    config, cache = model.config, passed_cache(kwargs)
     if config.layer_kv_heads and config._attn_implementation not in (NAME, "rehead_probe"):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} knows no groups of unequal size; load without it"
@@ -198,7 +199,8 @@ def _with_windows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
     wanted = kwargs.get("use_cache")
     if cache is None and (config.use_cache if wanted is None else wanted) and not model.training:
-        cache = kwargs["past_key_values"] = transformers.DynamicCache(config=config)
+        cache = transformers.DynamicCache(config=config)
+        kwargs = {name: value for name, value in kwargs.items() if name not in NAMES} | cache_argument(cache)
     if cache is not None:
         use_windows(cache, _windows(config), kwargs.get("attention_mask"))
     for index, layer in enumerate(model.layers):

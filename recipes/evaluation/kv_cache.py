@@ -19,6 +19,7 @@ from torch import Tensor
 from rehead.models import layout
 from rehead.models.layout import CONTEXTS, LayerLayout
 from rehead.models.live import evaluating
+from rehead.models.modeling.modeling_rehead_cache import returned_cache
 from rehead.models.positions import position_limit
 from rehead.models.predictions import vocabulary
 from rehead.recipes import evaluation_schema as schema
@@ -63,7 +64,7 @@ def measure_cache(model: Any) -> MeasuredCache | None:
     with evaluating(model):
         for length in (_SHORT, _LONG):
             tokens = torch.arange(length, device=next(model.parameters()).device)[None] % vocabulary(model)
-            caches.append(getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None))
+            caches.append(returned_cache(model(input_ids=tokens, use_cache=True)))
     if caches[0] is None:
         return None
     short, long = (sum(tensor.nbytes for tensor in _tensors(cache)) for cache in caches)

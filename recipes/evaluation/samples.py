@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rehead.data.beginning import NO_START, begun
 from rehead.models.live import evaluating
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.positions import position_limit
 from rehead.models.predictions import keeps_logits
 from rehead.recipes import evaluation_schema as schema
@@ -104,9 +105,8 @@ def continue_greedily(model: Any, rows: Tensor, length: int) -> Tensor:
     read, whole, cache = rows.to(device), rows.to(device), None
     with evaluating(model):
         for _ in range(length):
-            held: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            out = model(input_ids=read, use_cache=True, **held, **keep)
-            cache = getattr(out, "past_key_values", None)
+            out = model(input_ids=read, use_cache=True, **cache_argument(cache), **keep)
+            cache = returned_cache(out)
             latest = out.logits[:, -1:].argmax(-1)
             whole = torch.cat([whole, latest], 1)
             read = whole if cache is None else latest

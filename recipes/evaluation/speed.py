@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rehead.models.live import clock, evaluating
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.positions import position_limit
 from rehead.models.predictions import keeps_logits, vocabulary
 from rehead.recipes import evaluation_schema as schema
@@ -143,12 +144,12 @@ def _once(model: Any, tokens: Tensor) -> tuple[float, list[float], int | None]:
         start = clock(device)
         result = model(input_ids=tokens, use_cache=True, **keep)
         prefill = clock(device) - start
-        if getattr(result, "past_key_values", None) is None:
+        if returned_cache(result) is None:
             raise NoCache(f"{model.config.model_type} gives back no KV cache to decode with")
         for step in range(STEPS + 1):
-            cache, latest = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            cache, latest = returned_cache(result), result.logits[:, -1:].argmax(-1)
             start = clock(device)
-            result = model(input_ids=latest, past_key_values=cache, use_cache=True)
+            result = model(input_ids=latest, use_cache=True, **cache_argument(cache))
             if step:
                 steps.append(clock(device) - start)
     return prefill, steps, torch.cuda.max_memory_allocated(device) - before if on_gpu else None

@@ -7,6 +7,7 @@ from transformers import DynamicCache, EncoderDecoderCache, MvpConfig, MvpForCon
 
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.models.tiny import randomize
 from rehead.patches import patch_model
 
@@ -62,7 +63,7 @@ def test_attention_to_an_encoder_from_a_cache(model_type):
                 **encoder,
                 "encoder_hidden_states": encoder["encoder_hidden_states"] * (1.0 if start == 0 else 3.0),
             }
-            parts.append(model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True, **inputs).logits)
+            parts.append(model(TOKENS[:, start:stop], use_cache=True, **cache_argument(cache), **inputs).logits)
         return torch.cat(parts, 1)
 
     before = steps()

@@ -12,6 +12,7 @@ from rehead.attention import latent
 from rehead.benchmarks.tiny import tiny_model
 from rehead.models.cache_layouts import config_layouts
 from rehead.models.layout import cache_bytes
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import patch_model
 
 TOKENS = torch.randint(8, 128, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -62,8 +63,8 @@ def test_generation_is_that_of_expanded_heads(model: Any, setting: str, monkeypa
 def test_the_cache_holds_latents_and_as_many_bytes_as_planned(model: Any) -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), patch_model(model, "tiled"):
-        model(TOKENS, past_key_values=cache)
-        model(TOKENS[:, :1], past_key_values=cache)
+        model(TOKENS, **cache_argument(cache))
+        model(TOKENS[:, :1], **cache_argument(cache))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == len(TOKENS) * cache_bytes(config_layouts(model.config, itemsize=4), TOKENS.shape[1] + 1)
 
@@ -73,8 +74,8 @@ def test_a_cache_filled_under_the_patch_goes_on_without_it(model: Any) -> None:
     wanted = model(TOKENS).logits[:, -1]
     cache = DynamicCache(config=model.config)
     with patch_model(model, "tiled"):
-        model(TOKENS[:, :-1], past_key_values=cache)
-    torch.testing.assert_close(model(TOKENS[:, -1:], past_key_values=cache).logits[:, -1], wanted, atol=1e-4, rtol=0)
+        model(TOKENS[:, :-1], **cache_argument(cache))
+    torch.testing.assert_close(model(TOKENS[:, -1:], **cache_argument(cache)).logits[:, -1], wanted, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from rehead.convert import convert, inspect, plan, verify
 from rehead.convert.commands import inspect_command, plan_command
 from rehead.errors import UnsupportedError
+from rehead.models.modeling.modeling_rehead_cache import returned_cache
 
 SIZES = {
     "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
@@ -84,7 +85,7 @@ def test_equal_heads_give_the_same_logits_and_text(form: str, kv: int, tmp_path:
         options["do_sample"] = False
         made = model.generate(IDS, return_dict_in_generate=True, **options)
         assert torch.equal(made.sequences, source.generate(IDS, **options))
-    cache = model(input_ids=IDS, decoder_input_ids=TARGETS, use_cache=True).past_key_values
+    cache = returned_cache(model(input_ids=IDS, decoder_input_ids=TARGETS, use_cache=True))
     for part in (cache.self_attention_cache, cache.cross_attention_cache):
         assert part.layers[0].keys.shape[1] == kv
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))

@@ -18,6 +18,7 @@ from rehead.cli import cli
 from rehead.convert import convert, plan, verification, verify
 from rehead.convert.commands import verify_command
 from rehead.errors import UnsupportedError, VerificationError
+from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.rewritten_source import cast
 
 
@@ -135,7 +136,7 @@ def test_what_is_no_number_does_not_verify(llama: Path, tmp_path: Path, monkeypa
 
     def broken(model, tokens, source, **options):
         step = run(model, tokens, source, **options)
-        if options.get("past_key_values") is not None:
+        if passed_cache(options) is not None:
             step.logits[..., 0] = torch.nan
         return step
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rehead.benchmarks.tiny import tiny_model
 from rehead.models import distance, predictions
 from rehead.models.distance import Distances, difference, distances, largest, token_nll
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.predictions import Predictions, predict, predict_step
 
 
@@ -107,7 +108,7 @@ def test_a_cache_is_kept_beside_pieces(small_pieces):
     for start, stop in ((0, 8), (8, 9), (9, 12)):
         inputs = {"input_ids": tokens[:, start:stop], "use_cache": True, **step}
         part, out = predict_step(model, inputs, rows=tokens.numel())
-        step = {"past_key_values": out.past_key_values}
+        step = cache_argument(returned_cache(out))
         parts.append(part)
     full = predict(model, {"input_ids": tokens}).whole()
     joined = Predictions.cat(parts)

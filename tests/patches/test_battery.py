@@ -14,6 +14,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from rehead.attention.discover import mask_style
 from rehead.benchmarks.tiny import tiny_model
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import patch_model
 
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
@@ -124,7 +125,7 @@ def through_cache(make, steps, mask):
                 step = model(
                     TOKENS[:, start:stop],
                     attention_mask=padded if full or mask is None else mask[:, :stop],
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     use_cache=True,
                 )
                 out.append(step.logits[:, : stop - start])
@@ -340,7 +341,7 @@ def test_compiled_decoding_is_one_graph(arch, monkeypatch):
     def run(step):
         cache = static(model)
         with torch.no_grad():
-            out = [model(TOKENS[:, :30], attention_mask=LEFT[:, :30], past_key_values=cache, use_cache=True).logits]
+            out = [model(TOKENS[:, :30], attention_mask=LEFT[:, :30], use_cache=True, **cache_argument(cache)).logits]
             for i in range(30, 36):
                 blank = torch.empty(2, 1, 0)
                 mask = create_masks_for_generate(model.config, blank, LEFT[:, : i + 1], cache, None)
@@ -349,7 +350,7 @@ def test_compiled_decoding_is_one_graph(arch, monkeypatch):
                     step(
                         TOKENS[:, i : i + 1],
                         attention_mask=mask,
-                        past_key_values=cache,
+                        **cache_argument(cache),
                         use_cache=True,
                         position_ids=positions,
                     ).logits

@@ -6,6 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from rehead.attention.attend import attention
 from rehead.benchmarks.tiny import tiny_model
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import patch_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -97,7 +98,7 @@ def test_decoding(arch, static):
         out = []
         with torch.no_grad():
             for start, stop in [(0, 30), *((i, i + 1) for i in range(30, 36)), (36, 40)]:
-                step = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+                step = model(ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **cache_argument(cache))
                 out.append(step.logits)
         return torch.cat(out, 1)
 

@@ -5,6 +5,7 @@ import torch
 
 from rehead.benchmarks import cpu_attention, end_to_end
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 
 SMALL = end_to_end.Setting(
     batch=2, context=40, steps=8, hidden_size=32, intermediate_size=48, layers=2, heads=4, vocab_size=64, padding=5
@@ -35,7 +36,7 @@ def test_both_ways_of_decoding_write_the_same_tokens():
     first = torch.randint(10, 64, (2, SMALL.context), generator=torch.Generator().manual_seed(0))
     end_to_end.rewind(cache, SMALL.context - 1)
     out = model.generate(
-        first, past_key_values=cache, max_new_tokens=4, do_sample=False, disable_compile=True, eos_token_id=None,
+        first, **cache_argument(cache), max_new_tokens=4, do_sample=False, disable_compile=True, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
     end_to_end.rewind(cache, SMALL.context - 1)
@@ -45,7 +46,7 @@ def test_both_ways_of_decoding_write_the_same_tokens():
     with torch.no_grad():
         for _ in range(4):
             logits = model(
-                ids, attention_mask=mask, past_key_values=cache, position_ids=positions, use_cache=True
+                ids, attention_mask=mask, **cache_argument(cache), position_ids=positions, use_cache=True
             ).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
             positions += 1

@@ -14,6 +14,7 @@ from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError, VerificationError
+from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.tiny import randomize
 from rehead.patches import patch_model
 
@@ -315,7 +316,7 @@ def test_an_unpatched_model_that_fails_with_a_cache_is_no_model_without_one(mode
     real = model.forward
 
     def failing(**inputs):
-        if inputs.get("past_key_values") is not None:
+        if passed_cache(inputs) is not None:
             raise failure
         return real(**inputs)
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import patch_model
 
 
@@ -123,7 +124,7 @@ def test_a_quantised_cache(model):
     cache = DynamicCache(config=model.config)
     cache.layers[0] = QuantizedLayer()
     with patch_model(model, "tiled"), pytest.raises(UnsupportedError, match="quantised") as error:
-        model(TOKENS, past_key_values=cache)
+        model(TOKENS, **cache_argument(cache))
     one_line(error)
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from rehead.benchmarks.tiny import tiny_model
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import live_names, patch_model
 from rehead.variants.contract import VARIANTS
 from rehead.variants.stack import stack_of
@@ -150,7 +151,7 @@ def test_decoding_from_a_cache_is_one_pass(row, name):
         cache, steps = DynamicCache(config=model.config), []
         with torch.no_grad():
             for start, stop in ((0, 11), (11, 12), (12, 13), (13, 19), (19, 26)):
-                inputs = {"attention_mask": PADDED[:, :stop], "past_key_values": cache, "use_cache": True}
+                inputs = {"attention_mask": PADDED[:, :stop], **cache_argument(cache), "use_cache": True}
                 steps.append(model(TOKENS[:, start:stop], **inputs).logits)
     close(torch.cat(steps, 1)[keep], whole[keep], row.decodes)
 

@@ -24,6 +24,7 @@ from rehead.convert.commands import convert_command, plan_command, variants_comm
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.cache_layouts import config_layouts
 from rehead.models.model import open_model
+from rehead.models.modeling.modeling_rehead_cache import returned_cache
 from rehead.patches import live_names, patch_model
 from rehead.variants.contract import VARIANTS
 
@@ -124,7 +125,7 @@ def test_its_layout_is_the_cache_that_it_leaves(row: Row, model: str, tmp_path: 
     assert planned == [variant.layout(layer, options) for layer in before]
     for context in (4, IDS.shape[1]):
         with torch.no_grad():
-            cache = live(IDS[:1, :context], use_cache=True).past_key_values
+            cache = returned_cache(live(IDS[:1, :context], use_cache=True))
         sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
         assert sizes == [layer.cache_bytes(context) for layer in planned]
 

@@ -12,6 +12,7 @@ from transformers import Cache
 from rehead.attention.ring import RING
 from rehead.errors import UsageError
 from rehead.models.live import LayerState
+from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.modeling.modeling_rehead_ring import WindowLayer, use_windows
 from rehead.models.undo import UndoLog
 from rehead.variants.window import UNLIMITED
@@ -40,7 +41,7 @@ def shrink_caches(live: LiveVariant, undo: UndoLog) -> None:
         return [(index, size, sinks) for index, _, state in layers if state.enabled]
 
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = passed_cache(kwargs)
         there = getattr(cache, "layers", None)
         if there is not None and not (torch.is_grad_enabled() and model.training):
             use_windows(cache, windows(), kwargs.get("attention_mask"))
@@ -57,7 +58,7 @@ def shrink_caches(live: LiveVariant, undo: UndoLog) -> None:
         """Window layers from the start of a generation, so that drafted tokens can be taken back."""
         assert prepare is not None
         prepare(generation_config, model_kwargs, *args)
-        if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
+        if isinstance(cache := passed_cache(model_kwargs), Cache):
             use_windows(cache, windows())
 
     if prepare is not None:

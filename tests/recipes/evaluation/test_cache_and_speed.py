@@ -11,6 +11,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from rehead.benchmarks.tiny import tiny_model
 from rehead.models.cache_layouts import config_layouts, layer_window
 from rehead.models.layout import bytes_per_token, cache_bytes
+from rehead.models.modeling.modeling_rehead_cache import returned_cache
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation import speed
 from rehead.recipes.evaluation.kv_cache import (
@@ -40,7 +41,7 @@ def test_a_filled_cache_is_as_large_as_one_that_was_read(kind):
     found = measure_cache(model)
     tokens = torch.randint(8, 120, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+        cache = returned_cache(model(input_ids=tokens, use_cache=True))
     assert (found is None) == (cache is None)
     if cache is not None:
         assert found.bytes_at(40) == sum(tensor.nbytes for tensor in _tensors(cache))

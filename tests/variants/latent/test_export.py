@@ -12,6 +12,7 @@ from stored_latent import latent_heads
 
 from rehead.errors import UnsupportedError
 from rehead.models.heads import Heads
+from rehead.models.modeling.modeling_rehead_cache import returned_cache
 from rehead.variants.latent.bias import constant_direction, without_biases
 from rehead.variants.latent.export import HOSTS, latent_config, layer_tensors, stream_scale
 from rehead.variants.latent.solve import solve
@@ -135,7 +136,7 @@ def test_generation_with_a_cache_is_that_without(host) -> None:
     assert with_cache.sequences.tolist() == without.sequences.tolist()
     for a, b in zip(with_cache.scores, without.scores):
         assert torch.allclose(a, b, atol=1e-5)
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = returned_cache(model(tokens, use_cache=True))
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert held == LAYERS * 12 * latents[0].numbers_per_token
 

@@ -11,6 +11,7 @@ from rehead.benchmarks.tiny import tiny_model
 from rehead.convert import convert
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.layout import LayerLayout
+from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.modeling.modeling_rehead_ring import StaticWindowLayer, WindowLayer
 from rehead.patches import patch_model
 
@@ -53,7 +54,7 @@ def stepped(model, cache, mask=PADDED):
     rows = []
     with torch.no_grad():
         for start, stop in STEPS:
-            out = model(TOKENS[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            out = model(TOKENS[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **cache_argument(cache))
             rows.append(out.logits)
     return torch.cat(rows, 1)
 
@@ -126,21 +127,21 @@ def test_what_was_dropped_cannot_come_back(windowed):
     cache.activate_past_recording()
     with torch.no_grad():
         more = torch.cat([PADDED, torch.ones(3, 4, dtype=torch.int64)], 1)
-        model(TOKENS[:, :4], attention_mask=more, past_key_values=cache)
+        model(TOKENS[:, :4], attention_mask=more, **cache_argument(cache))
         cache.crop(-4)
-        again = model(TOKENS[:, :1], attention_mask=more[:, :41], past_key_values=cache).logits
+        again = model(TOKENS[:, :1], attention_mask=more[:, :41], **cache_argument(cache)).logits
         fresh = DynamicCache(config=model.config)
         stepped(model, fresh)
         torch.testing.assert_close(
-            again, model(TOKENS[:, :1], attention_mask=more[:, :41], past_key_values=fresh).logits
+            again, model(TOKENS[:, :1], attention_mask=more[:, :41], **cache_argument(fresh)).logits
         )
 
 
 def test_a_full_cache_is_taken_over(model):
     with torch.no_grad():
-        cache = model(TOKENS[:, :30], use_cache=True).past_key_values
+        cache = returned_cache(model(TOKENS[:, :30], use_cache=True))
         with patch_model(model, "window", size=6, sinks=2):
-            model(TOKENS[:, 30:31], past_key_values=cache)
+            model(TOKENS[:, 30:31], **cache_argument(cache))
             assert all(layer.keys.shape[2] == 7 for layer in cache.layers)
         assert all("rehead_ring" not in module.__dict__ for module in model.modules())
 
@@ -150,7 +151,7 @@ def test_a_layer_that_is_switched_off_wants_a_new_cache(model):
     with patch_model(model, "window", size=6) as patch:
         stepped(model, cache)
         with patch.only([0]), pytest.raises(UsageError, match="start with a new cache"), torch.no_grad():
-            model(TOKENS[:, :1], past_key_values=cache)
+            model(TOKENS[:, :1], **cache_argument(cache))
 
 
 def test_masks_of_values_are_refused(model):
@@ -159,7 +160,7 @@ def test_masks_of_values_are_refused(model):
         stepped(model, cache)
         mask = torch.zeros(3, 1, 1, 41)
         with pytest.raises(UnsupportedError), torch.no_grad():
-            model(TOKENS[:, :1], attention_mask=mask, past_key_values=cache)
+            model(TOKENS[:, :1], attention_mask=mask, **cache_argument(cache))
 
 
 def test_tiled_attention_sees_a_saved_window(model, tmp_path):
