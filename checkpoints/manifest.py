@@ -47,18 +47,25 @@ def made_by(command: str) -> dict[str, Any]:
     return {"tool": {"name": "rehead", "version": __version__}, "versions": versions(), "command": command}
 
 
-def manifest_bytes(content: Mapping[str, Any], files: Mapping[str, tuple[int, str]], fingerprint: str) -> bytes:
+def manifest_bytes(
+    content: Mapping[str, Any],
+    files: Mapping[str, tuple[int, str]],
+    fingerprint: str,
+    parts: Mapping[str, str] | None = None,
+) -> bytes:
     """The manifest's bytes; equal input gives equal bytes.
 
     Args:
         content: the conversion's own entries: fields of :class:`~rehead.checkpoints.manifest_schema.Manifest`.
         files: (size in bytes, SHA-256 in hex) by name, without the manifest itself.
         fingerprint: hash of everything that determines the output.
+        parts: a hash of each named part of that.
     """
     table = {
         "format": FORMAT,
-        **{k: v for k, v in content.items() if k not in ("format", "fingerprint", "files")},
+        **{k: v for k, v in content.items() if k not in ("format", "fingerprint", "fingerprint_parts", "files")},
         "fingerprint": fingerprint,
+        **({"fingerprint_parts": dict(parts)} if parts else {}),
         "files": {name: {"size": size, "sha256": sha} for name, (size, sha) in sorted(files.items())},
     }
     return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

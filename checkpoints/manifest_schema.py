@@ -54,7 +54,7 @@ class Manifest(_Section):
         layers: groups and errors by layer.
         changed_tensors: tensors whose values differ from the source's.
         conversion, uptraining, uptraining_before: only for an uptrained checkpoint.
-        fingerprint: hash of everything that determines the output.
+        fingerprint: hash of everything that determines the output; ``fingerprint_parts``: of each named part of it.
     """
 
     format: Literal[1]
@@ -89,6 +89,7 @@ class Manifest(_Section):
     uptraining: dict[str, Any] | None = None
     uptraining_before: dict[str, Any] | None = None
     fingerprint: str | None = None
+    fingerprint_parts: dict[str, str] = {}
     files: dict[str, FileEntry]
 
 

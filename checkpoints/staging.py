@@ -39,20 +39,19 @@ def fingerprint_of(parts: str | Mapping[str, Any]) -> tuple[str, dict[str, str]]
     return whole, hashes
 
 
-def check_same(out: Path, parts: Mapping[str, Any]) -> None:
-    """Refuse to resume another conversion, as far as some named parts of its fingerprint tell.
-
-    Raises:
-        UsageError: an interrupted run of ``out`` noted another hash for one of them.
-    """
-    head, _ = _read_journal(staging_path(out))
-    noted = head.get("parts")
-    earlier: dict[str, str] = noted if isinstance(noted, dict) else {}
-    now = fingerprint_of(parts)[1]
-    _refuse_other(out, [name for name in now if name in earlier and earlier[name] != now[name]])
+def noted_parts(out: Path) -> dict[str, str] | None:
+    """The hashes by name that an interrupted run of ``out`` noted of what determines its output; None without one."""
+    path = staging_path(out)
+    head, _ = _read_journal(path)
+    return _parts_of(head or _read_manifest(path)[0])
 
 
-def _refuse_other(out: Path, changed: list[str]) -> None:
+def _parts_of(head: Mapping[str, Any]) -> dict[str, str] | None:
+    parts = head.get("parts")
+    return parts if isinstance(parts, dict) else {} if head else None
+
+
+def refuse_other(out: Path, changed: list[str]) -> None:
     if changed:
         what = ", ".join(changed).replace("asked", "the options")
         raise UsageError(
@@ -78,6 +77,16 @@ def _read_journal(staging: Path) -> tuple[dict[str, Any], dict[str, tuple[int, s
         except (ValueError, TypeError, KeyError):
             break
     return head, files
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    """(fingerprint and parts, files) of a run killed just before the rename: no journal any more, a whole manifest."""
+    try:
+        table = json.loads((folder / MANIFEST_NAME).read_bytes())
+        files = {k: (int(v["size"]), str(v["sha256"])) for k, v in table["files"].items()}
+        return {"fingerprint": table["fingerprint"], "parts": table.get("fingerprint_parts")}, files
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}, {}
 
 
 def staging_path(out: Path) -> Path:
@@ -114,7 +123,7 @@ class Staging:
         self.out = out
         self.path = staging_path(out)
         self.retired = out.parent / f".{out.name}.rehead-old"
-        self.fingerprint = fingerprint
+        self.fingerprint, self.parts = fingerprint, dict(parts)
         self.files: dict[str, tuple[int, str]] = {}
         self.resumed = False
         self._journal_fd = -1
@@ -225,27 +234,17 @@ class Staging:
         """Read the journal of an earlier run; False when there is none."""
         head, files = _read_journal(self.path)
         if not head:
-            head, files = self._read_manifest()
+            head, files = _read_manifest(self.path)
         if not head:
             return False
         if head.get("fingerprint") != self.fingerprint:
-            noted = head.get("parts")
-            earlier: dict[str, str] = noted if isinstance(noted, dict) else {}
+            earlier = _parts_of(head) or {}
             differ = sorted(k for k in {*parts, *earlier} if parts.get(k) != earlier.get(k))
-            _refuse_other(self.out, differ if parts and earlier and differ else ["the source or the options"])
+            refuse_other(self.out, differ if parts and earlier and differ else ["the source or the options"])
         self.files = files
         self.resumed = True
         self._begin(parts)
         return True
-
-    def _read_manifest(self) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
-        """(fingerprint, files) of a run killed just before the rename: its journal is gone, its manifest complete."""
-        try:
-            table = json.loads((self.path / MANIFEST_NAME).read_bytes())
-            files = {k: (int(v["size"]), str(v["sha256"])) for k, v in table["files"].items()}
-            return {"fingerprint": table["fingerprint"]}, files
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return {}, {}
 
     def _empty(self) -> None:
         for entry in self.path.iterdir():

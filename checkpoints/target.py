@@ -351,7 +351,7 @@ class Target:
         """
         self._drop_strays()
         files = {name: self._staging.files[name] for name in self._written}
-        data = manifest_bytes(manifest or {}, files, self._staging.fingerprint)
+        data = manifest_bytes(manifest or {}, files, self._staging.fingerprint, self._staging.parts)
         self.write_bytes(MANIFEST_NAME, data)
         for folder in {(self.path / name).parent for name in files}:
             _sync_up(folder, self.path)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rehead.checkpoints.manifest import made_by
-from rehead.checkpoints.outputs import check_out, out_path
-from rehead.checkpoints.staging import check_same
-from rehead.checkpoints.target import Target, finish_commit
+from rehead.checkpoints.resume import check_start, finish_commit
+from rehead.checkpoints.target import Target
 from rehead.console import Progress
 from rehead.convert.card import model_card
 from rehead.convert.latent import choose_sizes
@@ -102,10 +101,8 @@ def convert(
         # Before the model runs to choose layers or sizes.
         chosen: dict[str, Any] = {}
         asks = {"asked": asked.as_json()} if is_auto(asked.layers) or asked.is_latent else {}
-        if resume:
-            check_same(out_path(out), {"source": opened.source.fingerprint(), **asks})
-        else:
-            check_out(out_path(out), getattr(opened.source, "folder", None), overwrite)
+        folder = getattr(opened.source, "folder", None)
+        check_start(out, folder, {"source": opened.source.fingerprint(), **asks}, resume, overwrite)
         if is_auto(asked.layers):
             from rehead.convert.auto_layers import choose
 

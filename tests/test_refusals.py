@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,3 +156,21 @@ def test_other_options_are_refused_before_the_text_is_read(tmp_path: Path, monke
         convert(embedded_model(), tmp_path / "out", resume=True, **{**options, **changed})
     with pytest.raises(KeyboardInterrupt):  # the same options go on
         convert(embedded_model(), tmp_path / "out", resume=True, **options)
+
+
+def test_a_complete_out_of_other_options_is_refused_before_the_text_is_read(tmp_path: Path, monkeypatch) -> None:
+    options = {"latent": 16, "rope_dims": 16, "calibration_tokens": 1024}
+    out = tmp_path / "out"
+    convert(embedded_model(), out, **options)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(execute, "choose_sizes", never)
+    with pytest.raises(UsageError, match=r"is complete, with other options; choose another OUT or give --overwrite"):
+        convert(embedded_model(), out, resume=True, **{**options, "latent": 32})
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="already exists"):
+        convert(embedded_model(), out, resume=True, **options)

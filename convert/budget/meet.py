@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rehead.checkpoints.outputs import check_out, out_path
+from rehead.checkpoints.resume import check_start
 from rehead.console import Progress
 from rehead.convert.budget.choose import Selection, check_budget, select, smallest
 from rehead.convert.budget.holders import Holder, holders
@@ -101,8 +101,9 @@ def meet(
     where, started = resolve_device(device), time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
-        if not resume:
-            check_out(out_path(out), getattr(opened.source, "folder", None), overwrite)
+        folder = getattr(opened.source, "folder", None)
+        asks = {"asked": [kv_cache, asked.as_json(), given]}
+        check_start(out, folder, {"source": opened.source.fingerprint(), **asks}, resume, overwrite)
         wanted = _survey_options(asked, given)
         with survey(opened, wanted, where, progress) as prepared:
             holder, selection, refused = choose(prepared, opened, kv_cache, asked.kl, given.get("engine"), progress)
@@ -111,7 +112,7 @@ def meet(
         del prepared  # and the whole model with it, before the conversion and its result need memory
         made = holder.convert_options(selection.choice, given)
         plan = make_plan(opened, ConvertOptions.parse(made))
-        conversion = execute(plan, out, device, resume, overwrite, progress, command, {"budget": facts})
+        conversion = execute(plan, out, device, resume, overwrite, progress, command, {"budget": facts}, asks=asks)
     conversion.seconds = time.monotonic() - started
     measured = compared(load_whole(open_model(out), where, "measure it"), texts, reference)
     if push_to_hub:

@@ -16,6 +16,7 @@ from rehead.attention.discover import mask_style
 from rehead.benchmarks.tiny import tiny_model
 from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.patches import patch_model
+from rehead.recipes.training.models import checkpoint_activations
 
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}
 ARCHS = {
@@ -207,11 +208,11 @@ def training(arch):
 def gradient_checkpointing(arch):
     def run(model):
         model.train()
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
         try:
             return gradients(model)
         finally:
-            model.gradient_checkpointing_disable()
+            model._set_gradient_checkpointing(enable=False)
             model.eval()
 
     same_gradients(arch, run)

@@ -17,6 +17,7 @@ from rehead.errors import UnsupportedError, UsageError
 from rehead.models.modeling import carried_files, modeling_file, parallel_config, parallel_families, serial_config
 from rehead.models.modeling import modeling_rehead_parallel as modeling
 from rehead.patches import patch_model
+from rehead.recipes.training.models import checkpoint_activations
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +62,7 @@ def test_generates_with_a_cache_what_it_computes_without(tmp_path):
 def test_trains_saves_and_loads_again(tmp_path):
     checkpoint(tmp_path / "one", "llama", [0, 1])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(6):

@@ -9,6 +9,7 @@ from torch import nn
 from rehead.benchmarks.tiny import causal_types, tiny_model
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import patch_model
+from rehead.recipes.training.models import checkpoint_activations
 from rehead.variants.blocks.anatomy import find_blocks
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -102,7 +103,7 @@ def test_gradients_with_checkpointing(model_type, form):
     def gradients(checkpointing):
         model = tiny_model(model_type).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         with patch_model(model, form):
             model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
         return {name: p.grad for name, p in model.named_parameters()}

@@ -10,6 +10,7 @@ from torch import nn
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError, VerificationError
 from rehead.patches import patch_model
+from rehead.recipes.training.models import checkpoint_activations
 from rehead.variants.fuse.norms import NormKind, fold, norm_kind
 
 TOKENS = torch.randint(8, 128, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -130,7 +131,7 @@ def test_gradients_are_the_unfused_ones():
     model.zero_grad()
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         with patch_model(model, "parallel", fused=True):
             model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
             got_in, got_out = layer.rehead_fused_in.weight.grad, layer.rehead_fused_out.weight.grad
