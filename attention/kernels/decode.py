@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
+from rehead.attention.kernels.device import device_number, is_hopper
 
 MAX_QUERIES = 16
 
@@ -105,19 +106,6 @@ def run_decode(call: AttentionCall) -> Tensor:
                 num_warps=max(1, min(4, wide * columns // 512)), **launch,
             )  # fmt: skip
     return out
-
-
-def device_number(item: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
-    """(a pointer to per-batch integers, the step between them: 0 if all batch rows share one)."""
-    if item is None:
-        return unused, 0
-    return item, 0 if item.numel() == 1 else item.reshape(-1).stride(0)
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device is a GPU of compute capability 9.0."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class LaunchShape(NamedTuple):

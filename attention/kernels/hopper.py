@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from rehead.attention.call import AttentionCall
-from rehead.attention.kernels.decode import device_number, is_hopper
+from rehead.attention.kernels.device import device_number, is_hopper
 from rehead.attention.kernels.general import block_lists, interpreting, key_splits, row_delta
 
 # Gluon is Triton's experimental layer and changes between releases; the kernels are tested on these.
