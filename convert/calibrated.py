@@ -58,7 +58,7 @@ def calibration_text(plan: Plan) -> CalibrationText:
 def job_of(plan: Plan) -> Job:
     """What a plan asks of healing."""
     model, infos = plan.model, plan.pooled.source.tensors
-    modules = [rewrite.form.module for rewrite in plan.layer_rewrites if rewrite.form and rewrite.form.module]
+    modules = any(rewrite.form is not None and rewrite.form.module is not None for rewrite in plan.layer_rewrites)
     return Job(
         original=plan.original,
         changed=plan.pooled if modules else model,
@@ -66,8 +66,8 @@ def job_of(plan: Plan) -> Job:
         layers={layer: _layer_job(plan, layer) for layer in model.layers if layer in plan.computed_layers},
         tensors=lambda layer, heads: tensors_of(model.family, layer, heads, model.source.tensors),
         store=lambda name, tensor: cast(name, tensor, torch_dtype(infos[name].dtype)),
+        start=model,
         seed=plan.options.seed,
-        module=modules[0] if modules else None,
         own_calls=any(rewrite.form is not None and rewrite.form.own_calls for rewrite in plan.layer_rewrites),
     )
 
@@ -82,19 +82,22 @@ def _layer_job(plan: Plan, layer: int) -> LayerJob:
         assert ffn is not None, "the plan has refused a layer without one"
         writers = (model.family.attention + names.output, ffn) if layer in plan.parallel_layers else (ffn,)
     style = forms[-1] if forms else LayerForm(lambda layer, heads, moments: Changed(heads))
-    if style.module is not None:
+    if style.module is not None and options.refit:
         writers = style.writers
+    # Where layers differ in their forms, those that only hide tokens have little to fit.
+    fits = len(forms) in (0, len(plan.layer_rewrites)) or any(form.calibrated for form in forms)
     return LayerJob(
         closed_form=_closed_form(forms, layer) if forms else None,
         needs=forms[0].needs if forms else (),
         groups=forms[0].groups if forms else 1,
         refit=options.refit and (bool(forms) or layer not in plan.parallel_layers),
         writers=writers,
-        fit=options.fit,
+        fit=options.fit if fits else 0,
         trains=(lambda attention: attention.parameters())
         if style.module is not None
         else lambda attention: _projections(model.family, attention, style.trains),
         settings=style.settings,
+        module=style.module,
     )
 
 

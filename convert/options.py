@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.options import Count, Flag, Names, Options, parse_count
-from rehead.variants.contract import VARIANTS, Variant, VariantOptions, saved_variant
+from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions
 from rehead.variants.layer_choice import AUTO, is_auto
 from rehead.variants.pool.methods.registry import METHODS
@@ -175,10 +175,14 @@ class ConvertOptions(Options):
         flagged = ("pool", "latent", "window", *_BLOCKS)
         names = {text: text.partition(":")[0] for text in texts if isinstance(text, str)}
         seen = [names[text] for text in texts if isinstance(text, str) and names[text] not in flagged]
+        named = {text: saved_variant(text)[1].layers for text in names}
         for name in seen:
-            if seen.count(name) > 1:
-                raise UsageError(f"--variant {name}: is given twice; give it once")
-        own = [text for text, name in names.items() if name in flagged]
+            if seen.count(name) > 1 and any(named[text] == ALL for text in names if names[text] == name):
+                raise UsageError(f"--variant {name}: is given twice; give it once, or name the layers of each")
+        # What differs from layer to layer has no flag.
+        several = {name for name in names.values() if list(names.values()).count(name) > 1}
+        alone = {t for t, name in names.items() if named[t] != ALL and (name == "latent" or name in several)}
+        own = [text for text, name in names.items() if name in flagged and text not in alone]
         if not own:
             return values
         values = values | {"variants": tuple(text for text in texts if text not in own)}
@@ -268,7 +272,7 @@ class ConvertOptions(Options):
             layers = self.layers if self.layers is not None and self.block is None else "all"
             told = {"size": self.window, "sinks": self.sinks, "sink_logit": self.sink_logit}
             asked.append((variant, variant.options.parse({**told, "layers": "all" if is_auto(layers) else layers})))
-        return asked
+        return sorted(asked, key=lambda pair: pair[0].name == "latent")  # after it a layer has no heads
 
     @property
     def is_latent(self) -> bool:

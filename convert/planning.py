@@ -202,10 +202,14 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The plan as plain JSON, as ``rehead plan --json`` prints it."""
         source, raw = self.source.source, self.raw_config
-        facts = {rewrite.name: rewrite.facts for rewrite in self.rewrites if rewrite.name in _TOLD}
+        steps = [rewrite for rewrite in self.rewrites if "options" not in rewrite.facts]
+        facts = {rewrite.name: rewrite.facts for rewrite in steps if rewrite.name in _TOLD}
         if layout := layout_facts(source):
             facts = {"layout": layout, **facts}
-        variants = {rewrite.name: rewrite.facts for rewrite in self.rewrites if "options" in rewrite.facts}
+        variants: dict[str, Any] = {}
+        for rewrite in (rewrite for rewrite in self.rewrites if "options" in rewrite.facts):
+            again = rewrite.name in variants
+            variants[f"{rewrite.name} ({len(variants) + 1})" if again else rewrite.name] = rewrite.facts
         outputs, before, after = self.outputs, self.source.layouts, self.layouts
         return {
             "source": source.id,
@@ -304,7 +308,7 @@ def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
     rewrites = rewrites or [unchanged("copy", source.config, model.family, source.tensors)]
     if any(rewrite.calibrated for rewrite in rewrites) or (recovers and (changed or reblocked)):
         _check_calibrated(model, rewrites)
-        rewrites = [_calibrated(model, rewrite, recovers) for rewrite in rewrites]
+        rewrites = [_calibrated(model, rewrite, recovers, options.refit) for rewrite in rewrites]
         if options.refit:
             rewrites[-1] = _refitted(model, rewrites[-1], reblocked)
     code = DTYPES[options.dtype]
@@ -333,19 +337,26 @@ def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
             f"{name}: changing its blocks rewrites its attention too, which cannot be calibrated against the original "
             "in the same run; convert the result in a second run"
         )
+    changed = set(rewrites[0].layers)
     for rewrite in rewrites[1:]:
-        if rewrite.calibrated or rewrite.form is None:
+        again = not changed.isdisjoint(rewrite.layers)
+        changed |= set(rewrite.layers)
+        if again and (rewrite.calibrated or rewrite.form is None or rewrite.form.module is not None):
             raise UnsupportedError(
                 f"{name}: {rewrite.name} cannot be calibrated after {rewrites[0].name} in the same run; convert the "
                 "result in a second run"
             )
 
 
-def _calibrated(model: Model, rewrite: Rewrite, recovers: bool) -> Rewrite:
-    """A Rewrite whose layers are computed over calibration text; every projection of them where they recover there."""
+def _calibrated(model: Model, rewrite: Rewrite, recovers: bool, refits: bool) -> Rewrite:
+    """A Rewrite whose layers are computed over calibration text; every projection of them where they recover there, and
+    the writers of its form where they are refitted."""
     tensors = dict(rewrite.tensors)
+    writers = rewrite.form.writers if rewrite.form is not None and refits else ()
     for layer in rewrite.layers if recovers else ():
-        for tensor in model.layer_tensors(layer):
+        stem = model.family.layer.format(i=layer)
+        written = [f"{stem}{writer}.{part}" for writer in writers for part in ("weight", "bias")]
+        for tensor in (*model.layer_tensors(layer), *written):
             if tensor in tensors:
                 tensors[tensor] = replace(tensors[tensor], layer=layer)
     return replace(rewrite, tensors=tensors, step=None)

@@ -64,7 +64,8 @@ def check_lengths(model: Model, options: ConvertOptions) -> None:
 
 def host_for(model: Model, options: ConvertOptions) -> str | None:
     """The class that must stand in for a model's own, so that variants can be held."""
-    hosts = window_hosts(model) if options.window is not None else []
+    windowed = any(variant.name == "window" for variant, _ in options.asked_variants)
+    hosts = window_hosts(model) if windowed else []
     for variant, asked in options.asked_variants:
         if (name := variant.host(model, asked, hosts)) is not None:
             return name

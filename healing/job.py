@@ -29,6 +29,8 @@ class LayerJob:
         fit: optimiser steps of the layer-wise fit.
         trains: attention module -> the parameters that the fit trains.
         settings: settings of the recovery, where they differ from the usual.
+        module: makes, as shapes, the attention module that replaces the class's own in the changed model; None keeps
+            the class's own.
     """
 
     closed_form: Callable[[Heads, Moments | None], Changed] | None
@@ -39,6 +41,7 @@ class LayerJob:
     fit: int = 0
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = lambda attention: attention.parameters()
     settings: RecoverySettings = field(default_factory=RecoverySettings)
+    module: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,7 @@ class Job:
         tensors: (layer, heads) -> that layer's tensors by the checkpoint's names.
         store: (name, tensor) -> the tensor in the form that is written.
         seed: seed for all random numbers.
-        module: makes, as shapes, the attention module that replaces the class's own in the changed model; its closed
-            form starts from the original's heads. None keeps the class's own.
+        start: the model whose heads closed forms start from.
         own_calls: the changed model's layers are called in another way than the original's (with other masks).
     """
 
@@ -63,10 +65,15 @@ class Job:
     config: Any
     layers: Mapping[int, LayerJob]
     tensors: Callable[[int, Heads], dict[str, Tensor]]
+    start: Model
     store: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     seed: int = 0
-    module: Callable[[], nn.Module] | None = None
     own_calls: bool = False
+
+    @property
+    def modules(self) -> dict[int, Callable[[], nn.Module]]:
+        """The attention modules that replace the class's own, by layer."""
+        return {layer: job.module for layer, job in self.layers.items() if job.module is not None}
 
 
 def query_order(groups: Iterable[Iterable[int]], group_size: int) -> Tensor:

@@ -52,14 +52,13 @@ class LayerRecovery:
             (new tensors by the checkpoint's names, in the form that is written; manifest entries).
         """
         job = self.job.layers[layer]
-        source = self.job.changed if self.job.module is None else self.job.original
-        heads = source.heads(layer).to(self.original.device, torch.float32)
+        heads = self.job.start.heads(layer).to(self.original.device, torch.float32)
         changed, inputs = Changed(heads), None
         if job.closed_form is not None:
             changed, inputs = self._closed_form(layer, job, heads, before, prefix, moments)
         weights, facts = changed.weights, changed.facts
         tensors = self.job.tensors(layer, weights) if isinstance(weights, Heads) else weights
-        if self.job.module is not None:  # the changed checkpoint computes these too
+        if job.module is not None:  # the changed checkpoint computes these too
             tensors |= self._writers(layer, job)
         if not (job.refit or job.fit or job.writers):
             self.original.run(layer, before)
@@ -89,7 +88,7 @@ class LayerRecovery:
     def _refit(self, layer: int, prefix: TextState, target: OutputTarget, facts: dict[str, Any]) -> dict[str, Tensor]:
         tensors, (_, error) = refit_output(self.changed, layer, prefix, target)
         self.changed.model.load_layer(layer, tensors)
-        if self.job.module is not None:  # the other forms say what they lose in keys and values
+        if self.job.layers[layer].module is not None:  # the other forms say what they lose in keys and values
             facts["output_error"] = round(error, 6)
         return tensors
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -86,12 +87,15 @@ class LayerwiseModel:
         model: the open checkpoint whose weights are streamed.
         config: the config to build the class from: the source's, or the converted one's.
         device: the device that layers run on.
-        attention: makes, as shapes, the attention module that replaces the class's own in every layer with attention;
-            None keeps the class's own.
+        attention: makes, as shapes, the attention module that replaces the class's own, of each layer where one does.
     """
 
     def __init__(
-        self, model: Model, config: Any, device: torch.device, attention: Callable[[], nn.Module] | None = None
+        self,
+        model: Model,
+        config: Any,
+        device: torch.device,
+        attention: Mapping[int, Callable[[], nn.Module]] = MappingProxyType({}),
     ) -> None:
         from accelerate import init_empty_weights
 
@@ -102,9 +106,8 @@ class LayerwiseModel:
         self.module.requires_grad_(False)
         path = model.module_layer.split("{i}")[0].rstrip(".")
         self.layers: nn.ModuleList = self.module.get_submodule(path)  # type: ignore[assignment]
-        if attention is not None:
-            for layer in model.layers:
-                self.layers[layer].set_submodule(model.family.attention.rstrip("."), attention())
+        for layer, make in attention.items():
+            self.layers[layer].set_submodule(model.family.attention.rstrip("."), make())
         #: By attention implementation and length of the sequences.
         self.calls: dict[tuple[str, int], list[Call]] = {}
         self._loaded: set[int] = set()

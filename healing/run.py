@@ -57,7 +57,7 @@ def recover(
         UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
     """
     original, before = _start(job.original, text, device)
-    changed = Runner(LayerwiseModel(job.changed, job.config, device, job.module), original.batch_tokens)
+    changed = Runner(LayerwiseModel(job.changed, job.config, device, job.modules), original.batch_tokens)
     if job.own_calls:
         changed.model.embed([part[: changed.batch_rows(part)] for part in text.tokens], changed.batch_tokens)
     else:

@@ -95,9 +95,11 @@ class Runner:
         return self.model.run_layer(layer, hidden, implementation, carried)
 
     def modules(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """A layer's (attention, query or fused projection, output projection)."""
+        """A layer's (attention, query or fused projection or what else reads the attention's input, output
+        projection)."""
         attention = self.model.layers[layer].get_submodule(self.family.attention.rstrip("."))
-        return tuple([attention, *map(attention.get_submodule, (self.family.names.query, self.family.names.output))])  # type: ignore[return-value]
+        named, names = dict(attention.named_modules()), self.family.names
+        return attention, named.get(names.query, attention), named[names.output]
 
     def attention_inputs(self, layer: int, state: TextState) -> list[Tensor]:
         """The attention's inputs (after the norm) on the whole text: [N, S, n] for each length."""

@@ -44,18 +44,25 @@ def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> 
         layer: an index of :meth:`Family.attention_layers`.
         itemsize: bytes per cached number.
     """
-    rank = getattr(config, "kv_lora_rank", None)
+    rank, turning = getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)
+    if (latent := _of_layer(config, "layer_latents", layer)) is not None:
+        rank, turning = latent["rank"], 2 * len(latent["pairs"])
     if rank:  # multi-head latent attention: the latent as keys, the rotated key that all heads share as values
-        kv, key, value = 1, int(rank), int(config.qk_rope_head_dim)
+        kv, key, value = 1, int(rank), int(turning or 0)
         reads = 2 * key + value
     else:
-        own = getattr(config, "layer_kv_heads", None)  # a modelling file of Rehead's
-        kv = (own[layer] if own else None) or family.num_kv_heads(config)
+        kv = _of_layer(config, "layer_kv_heads", layer) or family.num_kv_heads(config)
         key = value = family.head_dim(config)
         reads = None
     window = None if getattr(config, "is_encoder_decoder", False) else layer_window(config, layer)
     sinks = int(getattr(config, "sink_tokens", None) or 0) if window is not None else 0
     return LayerLayout(layer, family.num_heads(config), kv, key, value, window, sinks, itemsize=itemsize, reads=reads)
+
+
+def _of_layer(config: Any, name: str, layer: int) -> Any:
+    """What the config of one of Rehead's modelling files says of a layer alone; None where it says nothing."""
+    entries = getattr(config, name, None)
+    return entries[layer] if entries else None
 
 
 def layer_window(config: Any, index: int) -> int | None:

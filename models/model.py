@@ -106,8 +106,8 @@ class Model:
     @property
     def layouts(self) -> list[LayerLayout]:
         """What each layer with attention caches, in the checkpoint's dtype."""
-        first = self.layer_tensors(self.layers[0])[0]
-        size = torch_dtype(self.source.tensors[first].dtype).itemsize
+        first = next(self.source.tensors[name] for layer in self.layers for name in self.layer_tensors(layer))
+        size = torch_dtype(first.dtype).itemsize
         return [layer_layout(self.family, self.config, layer, size) for layer in self.layers]
 
     def parameters(self) -> int:
@@ -135,6 +135,13 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     opened = model_of(source, config, family)
     _check_shapes(opened)
     return opened
+
+
+def open_result(folder: str | os.PathLike[str]) -> Model:
+    """A checkpoint to run: unlike :func:`open_model`'s, its layers may each have a form of their own."""
+    source = open_known(folder, None)
+    config = resolve_config(source.config, source.id)
+    return model_of(source, config, resolve_family(config, source.tensors))
 
 
 def model_of(source: Source, config: Config, family: Family) -> Model:
@@ -168,6 +175,11 @@ def _refuse_quantised(source: Source) -> None:
 def _check_shapes(model: Model) -> None:
     """Refuse a checkpoint whose tensors do not have the heads that its config claims."""
     heads, kv, size, source = model.num_heads, model.num_kv_heads, model.head_dim, model.source
+    if any(getattr(model.config, name, None) for name in ("layer_kv_heads", "layer_latents")):
+        raise UnsupportedError(
+            f"{source.id}: its layers have forms of their own, which are not converted again; convert the model that "
+            "it was made of"
+        )
     for layer in model.layers:
         names = model.layer_tensors(layer)
         present = set(names)

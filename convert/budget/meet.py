@@ -22,7 +22,7 @@ from rehead.convert.whole_model import load_whole
 from rehead.errors import QualityError, UnsupportedError, UsageError
 from rehead.models.distance import judged
 from rehead.models.live import resolve_device
-from rehead.models.model import Model, open_model
+from rehead.models.model import Model, open_model, open_result
 from rehead.options import flag_of, takes
 
 #: Options of a conversion that name one form for layers.
@@ -114,7 +114,7 @@ def meet(
         plan = make_plan(opened, ConvertOptions.parse(made))
         conversion = execute(plan, out, device, resume, overwrite, progress, command, {"budget": facts}, asks=asks)
     conversion.seconds = time.monotonic() - started
-    measured = compared(load_whole(open_model(out), where, "measure it"), texts, reference)
+    measured = compared(load_whole(open_result(out), where, "measure it"), texts, reference)
     if push_to_hub:
         from rehead.checkpoints.push import push_folder
 

@@ -26,6 +26,7 @@ PARALLEL = PREFIX + "parallel"
 CORE = PREFIX + "core"
 RING = PREFIX + "ring"
 CACHE = PREFIX + "cache"
+LATENT = PREFIX + "latent"
 WINDOW = PREFIX + "window"
 
 
@@ -159,7 +160,7 @@ def window_config(config: Mapping[str, Any], windows: Sequence[int | None], sink
 def register() -> None:
     """Register the classes of every modelling file here with transformers' auto classes; may be repeated."""
     for path in sorted(Path(__file__).parent.glob(f"{PREFIX}*.py")):
-        if path.stem not in (CORE, RING, CACHE):
+        if path.stem not in (CORE, RING, CACHE, LATENT):
             importlib.import_module(f"{__name__}.{path.stem}").register()
 
 

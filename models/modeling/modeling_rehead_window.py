@@ -1,11 +1,11 @@
 """Decoders whose layers see a window of the last keys and the first tokens of the text, their sinks.
 
-The file travels beside a checkpoint, with ``modeling_rehead_core.py`` and ``modeling_rehead_ring.py``. Every class is
+The file travels beside a checkpoint, with ``modeling_rehead_core.py`` and those for caches and latents. Every class is
 transformers' own with the same parameters under the same names; ``config.layer_windows`` says what each layer sees,
 ``config.sink_tokens`` how many first tokens stay visible, and with ``config.sink_logits`` each head has one more logit
 in the denominator of its softmax, ``self_attn.sinks`` (Xiao et al. 2023, arXiv 2309.17453). Caches keep what is seen.
 With ``config.layer_kv_heads`` a layer has a number of KV heads of its own, each read by as many query heads as
-``self_attn.kv_sizes`` says.
+``self_attn.kv_sizes`` says; with ``config.layer_latents`` a layer attends over latents. So layers may all differ.
 
 ``WindowLlamaConfig``, ``WindowLlamaModel``, ``WindowLlamaForCausalLM`` and so on for every name in ``FAMILIES`` are
 made from the installed transformers on first use.
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .modeling_rehead_cache import NAMES, cache_argument, passed_cache
 from .modeling_rehead_core import DerivedClasses, named
+from .modeling_rehead_latent import LatentAttention
 from .modeling_rehead_ring import WindowLayer, use_windows
 
 FAMILIES = {
@@ -131,11 +132,16 @@ def check_windows(config: Any) -> None:
     if config.layer_windows is None:
         config.layer_windows = [None] * count
     config.sink_tokens, config.sink_logits = config.sink_tokens or 0, bool(config.sink_logits)
-    if len(config.layer_windows) != count:
-        raise ValueError(f"config.layer_windows has {len(config.layer_windows)} entries, but there are {count} layers")
+    for name in ("layer_windows", "layer_kv_heads", "layer_latents"):
+        entries = getattr(config, name)
+        if entries is not None and len(entries) != count:
+            raise ValueError(f"config.{name} has {len(entries)} entries, but there are {count} layers")
     wrong = [window for window in config.layer_windows if window is not None and window < 1]
     if wrong or config.sink_tokens < 0:
         raise ValueError(f"a window of {wrong[0] if wrong else config.sink_tokens} tokens sees nothing; give 1 or more")
+    for sizes in config.layer_latents or ():
+        if sizes is not None and not (isinstance(sizes, dict) and sizes.get("rank") and sizes.get("pairs")):
+            raise ValueError("an entry of config.layer_latents lacks its rank or its pairs")
     config.sliding_window = None
     if hasattr(config, "layer_types"):
         config.layer_types = ["full_attention"] * count
@@ -148,13 +154,16 @@ class WindowModel:
         if config._attn_implementation in (None, "eager", "sdpa"):
             config._attn_implementation = NAME
         super().__init__(config)  # type: ignore[call-arg]
-        counts = config.layer_kv_heads or [None] * config.num_hidden_layers
-        for layer, window, count in zip(self.base_model.layers, config.layer_windows, counts):  # type: ignore[attr-defined]
+        none = [None] * config.num_hidden_layers
+        forms = zip(config.layer_windows, config.layer_kv_heads or none, config.layer_latents or none)
+        for index, (layer, (window, count, sizes)) in enumerate(zip(self.base_model.layers, forms)):  # type: ignore[attr-defined]
+            if sizes is not None and not isinstance(layer.self_attn, LatentAttention):
+                layer.self_attn = LatentAttention(layer.self_attn, index, sizes)
             attention = layer.self_attn
             attention.rehead_window = (window, config.sink_tokens)
             if count is not None and "kv_sizes" not in attention._buffers:
                 _share_heads(attention, count)
-            if config.sink_logits and "sinks" not in attention._parameters:
+            if config.sink_logits and sizes is None and "sinks" not in attention._parameters:
                 heads = config.num_attention_heads
                 attention.sinks = nn.Parameter(torch.full((heads,), NO_SINK))
         self.base_model.register_forward_pre_hook(_with_windows, with_kwargs=True)  # type: ignore[attr-defined]
@@ -169,6 +178,9 @@ class WindowModel:
         super()._init_weights(module)  # type: ignore[misc]
         if "sinks" in module._parameters:
             nn.init.constant_(module.sinks, NO_SINK)  # type: ignore[arg-type]
+        if isinstance(module, LatentAttention):
+            for name, weight in module._parameters.items():
+                nn.init.normal_(weight, 0.0, 0.0 if name.endswith("_bias") else self.config.initializer_range)  # type: ignore[arg-type,attr-defined]
 
 
 def _windows(config: Any) -> list[tuple[int, int, int]]:
@@ -227,6 +239,7 @@ def _derived(model_type: str, prefix: str) -> DerivedClasses:
             "sink_tokens": int | None,
             "sink_logits": bool | None,
             "layer_kv_heads": list | None,
+            "layer_latents": list | None,
         },
         check=check_windows,
         models={"AutoModel": models("Model"), "AutoModelForCausalLM": models("ForCausalLM")},

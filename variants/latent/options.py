@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
-from rehead.variants.contract import VariantOptions
+from rehead.variants.contract import ALL, AUTO, VariantOptions
 
 #: Engines that ask for more than the class does.
 ENGINES = ("llama.cpp", "vllm")
@@ -45,8 +45,10 @@ class LatentOptions(VariantOptions):
             raise UsageError(f"--rope-dims {self.rope_dims}: rotary dimensions come in pairs; give an even number")
         if self.kv_cache is not None:
             cache_numbers(self.kv_cache, 100)
-        if self.layers != "all":
-            raise UsageError("latent: its host has one attention for all layers; leave layers out")
+        if self.layers == AUTO:
+            raise UsageError("latent: layers=auto is for live models; name the layers, or leave them to --kv-cache")
+        if self.layers != ALL and (self.rank is None or self.rope_dims is None):
+            raise UsageError("latent: beside other layers its sizes must be said; give rank=R,rope_dims=D")
         return self
 
 

@@ -6,7 +6,7 @@ place of each attention, which is what recovers; the second step is exact, up to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,19 +17,22 @@ from rehead.checkpoints.source import torch_dtype
 from rehead.errors import UnsupportedError
 from rehead.models.families.latent import LATENT
 from rehead.models.families.layouts import shared_norm_names, tensor_names
+from rehead.models.families.parallel import base_type
 from rehead.models.families.spec import rope_parameters
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, Derived, LayerForm, Read, Rewrite
+from rehead.variants.latent.angles import angles_of
 from rehead.variants.latent.export import is_biased, latent_config, layer_tensors, stream_scale, wants_two_factors
 from rehead.variants.latent.heads import LatentHeads
 from rehead.variants.latent.linear import made_linear, needs_of
 from rehead.variants.latent.module import RECOVERY, LatentAttention, module_weights, with_module_weights
 from rehead.variants.latent.norms import LEAST_R2
 from rehead.variants.latent.options import LatentOptions
-from rehead.variants.latent.settle import kept_pairs
+from rehead.variants.latent.settle import kept_pairs, settle
 from rehead.variants.latent.sizes import LatentSizes
 from rehead.variants.latent.solve import solve
+from rehead.variants.layer_choice import parse_layers
 
 #: Classes that compute what the hosts do around the attention: pre-norm blocks, RMSNorm with plain weights, gated FFNs,
 #: no multipliers. Each is proved by a test of its own.
@@ -50,7 +53,7 @@ def check_source(model: Model) -> None:
     Raises:
         UnsupportedError: with the reason and what can be done instead.
     """
-    kind = model.config.model_type
+    kind = base_type(model.config.model_type)
     if kind not in SOURCES:
         raise UnsupportedError(
             f"{kind}: its blocks compute what {' and '.join(LATENT)} have no place for; latents are for "
@@ -64,14 +67,24 @@ def span(model: Model) -> tuple[int, int]:
     return numbers, min(numbers, int(model.config.hidden_size))
 
 
-def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool, fits: bool) -> Rewrite:
-    """Every layer's attention as latent attention at its natural scale, computed over calibration text.
+def latent(
+    model: Model,
+    options: LatentOptions,
+    angles: Tensor,
+    refits: bool,
+    fits: bool,
+    layers: Sequence[int] | None = None,
+    dtype: str = "F32",
+) -> Rewrite:
+    """Layers' attention as latent attention at its natural scale, computed over calibration text.
 
     Args:
         options: with rank and rotary dimensions; see :func:`~rehead.variants.latent.settle.settle`.
         angles: of :func:`~rehead.variants.latent.angles.angles_of`.
         refits: the FFN's output is refitted too.
         fits: the layers are fitted, which makes up for queries and keys that are far from linear.
+        layers: which; all when None.
+        dtype: safetensors dtype code of what is computed.
 
     Raises:
         UnsupportedError: a tensor has no place in the host.
@@ -80,13 +93,14 @@ def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool, f
     assert options.rank is not None
     headers, family, rank = model.source.tensors, model.family, options.rank
     kept = kept_pairs(options, angles)
-    like = _shapes(model, options, angles, kept)
+    chosen = model.layers if layers is None else list(layers)
+    like = _shapes(model, options, angles, kept, chosen[0])
     named = module_weights(like)
     normed = family.norm_of(model.config) != "none"
     tensors: dict[str, Derived] = {}
     for name, info in headers.items():
         layer = _layer_of(model, name)
-        if layer is None:
+        if layer is None or layer not in chosen:
             tensors[name] = Derived((name,), info.shape)
             continue
         if name in shared_norm_names(family, model.config, layer, headers):
@@ -96,9 +110,9 @@ def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool, f
         if name in old:
             for new, weight in named.items():
                 place = family.prefix(layer) + new
-                tensors.setdefault(place, Derived(old, tuple(weight.shape), layer=layer, dtype="F32"))
+                tensors.setdefault(place, Derived(old, tuple(weight.shape), layer=layer, dtype=dtype))
         elif below == f"{_WRITER}.weight" and refits:
-            tensors[name] = Derived((name,), info.shape, layer=layer, dtype="F32")
+            tensors[name] = Derived((name,), info.shape, layer=layer, dtype=dtype)
         elif below in (*_FFN, *_NORMS, f"{_WRITER}.weight"):
             tensors[name] = Derived((name,), info.shape)
         else:
@@ -120,15 +134,31 @@ def latent(model: Model, options: LatentOptions, angles: Tensor, refits: bool, f
         groups=1,
         calibrated=True,
         module=lambda: LatentAttention(like),
-        writers=(_WRITER,) if refits else (),
+        writers=(_WRITER,),
         settings=RECOVERY,
     )
     source = model.source.config
-    facts = _facts(model, options, angles)
-    layers = tuple(model.layers)
-    # While layers recover, what reads the attention's input is the attention module itself.
-    target = replace(family, names=replace(family.names, query=""))
-    return Rewrite("latent", dict(source), target, tensors, None, exact=False, layers=layers, facts=facts, form=form)
+    facts = _facts(model, options, angles, chosen)
+    return Rewrite(
+        "latent", dict(source), family, tensors, None, exact=False, layers=tuple(chosen), facts=facts, form=form
+    )
+
+
+def latent_beside(model: Model, options: LatentOptions) -> Rewrite:
+    """Some layers with latent attention beside others; the model is in the class with Rehead's modelling file."""
+    angles = angles_of(model)
+    settled = settle(options, angles, *span(model))
+    count = int(model.config.num_hidden_layers)
+    layers = sorted(set(parse_layers(options.layers, count)) & set(model.layers))
+    dtype = model.source.tensors[model.layer_tensors(layers[0])[0]].dtype
+    rewrite = latent(model, settled, angles, refits=False, fits=False, layers=layers, dtype=dtype)
+    kept = kept_pairs(settled, angles)
+    biases = [name for name in _shapes(model, settled, angles, kept, layers[0]).weights() if name.endswith("_bias")]
+    sizes = {"rank": settled.rank, "pairs": kept.tolist(), "biases": biases}
+    raw = dict(model.source.config)
+    others = raw.get("layer_latents") or [None] * count
+    raw["layer_latents"] = [sizes if layer in layers else other for layer, other in enumerate(others)]
+    return replace(rewrite, config=raw)
 
 
 def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, code: str | None) -> Rewrite:
@@ -144,7 +174,7 @@ def stored(live: Model, source: Model, options: LatentOptions, angles: Tensor, c
     """
     config, headers = source.config, source.source.tensors
     kept = kept_pairs(options, angles)
-    like = _shapes(source, options, angles, kept)
+    like = _shapes(source, options, angles, kept, source.layers[0])
     raw = {**config.to_dict(), **source.source.config}
     tied = bool(config.tie_word_embeddings)
     # vLLM has no tied head in this class, and computes with one of zeros.
@@ -212,11 +242,11 @@ def _layer_of(model: Model, name: str) -> int | None:
     return int(index) if name.startswith(start) and index.isdigit() else None
 
 
-def _shapes(model: Model, options: LatentOptions, angles: Tensor, kept: Tensor) -> LatentHeads:
-    """A layer of the result as shapes alone."""
+def _shapes(model: Model, options: LatentOptions, angles: Tensor, kept: Tensor, layer: int) -> LatentHeads:
+    """What becomes of a layer, as shapes alone."""
     assert options.rank is not None
     assert options.rope_dims is not None
-    heads = model.layer_on_meta(model.layers[0])
+    heads = model.layer_on_meta(layer)
     count, size, rank, turning = heads.num_heads, heads.head_dim, options.rank, options.rope_dims
     width, folds = heads.q.shape[-1], options.fold_biases
     q_bias, k_bias = (
@@ -243,11 +273,11 @@ def _shapes(model: Model, options: LatentOptions, angles: Tensor, kept: Tensor) 
     )
 
 
-def _facts(model: Model, options: LatentOptions, angles: Tensor) -> dict[str, Any]:
+def _facts(model: Model, options: LatentOptions, angles: Tensor, layers: Sequence[int]) -> dict[str, Any]:
     """Sizes and arithmetic for the plan and the manifest."""
     assert options.rank is not None
     assert options.rope_dims is not None
-    heads, size, kv = model.num_heads, model.head_dim, model.num_kv_heads
+    heads, size, kv, count = model.num_heads, model.head_dim, model.num_kv_heads, len(layers)
     width = int(model.config.hidden_size)
     sizes = LatentSizes(width, heads, options.rank, options.rope_dims, size, size)
     plain = 2 * (width * size * (2 * heads + 2 * kv) + CONTEXT * heads * 2 * size)
@@ -261,8 +291,8 @@ def _facts(model: Model, options: LatentOptions, angles: Tensor) -> dict[str, An
         "numbers_per_token": {"before": 2 * kv * size, "after": sizes.numbers_per_token},
         "attention_flops": {
             "context": CONTEXT,
-            "before": plain * len(model.layers),
-            "after": (sizes.decode_flops(CONTEXT) + more) * len(model.layers),
-            "expanded": (sizes.decode_flops(CONTEXT, absorbed=False) + more) * len(model.layers),
+            "before": plain * count,
+            "after": (sizes.decode_flops(CONTEXT) + more) * count,
+            "expanded": (sizes.decode_flops(CONTEXT, absorbed=False) + more) * count,
         },
     }

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from rehead.errors import UnsupportedError
+from rehead.models.families.parallel import WINDOW_PREFIX
 from rehead.models.layout import LayerLayout
 from rehead.models.model import Model
 from rehead.models.rewrite import Rewrite
-from rehead.variants.contract import Variant, register
+from rehead.variants.contract import ALL, Variant, register
 from rehead.variants.latent.angles import angles_of
 from rehead.variants.latent.options import LatentOptions
-from rehead.variants.latent.rewrite import latent, span
+from rehead.variants.latent.rewrite import check_source, latent, latent_beside, span
 from rehead.variants.latent.seen import NEEDS
 from rehead.variants.latent.settle import settle
+from rehead.variants.layer_choice import named_layers
+from rehead.variants.window.classes import FILE, file_refusal
 
 
 def _rewrite(model: Model, options: LatentOptions) -> Rewrite:
+    if options.layers != ALL:
+        return latent_beside(model, options)
     angles = angles_of(model)
     return latent(model, settle(options, angles, *span(model)), angles, refits=False, fits=False)
 
 
+def _host(model: Model, options: LatentOptions, hosts: Sequence[str]) -> str | None:
+    """Rehead's modelling file where other layers keep their heads; else the class is a step of its own."""
+    if options.layers == ALL or str(model.config.model_type).startswith(WINDOW_PREFIX):
+        return None
+    check_source(model)
+    if (reason := file_refusal(model)) is not None:
+        raise UnsupportedError(f"{model.config.model_type}: {reason}; give every layer a latent")
+    return FILE
+
+
 def _layout(layer: LayerLayout, options: LatentOptions) -> LayerLayout:
-    """The layer's cache where both sizes are said; the same layer otherwise."""
+    """The layer's cache where both sizes are said; the same layer otherwise, and where it is not named."""
     if options.rank is None or options.rope_dims is None:
+        return layer
+    if options.layers != ALL and layer.index not in named_layers(options.layers):
         return layer
     return replace(
         layer,
@@ -58,6 +77,7 @@ VARIANT = register(
         layout=_layout,
         library=_library,
         rewrite=_rewrite,
+        host=_host,
         needs=lambda options: NEEDS,
     )
 )

@@ -44,9 +44,9 @@ def _rewrite(model: Model, options: UnevenOptions) -> Rewrite:
     count, old = options.num_key_value_heads, model.num_kv_heads
     if count >= old:
         raise UsageError(f"--variant uneven: {count} KV heads are not fewer than the model's {old}; give less")
-    if (reason := _refusal(model)) is not None:
-        raise UnsupportedError(f"{model.config.model_type}: {reason}; use --kv-heads")
     layers = sorted(set(parse_layers(options.layers, int(model.config.num_hidden_layers))) & set(model.layers))
+    if (reason := _refusal(model, layers)) is not None:
+        raise UnsupportedError(f"{model.config.model_type}: {reason}; use --kv-heads")
 
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
         shared, groups = share_heads(heads, count, moments)
@@ -67,16 +67,17 @@ def _rewrite(model: Model, options: UnevenOptions) -> Rewrite:
         tensors[model.family.prefix(layer) + SIZES] = Derived((first,), (count,), layer=layer, dtype="F32")
     raw = dict(model.source.config)
     # Which heads share is known once text has been read, so the groups' sizes stand in a tensor of the layer.
-    raw["layer_kv_heads"] = [count if layer in layers else None for layer in range(model.config.num_hidden_layers)]
+    others = raw.get("layer_kv_heads") or [None] * int(model.config.num_hidden_layers)
+    raw["layer_kv_heads"] = [count if layer in layers else other for layer, other in enumerate(others)]
     form = LayerForm(closed, POOL_MOMENTS, old, calibrated=True)
     return replace(start, config=raw, tensors=tensors, exact=False, layers=tuple(layers), form=form)
 
 
-def _refusal(model: Model) -> str | None:
+def _refusal(model: Model, layers: Sequence[int]) -> str | None:
     kind = str(model.config.model_type).removeprefix(WINDOW_PREFIX)
     if kind not in window_families() or model.family.packing != "separate":
         return "Rehead has no modelling file that holds a number of KV heads for each layer of it"
-    if model.layer_on_meta(model.layers[0]).key_norm != "none":
+    if model.layer_on_meta(layers[0]).key_norm != "none":
         return "its keys pass a norm of each head"
     return None
 
@@ -93,7 +94,7 @@ def _layout(layer: LayerLayout, options: UnevenOptions) -> LayerLayout:
 
 def _library(layer: LayerLayout, context: int) -> list[UnevenOptions]:
     kv = layer.num_key_value_heads
-    return [UnevenOptions(num_key_value_heads=count) for count in range(1, kv) if kv % count or count == 1]
+    return [UnevenOptions(num_key_value_heads=count) for count in range(1, kv)]
 
 
 VARIANT = register(

@@ -1,0 +1,1 @@
+"""The command `rehead curve` and the page that it writes."""
