@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "plan": ("rehead.convert.commands", "Show exactly what a conversion would change; reads no weights."),
     "convert": ("rehead.convert.commands", "Convert a checkpoint to fewer KV heads."),
-    "curve": ("rehead.convert.budget.commands", "Show what every size of the KV cache would cost a model."),
+    "curve": ("rehead.recipes.curve.commands", "Show what every size of the KV cache would cost a model."),
     "verify": ("rehead.convert.commands", "Check a converted checkpoint: files, loading, logits."),
     "families": ("rehead.convert.commands", "List every supported architecture with its layout."),
     "variants": ("rehead.convert.commands", "List every variant of attention and blocks, live and saved."),

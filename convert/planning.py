@@ -27,6 +27,7 @@ from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.models.rewritten_source import RewrittenSource
 from rehead.models.serving import engines
+from rehead.variants.layer_choice import parse_layers
 from rehead.variants.pool.rewrite import check_count, pool
 
 LayerProvider = Callable[[int], dict[str, Tensor]]
@@ -300,6 +301,8 @@ def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
         rewrites.append(pool(model, kv, options.method, options.grouping, options.seed))
         current = rewritten(model, rewrites[0])
     for variant, asked in options.asked_variants:
+        named = set(parse_layers(asked.layers, int(model.config.num_hidden_layers))) if rewrites else set()
+        _check_once(model, rewrites, variant.name, named, bool(variant.needs(asked)))
         rewrites.append(variant_rewrite(current, variant, asked))
         current = rewritten(current, rewrites[-1])
     reblocked = {layer for before in model.rewrites for layer in before.layers}
@@ -326,7 +329,6 @@ def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
     """Refuse layers that cannot be compared with the original's."""
-    name = model.source.id
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"{model.config.model_type}: an encoder-decoder cannot be calibrated layer by layer; use --method mean, "
@@ -334,18 +336,21 @@ def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
         )
     if any(not before.exact for before in model.rewrites) and any(before.by_layer for before in model.rewrites):
         raise UnsupportedError(
-            f"{name}: changing its blocks rewrites its attention too, which cannot be calibrated against the original "
+            f"{model.source.id}: changing its blocks rewrites its attention too, which cannot be calibrated against the original "
             "in the same run; convert the result in a second run"
         )
-    changed = set(rewrites[0].layers)
-    for rewrite in rewrites[1:]:
-        again = not changed.isdisjoint(rewrite.layers)
-        changed |= set(rewrite.layers)
-        if again and (rewrite.calibrated or rewrite.form is None or rewrite.form.module is not None):
-            raise UnsupportedError(
-                f"{name}: {rewrite.name} cannot be calibrated after {rewrites[0].name} in the same run; convert the "
-                "result in a second run"
-            )
+    for at, rewrite in enumerate(rewrites):
+        _check_once(model, rewrites[:at], rewrite.name, set(rewrite.layers), rewrite.calibrated or rewrite.form is None)
+
+
+def _check_once(model: Model, before: Sequence[Rewrite], name: str, layers: set[int], calibrated: bool) -> None:
+    """Refuse a step that is calibrated in a layer that another step changes too."""
+    again = [rewrite.name for rewrite in before if not layers.isdisjoint(rewrite.layers)]
+    if again and calibrated:
+        raise UnsupportedError(
+            f"{model.source.id}: {name} cannot be calibrated after {again[0]} in the same run; convert the result in a "
+            "second run"
+        )
 
 
 def _calibrated(model: Model, rewrite: Rewrite, recovers: bool, refits: bool) -> Rewrite:

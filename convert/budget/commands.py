@@ -1,56 +1,14 @@
-"""The command ``rehead curve``: flags in, one function called, a table printed."""
+"""What ``rehead convert`` prints of a budget: the form of each layer, why, and what the result is good for."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from rehead.console import JSON, QUIET, REVISION, echo, print_columns, print_facts, print_json, progress_bar
-from rehead.convert.budget.options import CurveOptions
-from rehead.flags import flags, set_by_user
+from rehead.console import print_facts
 
 if TYPE_CHECKING:
     from rehead.convert.budget.meet import Met
-
-
-@click.command("curve")
-@click.argument("model")
-@flags(CurveOptions)
-@click.option("--device", default="auto", show_default=True, help="Where it runs: auto, cpu, cuda, ...")
-@REVISION
-@QUIET
-@JSON
-def curve_command(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
-    """Show what every size of the KV cache would cost MODEL (a folder or Hub id), before anything is trained.
-
-    For each budget the best form of every layer: KV heads, latents, windows. Losses are nats per token, those of
-    closed forms, which recovery lowers; "predicted" is for text and copying together.
-    """
-    from rehead.convert.budget.curve import curve, summary
-
-    with progress_bar(quiet) as progress:
-        result = curve(model, progress=progress, **set_by_user(values))
-    if as_json:
-        print_json(result.as_json())
-        return
-    echo(f"{result.model}: {result.bytes:,} bytes of cache at {result.context:,} tokens")
-    count = result.facts["layer_count"]
-    rows: list[list[object]] = [["cache", "predicted", "KL", "copied", "read per token", "layers"]]
-    for point in result.points:
-        said = point.name if point.name != "mix" else summary(point.layers, count)
-        rows.append([
-            f"{point.share:.1%}",
-            f"{point.predicted:.3f}",
-            "-" if point.kl is None else f"{point.kl:.3f}",
-            "-" if point.recalled is None else f"{point.recalled:.0%}",
-            f"{point.attention_flops / 1e6:,.0f}M",
-            said if point.name == "mix" else f"all: {said}",
-        ])  # fmt: skip
-    print_columns(rows)
-    for name, reason in result.blocked.items():
-        echo(f"not offered: {name}: {reason}")
 
 
 def print_met(met: Met, out: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rehead.console import Progress
+from rehead.convert.budget.holders import holders, none_served
 from rehead.convert.budget.library import Choice, Library
 from rehead.convert.budget.mix import Measured
 from rehead.convert.budget.options import CurveOptions
@@ -47,6 +49,11 @@ class Point:
     recall_kl: float | None = None
     recalled: float | None = None
     layers: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float | None:
+        """What was measured of what is predicted."""
+        return None if self.kl is None else self.kl + (self.recall_kl or 0.0)
 
 
 @dataclass(frozen=True)
@@ -100,15 +107,33 @@ def curve(
     opened = open_model(model, revision)
     with opened.source, survey(opened, asked, where, progress) as prepared:
         library = prepared.options
-        points = [_point(prepared, name, uniform(library, name), asked.measure) for name in library.names if name]
+        ways, refused = holders(opened, library, asked.engine)
+        if not ways:
+            raise none_served(asked.engine, refused)
+        plain = _best_of_each(prepared, [way.name for way in ways if way.name in library.names])
+        points = [_point(prepared, name, choice, asked.measure) for name, choice in plain.items()]
         for share in SHARES:
             budget = int(library.whole * share)
-            if budget < library.least:
+            choices = [choice for way in ways if (choice := way.predicted(prepared.predictor, budget)) is not None]
+            if not choices:
                 break
-            choice = prepared.predictor.improved(prepared.predictor.forward(budget), budget)
+            choice = min(choices, key=prepared.predictor.loss)
             points.append(_point(prepared, "mix", choice, asked.measure and share in MEASURED))
         points.sort(key=lambda point: (point.name != "mix", -point.bytes))
-        return Curve(opened.source.id, library.context, library.whole, points, library.blocked, prepared.facts)
+        return Curve(opened.source.id, library.context, library.whole, points, refused, prepared.facts)
+
+
+def _best_of_each(prepared: Survey, names: Sequence[str]) -> dict[str, Choice]:
+    """The plain choices by the option that all layers take; of one kind and size the better, as predicted."""
+    options = prepared.options
+    best: dict[tuple[str, int], tuple[str, Choice]] = {}
+    for name in names:
+        choice = uniform(options, name)
+        kind = name.partition(":")[0]
+        size = ("heads" if kind in ("pool", "uneven") else kind, options.total(choice))
+        if size not in best or prepared.predictor.loss(choice) < prepared.predictor.loss(best[size][1]):
+            best[size] = name, choice
+    return dict(best.values())
 
 
 def _point(prepared: Survey, name: str, choice: Choice, measure: bool) -> Point:

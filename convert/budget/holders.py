@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rehead.convert.budget.library import Choice, Library, Option, option_name
+from rehead.convert.budget.search import Predictor, uniform
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
 from rehead.errors import UnsupportedError, UsageError
@@ -33,6 +34,16 @@ class Holder:
     name: str
     options: Library
     everywhere: bool = False
+
+    def predicted(self, predictor: Predictor, budget: int) -> dict[int, Option] | None:
+        """The choice within ``budget`` bytes that loses least as predicted; None where there is none."""
+        if self.everywhere:
+            choice = uniform(self.options, self.name)
+            return choice if self.options.total(choice) <= budget else None
+        if self.options.least > budget:
+            return None
+        predictor = predictor.among(self.options)
+        return predictor.improved(predictor.forward(budget), budget)
 
     def convert_options(self, choice: Choice, given: dict[str, Any]) -> dict[str, Any]:
         """Options of a conversion that gives layers their chosen form.
@@ -83,6 +94,14 @@ def holders(model: Model, options: Library, engine: str | None) -> tuple[list[Ho
     if len(mixed.options.names) > 2 and _refusal(model, mixed, engine) is None:
         ways.append(mixed)
     return ways, refused
+
+
+def none_served(engine: str | None, refused: dict[str, str]) -> UnsupportedError:
+    """The error for an engine, or a class, that holds none of the options."""
+    reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
+    if engine is None:
+        return UnsupportedError(f"--kv-cache: no class holds a form with a smaller cache ({reasons})")
+    return UnsupportedError(f"--for {engine}: nothing that saves cache is served ({reasons}); leave --for out")
 
 
 def _some(options: Library, wanted: Callable[[Option], bool]) -> Library:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rehead.checkpoints.resume import check_start
 from rehead.console import Progress
 from rehead.convert.budget.choose import Selection, check_budget, select, smallest
-from rehead.convert.budget.holders import Holder, holders
+from rehead.convert.budget.holders import Holder, holders, none_served
 from rehead.convert.budget.library import Library
 from rehead.convert.budget.mix import Measured, compared
 from rehead.convert.budget.options import BudgetOptions, SurveyOptions
@@ -19,12 +20,15 @@ from rehead.convert.execute import Conversion, execute
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
 from rehead.convert.whole_model import load_whole
-from rehead.errors import QualityError, UnsupportedError, UsageError
+from rehead.errors import QualityError, UsageError
 from rehead.models.distance import judged
 from rehead.models.live import resolve_device
 from rehead.models.model import Model, open_model, open_result
 from rehead.options import flag_of, takes
+from rehead.variants.window.classes import FILE
 
+#: Ways to store choices that are tried of each kind.
+_TRIED = 2
 #: Options of a conversion that name one form for layers.
 _OF_ONE_FORM = (
     "num_key_value_heads", "method", "grouping", "host", "reinvest", "block", "layers", "kl_budget", "plain", "latent",
@@ -148,15 +152,14 @@ def choose(
     options = prepared.options
     ways, refused = holders(model, options, engine)
     if not ways:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
-        raise UnsupportedError(f"--for {engine}: nothing that saves cache is served ({reasons}); leave --for out")
+        raise none_served(engine, refused)
     least = min(ways, key=lambda way: way.options.least)
     budget = 0 if kv_cache is None else budget_of(kv_cache, options)
     if kv_cache is not None:
         check_budget(least.options, budget)
     results: list[tuple[Holder, Selection]] = []
     failed: UsageError | None = None
-    for way in ways:
+    for way in _promising(ways, prepared, budget or options.whole // 2):
         try:
             selection = _of_way(way, prepared, budget, None if kv_cache is not None else kl, progress)
         except UsageError as error:  # this way does not meet the limit; another does
@@ -171,6 +174,20 @@ def choose(
     else:
         best = min(results, key=lambda pair: pair[1].measured.loss)
     return *best, refused
+
+
+def _promising(ways: Sequence[Holder], prepared: Survey, budget: int) -> list[Holder]:
+    """The ways that may be best: of those that choose layer by layer and of those that do not, the ones that are
+    predicted to lose least within ``budget`` bytes, and that which gives every layer a form of its own."""
+    losses = {}
+    for way in ways:
+        choice = way.predicted(prepared.predictor, budget)
+        losses[way.name] = float("inf") if choice is None else prepared.predictor.loss(choice)
+    kept = [way for way in ways if way.name == FILE]
+    for everywhere in (False, True):
+        others = [way for way in ways if way.everywhere == everywhere and way not in kept]
+        kept += sorted(others, key=lambda way: losses[way.name])[:_TRIED]
+    return kept
 
 
 def _of_way(

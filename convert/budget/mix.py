@@ -23,6 +23,8 @@ from rehead.variants.stack import LiveVariant, live_variant
 
 #: Tokens in one forward pass of the whole model.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+#: Right answers of the original's at least, to say which share of them is kept.
+_FEWEST = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Measured:
         kl: nats per token on running text, original to changed.
         recall_kl: the mean of the same over the probes' predictions; 0 without probes.
         recalled: share of the probes' answers that the changed model gives, of those that the original gives; None
-            without probes, or where the original gives none.
+            without probes, or where the original gives so few that a share of them says nothing.
     """
 
     kl: float
@@ -258,7 +260,7 @@ def compared(live: Any, samples: Sequence[Sample], reference: Sequence[Predictio
         probes.append(kl)
         hits += int(((predictions.argmax().cpu() == answers) & right).sum())
         asked += int(right.sum())
-    return Measured(text, sum(probes) / max(1, len(probes)), hits / asked if asked else None)
+    return Measured(text, sum(probes) / max(1, len(probes)), hits / asked if asked >= _FEWEST else None)
 
 
 def as_many_heads(heads: Heads, kv: int) -> Heads:

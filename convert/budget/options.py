@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,16 @@ Context = Annotated[
     Flag(metavar="N", default="the model's positions, 8192 at most"),
     Field(ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."),
 ]
-Tokens = Annotated[Count, Field(ge=512, description="Tokens of running text that choices are measured on.")]
+Tokens = Annotated[
+    Count | None,
+    Flag(metavar="N", default="8192, on a CPU 4096"),
+    Field(ge=512, description="Tokens of running text that choices are measured on."),
+]
+Engine = Annotated[
+    Literal["vllm", "llama.cpp", "transformers"] | None,
+    Flag("--for", default="any"),
+    Field(description="Offer what this engine has been seen to serve."),
+]
 
 
 class SurveyOptions(Options):
@@ -23,15 +32,18 @@ class SurveyOptions(Options):
     calibration: Annotated[Names, Flag(metavar="TEXT", default="the text that ships with Rehead")] = Field(
         (), description="Text to calibrate and measure on; repeat for more."
     )
-    calibration_tokens: Count = Field(32768, ge=1024, description="Tokens that closed forms are calibrated on.")
-    tokens: Tokens = 8192
+    calibration_tokens: Annotated[Count | None, Flag(metavar="N", default="32768, on a CPU 16384")] = Field(
+        None, ge=1024, description="Tokens that closed forms are calibrated on."
+    )
+    tokens: Tokens = None
     seed: Count = Field(0, description="Of excerpts, probes and what is drawn from the model.")
 
 
 class CurveOptions(SurveyOptions):
     """What ``rehead curve`` is told."""
 
-    measure: bool = Field(True, description="Measure three points of the curve and every option in all layers.")
+    engine: Engine = None
+    measure: bool = Field(True, description="Measure three points of the curve and the best plain choices.")
 
 
 class BudgetOptions(Options):
@@ -41,4 +53,4 @@ class BudgetOptions(Options):
         None, gt=0, description="The smallest cache that loses at most this per token; with --kv-cache, a gate."
     )
     context: Context = None
-    tokens: Tokens = 8192
+    tokens: Tokens = None

@@ -24,6 +24,9 @@ from rehead.variants.latent.options import cache_numbers
 
 #: The context that caches are compared at where nobody says, at most, and the texts to measure on, in tokens.
 _CONTEXT, _SHORTEST, _LONGEST = 8192, 512, 2048
+#: Tokens to measure on and to calibrate on where nobody says, by the kind of device.
+_TOKENS, _CALIBRATION = {"cpu": 4096}, {"cpu": 16384}
+_MOST_TOKENS, _MOST_CALIBRATION = 8192, 32768
 #: Tokens that sink logits are fitted to.
 _STATE_TOKENS = 8192
 
@@ -67,6 +70,12 @@ def survey(
         UsageError: the text cannot be used, or the context is longer than the model's positions.
         UnsupportedError: the model cannot be loaded, or no option is left.
     """
+    asked = asked.but(
+        tokens=asked.tokens or _TOKENS.get(device.type, _MOST_TOKENS),
+        calibration_tokens=asked.calibration_tokens or _CALIBRATION.get(device.type, _MOST_CALIBRATION),
+    )
+    assert asked.tokens is not None
+    assert asked.calibration_tokens is not None
     context, length = lengths(model, asked)
     options = keep(library(model, context, length))
     if all(len(each) == 1 for each in options.layers.values()):
@@ -107,7 +116,7 @@ def lengths(model: Model, asked: SurveyOptions) -> tuple[int, int]:
     if positions is not None and context > positions:
         raise UsageError(f"--context {context}: the model has positions for {positions} tokens; give that or less")
     length = min(max(context // 8, _SHORTEST), _LONGEST, positions or _LONGEST)
-    return context, min(length, asked.tokens)
+    return context, min(length, asked.tokens or length)
 
 
 def budget_of(text: str, options: Library) -> int:

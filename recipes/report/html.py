@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 from rehead.console import printable
-from rehead.recipes.report.drawing import DASHES, Key
+from rehead.recipes.report.drawing import DASHES, Key, Plot
 from rehead.recipes.report.tables import Table
 from rehead.version import __version__
 
@@ -40,7 +40,7 @@ def html(**content: Any) -> str:
 
     Args:
         content: title, verdict, failed, notes, overview, samples, samples_note, plots, conditions, caveats, details;
-            all its text is escaped.
+            all its text is escaped; ``files``, what else holds the figures, where it is not the report's.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -63,6 +63,7 @@ def html(**content: Any) -> str:
 
     page = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     css = Markup((folder / "report.css").read_text(encoding="utf-8"))
+    content = {"files": "report.md, report.json", **content}
     return page.render(css=css, table=table, version=__version__, **content)
 
 
@@ -71,6 +72,27 @@ def described(svg: str, alt: str) -> str:
     from markupsafe import escape
 
     return svg.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(alt)}"', 1)
+
+
+def standalone(plot: Plot) -> str:
+    """A plot as an SVG file of its own, in the page's colours and with its legend."""
+    from markupsafe import escape
+
+    css = (files("rehead.recipes.report") / "report.css").read_text(encoding="utf-8")
+    colours = css[: css.index("* {")]
+    _, _, width, height = map(float, plot.svg.split('viewBox="', 1)[1].split('"', 1)[0].split())
+    legend = "".join(
+        f'<g transform="translate(30 {height + 16 * at})"><svg width="28" height="12">{swatch(key)}</svg>'
+        f'<text x="36" y="10" font-size="10" fill="var(--ink)">{escape(printable(key.text))}</text></g>'
+        for at, key in enumerate(plot.keys)
+    )
+    whole = height + 16 * len(plot.keys) + 8
+    inner = plot.svg.replace("<svg", f'<svg width="{width:g}" height="{height:g}"', 1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+        f'viewBox="0 0 {width:g} {whole:g}" font-family="sans-serif"><title>{escape(printable(plot.title))}</title>'
+        f'<style>{colours}</style><rect width="100%" height="100%" fill="var(--card)"/>{inner}{legend}</svg>\n'
+    )
 
 
 def swatch(key: Key) -> str:

@@ -74,7 +74,7 @@ def latent(
     refits: bool,
     fits: bool,
     layers: Sequence[int] | None = None,
-    dtype: str = "F32",
+    dtype: str | None = "F32",
 ) -> Rewrite:
     """Layers' attention as latent attention at its natural scale, computed over calibration text.
 
@@ -84,7 +84,7 @@ def latent(
         refits: the FFN's output is refitted too.
         fits: the layers are fitted, which makes up for queries and keys that are far from linear.
         layers: which; all when None.
-        dtype: safetensors dtype code of what is computed.
+        dtype: safetensors dtype code of what is computed; None for the source's.
 
     Raises:
         UnsupportedError: a tensor has no place in the host.
@@ -150,8 +150,7 @@ def latent_beside(model: Model, options: LatentOptions) -> Rewrite:
     settled = settle(options, angles, *span(model))
     count = int(model.config.num_hidden_layers)
     layers = sorted(set(parse_layers(options.layers, count)) & set(model.layers))
-    dtype = model.source.tensors[model.layer_tensors(layers[0])[0]].dtype
-    rewrite = latent(model, settled, angles, refits=False, fits=False, layers=layers, dtype=dtype)
+    rewrite = latent(model, settled, angles, refits=False, fits=False, layers=layers, dtype=None)
     kept = kept_pairs(settled, angles)
     biases = [name for name in _shapes(model, settled, angles, kept, layers[0]).weights() if name.endswith("_bias")]
     sizes = {"rank": settled.rank, "pairs": kept.tolist(), "biases": biases}
