@@ -340,7 +340,8 @@ def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
             "in the same run; convert the result in a second run"
         )
     for at, rewrite in enumerate(rewrites):
-        _check_once(model, rewrites[:at], rewrite.name, set(rewrite.layers), rewrite.calibrated or rewrite.form is None)
+        calibrated = rewrite.calibrated or rewrite.form is None
+        _check_once(model, rewrites[:at], rewrite.name, set(rewrite.layers), calibrated)
 
 
 def _check_once(model: Model, before: Sequence[Rewrite], name: str, layers: set[int], calibrated: bool) -> None:
