@@ -336,8 +336,8 @@ def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
         )
     if any(not before.exact for before in model.rewrites) and any(before.by_layer for before in model.rewrites):
         raise UnsupportedError(
-            f"{model.source.id}: changing its blocks rewrites its attention too, which cannot be calibrated against the original "
-            "in the same run; convert the result in a second run"
+            f"{model.source.id}: changing its blocks rewrites its attention too, which cannot be calibrated against "
+            "the original in the same run; convert the result in a second run"
         )
     for at, rewrite in enumerate(rewrites):
         calibrated = rewrite.calibrated or rewrite.form is None

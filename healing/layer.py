@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rehead.healing.fit import DRIFT, RELATIVE_RATE, fit_attention
 from rehead.healing.job import Changed, Job, LayerJob
+from rehead.healing.layerwise import Call
 from rehead.healing.logits import LogitModel, logit_error, refit_logits
 from rehead.healing.moments import Moments
 from rehead.healing.runner import Rows, Runner, TextState
@@ -191,11 +192,12 @@ class LayerRecovery:
             def keep(module: nn.Module, args: Any, result: Tensor) -> None:
                 kept.append(result)
 
+            call = Call(args, now).rows(len(x))  # masks were made for as many sequences as a pass takes
             with hooked(output.register_forward_hook(keep)):
                 if "hidden_states" in kwargs:
-                    attention(*args, **{**now, "hidden_states": x})
+                    attention(*call.args, **{**call.kwargs, "hidden_states": x})
                 else:
-                    attention(x, *args[1:], **now)
+                    attention(x, *call.args[1:], **call.kwargs)
             return kept[0].reshape(*x.shape[:-1], -1)
 
         return forward

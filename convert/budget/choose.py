@@ -1,9 +1,10 @@
 """Choosing every layer's form within a budget, by what is measured on the model as it changes.
 
 What single layers lose does not add up: fifteen layers that lose little alone may lose fifteen times as much together.
-So estimates only say what to try. One layer after another is changed, each time the one whose change measures best
-beside all changes before it; then pairs of layers swap; and what comes out is compared with the plain choices of the
-same bytes (one option everywhere, in the first layers, in the last, in every other one), of which the best would win.
+So estimates only say what to try. The first layers to change, which hardly lose anything, are taken as predicted; the
+last ones are changed one after another, each time the one whose change measures best beside all changes before it; then
+pairs of layers swap; and what comes out is compared with the plain choices of the same bytes (one option everywhere, in
+the first layers, in the last, in every other one), of which the best would win.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rehead.errors import UsageError
 _WIDTH, _SURPRISE = 3, 1.5
 #: Losses below this are noise between changes.
 _FLOOR = 1e-4
+#: Changes at the end of a choice that are measured one by one; those before them lose so little that the estimates do.
+_STEPS = 8
 #: Pairs of layers that are tried at the end.
 _SWAPS = 6
 
@@ -95,13 +98,15 @@ def select(
     """
     check_budget(options, budget)
     path: list[tuple[int, str, int, float]] = []
-    choice: dict[int, Option] = {}
-    for choice, measured in steps(options, predictor, meter, budget):
+    predicted = predictor.path(budget)
+    start = predicted[max(0, len(predicted) - 1 - _STEPS)]
+    choice = dict(start)
+    for choice, measured in steps(options, predictor, meter, budget, start):
         layer = next(reversed(choice))
         path.append((layer, choice[layer].name, options.total(choice), measured.loss))
         if progress is not None:
             progress("choosing", options.whole - options.total(choice), options.whole - budget)
-    contenders = {"sequential": choice, "predicted": predictor.improved(predictor.forward(budget), budget)}
+    contenders = {"sequential": choice, "predicted": predictor.improved(predicted[-1], budget)}
     contenders["sequential, then improved"] = predictor.improved(choice, budget)
     rivals = plain_choices(options, budget)
     results = {name: meter.measure(each) for name, each in (contenders | rivals).items()}
@@ -120,14 +125,14 @@ def select(
     )
 
 
-def steps(options: Library, predictor: Predictor, meter: Meter, budget: int):
-    """Change one layer after another until ``budget`` bytes are met.
+def steps(options: Library, predictor: Predictor, meter: Meter, budget: int, start: Choice | None = None):
+    """Change one layer after another until ``budget`` bytes are met, from a choice or from none.
 
     Yields:
         (the choice so far, its last entry the newest; what it measures).
     """
-    choice: dict[int, Option] = {}
-    loss = 0.0
+    choice = dict(start or {})
+    loss = meter.measure(choice).loss if choice else 0.0
     while options.total(choice) > budget:
         moves = predictor.next_moves(choice, budget)
         if not moves:

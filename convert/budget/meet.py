@@ -27,8 +27,8 @@ from rehead.models.model import Model, open_model, open_result
 from rehead.options import flag_of, takes
 from rehead.variants.window.classes import FILE
 
-#: Ways to store choices that are tried of each kind.
-_TRIED = 2
+#: Ways to store choices that are tried, of those that choose layer by layer and of those that do not.
+_TRIED = {False: 1, True: 2}
 #: Options of a conversion that name one form for layers.
 _OF_ONE_FORM = (
     "num_key_value_heads", "method", "grouping", "host", "reinvest", "block", "layers", "kl_budget", "plain", "latent",
@@ -184,9 +184,9 @@ def _promising(ways: Sequence[Holder], prepared: Survey, budget: int) -> list[Ho
         choice = way.predicted(prepared.predictor, budget)
         losses[way.name] = float("inf") if choice is None else prepared.predictor.loss(choice)
     kept = [way for way in ways if way.name == FILE]
-    for everywhere in (False, True):
+    for everywhere, most in _TRIED.items():
         others = [way for way in ways if way.everywhere == everywhere and way not in kept]
-        kept += sorted(others, key=lambda way: losses[way.name])[:_TRIED]
+        kept += sorted(others, key=lambda way: losses[way.name])[:most]
     return kept
 
 

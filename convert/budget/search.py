@@ -76,14 +76,17 @@ class Predictor:
 
     def forward(self, budget: int) -> dict[int, Option]:
         """The choice that adding one change after another gives, the cheapest in loss per byte saved first."""
-        choice: dict[int, Option] = {}
-        total = self.options.total(choice)
-        while total > budget:
-            best = self.next_moves(choice, budget)
+        return self.path(budget)[-1]
+
+    def path(self, budget: int) -> list[dict[int, Option]]:
+        """The choices on the way to :meth:`forward`'s, from none."""
+        choices: list[dict[int, Option]] = [{}]
+        while self.options.total(choices[-1]) > budget:
+            best = self.next_moves(choices[-1], budget)
             if not best:
                 break
-            choice, total = {**choice, **best[0].changes}, best[0].total
-        return choice
+            choices.append({**choices[-1], **best[0].changes})
+        return choices
 
     def next_moves(self, choice: Choice, budget: int) -> list[Move]:
         """Changes of one layer that save bytes, the least predicted loss per byte first; bytes beyond ``budget`` are

@@ -1,0 +1,40 @@
+"""The curve as a page: every point in it, nothing from a model's name unescaped, the plot a file of its own."""
+
+import json
+import xml.etree.ElementTree as ET
+
+from rehead.convert.budget.curve import Curve, Point
+from rehead.recipes.curve.page import FIGURES, PAGE, PLOT, advice, headline, write_curve
+
+FACTS = {
+    "layer_count": 4, "calibration": {"text": ["speeches"], "tokens": 1024}, "device": "cpu",
+    "measured_on": {"text": 1024, "copy at 512": 126},
+}  # fmt: skip
+
+
+def curve(name="model"):
+    points = [
+        Point("mix", 0.5, 500, 10, 0.02, 0.01, 0.02, 0.97, {1: "window:size=64,sinks=4", 3: "latent:rank=8"}),
+        Point("mix", 0.33, 330, 8, 0.2, 0.3, 0.1, 0.5, {1: "window:size=64,sinks=4"}),
+        Point("mix", 0.2, 200, 6, 0.4),
+        Point("latent:rank=8,rope_dims=4", 0.5, 500, 12, 0.5, 0.4, 0.1, 0.2),
+    ]
+    return Curve(name, 8192, 1000, points, {"latent:rank=9": "odd <b>"}, FACTS)
+
+
+def test_page_plot_and_figures_are_written(tmp_path):
+    paths = write_curve(curve("<script>x"), tmp_path / "out", "rehead curve model")
+    assert [path.name for path in paths] == [PAGE, FIGURES, PLOT]
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert "<script>" not in page
+    assert "odd <b>" not in page
+    assert "1 x window:size=64,sinks=4" in page
+    assert json.loads((tmp_path / "out" / FIGURES).read_text())["points"][0]["share"] == 0.5
+    ET.parse(tmp_path / "out" / PLOT)
+    assert "chosen layer by layer, measured" in (tmp_path / "out" / PLOT).read_text()
+
+
+def test_the_headline_names_the_smallest_usable_cache():
+    assert headline(curve()).startswith("With 50% of its cache")
+    assert [share for share, _ in advice(curve())] == ["50%", "33%"]
+    assert "rehead convert model OUT --kv-cache 50%" in advice(curve())[0][1]
