@@ -89,7 +89,7 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 @click.argument("model")
 @click.argument("out")
 @flags(ConvertOptions)
-@flags(BudgetOptions)
+@flags(BudgetOptions, without=("context",))  # the same flag
 @click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
 @REVISION
 @click.option("--resume", is_flag=True, help="Continue from what a killed run left.  [default: off]")
@@ -141,7 +141,7 @@ def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: 
 def _is_budget(given: dict[str, Any]) -> bool:
     """Whether a cache is asked for and not what it is to be made of."""
     latent = any(text.partition(":")[0] == "latent" for text in given.get("variants", ()))
-    if given.keys() & BudgetOptions.model_fields.keys():
+    if given.keys() & (BudgetOptions.model_fields.keys() - {"context"}):
         return True
     return bool(given.keys() & {"kv_cache", "engine"}) and not (
         latent or given.keys() & {"rope_dims", "host", "latent", "fold_biases", "half_scale"}

@@ -100,7 +100,8 @@ def convert(
     with opened.source:
         # Before the model runs to choose layers or sizes.
         chosen: dict[str, Any] = {}
-        asks = {"asked": asked.as_json()} if is_auto(asked.layers) or asked.is_latent else {}
+        by_text = is_auto(asked.layers) or asked.is_latent or asked.fits_context
+        asks = {"asked": asked.as_json()} if by_text else {}
         folder = getattr(opened.source, "folder", None)
         check_start(out, folder, {"source": opened.source.fingerprint(), **asks}, resume, overwrite)
         if is_auto(asked.layers):
@@ -110,6 +111,11 @@ def convert(
             chosen["chosen_layers"] = measured
         if asked.is_latent:
             asked, measured = choose_sizes(opened, asked, resolve_device(device), progress)
+            chosen |= measured
+        if asked.fits_context:
+            from rehead.convert.long_context import fit_context
+
+            asked, measured = fit_context(opened, asked, resolve_device(device), progress)
             chosen |= measured
         plan = make_plan(opened, asked)
         if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
-from rehead.options import Count, Flag, Names, Options, parse_count
+from rehead.options import SPLIT, Count, Flag, Names, Options, parse_count
+from rehead.variants.context.options import Rope
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions
 from rehead.variants.layer_choice import AUTO, is_auto
@@ -18,11 +19,13 @@ _BLOCKS = ("parallel", "serial")
 _STEPS = ("host", "reinvest", "block")
 _OF_STEPS = {
     "multiple_of": ("reinvest",),
-    "layers": ("block", "window"),
+    "layers": ("block", "window", "context"),
     "kl_budget": ("block", "window"),
     "plain": ("block",),
     "sinks": ("window",),
     "sink_logit": ("window",),
+    "rope": ("context",),
+    "rope_factors": ("context",),
 }
 #: Tokens to fit latents on: with twice the usual ones and two lengths, KL was 5 to 17% lower (SmolLM2-135M).
 _LATENT_FIT_TOKENS = 262144
@@ -104,8 +107,8 @@ class ConvertOptions(Options):
     )
     layers: Annotated[str | tuple[int, ...] | None, Flag(metavar="LIST", default="all")] = Field(
         None,
-        description="Of --block and --window: all, a list like 0,4-7, or those that lose least: auto up to "
-        "--kl-budget, auto:6 or auto:50%.",
+        description="Of --block, --window and --context: all, a list like 0,4-7, or (of the first two) those that lose "
+        "least: auto up to --kl-budget, auto:6 or auto:50%.",
     )
     kl_budget: Annotated[float | None, Flag(metavar="NATS")] = Field(
         None, gt=0, description="What --layers auto may cost per token; the whole model is loaded to measure it."
@@ -152,6 +155,15 @@ class ConvertOptions(Options):
     sink_logit: bool = Field(
         False, description="Of --window: a logit for each head, fitted to calibration text, for what is not seen."
     )
+    context: Annotated[Count | None, Flag(metavar="N", default="as it is")] = Field(
+        None, ge=1, description="Let the model read texts of N tokens (with --kv-cache: where caches are compared)."
+    )
+    rope: Annotated[Rope | None, Flag(default="yarn")] = Field(
+        None, description="Of --context: how rotary positions are stretched; drope leaves them out, to be uptrained."
+    )
+    rope_factors: Annotated[tuple[float, ...] | None, SPLIT, Flag(metavar="X,X,...", default="YaRN's, or fitted")] = (
+        Field(None, description="Of --rope longrope: how much slower each rotary pair turns in long texts.")
+    )
     variants: Annotated[Names, Flag("--variant", metavar="NAME:KEY=VALUE", default="none")] = Field(
         (), description="Give the model a variant of attention or blocks, with its options; repeat for more."
     )
@@ -172,7 +184,7 @@ class ConvertOptions(Options):
         """``pool`` and the forms of blocks have flags of their own: what they are told is put there."""
         texts = values.get("variants") or () if isinstance(values, dict) else ()
         texts = (texts,) if isinstance(texts, str) else texts
-        flagged = ("pool", "latent", "window", *_BLOCKS)
+        flagged = ("pool", "latent", "window", "context", *_BLOCKS)
         names = {text: text.partition(":")[0] for text in texts if isinstance(text, str)}
         seen = [names[text] for text in texts if isinstance(text, str) and names[text] not in flagged]
         named = {text: saved_variant(text)[1].layers for text in names}
@@ -199,6 +211,13 @@ class ConvertOptions(Options):
                 said = {"window": options.model_dump()["size"]} | {
                     name: value for name, value in said.items() if name != "size"
                 }
+            if variant.name == "context":
+                told = {"tokens": "context", "factors": "rope_factors"}
+                said = {"tokens": options.model_dump()["tokens"], **said}
+                if said.keys() & {"trained", "table"}:  # which have no flag
+                    values |= {"variants": (*values["variants"], text)}
+                    continue
+                said = {told.get(name, name): value for name, value in said.items()}
             for name, value in said.items():
                 if name not in cls.model_fields:
                     raise UsageError(f"--variant {variant.name}: {name} is for live models; leave it out")
@@ -216,19 +235,22 @@ class ConvertOptions(Options):
                 raise UsageError(
                     f"--reinvest {self.reinvest}: nothing is freed while the KV heads stay; give --kv-heads"
                 )
-            if not (self.steps or self.variants or self.is_latent or self.window):
+            if not (self.steps or self.variants or self.is_latent or self.window or self.context):
                 raise UsageError(
                     "nothing to do; say --kv-heads N, --block FORM, --variant NAME, or --host for another class with "
                     "the same heads"
                 )
-            if (self.refit or self.fit) and not (self.block or self.variants or self.is_latent or self.window):
+            others = (self.block, self.variants, self.is_latent, self.window, self.context)
+            if (self.refit or self.fit) and not any(others):
                 raise UsageError("--refit: recovers from shared KV heads or changed blocks; give --kv-heads or --block")
         for option, steps in _OF_STEPS.items():
             if getattr(self, option) and all(getattr(self, step) is None for step in steps):
                 flag = option.replace("_", "-")
                 raise UsageError(f"--{flag}: says nothing without --{steps[0]}; give both or leave it out")
-        if self.block is not None and self.window is not None and self.layers is not None:
-            raise UsageError("--layers: names layers of --block or of --window; give one of them in a run")
+        if self.layers is not None and sum(each is not None for each in (self.block, self.window, self.context)) > 1:
+            raise UsageError("--layers: names layers of --block, --window or --context; give one of them in a run")
+        if self.context is not None and is_auto(self.layers):
+            raise UsageError("--layers auto: is not measured for --context; name the layers, or leave it out")
         if self.kl_budget is not None and not is_auto(self.layers):
             raise UsageError("--kl-budget NATS: limits --layers auto; give both, or name the layers")
         if self.layers == AUTO and self.kl_budget is None:
@@ -254,7 +276,7 @@ class ConvertOptions(Options):
             return
         others = {
             "--kv-heads": self.num_key_value_heads, "--block": self.block, "--reinvest": self.reinvest,
-            "--window": self.window,
+            "--window": self.window, "--context": self.context,
         }  # fmt: skip
         if both := [flag for flag, value in others.items() if value is not None]:
             raise UsageError(f"{both[0]}: does not go together with latent attention; give one of them")
@@ -272,6 +294,11 @@ class ConvertOptions(Options):
             layers = self.layers if self.layers is not None and self.block is None else "all"
             told = {"size": self.window, "sinks": self.sinks, "sink_logit": self.sink_logit}
             asked.append((variant, variant.options.parse({**told, "layers": "all" if is_auto(layers) else layers})))
+        if self.context is not None:
+            variant = VARIANTS.get("context")
+            rope, layers = self.rope or "yarn", self.layers or "all"
+            said = {"tokens": self.context, "rope": rope, "factors": self.rope_factors, "layers": layers}
+            asked.append((variant, variant.options.parse(said)))
         return sorted(asked, key=lambda pair: pair[0].name == "latent")  # after it a layer has no heads
 
     @property
@@ -298,7 +325,14 @@ class ConvertOptions(Options):
     def needs_calibration(self) -> bool:
         """Whether the model has to be run over text."""
         reads = any(variant.needs(options) for variant, options in self.asked_variants)
+        reads = reads or self.fits_context
         return self.is_latent or METHODS.get(self.method).needs_calibration or reads or self.refit or self.fit > 0
+
+    @property
+    def fits_context(self) -> bool:
+        """Whether the factors of rotary pairs are still to be fitted to text."""
+        return any(getattr(options, "rope", None) == "fitted" and options.factors is None  # type: ignore[attr-defined]
+                   for _, options in self.asked_variants)  # fmt: skip
 
     def lengths_within(self, positions: int | None) -> tuple[int, ...]:
         """The calibration lengths of a model that has so many positions; None for any number."""
@@ -312,7 +346,7 @@ class ConvertOptions(Options):
         """
         table = super().as_json()
         latents = ("latent", "rope_dims", "kv_cache", "fold_biases", "half_scale", "engine")
-        for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window", "drop_drafts"):
+        for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window", "context", "drop_drafts"):
             if table[name] in (None, False, [], 0):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):

@@ -64,9 +64,10 @@ def check_lengths(model: Model, options: ConvertOptions) -> None:
 
 def host_for(model: Model, options: ConvertOptions) -> str | None:
     """The class that must stand in for a model's own, so that variants can be held."""
-    windowed = any(variant.name == "window" for variant, _ in options.asked_variants)
-    hosts = window_hosts(model) if windowed else []
-    for variant, asked in options.asked_variants:
+    asks = options.asked_variants
+    by_layer = any(variant.name in ("window", "context") for variant, _ in asks)
+    hosts = window_hosts(model) if by_layer else []
+    for variant, asked in asks:
         if (name := variant.host(model, asked, hosts)) is not None:
             return name
     return None

@@ -24,6 +24,7 @@ from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
 from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.remote import open_known
+from rehead.models.rotation import steady_length
 from rehead.models.serving import engines
 from rehead.models.streamed import in_memory, stream
 
@@ -172,8 +173,8 @@ def _report_of(source: str, revision: str | None) -> Any:
 
 
 def _sample(folder: Source, config: Any, count: int) -> Sample:
-    """One row of text, as long as the model's positions allow."""
-    limit = getattr(config, "max_position_embeddings", None) or count
+    """One row of text, as long as the model's positions allow, and as one set of rotary frequencies holds."""
+    limit = steady_length(config) or count
     return sample(folder, config.vocab_size, 1, min(count, int(limit)))
 
 
@@ -229,7 +230,10 @@ def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, d
 def _compare(logits: Tensor, opened: Source, tokens: Tensor, cached: bool) -> tuple[dict[str, float], float | None]:
     """How far the source's logits are from these, and its own cache error where that is asked for."""
     source = opened.id
-    model = _open(opened, resolve_config(opened.config, source))
+    config = resolve_config(opened.config, source)
+    if (limit := steady_length(config)) is not None and limit < tokens.shape[1]:  # the result reads longer texts
+        tokens, logits = tokens[:, :limit], logits[:limit]
+    model = _open(opened, config)
     theirs = _logits(model, tokens)
     if theirs.shape != logits.shape:
         raise VerificationError(

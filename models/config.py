@@ -72,18 +72,21 @@ def with_older_rope(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         older = {"rope_local_base_freq": windows.get("rope_theta")} if split else {}
         rope = full
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    if scaling.get("rope_type") == "longrope":  # whose older form has three fields, not four
-        older["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings", None)
-        scaling = {"type": "longrope", **{k: v for k, v in scaling.items() if k != "rope_type"}}
     older |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        older["rope_scaling"] = scaling
-    result = {**raw, **{key: value for key, value in older.items() if value is not None and raw.get(key) is None}}
-    try:
-        same = resolve_config(result, name).rope_parameters == resolve_config(raw, name).rope_parameters
-    except (UnsupportedError, AttributeError):
-        same = False
-    return result if same else dict(raw)
+    forms = [older | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})]
+    if scaling.get("rope_type") == "longrope":  # whose form in Phi 3 has three fields, not four
+        moved = ("rope_type", "original_max_position_embeddings")
+        three = {"type": "longrope", **{k: v for k, v in scaling.items() if k not in moved}}
+        original = scaling.get("original_max_position_embeddings")
+        forms.insert(0, older | {"rope_scaling": three, "original_max_position_embeddings": original})
+    for form in forms:
+        result = {**raw, **{key: value for key, value in form.items() if value is not None and raw.get(key) is None}}
+        try:
+            if resolve_config(result, name).rope_parameters == resolve_config(raw, name).rope_parameters:
+                return result
+        except (UnsupportedError, AttributeError):
+            continue
+    return dict(raw)
 
 
 def json_floats(value: Any) -> Any:

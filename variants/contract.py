@@ -126,6 +126,7 @@ VARIANTS: Registry[Variant] = Registry(
         "window": "rehead.variants.window",
         "sparse": "rehead.variants.sparse",
         "far": "rehead.variants.far",
+        "context": "rehead.variants.context.variant",
         "parallel": "rehead.variants.blocks.variant",
         "serial": "rehead.variants.blocks.variant",
         "fuse": "rehead.variants.fuse.variant",

@@ -1,0 +1,116 @@
+"""How the rotary pairs of a layer turn, and turning queries and keys that are rotated already to other positions.
+
+Rotations add up: a query rotated for position p and turned by d more positions is one rotated for p + d. So attention can
+be given other positions than the model gave it, with caches that hold keys as the model rotated them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rehead.errors import UnsupportedError
+from rehead.models.families.parallel import base_type
+from rehead.models.families.spec import Config, rope_parameters
+from rehead.models.families.table import FAMILIES
+
+CHANGING = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies depend on the length of the text."""
+
+
+def rope_kind(config: Config, layer: int) -> str:
+    """The kind of RoPE of a layer, by transformers' name; ``"default"`` where the config names none."""
+    parameters = rope_parameters(config, layer)
+    return str(parameters.get("rope_type") or parameters.get("type") or "default")
+
+
+def steady_length(config: Config) -> int | None:
+    """Tokens that a model reads under one set of rotary frequencies; None where its config names no length.
+
+    Beyond it keys in a cache are rotated for a shorter text than the next ones.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+        original = each.get("original_max_position_embeddings")
+        if each.get("rope_type") in CHANGING and original:
+            length = min(length or original, original)
+    return int(length) if isinstance(length, int) else None
+
+
+def frequencies(config: Config, layer: int, dims: int) -> Tensor:
+    """Radians per token that each rotary pair of a layer turns for short texts, float32 [dims / 2].
+
+    Args:
+        config: resolved, of a model that rotates.
+        layer: index of the layer.
+        dims: dimensions of a head that rotate.
+    """
+    parameters, kind = rope_parameters(config, layer), rope_kind(config, layer)
+    if kind == "default":
+        by_layer = getattr(config, "layer_rope_theta", None)
+        theta = by_layer[layer] if by_layer else parameters.get("rope_theta") or getattr(config, "rope_theta", None)
+        return 1.0 / (float(theta or 10000.0) ** (torch.arange(0, dims, 2, dtype=torch.float) / dims))
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kinds = getattr(config, "layer_types", None) or ()
+    nested = bool(kinds) and kinds[layer] in (getattr(config, "rope_parameters", None) or {})
+    turned: Tensor = ROPE_INIT_FUNCTIONS[kind](config, None, **({"layer_type": kinds[layer]} if nested else {}))[0]
+    return turned.cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """The rotary pairs of one layer's heads.
+
+    Attributes:
+        angles: radians per token that each pair turns, float64 [P].
+        interleaved: pairs are neighbouring dimensions; otherwise the halves of the first 2 P dimensions.
+    """
+
+    angles: Tensor
+    interleaved: bool = False
+
+    def by(self, states: Tensor, steps: Tensor) -> Tensor:
+        """Queries or keys ``[B, H, S, D]`` turned by so many positions more; gradients pass.
+
+        Args:
+            states: rotated already, for whatever positions.
+            steps: integer ``[S]``; may be negative.
+        """
+        angles = steps.to(states.device, torch.float64)[:, None] * self.angles.to(states.device)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        count = len(self.angles)
+        pairs = states[..., : 2 * count].float()
+        if self.interleaved:
+            first, second = pairs[..., 0::2], pairs[..., 1::2]
+            turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+        else:
+            first, second = pairs[..., :count], pairs[..., count:]
+            turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return torch.cat([turned.to(states.dtype), states[..., 2 * count :]], -1)
+
+
+def turn_of(config: Any, layer: int) -> Turn | None:
+    """The rotary pairs of a layer; None for a layer that does not rotate.
+
+    Raises:
+        UnsupportedError: an unknown layout, frequencies that change with the length, or a norm after the rotation that
+            a turn does not pass through.
+    """
+    kind = str(config.model_type)
+    family = FAMILIES.get(base_type(kind))
+    if family is None:
+        raise UnsupportedError(f"{kind}: how its heads rotate is not known, so positions cannot be changed after it")
+    dims = family.rotary_dims(config, layer)
+    if not dims or family.pairing == "none":
+        return None
+    rope = rope_kind(config, layer)
+    if rope in CHANGING or rope == "proportional":
+        raise UnsupportedError(f"{kind}: its RoPE ({rope}) has no fixed turn of each pair; use the model before that")
+    if family.norm_after_rotation and family.norm_of(config, layer) not in ("none", "l2"):
+        raise UnsupportedError(f"{kind}: norms queries and keys after rotating them, so they cannot be turned further")
+    return Turn(frequencies(config, layer, dims).double(), family.pairing == "interleaved")

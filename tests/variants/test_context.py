@@ -1,0 +1,237 @@
+"""A longer context by other rotary frequencies: what configs say, what stays exact, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import loaded, logits
+from transformers import AutoConfig, DynamicCache
+
+from rehead.convert import convert, plan, verify
+from rehead.errors import UnsupportedError, UsageError
+from rehead.models.config import resolve_config
+from rehead.models.rotation import steady_length
+from rehead.patches import patch_model
+from rehead.variants.context.fit import fit_factors
+from rehead.variants.context.options import ROPES, SHORT_EXACT, ContextOptions
+from rehead.variants.context.rope import ntk_theta, stretched, yarn_factors
+from rehead.variants.context.tables import longer
+
+LONG = torch.randint(8, 90, (1, 160), generator=torch.Generator().manual_seed(3))
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "cohere", "gemma3_text", "smollm3"])
+def test_live_and_saved_are_one_function_and_short_texts_stay(kind: str, rope: str, tmp_path: Path) -> None:
+    if (rope == "drope" and kind not in ("llama", "smollm3")) or (kind == "phi3" and rope not in SHORT_EXACT[1:]):
+        pytest.skip("no class holds it")
+    source = tiny.save_tiny(kind, tmp_path / "source")
+    factors = {"rope_factors": _factors(source)} if rope == "fitted" else {}
+    convert(source, tmp_path / "out", context=512, rope=rope, **factors)
+    verify(tmp_path / "out", str(source))
+    before, after = loaded(source), loaded(tmp_path / "out")
+    with torch.no_grad():
+        want, long = before(LONG, use_cache=False).logits, after(LONG, use_cache=False).logits
+        told = {"factors": factors["rope_factors"]} if factors else {}
+        with patch_model(before, "context", tokens=512, rope=rope, **told):
+            torch.testing.assert_close(before(LONG, use_cache=False).logits, long, atol=1e-5, rtol=1e-5)
+        assert torch.equal(before(LONG, use_cache=False).logits, want)
+    assert not torch.equal(long, want)
+    assert torch.equal(logits(before), logits(after)) == (rope in SHORT_EXACT)
+    sizes = after.config.max_position_embeddings, steady_length(after.config)
+    assert sizes == {"dynamic": (128, 128), "longrope": (512, 128), "fitted": (512, 128)}.get(rope, (512, 512))
+
+
+def _factors(source: Path) -> tuple[float, ...]:
+    rope = plan(source, context=512, rope="longrope").raw_config["rope_parameters"]
+    count = len(rope.get("full_attention", rope)["long_factor"])
+    return tuple(1.0 + 0.3 * pair for pair in range(count))
+
+
+def test_the_config_has_older_names_too(tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    for rope in ("linear", "yarn", "longrope"):
+        raw = plan(source, context=512, rope=rope).raw_config
+        assert raw["rope_scaling"]["rope_type"] == rope
+        assert raw["rope_scaling"]["factor"] == 4.0
+        older = {key: value for key, value in raw.items() if key != "rope_parameters"}
+        read = [resolve_config(each, "x").rope_parameters for each in (raw, older)]
+        assert read[0] == read[1]
+
+
+def test_layers_by_themselves(tmp_path: Path) -> None:
+    """Single layers need a class that says layer by layer how they rotate."""
+    source = tiny.save_tiny("llama", tmp_path / "source", attention_bias=False)
+    out = convert(source, tmp_path / "out", context=512, rope="drope", layers="1").out
+    assert AutoConfig.from_pretrained(out).no_rope_layers == [1, 0]
+    ntk = convert(source, tmp_path / "ntk", context=512, rope="ntk", layers="0").out
+    config = AutoConfig.from_pretrained(ntk)
+    assert config.model_type == "granite_swa"
+    assert config.layer_rope_theta == [ntk_theta(10000.0, 4.0, 16), 10000.0]
+    live = loaded(source)
+    for rope, layers, saved in (("drope", [1], out), ("ntk", [0], ntk)):
+        with patch_model(live, "context", tokens=512, rope=rope, layers=layers), torch.no_grad():
+            got = live(LONG, use_cache=False).logits
+        torch.testing.assert_close(got, loaded(saved)(LONG, use_cache=False).logits.detach(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="leave --layers out"):
+        plan(source, context=512, rope="yarn", layers="0")
+
+
+@given(st.floats(1.01, 64.0), st.sampled_from([64, 2048, 8192]), st.sampled_from([1e4, 1e5, 1e6]))
+@settings(max_examples=40, deadline=None)
+def test_factors_lie_between_1_and_the_stretch(factor: float, trained: int, theta: float) -> None:
+    factors = yarn_factors(theta, 64, trained, factor)
+    assert factors == sorted(factors)
+    assert factors[0] == pytest.approx(1.0)
+    assert all(1 - 1e-9 <= each <= factor * (1 + 1e-9) for each in factors)
+    slowest = theta ** -(62 / 64)
+    assert ntk_theta(theta, factor, 64) ** -(62 / 64) == pytest.approx(slowest / factor)
+
+
+@given(st.sampled_from(["linear", "ntk", "yarn", "longrope", "dynamic"]), st.integers(129, 100_000))
+@settings(max_examples=40, deadline=None)
+def test_transformers_takes_every_form_as_it_is_written(rope: str, tokens: int) -> None:
+    options = ContextOptions.parse({"tokens": tokens, "rope": rope})
+    made = stretched(PLAIN, 16, 128, options)
+    raw = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": tokens}
+    assert resolve_config({**raw, "rope_parameters": made}, "x").rope_parameters == made
+
+
+def test_yarn_is_transformers_own() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    raw = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 32768}
+    rope = stretched(PLAIN, 64, 8192, ContextOptions.parse({"tokens": 32768}))
+    theirs, scale = ROPE_INIT_FUNCTIONS["yarn"](resolve_config({**raw, "rope_parameters": rope}, "x"), None)
+    plain = 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    ours = plain / torch.tensor(yarn_factors(10000.0, 64, 8192, 4.0), dtype=torch.float64)
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+    assert scale == pytest.approx(0.1 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_a_cache_of_keys_rotated_for_less_is_refused(rope: str, tmp_path: Path) -> None:
+    live = loaded(tiny.save_tiny("llama", tmp_path / "source"))
+    with patch_model(live, "context", tokens=512, rope=rope), torch.no_grad():
+        cache = DynamicCache(config=live.config)
+        live(LONG[:, :120], past_key_values=cache)
+        live(LONG[:, 120:128], past_key_values=cache)
+        with pytest.raises(UsageError, match="128 tokens, where its frequencies change"):
+            live(LONG[:, 128:129], past_key_values=cache)
+        whole = live(LONG, use_cache=False).logits
+        long = DynamicCache(config=live.config)
+        live(LONG[:, :150], past_key_values=long)
+        if rope == "longrope":  # whose long frequencies stay
+            torch.testing.assert_close(live(LONG[:, 150:], past_key_values=long).logits, whole[:, 150:])
+        else:
+            with pytest.raises(UsageError, match="read it again"):
+                live(LONG[:, 150:], past_key_values=long)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("llama", {"context": 128}, "reads 128 tokens already"),
+        ("llama", {"context": 64}, "reads 128 tokens already"),
+        ("llama", {"context": 512, "rope": "longrope", "rope_factors": [0.5] * 8}, "0.5 is below 1"),
+        ("llama", {"context": 512, "rope": "longrope", "rope_factors": [2.0]}, "1 numbers for 8 rotary pairs"),
+        ("llama", {"num_key_value_heads": 2, "rope": "yarn"}, "--rope: says nothing without --context"),
+        ("llama", {"context": 512, "layers": "auto:1"}, "not measured for --context"),
+        ("llama", {"context": 512, "window": 8, "layers": "0"}, "give one of them"),
+        ("llama", {"context": 512, "latent": 8}, "does not go together"),
+        ("gptj", {"context": 512}, "ignores rope_parameters"),
+        ("qwen3", {"context": 512, "rope": "drope"}, "cannot stand in"),
+        ("phi3", {"context": 512, "rope": "yarn"}, "takes no rope_type yarn; give --rope longrope"),
+        ("jamba", {"context": 512}, "neither rotary positions nor a table"),
+        ("gpt2", {"context": 512, "layers": "0"}, "all layers share"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(kind: str, options: dict, said: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny(kind, tmp_path / "source")
+    with pytest.raises((UsageError, UnsupportedError), match=said) as caught:
+        plan(source, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stretched_model_is_not_stretched_again_unless_it_can_be(tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    linear = convert(source, tmp_path / "linear", context=256, rope="linear").out
+    assert plan(linear, context=512, rope="linear").raw_config["rope_parameters"]["factor"] == 4.0
+    convert(linear, tmp_path / "long", context=512, rope="longrope")
+    torch.testing.assert_close(logits(loaded(tmp_path / "long")), logits(loaded(linear)), atol=1e-5, rtol=1e-5)
+    yarn = convert(source, tmp_path / "yarn", context=256, rope="yarn").out
+    with pytest.raises(UnsupportedError, match=r"stretched already \(yarn\)"):
+        plan(yarn, context=512)
+
+
+@pytest.mark.parametrize(("kind", "key", "table", "offset"), [
+    ("gpt2", "n_positions", "transformer.wpe.weight", 0), ("opt", "max_position_embeddings", "embed_positions", 2),
+    ("biogpt", "max_position_embeddings", "embed_positions", 2), ("gpt_neo", "max_position_embeddings", "wpe", 0),
+])  # fmt: skip
+@pytest.mark.parametrize("how", ["interpolate", "repeat"])
+def test_tables_grow(kind: str, key: str, table: str, offset: int, how: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny(kind, tmp_path / "source")
+    convert(source, tmp_path / "out", variants=[f"context:tokens=256,table={how}"])
+    verify(tmp_path / "out", str(source))
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    name = next(name for name in before if table in name)
+    assert after[name].shape[0] == 256 + offset
+    assert torch.equal(after[name][:offset], before[name][:offset])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == 256
+    assert torch.equal(logits(loaded(source)), logits(loaded(tmp_path / "out"))) == (how == "repeat")
+    with torch.no_grad():
+        assert loaded(tmp_path / "out")(LONG).logits.isfinite().all()
+
+
+def test_sinusoids_are_computed_anew_and_biases_reach_further(tmp_path: Path) -> None:
+    source = tiny.save_tiny("xglm", tmp_path / "source")
+    out = convert(source, tmp_path / "out", context=256).out
+    assert torch.equal(logits(loaded(source)), logits(loaded(out)))
+    assert loaded(out)(LONG).logits.isfinite().all()
+
+
+@given(st.integers(2, 40), st.integers(2, 200))
+@settings(max_examples=40, deadline=None)
+def test_interpolated_tables_keep_their_ends_and_lines(rows: int, positions: int) -> None:
+    table = torch.linspace(0, 1, rows)[:, None] * torch.tensor([[1.0, -2.0]])
+    torch.testing.assert_close(longer(table, positions), torch.linspace(0, 1, positions)[:, None] * table[-1])
+    assert torch.equal(longer(table, positions, how="repeat")[:rows], table[:positions])
+
+
+def test_fitted_factors_lower_the_loss_and_leave_no_trace(tmp_path: Path) -> None:
+    from rehead.benchmarks.tiny import tiny_model
+
+    model = tiny_model("llama")
+    rows = torch.randint(8, 120, (4, 32), generator=torch.Generator().manual_seed(0))
+    parts = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    before = model(rows, use_cache=False).logits
+    fitted = fit_factors(model, rows, ContextOptions.parse({"tokens": 4 * int(model.config.max_position_embeddings),
+                                                            "rope": "fitted"}), steps=4)  # fmt: skip
+    assert fitted.after <= fitted.before
+    assert all(factor >= 1 for factor in fitted.factors)
+    assert torch.equal(model(rows, use_cache=False).logits, before)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == {
+        n: set(p) for n, p in parts.items()
+    }
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fitted_is_said_in_the_manifest_and_does_the_same_when_told_its_factors(tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    text = {"calibration": ["random"], "calibration_tokens": 512, "calibration_length": 32}
+    made = convert(source, tmp_path / "out", context=512, rope="fitted", **text)
+    told = json.loads((tmp_path / "out" / "rehead.json").read_text())["calibration"]["fitted_context"]
+    assert tuple(told["factors"]) == made.plan.options.rope_factors
+    convert(source, tmp_path / "again", context=512, rope="longrope", rope_factors=told["factors"])
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again")]
+    assert configs[0] == configs[1]
+    assert torch.equal(logits(loaded(source)), logits(loaded(tmp_path / "out")))

@@ -1,0 +1,33 @@
+"""The options of the variant ``context``; no torch needed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from rehead.options import SPLIT, Count
+from rehead.variants.contract import VariantOptions
+
+Rope = Literal["linear", "dynamic", "ntk", "yarn", "longrope", "fitted", "drope"]
+ROPES: tuple[str, ...] = get_args(Rope)
+SHORT_EXACT = ("dynamic", "longrope", "fitted")
+"""Kinds under which texts up to the original length are computed as before, bit for bit."""
+
+
+class ContextOptions(VariantOptions):
+    """Options of the variant ``context``."""
+
+    tokens: Count = Field(32768, ge=1, description="Tokens that the model is to read.")
+    rope: Rope = Field("yarn", description="How rotary pairs are slowed down.")
+    trained: Count | None = Field(
+        None, ge=1, description="Tokens that it was trained to read; max_position_embeddings by default."
+    )
+    factors: Annotated[tuple[float, ...] | None, SPLIT] = Field(
+        None, description="Of longrope and fitted: how much slower each rotary pair turns in long texts."
+    )
+    table: Literal["interpolate", "repeat"] = Field(
+        "interpolate",
+        description="How a table of learned positions grows: its rows spread out, or said again behind the old ones, "
+        "which leaves short texts as they are; uptrain the result.",
+    )
