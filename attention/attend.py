@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor
     return attend(AttentionCall(query, key, value, **rules))
 
 
+_LSE: ContextVar[list[Tensor] | None] = ContextVar("rehead_lse", default=None)
+"""Takes the log-sum-exp of every call of :func:`attend` while :func:`with_lse` runs."""
+
+
 def attend(call: AttentionCall) -> Tensor:
     """Exact tiled attention ``[B, Sq, H, Dv]``, on the device of the tensors.
 
@@ -33,6 +38,10 @@ def attend(call: AttentionCall) -> Tensor:
         UsageError: rules that contradict each other or the tensors.
         UnsupportedError: a device, dtype, head_dim or combination that no path here computes.
     """
+    if (kept := _LSE.get()) is not None:
+        out, lse = attend_with_lse(call)
+        kept.append(lse)
+        return out
     call = _prepared(call)
     on_cpu = call.query.device.type == "cpu"
     if call.key_tail is not None and (on_cpu or not _is_decode(call)):
@@ -68,6 +77,29 @@ def attend_with_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
         raise UnsupportedError(f"rehead_tiled cannot compute this attention: {reason}; use attn_implementation='sdpa'")
     out, lse = kernels.run(call)
     return out, (lse * math.log(2)).masked_fill(lse == float("inf"), float("-inf"))
+
+
+def with_lse(compute: Callable[[AttentionCall], Tensor], call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """:func:`attend_with_lse` through the variants that stand below another.
+
+    Args:
+        compute: the attention below, which ends in one call of :func:`attend`.
+        call: what it is given.
+
+    Raises:
+        UnsupportedError: a variant below makes several calls of one.
+    """
+    kept: list[Tensor] = []
+    token = _LSE.set(kept)
+    try:
+        out = compute(call)
+    finally:
+        _LSE.reset(token)
+    if len(kept) != 1:
+        raise UnsupportedError(
+            f"a variant below computes one call of attention in {len(kept)}, which cannot be merged; apply it last"
+        )
+    return out, kept[0]
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

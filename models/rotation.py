@@ -1,7 +1,7 @@
 """How the rotary pairs of a layer turn, and turning queries and keys that are rotated already to other positions.
 
-Rotations add up: a query rotated for position p and turned by d more positions is one rotated for p + d. So attention can
-be given other positions than the model gave it, with caches that hold keys as the model rotated them.
+Rotations add up: a query rotated for position p and turned by d more positions is one rotated for p + d. So attention
+can be given other positions than the model gave it, with caches that hold keys as the model rotated them.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class Variant:
             ``attend`` reads, the fit moves and the checkpoint stores. Empty for most.
         calibrate: (live variant, int [B, S] tokens, sequential) -> None: sets ``state`` from text, for options with
             ``needs``; ``sequential`` where a layer is to read what the changed layers before it give.
-        cache: (live variant, undo) -> None: lets the caches of a live model keep what its layers still need, alone.
+        cache: (live variant, undo) -> None: lets the caches of a live model keep what its layers still need, alone; or
+            tells layers what they have to know of the keys in it.
         redirect: (model, options, indices, undo, memory) -> what was done to each layer: changes a live model where
             ``attend`` is not enough (a block's wiring, fused matrices). ``indices`` are the layers asked for, or None
             for all; every change goes through ``undo``; ``memory`` is a dictionary that outlives a patch that is taken
@@ -127,6 +128,8 @@ VARIANTS: Registry[Variant] = Registry(
         "sparse": "rehead.variants.sparse",
         "far": "rehead.variants.far",
         "context": "rehead.variants.context.variant",
+        "dual_chunk": "rehead.variants.dual_chunk",
+        "self_extend": "rehead.variants.self_extend",
         "parallel": "rehead.variants.blocks.variant",
         "serial": "rehead.variants.blocks.variant",
         "fuse": "rehead.variants.fuse.variant",

@@ -7,13 +7,16 @@ from transformers import MistralForCausalLM as Mistral
 VOCABULARY, CODE = 512, 64
 
 
-def copying(window: int | None = None):
+def copying(window: int | None = None, local: bool = False):
     """A real LLaMA (or, with a window, a Mistral that sees only so far back) that copies by construction.
 
     Hidden states are four blocks of 64: the token's own code, the code of the token before it, what is to be said, and
     a constant. The first layer's queries and keys are constants whose rotary phases agree one token back, so it writes
     the previous token's code. The second matches the own code against previous codes, in rotary pairs that hardly turn,
     and writes the code of the token that it finds: an induction head (arXiv 2209.11895). There is nothing else in it.
+
+    With ``local`` the second layer also prefers near keys, by constants in pairs that turn by half a turn in some
+    600 tokens: it copies from near alone, as a model trained on short texts would.
     """
     shape = {
         "vocab_size": VOCABULARY, "hidden_size": 4 * CODE, "intermediate_size": 8, "num_hidden_layers": 2,
@@ -45,6 +48,9 @@ def copying(window: int | None = None):
         first.o_proj.weight[before, :CODE] = torch.eye(CODE) / 128**0.5  # undoes the norm before the layer
         second.q_proj.weight[still, own] = 3 * torch.eye(CODE)
         second.k_proj.weight[still, before] = 3 * torch.eye(CODE)
+        if local:
+            for pair in (19, 20):
+                second.q_proj.weight[pair, constant.start] = second.k_proj.weight[pair, constant.start] = 2.1
         second.v_proj.weight[:CODE, own] = torch.eye(CODE)
         second.o_proj.weight[said, :CODE] = torch.eye(CODE)
         model.lm_head.weight[:, said] = codes
