@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from rehead.console import Progress
-from rehead.convert.budget.survey import load_live
 from rehead.convert.options import ConvertOptions
+from rehead.convert.whole_model import load_whole
 from rehead.models.model import Model
 from rehead.models.rotation import steady_length
 from rehead.variants.context.options import ContextOptions
@@ -41,7 +41,8 @@ def fit_context(
         if progress is not None:
             progress("fitting rotary pairs", done, total)
 
-    fitted = fit_factors(load_live(model, device), text.tokens[0], asked, seed=options.seed, progress=tick)
+    live = load_whole(model, device, "fit its rotary pairs", "give --rope yarn")
+    fitted = fit_factors(live, text.tokens[0], asked, seed=options.seed, progress=tick)
     facts = {
         "factors": fitted.factors,
         "loss": {"yarn": round(fitted.before, 5), "fitted": round(fitted.after, 5)},

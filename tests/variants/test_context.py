@@ -18,6 +18,7 @@ from transformers import AutoConfig, DynamicCache
 from rehead.convert import convert, plan, verify
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import resolve_config
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.models.rotation import steady_length
 from rehead.patches import patch_model
 from rehead.variants.context.fit import fit_factors
@@ -123,18 +124,18 @@ def test_a_cache_of_keys_rotated_for_less_is_refused(rope: str, tmp_path: Path) 
     live = loaded(tiny.save_tiny("llama", tmp_path / "source"))
     with patch_model(live, "context", tokens=512, rope=rope), torch.no_grad():
         cache = DynamicCache(config=live.config)
-        live(LONG[:, :120], past_key_values=cache)
-        live(LONG[:, 120:128], past_key_values=cache)
+        live(LONG[:, :120], **cache_argument(cache))
+        live(LONG[:, 120:128], **cache_argument(cache))
         with pytest.raises(UsageError, match="128 tokens, where its frequencies change"):
-            live(LONG[:, 128:129], past_key_values=cache)
+            live(LONG[:, 128:129], **cache_argument(cache))
         whole = live(LONG, use_cache=False).logits
         long = DynamicCache(config=live.config)
-        live(LONG[:, :150], past_key_values=long)
+        live(LONG[:, :150], **cache_argument(long))
         if rope == "longrope":  # whose long frequencies stay
-            torch.testing.assert_close(live(LONG[:, 150:], past_key_values=long).logits, whole[:, 150:])
+            torch.testing.assert_close(live(LONG[:, 150:], **cache_argument(long)).logits, whole[:, 150:])
         else:
             with pytest.raises(UsageError, match="read it again"):
-                live(LONG[:, 150:], past_key_values=long)
+                live(LONG[:, 150:], **cache_argument(long))
 
 
 @pytest.mark.parametrize(

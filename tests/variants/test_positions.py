@@ -16,6 +16,7 @@ from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.models.recall import recall, recall_texts
 from rehead.models.rotation import Turn, turn_of
 from rehead.patches import patch_model
@@ -153,7 +154,7 @@ def test_a_window_with_sinks_streams_beyond_the_trained_length():
     with patch_model(model, "window", size=128, sinks=2), torch.no_grad():
         cache = DynamicCache(config=model.config)
         for part in long.split(200, 1):
-            logits = model(part, past_key_values=cache).logits
+            logits = model(part, **cache_argument(cache)).logits
         assert cache.layers[0].keys.shape[2] <= 130
         whole = model(long, use_cache=False).logits
     torch.testing.assert_close(logits[:, -20:], whole[:, -20:], atol=1e-3, rtol=1e-3)
@@ -176,7 +177,7 @@ def test_padding_and_static_caches_change_nothing(name, told):
         padded = model(rows, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(padded[:1, 5:], alone, atol=1e-4, rtol=1e-4)
         cache = StaticCache(config=model.config, max_cache_len=48)
-        steps = [model(tokens[1:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, 31), (31, 40))]
+        steps = [model(tokens[1:, a:b], **cache_argument(cache)).logits for a, b in ((0, 30), (30, 31), (31, 40))]
         torch.testing.assert_close(torch.cat(steps, 1), padded[1:], atol=1e-4, rtol=1e-4)
         written = model.generate(rows, attention_mask=mask, max_new_tokens=6, do_sample=False)
         again = model.generate(rows, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=False)

@@ -14,6 +14,7 @@ from rehead.models import probing
 from rehead.models.families.parallel import base_type
 from rehead.models.families.table import FAMILIES
 from rehead.models.live import LayerState, enclosing_layer
+from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.predictions import predict
 from rehead.models.rotation import CHANGING
 from rehead.models.undo import UndoLog
@@ -140,7 +141,7 @@ class _Hook:
 
 def _counting(positions: _Positions) -> Any:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values") or kwargs.get("cache")
+        cache = passed_cache(kwargs)
         positions.cached = 0 if cache is None else int(cache.get_seq_length())
 
     return before
