@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from rehead.attention.attend import attend
@@ -16,7 +16,7 @@ from rehead.attention.layer import LAYER
 from rehead.attention.mask import TiledMask
 from rehead.attention.ring import WINDOW, fitted, ring_of, with_file_window
 from rehead.errors import UnsupportedError, UsageError
-from rehead.models.modeling.modeling_rehead_cache import NAMES
+from rehead.models.modeling.modeling_rehead_cache import NAMES, NEW
 
 NAME = "rehead_tiled"
 
@@ -158,7 +158,9 @@ def tiled_attention(
             "call model.eval() or set the config's attention dropout to 0"
         )
     for name, value_of_name in kwargs.items():
-        if name not in IGNORED and value_of_name is not None and value_of_name is not False:
+        # A layer's cache has done its work here; what continuous batching hands down by the same name has not.
+        paged = name == NEW and not isinstance(value_of_name, Cache)
+        if (name not in IGNORED or paged) and value_of_name is not None and value_of_name is not False:
             raise UnsupportedError(
                 f"{where} passes {name!r} to attention, which rehead_tiled does not implement; "
                 "load the model with attn_implementation='eager'"

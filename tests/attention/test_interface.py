@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, masking_utils
+from transformers import DynamicCache, LlamaConfig, masking_utils
 
 from rehead.attention import mask_function as masking
 from rehead.attention.interface import IGNORED, register, tiled_attention
@@ -317,7 +317,7 @@ def test_nothing_is_swallowed(kwargs, error, word):
 
 
 def test_what_does_not_matter_is_let_through():
-    out = tiled_attention(MODULE, Q, K, V, None, position_ids=PACKED, use_cache=True, head_mask=None)[0]
+    out = tiled_attention(MODULE, Q, K, V, None, position_ids=PACKED, use_cache=True, head_mask=None, cache=DynamicCache())[0]
     same(out, define())
     assert "attention_mask" not in IGNORED
 
