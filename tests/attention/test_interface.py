@@ -317,7 +317,9 @@ def test_nothing_is_swallowed(kwargs, error, word):
 
 
 def test_what_does_not_matter_is_let_through():
-    out = tiled_attention(MODULE, Q, K, V, None, position_ids=PACKED, use_cache=True, head_mask=None, cache=DynamicCache())[0]
+    out = tiled_attention(
+        MODULE, Q, K, V, None, position_ids=PACKED, use_cache=True, head_mask=None, cache=DynamicCache()
+    )[0]
     same(out, define())
     assert "attention_mask" not in IGNORED
 
