@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -27,3 +28,15 @@ def exports(package: str, names: Mapping[str, str], parts: Sequence[str] = ()) -
 
     module.__dir__ = lambda: sorted({*vars(module), *names, *parts})  # type: ignore[method-assign]
     return __getattr__
+
+
+class _Late(ModuleType):
+    """A module that is imported when one of its names is first read."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+
+def late(name: str) -> Any:
+    """A module that takes long to import, for code that need not always use it: imported on first use."""
+    return sys.modules.get(name) or _Late(name)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from rehead.errors import UnsupportedError
+from rehead.lazy import late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 _PIECE = 1 << 20
-_NATIVE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_NATIVE = ("torch.float32", "torch.float64", "torch.float16", "torch.bfloat16")
 
 
 def first_nonfinite(tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -22,7 +28,8 @@ def first_nonfinite(tensor: torch.Tensor) -> tuple[int, ...] | None:
     flat = values.detach().reshape(-1)
     for start in range(0, flat.numel(), _PIECE):
         piece = flat[start : start + _PIECE]
-        piece = piece if piece.dtype in _NATIVE else piece.float()  # the 8-bit formats have no arithmetic of their own
+        # The 8-bit formats have no arithmetic of their own.
+        piece = piece if str(piece.dtype) in _NATIVE else piece.float()
         low, high = torch.aminmax(piece)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             at = start + int((~torch.isfinite(piece)).nonzero()[0])

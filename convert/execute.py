@@ -9,18 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rehead.checkpoints.manifest import made_by
 from rehead.checkpoints.resume import check_start, finish_commit
 from rehead.checkpoints.target import Target
 from rehead.console import Progress
 from rehead.convert.card import model_card
-from rehead.convert.latent import choose_sizes
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import LayerProvider, Plan, make_plan
 from rehead.convert.verdict import Verdict, better, reach_verdict
 from rehead.errors import UsageError
+from rehead.lazy import late
 from rehead.models.live import resolve_device
 from rehead.models.model import open_model
 from rehead.models.modeling import carried_files
@@ -29,7 +27,11 @@ from rehead.variants.layer_choice import is_auto
 from rehead.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from rehead.healing.finished import FinishedLayers
+else:
+    torch = late("torch")
 
 
 @dataclass
@@ -110,6 +112,8 @@ def convert(
             asked, measured = choose(opened, asked, resolve_device(device), progress)
             chosen["chosen_layers"] = measured
         if asked.is_latent:
+            from rehead.convert.latent import choose_sizes
+
             asked, measured = choose_sizes(opened, asked, resolve_device(device), progress)
             chosen |= measured
         if asked.fits_context:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rehead.console import Progress
 from rehead.data.calibration import CalibrationText, load_calibration
 from rehead.errors import UsageError, unknown_name
 from rehead.healing.run import Observed, observe
+from rehead.lazy import late
 from rehead.models.model import Model
 from rehead.models.rewritten import rewritten
 from rehead.variants.latent.angles import angles_of
@@ -25,7 +24,11 @@ from rehead.variants.latent.solve import solve
 from rehead.variants.latent.trial import trial
 
 if TYPE_CHECKING:
+    import torch
+
     from rehead.convert.options import ConvertOptions
+else:
+    torch = late("torch")
 
 #: Tokens on which the pairs that keep turning are chosen, and how far back they must have been seen to turn.
 _TOKENS, _REACH = 32768, 512

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rehead.checkpoints.shards import OutputTensor
 from rehead.checkpoints.source import Source
 from rehead.convert.hosts import host
-from rehead.convert.latent import with_latent
 from rehead.convert.options import DTYPES, ConvertOptions
 from rehead.convert.variants import check_lengths, host_for, variant_rewrite
 from rehead.errors import UnsupportedError
@@ -30,7 +27,10 @@ from rehead.models.serving import engines
 from rehead.variants.layer_choice import parse_layers
 from rehead.variants.pool.rewrite import check_count, pool
 
-LayerProvider = Callable[[int], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LayerProvider = Callable[[int], "dict[str, Tensor]"]
 """Gives the new tensors of a layer that was computed over calibration text; may be asked for a layer twice."""
 
 #: Steps whose facts stand in a plan under their own names.
@@ -260,6 +260,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
     source, old, dropped = model, model.num_kv_heads, drop_drafts(model.source) if options.drop_drafts else []
     check_lengths(model, options)
     if options.is_latent:
+        from rehead.convert.latent import with_latent
+
         both = with_latent(model, options, DTYPES[options.dtype])
         return _checked(Plan(source, model, *both, options, dropped=dropped))
     kv = options.num_key_value_heads or old

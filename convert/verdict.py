@@ -7,25 +7,19 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rehead.checkpoints.source import LocalSource, Source
-from rehead.data.sample import Sample, sample
+from rehead.checkpoints.source import LocalSource
 from rehead.errors import first_line
-from rehead.models.config import resolve_config
-from rehead.models.distance import Distances, Judgement, distances, judged
-from rehead.models.predictions import vocabulary
-from rehead.models.streamed import stream
 
 if TYPE_CHECKING:
+    import torch
+
     from rehead.convert.planning import Plan
+    from rehead.models.distance import Judgement
 
 #: Sequences and tokens in each, and the most parameters of a model that is measured where it was not calibrated, which
 #: takes far longer than measuring.
 _ROWS, _LENGTH = 4, 128
 _MOST = 400_000_000
-#: Of the logits of each model that are in memory at once.
-_LOGIT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,12 @@ def reach_verdict(plan: Plan, folder: str | os.PathLike[str], device: torch.devi
     largest = max(plan.source.parameters(), plan.result.parameters())
     if not plan.calibrated and largest > _MOST:
         return Verdict(unmeasured=f"{largest / 1e9:.1f} billion parameters would take longer than this conversion")
+    import torch
+
+    from rehead.convert.comparison import compare
+    from rehead.data.sample import sample
+    from rehead.models.distance import judged
+
     positions = getattr(plan.config, "max_position_embeddings", None) or _LENGTH
     text = sample(plan.source.source, int(plan.source.config.vocab_size), _ROWS, min(_LENGTH, int(positions)))
     if not text.is_text:
@@ -88,18 +88,6 @@ def reach_verdict(plan: Plan, folder: str | os.PathLike[str], device: torch.devi
         return Verdict(unmeasured=f"the comparison failed ({first_line(error)})")
     word = judged(apart.mean_kl, apart.top1_agreement)
     return Verdict(word, float(f"{apart.mean_kl:.4g}"), round(apart.top1_agreement, 4), len(apart.kl), text.name)
-
-
-@torch.no_grad()
-def compare(source: Source, result: Source, text: Sample, device: torch.device) -> Distances:
-    """How far one checkpoint is from another, both read from disk as they run."""
-    models: list[Any] = [stream(part, resolve_config(part.config, part.id), device) for part in (source, result)]
-    parts = []
-    at_once = max(1, _LOGIT_BYTES // (4 * text.tokens.shape[1] * max(1, vocabulary(models[0]))))
-    for rows in text.tokens.to(device).split(at_once):
-        inputs = {"input_ids": rows, **({"decoder_input_ids": rows} if models[0].config.is_encoder_decoder else {})}
-        parts.append(distances(*(model(**inputs, use_cache=False).logits for model in models)))
-    return Distances.cat(parts)
 
 
 def better(plan: Plan, verdict: Verdict, out: str) -> str | None:

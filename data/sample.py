@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rehead.checkpoints.source import Source
 from rehead.checkpoints.tokenizer import open_tokenizer
 from rehead.data.beginning import begun, text_start
 from rehead.data.sources import read_documents
+from rehead.lazy import late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 #: Not in what calibration and training take by default.
 TEXT = "built-in:heldout"

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from rehead.errors import UnsupportedError
-from rehead.healing.rotation import Rotation
+from rehead.lazy import late
 from rehead.models.linalg import eigen, roots
-from rehead.models.watch import Seen
 from rehead.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rehead.healing.rotation import Rotation
+    from rehead.models.watch import Seen
+else:
+    torch = late("torch")
 
 #: First tokens of a text, which attract attention regardless of content; left out of :class:`MeanRotation`.
 SINKS = 4

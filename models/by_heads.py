@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rehead.models.families.layouts import GATE, RESIZED_NORMS, merge
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Derived, LayerForm, Read, Rewrite, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rewrite_heads(
@@ -47,6 +48,19 @@ def rewrite_heads(
                     del tensors[key]
             elif any(key.startswith(f"{prefix}{stem}") for stem in stems) or written[key].shape != tensors[key].shape:
                 tensors[key] = Derived((key,), tuple(written[key].shape), layer=layer)
+    return rewrite_tensors(name, model, config, form, layers, tensors, lean)
+
+
+def rewrite_tensors(
+    name: str,
+    model: Model,
+    config: dict[str, Any],
+    form: LayerForm,
+    layers: Sequence[int],
+    tensors: dict[str, Derived],
+    lean: bool = False,
+) -> Rewrite:
+    """As :func:`rewrite_heads`, where it is known already which ``tensors`` change and to what shape."""
     step = None if form.calibrated else _step(model, tensors, form, lean)
     return Rewrite(name, config, model.family, tensors, step, exact=False, layers=tuple(layers), form=form)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rehead.errors import UnsupportedError
+from rehead.models.families.known import KnownConfig, known_config
 from rehead.models.families.spec import Config
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
     Raises:
         UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
     """
+    # Once transformers is there, asking it costs nothing.
+    if "transformers" not in sys.modules and (known := known_config(raw)) is not None:
+        return known
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
@@ -106,6 +111,7 @@ def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    config = config.real() if isinstance(config, KnownConfig) else config
     auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     classes = auto._model_mapping.get(type(config), None)
     if classes is None:

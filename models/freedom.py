@@ -13,12 +13,16 @@ between the projection and the dot product: the rotary rotation of each pair, an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from rehead.lazy import late
 from rehead.models.heads import Heads
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 Free = Literal["any", "orthogonal", "none"]
 

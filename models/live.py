@@ -6,12 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.lazy import late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    torch = late("torch")
 
 
 @dataclass(eq=False)
@@ -51,7 +55,7 @@ def enclosing_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
     """Name and index of the layer that contains the module ``name``: its entry in the innermost ``ModuleList``."""
     path = name.split(".")
     for end in range(len(path) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(path[:end])), nn.ModuleList):
+        if isinstance(model.get_submodule(".".join(path[:end])), torch.nn.ModuleList):
             return ".".join(path[: end + 1]), int(path[end])
     return None
 
@@ -66,7 +70,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     fitting = [module for module in lists.values() if len(module) == count]
     if fitting:
         return max(fitting, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))

@@ -9,14 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from rehead.checkpoints.source import Source, TensorInfo, torch_dtype
 from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError, first_line
+from rehead.lazy import late
 from rehead.models.config import causal_lm_class
+from rehead.models.families.known import KnownConfig
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 
 @dataclass(frozen=True)
@@ -55,25 +61,29 @@ class LoadReport:
         return "; ".join(f"{len(names)} {kind} ({sorted(names)[0]})" for kind, names in kinds if names)
 
 
-class _Listed(torch.Tensor):
-    """A tensor without data that records whether the loader reads it.
+@cache
+def _listed() -> Any:
+    """The class of a tensor without data that records whether the loader reads it.
 
     The report of the loader leaves out tensors that a class is known to ignore, and uses the names of the class.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    label: str
-    read: set[str]
+    class Listed(torch.Tensor):
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+        label: str
+        read: set[str]
 
-    @classmethod
-    def of(cls, name: str, dtype: str, shape: tuple[int, ...], read: set[str]) -> _Listed:
-        tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="meta").as_subclass(cls)
-        tensor.label, tensor.read = name, read
-        return tensor
+        @classmethod
+        def of(cls, name: str, dtype: str, shape: tuple[int, ...], read: set[str]) -> Listed:
+            tensor = torch.empty(shape, dtype=torch_dtype(dtype), device="meta").as_subclass(cls)
+            tensor.label, tensor.read = name, read
+            return tensor
 
-    def __getitem__(self, index: Any) -> Any:
-        self.read.add(self.label)
-        return self.as_subclass(torch.Tensor)[index]
+        def __getitem__(self, index: Any) -> Any:
+            self.read.add(self.label)
+            return self.as_subclass(torch.Tensor)[index]
+
+    return Listed
 
 
 def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -91,8 +101,11 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
     Raises:
         UnsupportedError: the class refuses the config or the loader fails outright.
     """
+    if _known_to_load(config, tensors):
+        return LoadReport(frozenset(), frozenset(), frozenset())
+    config = config.real() if isinstance(config, KnownConfig) else config
     read: set[str] = set()
-    shapes = {name: _Listed.of(name, dtype, shape, read) for name, (dtype, shape) in tensors.items()}
+    shapes = {name: _listed().of(name, dtype, shape, read) for name, (dtype, shape) in tensors.items()}
     model_class = causal_lm_class(config)
     with quiet_transformers():
         try:
@@ -116,6 +129,12 @@ def load_report(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]])
         frozenset(entry[0] for entry in info["mismatched_keys"]),
         frozenset(tensors.keys() - read),
     )
+
+
+def _known_to_load(config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether the record of the class says that these are exactly its tensors."""
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    return isinstance(config, KnownConfig) and config.known.holds(shapes, config)
 
 
 def draft_layers(source: Source) -> list[str]:
@@ -165,6 +184,8 @@ def check_loads(
             f"{causal_lm_class(config).__name__} would not load the planned checkpoint: {extra.line()}; "
             "please report this model"
         )
+    if not report:
+        return report
     model_class = causal_lm_class(config)
     if broken := report.body(model_class.base_model_prefix):
         raise UnsupportedError(

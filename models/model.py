@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from rehead.checkpoints.finite import check_finite
+from rehead.checkpoints.safetensors_io import DTYPE_BITS
 from rehead.checkpoints.source import Source, torch_dtype
 from rehead.errors import UnsupportedError
+from rehead.lazy import late
 from rehead.models.cache_layouts import layer_layout
 from rehead.models.config import resolve_config
 from rehead.models.families import resolve_family
-from rehead.models.families.layouts import shared_norm_names, split, tensor_names
+from rehead.models.families.layouts import head_shapes, shared_norm_names, split, tensor_names
 from rehead.models.families.resolve import refuse_type, with_checkpoint_prefix
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
@@ -26,7 +25,12 @@ from rehead.models.meta import load_report, shapes_of
 from rehead.models.remote import in_known_layout, open_known
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from rehead.models.rewrite import Rewrite
+else:
+    torch = late("torch")
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
@@ -107,7 +111,7 @@ class Model:
     def layouts(self) -> list[LayerLayout]:
         """What each layer with attention caches, in the checkpoint's dtype."""
         first = next(self.source.tensors[name] for layer in self.layers for name in self.layer_tensors(layer))
-        size = torch_dtype(first.dtype).itemsize
+        size = DTYPE_BITS[first.dtype] // 8
         return [layer_layout(self.family, self.config, layer, size) for layer in self.layers]
 
     def parameters(self) -> int:
@@ -192,12 +196,10 @@ def _check_shapes(model: Model) -> None:
                     f"{source.id}: layer {layer} has no tensor {prefix}{stem}.weight; "
                     f"it is not laid out as {model.family.model_type} is"
                 )
-        try:
-            shapes = model.layer_on_meta(layer)
-            ok = shapes.q.shape[:2] == (heads, size) and shapes.k.shape[:2] == shapes.v.shape[:2] == (kv, size)
-        except (RuntimeError, ValueError):
-            ok = False
-        if not ok:
+        claimed = head_shapes(model.family, model.config, layer, source.tensors, kv)
+        extras = [source.tensors[prefix + name] for name in model.family.query_extras if prefix + name in present]
+        whole = all(tuple(source.tensors[name].shape) == claimed.get(name) for name in names)
+        if not whole or any(not info.shape or info.shape[0] % heads for info in extras):
             raise UnsupportedError(
                 f"{source.id}: layer {layer}'s attention tensors do not hold the {heads} query and {kv} KV heads of "
                 f"{size} that config.json claims; check that config.json belongs to these weights"

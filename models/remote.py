@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.source import LocalSource, Source
 from rehead.errors import UnsupportedError
+from rehead.lazy import late
 from rehead.models.config import resolve_config
 from rehead.models.families.remote import REMOTE, RemoteLayout
 from rehead.models.families.spec import Family
 from rehead.models.families.table import FAMILIES
 from rehead.models.rewrite import Builder, Rewrite
 from rehead.models.rewritten_source import RewrittenSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 #: The name of the Rewrite from a remote layout to its host's.
 LAYOUT = "layout"

@@ -10,20 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rehead.checkpoints.safetensors_io import TensorInfo
 from rehead.checkpoints.source import torch_dtype
 from rehead.errors import UnsupportedError
+from rehead.lazy import late
 from rehead.models.families.layouts import merge, split, tensor_names
 from rehead.models.families.resolve import with_checkpoint_prefix
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads
 
-Read = Callable[[str], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
+
+Read = Callable[[str], "Tensor"]
 """Returns a source tensor by name."""
 
 # Keys that any config passes on to any other unchanged.
@@ -39,7 +43,7 @@ _CARRIED = (
 _SHARED = ("vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
-Step = Callable[[int, Read], tuple[dict[str, Tensor], dict[str, Any]]]
+Step = Callable[[int, Read], "tuple[dict[str, Tensor], dict[str, Any]]"]
 """(layer, read) -> the layer's tensors by their new names, in any dtype, and facts about it for the manifest."""
 
 

@@ -6,16 +6,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rehead.checkpoints.finite import check_finite, first_nonfinite
 from rehead.checkpoints.source import Source, TensorInfo, torch_dtype
 from rehead.errors import UnsupportedError
+from rehead.lazy import late
 from rehead.models.families.parallel import base_type
 from rehead.models.rewrite import FLOATS, Derived, Rewrite
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 #: Computed layers to keep. A checkpoint may split a layer over two shards or order its tensors by name, and two cover
 #: both; with any other order a layer is computed twice, but memory stays the same.

@@ -7,10 +7,10 @@ from dataclasses import replace
 from importlib import import_module
 
 from rehead.errors import UnsupportedError, UsageError, unknown_name
+from rehead.models.families.parallel import FILE
 from rehead.models.families.table import FAMILIES
 from rehead.models.model import Model
 from rehead.models.rewrite import Builder, Rewrite
-from rehead.variants.window.classes import FILE, with_file
 
 #: (model type, host) -> the module below this package whose function ``host`` builds the Rewrite. Hosts of one type in
 #: the order in which ``auto`` tries them.
@@ -70,6 +70,8 @@ def host(model: Model, name: str = "auto", logits: bool = False) -> Rewrite:
     """
     model_type, source = model.config.model_type, model.source
     if name == FILE:
+        from rehead.variants.window.classes import with_file
+
         return with_file(model, logits)
     candidates, pairs = hosts_of(model_type), _PAIRS | _WINDOWED
     if (model_type, name) in _WINDOWED:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rehead.models.cache_layouts import layer_window
 from rehead.models.rewrite import Builder, Rewrite
 from rehead.variants.window.classes import OFF
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Host -> (its class, projections that always have a bias, whether its config switches biases of attention and FFN).
 _HOSTS: dict[str, tuple[str, tuple[str, ...], bool, bool]] = {

@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from rehead.lazy import late
 from rehead.models.families.spec import Config, Family
 from rehead.models.heads import Heads, rotary_pairs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 # Norms whose weights have one row for each head and so change size with the heads.
 RESIZED_NORMS = ("rms_span", "layer_own")
@@ -45,6 +51,43 @@ def shared_norm_names(family: Family, config: Config, layer: int, present: Mappi
     prefix, names = family.prefix(layer), family.names
     wanted = [f"{prefix}{stem}.weight" for stem in (names.query_norm, names.key_norm)]
     return [name for name in wanted if name in present]
+
+
+def head_shapes(
+    family: Family, config: Config, layer: int, present: Mapping[str, Any], kv: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's attention tensors with ``kv`` KV heads; a tensor of a head that is gone is left out.
+
+    Args:
+        family: the checkpoint's family.
+        config: the checkpoint's resolved config; its number of KV heads does not count.
+        layer: the layer's index.
+        present: the checkpoint's tensors by name; each has a ``shape``, which gives the sizes that heads do not decide.
+        kv: number of KV heads.
+    """
+    heads, size, prefix, names = family.num_heads(config), family.head_dim(config), family.prefix(layer), family.names
+    queries = heads * size * (2 if family.gate_in_query else 1)
+    rows = {names.query: queries, names.key: kv * size, names.value: kv * size}
+    if family.packing != "separate":
+        rows = {names.query: queries + 2 * kv * size}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in tensor_names(family, config, layer, present):
+        shape, below = tuple(present[name].shape), name.removeprefix(prefix)
+        stem, _, part = below.rpartition(".")
+        if below in family.query_extras:
+            pass
+        elif stem in rows:
+            fixed = 0 if part == "bias" or not family.transposed else len(shape) - 1
+            shape = (*shape[:fixed], rows[stem], *shape[fixed + 1 :])
+        elif stem == names.output and part == "weight":
+            shape = (heads * size, *shape[1:]) if family.transposed else (*shape[:-1], heads * size)
+        elif stem in (names.query_norm, names.key_norm):
+            count = heads if stem == names.query_norm else kv
+            shape = (count * size,) if len(shape) == 1 else (count, size)
+        of_head = re.fullmatch(re.escape(names.key_norm) + r"\.norms\.(\d+)", stem)
+        if of_head is None or int(of_head[1]) < kv:
+            shapes[name] = shape
+    return shapes
 
 
 def split(family: Family, config: Config, layer: int, tensors: Mapping[str, Tensor], kv: int | None = None) -> Heads:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from rehead.models.families.spec import Config, Family
 
 PREFIX = "rehead_parallel_"
-WINDOW_PREFIX = "rehead_window_"
+FILE = "rehead_window"
+"""What ``--host`` calls a model's own class with Rehead's modelling file for windows."""
+WINDOW_PREFIX = f"{FILE}_"
 
 
 def base_type(model_type: str) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rehead.checkpoints.source import LocalSource
 from rehead.cli import cli
-from rehead.convert import convert, verdict, verify
+from rehead.convert import comparison, convert, verdict, verify
 from rehead.data.beginning import text_start
 from rehead.data.sample import RANDOM, TEXT, sample
 from rehead.models.distance import distances, judged
@@ -106,7 +106,7 @@ def test_a_comparison_that_fails_does_not_take_the_result_with_it(trained: str, 
     def broken(*args: object) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(verdict, "compare", broken)
+    monkeypatch.setattr(comparison, "compare", broken)
     done = convert(trained, tmp_path / "out", num_key_value_heads=1)
     assert str(done.verdict) == "nothing was measured: the comparison failed (no such luck)"
     verify(tmp_path / "out")

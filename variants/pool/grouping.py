@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rehead.healing.moments import Moments
+from rehead.lazy import late
 from rehead.models.heads import Heads, augmented
 from rehead.models.linalg import sqrt_pair
 from rehead.variants.pool.methods.mean import kv_fields
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 
 def contiguous_groups(old: int, kv: int) -> list[list[int]]:

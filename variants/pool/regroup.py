@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rehead.healing.moments import Moments
+from rehead.lazy import late
 from rehead.models.heads import Heads, augmented
 from rehead.variants.pool.grouping import contiguous_groups, permute, similar_groups
 from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.methods.svd import SLOW_TURN
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 POOL_MOMENTS = ("inputs", "key_inputs", "mixed_inputs")
 """What a calibrated method and the choice of similar heads read."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-
-import torch
 
 from rehead.errors import UnsupportedError, UsageError
 from rehead.healing.job import query_order
 from rehead.healing.moments import Moments
-from rehead.models.by_heads import rewrite_heads
+from rehead.models.by_heads import rewrite_tensors
 from rehead.models.config import resolve_config
-from rehead.models.families.layouts import RESIZED_NORMS
+from rehead.models.families.layouts import head_shapes
 from rehead.models.heads import Heads
 from rehead.models.model import Model
-from rehead.models.rewrite import Changed, LayerForm, Rewrite
-from rehead.variants.pool.methods.mean import mean
+from rehead.models.rewrite import Changed, Derived, LayerForm, Rewrite
 from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
 
@@ -54,17 +50,19 @@ def pool(model: Model, kv: int, method: str = "mean", grouping: str = "contiguou
         )
     everything = method not in KV_ONLY or grouping != "contiguous"
 
-    def on_meta(layer: int, heads: Heads) -> Heads:
-        pooled = mean(heads, kv, MethodContext())
-        if not everything:
-            return pooled
-        moved = pooled.map(torch.empty_like)
-        if heads.key_norm not in RESIZED_NORMS:
-            moved = replace(moved, q_norm=heads.q_norm, k_norm=heads.k_norm)
-        return replace(moved, extras={name: torch.empty_like(extra) for name, extra in heads.extras.items()})
-
+    infos, names = model.source.tensors, model.family.names
+    keys = (names.query,) if model.family.packing != "separate" else (names.key, names.value)
+    tensors = {key: Derived((key,), info.shape) for key, info in infos.items()}
+    for layer in model.layers:
+        shapes = head_shapes(model.family, model.config, layer, infos, kv)
+        starts = tuple(f"{model.family.prefix(layer)}{stem}." for stem in (*keys, names.key_norm))
+        for tensor in model.layer_tensors(layer):
+            if tensor not in shapes:  # it belonged to a head that is gone
+                del tensors[tensor]
+            elif everything or tensor.startswith(starts):
+                tensors[tensor] = Derived((tensor,), shapes[tensor], layer=layer)
     form = pool_form(model, kv, method, grouping, seed)
-    return rewrite_heads("pool", model, raw, form, model.layers, on_meta, lean=not everything)
+    return rewrite_tensors("pool", model, raw, form, model.layers, tensors, lean=not everything)
 
 
 def pool_form(model: Model, kv: int, method: str, grouping: str, seed: int) -> LayerForm:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rehead.errors import UnsupportedError
 from rehead.models.config import resolve_config
-from rehead.models.families.parallel import WINDOW_PREFIX, as_derived
+from rehead.models.families.parallel import FILE, WINDOW_PREFIX, as_derived
 from rehead.models.families.spec import rope_parameters
 from rehead.models.model import Model
 from rehead.models.modeling import window_config, window_families
@@ -36,8 +36,6 @@ WITH_LOGIT = ("gpt_oss", "granite_swa", "granitemoe_swa")
 #: Classes that stand in for others, the one that most engines serve first.
 HOSTS = ("ministral", "qwen2", "smollm3", "cwm", "granite_swa")
 
-FILE = "rehead_window"
-"""What ``--host`` calls the model's own class with Rehead's modelling file."""
 SINKS = "sinks"
 """The parameter of an attention module that holds its heads' sink logits."""
 OFF = -1e4

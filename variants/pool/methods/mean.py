@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from rehead.lazy import late
 from rehead.models.heads import Heads
 from rehead.variants.pool.methods.registry import MethodContext, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 KV_FIELDS = ("k", "v", "k_bias", "v_bias")
 

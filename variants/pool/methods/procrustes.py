@@ -7,16 +7,20 @@ without RoPE and over the values; queries and the output projection turn with th
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from rehead.lazy import late
 from rehead.models.freedom import KeyFreedom, key_freedom
 from rehead.models.heads import Heads
 from rehead.models.linalg import nearest_rotation
 from rehead.variants.pool.methods.mean import mean
 from rehead.variants.pool.methods.registry import MethodContext, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 # Alternating between the rotations and the mean converges fast; the last rounds no longer move anything.
 _ROUNDS = 12

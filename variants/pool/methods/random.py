@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from rehead.lazy import late
 from rehead.models.heads import Heads
 from rehead.variants.pool.methods.mean import averaged, kv_fields
 from rehead.variants.pool.methods.registry import MethodContext, register
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = late("torch")
 
 
 @register("random", "draw new key and value heads from scratch, as a control (Ainslie et al. 2023)", any_dtype=True)

@@ -18,16 +18,21 @@ values, the old heads' norms for keys.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from rehead.lazy import late
 from rehead.models.freedom import KeyFreedom, key_freedom
 from rehead.models.heads import Heads, augmented
 from rehead.models.linalg import balance, sqrt_pair, top_rows
 from rehead.variants.pool.methods.mean import grouped
 from rehead.variants.pool.methods.procrustes import align
 from rehead.variants.pool.methods.registry import MethodContext, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = late("torch")
 
 #: Pairs that turn by less than this over a calibration sequence (radians) are approximated together.
 SLOW_TURN = 0.5
