@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -25,8 +25,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor
     return attend(AttentionCall(query, key, value, **rules))
 
 
-_LSE: ContextVar[list[Tensor] | None] = ContextVar("rehead_lse", default=None)
-"""Takes the log-sum-exp of every call of :func:`attend` while :func:`with_lse` runs."""
+@dataclass(frozen=True, eq=False)
+class _LseCall(AttentionCall):
+    """A call whose log-sum-exp is kept, also by the copies that variants make of it.
+
+    A context variable would say the same, but no compiled model could read it.
+    """
+
+    kept: list[Tensor] = field(default_factory=list)
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -38,9 +44,9 @@ def attend(call: AttentionCall) -> Tensor:
         UsageError: rules that contradict each other or the tensors.
         UnsupportedError: a device, dtype, head_dim or combination that no path here computes.
     """
-    if (kept := _LSE.get()) is not None:
+    if isinstance(call, _LseCall):
         out, lse = attend_with_lse(call)
-        kept.append(lse)
+        call.kept.append(lse)
         return out
     call = _prepared(call)
     on_cpu = call.query.device.type == "cpu"
@@ -89,12 +95,8 @@ def with_lse(compute: Callable[[AttentionCall], Tensor], call: AttentionCall) ->
     Raises:
         UnsupportedError: a variant below makes several calls of one.
     """
-    kept: list[Tensor] = []
-    token = _LSE.set(kept)
-    try:
-        out = compute(call)
-    finally:
-        _LSE.reset(token)
+    watched = _LseCall(**{item.name: getattr(call, item.name) for item in fields(AttentionCall)})
+    out, kept = compute(watched), watched.kept
     if len(kept) != 1:
         raise UnsupportedError(
             f"a variant below computes one call of attention in {len(kept)}, which cannot be merged; apply it last"

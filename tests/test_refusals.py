@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from rehead.cli import cli, main
-from rehead.convert import convert, execute
+from rehead.convert import convert, execute, latent
 from rehead.convert.many import convert_many
 from rehead.errors import UsageError, suggestion
 from rehead.patches import patch_model
@@ -151,7 +151,7 @@ def test_other_options_are_refused_before_the_text_is_read(tmp_path: Path, monke
         with pytest.raises(KeyboardInterrupt):
             convert(embedded_model(), tmp_path / "out", resume=True, **options)
     assert (tmp_path / ".out.rehead-staging").exists()
-    monkeypatch.setattr(execute, "choose_sizes", killed)
+    monkeypatch.setattr(latent, "choose_sizes", killed)
     with pytest.raises(UsageError, match="cannot resume, since the options changed"):
         convert(embedded_model(), tmp_path / "out", resume=True, **{**options, **changed})
     with pytest.raises(KeyboardInterrupt):  # the same options go on
@@ -166,7 +166,7 @@ def test_a_complete_out_of_other_options_is_refused_before_the_text_is_read(tmp_
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the text was read")
 
-    monkeypatch.setattr(execute, "choose_sizes", never)
+    monkeypatch.setattr(latent, "choose_sizes", never)
     with pytest.raises(UsageError, match=r"is complete, with other options; choose another OUT or give --overwrite"):
         convert(embedded_model(), out, resume=True, **{**options, "latent": 32})
     shutil.rmtree(out)
