@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def load_whole(model: Model, device: torch.device, purpose: str, remedy: str = "
         try:
             live: Any = causal_lm_class(model.config).from_pretrained(
                 **weights_for_loading(source, place),
-                config=model.config,
+                config=copy.deepcopy(model.config),  # transformers' own also where a record stood for it
                 revision=source.revision or "main",
                 dtype=torch.float32,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def load_model(
         try:
             found: Any = causal_lm_class(config).from_pretrained(
                 **weights_for_loading(source, place),
-                config=config,
+                config=copy.deepcopy(config),  # transformers' own also where a record stood for it
                 revision=source.revision or "main",
                 dtype=wanted,
                 use_safetensors=True,

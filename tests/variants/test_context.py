@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -236,3 +238,14 @@ def test_fitted_is_said_in_the_manifest_and_does_the_same_when_told_its_factors(
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again")]
     assert configs[0] == configs[1]
     assert torch.equal(logits(loaded(source)), logits(loaded(tmp_path / "out")))
+
+
+def test_fitted_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Where a recorded class answers first and transformers comes later."""
+    source = tiny.save_tiny("llama", tmp_path / "source", attention_bias=False)
+    line = f"convert {source} {tmp_path / 'out'} --context 512 --rope fitted --calibration random --quiet"
+    few = ["--calibration-tokens", "256", "--calibration-length", "32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rehead", *line.split(), *few], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
