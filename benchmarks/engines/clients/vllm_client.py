@@ -62,7 +62,7 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
         notes.append("over the latents themselves")
     engine = vllm.LLM(
         job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1,
-        enable_prefix_caching=False, disable_log_stats=True,
+        enable_prefix_caching=False, disable_log_stats=True, model_impl=job["options"].get("model_impl", "auto"),
     )  # fmt: skip
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=0, detokenize=False
