@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rehead.attention.install import Installation, installation
 from rehead.attention.interface import NAME
-from rehead.attention.layer import AttentionLayer
+from rehead.attention.layer import Attend, AttentionLayer
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.live import LayerState
 from rehead.models.undo import Undoing, UndoLog
@@ -141,6 +141,20 @@ class LiveVariant(Undoing):
             finally:
                 for state, enabled in before:
                     state.enabled = enabled
+
+    @contextmanager
+    def computing(self, attend: Attend) -> Iterator[None]:
+        """Inside the block the variant's layers compute ``attend`` in place of its own function, to be fitted."""
+        shared = installation(self.model)
+        assert shared is not None
+        before = [(layer.variants, list(layer.variants)) for layer in shared.layers]
+        try:
+            for pairs, _ in before:
+                pairs[:] = [(attend if state in self.states else own, state) for own, state in pairs]
+            yield
+        finally:
+            for pairs, own in before:
+                pairs[:] = own
 
     def _put_on(self, place: int) -> None:
         """Change the model and take the given place in its stack."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from rehead.models.undo import UndoLog
     from rehead.variants.stack import LiveVariant
 
-FITTING: ContextVar[Any] = ContextVar("rehead_fitting_sink_logits", default=None)
-"""What fits the sink logits while they are fitted; see :mod:`rehead.variants.window.live_logit`."""
 UNLIMITED = 1 << 30
 """A window that no text is as long as."""
 
@@ -51,13 +48,14 @@ class WindowOptions(VariantOptions):
 def attend(call: AttentionCall, options: WindowOptions, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
     """The layer's attention with its mask narrowed; a layer whose own window is narrower keeps it."""
     narrowed = call.narrowed(options.size, options.sinks)
-    if options.sink_logit and narrowed.window == options.size and call.causal:
-        if (fitting := FITTING.get()) is not None:
-            whole = fitting(call, narrowed, state["sinks"], compute)
-            if whole is not None:
-                return whole
+    if takes_logit(narrowed, options):
         narrowed = narrowed.with_(sinks=state["sinks"].to(call.query.dtype))
     return compute(narrowed)
+
+
+def takes_logit(narrowed: AttentionCall, options: WindowOptions) -> bool:
+    """Whether heads of a call that was narrowed get their sink logit: not where the layer's own window is narrower."""
+    return options.sink_logit and narrowed.window == options.size and narrowed.causal
 
 
 def state(layer: LayerLayout, options: WindowOptions) -> dict[str, Tensor]:

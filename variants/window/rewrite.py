@@ -13,7 +13,7 @@ from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, LayerForm, RecoverySettings, Rewrite
 from rehead.variants.window.classes import SINKS, config_with, windows_after
-from rehead.variants.window.sink_logit import best
+from rehead.variants.window.sink_logit import best, worth
 
 if TYPE_CHECKING:
     from rehead.variants.window import WindowOptions
@@ -49,7 +49,7 @@ def window_rewrite(model: Model, options: WindowOptions) -> Rewrite:
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
         if not needs:
             return Changed(heads)
-        logits = best(moments[needs[0]], options.sinks).to(heads.q)
+        logits = best(moments[needs[0]], worth(options.sinks)).to(heads.q)
         told = [round(float(value), 4) for value in logits]
         return Changed(replace(heads, extras={**heads.extras, SINKS: logits[:, None]}), {"sink_logits": told})
 

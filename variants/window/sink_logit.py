@@ -18,6 +18,13 @@ WORTH = 0.5
 """The most error that a logit may leave of a head's without one where sink tokens are kept too. What is lost then is no
 sink, and the logit shrinks all that the head gives, its mean too, which later layers count on: logits that took little
 error away raised SmolLM2's divergence by a third."""
+WORTHS = (1.0, WORTH, 0.25)
+"""What is tried where the whole model says which is best."""
+
+
+def worth(sinks: int) -> float:
+    """The share of a head's error that its logit may leave beside so many sink tokens."""
+    return WORTH if sinks else 1.0
 
 
 def grid(like: Tensor) -> Tensor:
@@ -48,12 +55,12 @@ def errors(whole: Tensor, kept: Tensor, lse: Tensor, metric: Tensor | None = Non
     return torch.stack(rows, 1)
 
 
-def best(sums: Tensor, sinks: int) -> Tensor:
+def best(sums: Tensor, share: float = 1.0) -> Tensor:
     """The logit of each head with the least error, float64 [H]; :data:`OFF` where none is best or worth it.
 
     Args:
         sums: of :func:`errors` over batches, or their mean, [H, N, 2].
-        sinks: sink tokens that are kept beside it; see :data:`WORTH`.
+        share: of the error without a logit, which it must bring the error below; see :data:`WORTH`.
     """
     sums = sums.double().cpu()
     points, error, slope = grid(sums), sums[..., 0], sums[..., 1]
@@ -64,8 +71,8 @@ def best(sums: Tensor, sinks: int) -> Tensor:
     first, second = slope[rows, at], slope[rows, other]
     step = torch.where(first * second < 0, first / (first - second), torch.zeros_like(first))
     logits = points[at] + step * (points[other] - points[at])
-    worth = error[rows, at] < (WORTH if sinks else 1.0) * error[:, 0]
-    return torch.where(worth & (at > 0), logits, torch.full_like(logits, OFF))
+    kept = (error[rows, at] < share * error[:, 0]) & (at > 0)
+    return torch.where(kept, logits, torch.full_like(logits, OFF))
 
 
 @moment("sink_logit")
