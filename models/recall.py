@@ -102,6 +102,7 @@ def recall_texts(
     trials: int = 4,
     seed: int = 0,
     start: Tensor | None = None,
+    block: int = BLOCK,
 ) -> list[RecallText]:
     """Texts for both probes at every distance.
 
@@ -113,6 +114,7 @@ def recall_texts(
         trials: rows of each.
         seed: of everything that is drawn.
         start: int64 ``[p]``, how the tokenizer begins a text, if it does.
+        block: tokens of a block, fewer where the distance is shorter.
 
     Raises:
         UsageError: a distance is too short for two pairs.
@@ -129,7 +131,7 @@ def recall_texts(
             rows, recalled = [], torch.empty(0)
             for trial in range(trials):
                 draw = np.random.default_rng([seed, distance, KINDS.index(kind), trial])
-                first, second, recalled = make(pool, min(BLOCK, distance), draw)
+                first, second, recalled = make(pool, min(block, distance), draw)
                 lead, between = _passage(tokens, LEAD, draw), _passage(tokens, distance - len(first), draw)
                 rows.append(torch.cat([start, lead, first, between, second]))
             texts.append(RecallText(kind, distance, torch.stack(rows), recalled))

@@ -1,0 +1,78 @@
+"""The table of longer contexts: what it says of a model that copies by construction, and of the one that ships."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+
+import pytest
+import torch
+from copying import copying
+
+from rehead.benchmarks import context
+from rehead.errors import UsageError
+from rehead.models.predictions import predict
+from rehead.recipes.evaluation.models import JudgedModel
+
+LINE = ["MODEL", "--text", "t", "--lengths", "100,700", "--trained", "128", "--context", "1024", "--trials", "2"]
+
+
+def test_a_planted_model_copies_from_afar_under_the_patches_alone(monkeypatch) -> None:
+    # Words that the text between does not have, as a real tokenizer's mostly are.
+    monkeypatch.setattr(context, "word_tokens", lambda *told: torch.arange(8, 200))
+    options = context._checked(context._parser().parse_args([*LINE, "--block", "32", "--short", "64"]))
+    loaded = JudgedModel("model", "planted", copying(local=True), torch.float32, 0)
+    texts = context.Texts(torch.arange(200, 500).repeat(10), None, options)
+    reference = [predict(loaded.model, {"input_ids": row[None]}) for row in texts.short]
+    found = {}
+    for method in ("plain", "longrope", "dual_chunk", "self_extend"):
+        with context.under(loaded, method, options):
+            found[method] = context.measure(loaded.model, texts, reference)
+    copied = {name: [row["lengths"][length]["copy"] for length in ("100", "700")] for name, row in found.items()}
+    assert all(near["top1"] > 0.95 and near["tokens"] == 2 * 31 for near, _ in copied.values())
+    assert copied["plain"][1]["top1"] < 0.1
+    assert copied["dual_chunk"][1]["top1"] > 0.95
+    assert copied["self_extend"][1]["top1"] > 0.95
+    assert copied["plain"][1]["distance"] == 700 - 16 - 32
+    assert all(row["short"]["kl"] < 1e-9 for row in found.values())
+    # The text between the blocks counts up and repeats itself every 300 tokens, which near copies make certain.
+    plain, chunked = (found[name]["lengths"]["700"]["perplexity"] for name in ("plain", "dual_chunk"))
+    assert list(plain) == ["0-256", "256-512", "512-1024"]
+    assert max(chunked["512-1024"], plain["512-1024"]) < 1.1 < plain["0-256"]
+    assert all(row["lengths"]["700"]["needle"]["trials"] == 2 for row in found.values())
+
+
+def test_perplexity_by_position_leaves_out_what_is_not_counted() -> None:
+    losses = torch.tensor([[1.0, 3.0, math.nan, 2.0, 5.0]])
+    spans = context.by_position(losses, shortest=2)
+    assert spans == {"0-2": pytest.approx(math.exp(2)), "2-4": pytest.approx(math.exp(2)), "4-8": math.exp(5)}
+    assert context.by_position(torch.full((1, 3), math.nan)) == {}
+
+
+def test_the_command_writes_every_row(tmp_path, capsys) -> None:
+    folder, out = files("rehead.recipes") / "assets", tmp_path / "figures.json"
+    line = f"{folder}/embedded --text {folder}/heldout.txt.gz --lengths 96,160 --context 4Ki --trials 1 --block 16"
+    few = f"--short 64 --short-tokens 128 --methods plain,yarn --also again={folder}/embedded --json {out}"
+    context.main([*line.split(), *few.split()])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["plain", "yarn", "again"]
+    assert rows[1]["short"]["kl"] > rows[2]["short"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert rows[2]["lengths"]["160"]["copy"] == rows[0]["lengths"]["160"]["copy"]
+    said = capsys.readouterr().out
+    assert "needle 160" in said
+    assert "yarn" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--methods", "plain,yarm"], "did you mean 'yarn'"),
+        (["--measures", "coy"], "did you mean 'copy'"),
+        (["--block", "16", "--also", "folder"], "give NAME=FOLDER"),
+        (["--block", "64"], "too short for two blocks of 64"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(flags, said) -> None:
+    with pytest.raises(UsageError, match=said):
+        context.main([*LINE, *flags])
