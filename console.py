@@ -260,10 +260,10 @@ class LogLines:
 
 #: What stages count, by the first words of their names.
 _UNITS = {
-    "calibrating": "layers", "ranking layers": "layers", "training": "steps", "tokenising": "tokens",
-    "writing": "bytes", "hashing": "bytes", "loading": "models", "divergence": "windows", "disjoint": "windows",
-    "strided": "windows", "rolling": "windows", "damage": "windows", "needle": "prompts", "speed": "sizes",
-    "samples": "models", "joint fit": "windows of layers",
+    "calibrating": "layers", "running": "layers", "ranking layers": "layers", "training": "steps",
+    "tokenising": "tokens", "writing": "bytes", "hashing": "bytes", "loading": "models", "divergence": "windows",
+    "disjoint": "windows", "strided": "windows", "rolling": "windows", "damage": "windows", "needle": "prompts",
+    "speed": "sizes", "samples": "models", "joint fit": "windows of layers",
 }  # fmt: skip
 
 

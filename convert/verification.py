@@ -20,6 +20,7 @@ from rehead.models.cache_layouts import config_layouts
 from rehead.models.config import resolve_config
 from rehead.models.distance import distances
 from rehead.models.layout import cache_bytes
+from rehead.models.live import decoder_layers
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
 from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
@@ -32,6 +33,8 @@ _CACHE_TOLERANCE = 2e-3
 _EXACT_TOLERANCE = 1e-5
 #: Where weights that stand for the same function had to be rounded to 16 bits.
 _ROUNDED_TOLERANCE = 5e-2
+#: Tokens decoded one by one where each reads the model from disk.
+_STREAMED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def verify(
         source: the original, to compare logits with: a folder or a Hub id.
         revision: Hub revision of ``source``.
         positions: tokens to compare.
-        progress: called with ("hashing", bytes done, bytes).
+        progress: called with ("hashing", bytes done, bytes), then with ("running", layers done, layers).
 
     Raises:
         UsageError: no such folder, or one that Rehead did not write.
@@ -125,7 +128,9 @@ def verify(
         raise VerificationError(f"{out}: does not load cleanly: {report.line()}; {remedy}")
     measured = _sample(folder, config, positions)
     tokens = measured.tokens
+    count = _Count(progress)
     model = _open(folder, config)
+    count.expect(model, 1 + 1 + _STREAMED_STEPS + (source is not None))
     logits = _logits(model, tokens)
     if not bool(torch.isfinite(logits).all()):
         raise VerificationError(f"{out}: its logits are not finite; check the source or convert it again")
@@ -137,7 +142,7 @@ def verify(
     del model
     against, theirs = None, None
     if source is not None:
-        against, theirs = _compare(logits, open_known(source, revision), tokens, cached=suspect)
+        against, theirs = _compare(logits, open_known(source, revision), tokens, suspect, count)
         if suspect and (theirs is None or theirs <= _CACHE_TOLERANCE):
             raise VerificationError(f"{differs}, its source's by {theirs or 0:.1e}; report this model")
         tolerance = _ROUNDED_TOLERANCE if manifest.get("rounded") else _EXACT_TOLERANCE
@@ -152,6 +157,25 @@ def verify(
     drafts = tuple(draft_layers(folder))
     told = (measured.name, engines(folder.config))
     return Verification(files, cache_error, against, plain, missing, unexpected, drafts, theirs, size, *told)
+
+
+class _Count:
+    """Tells how many layers have run, of the passes over a model that are to come."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._done, self._total = progress, 0, 0
+
+    def expect(self, model: Any, passes: int) -> None:
+        """Count the model's layers; so many passes over it, and others of its depth, are to come."""
+        layers = decoder_layers(model)
+        self._total += passes * len(layers)
+        for layer in layers:
+            layer.register_forward_hook(self._ran)
+
+    def _ran(self, *_: Any) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress("running", self._done, max(self._done, self._total))
 
 
 def _absent_code(folder: Source) -> set[str]:
@@ -204,7 +228,7 @@ def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, d
     The first is None without a cache, the second also where a layout does not say enough. Eight are decoded, or two
     where each has to read the model from disk.
     """
-    steps = 8 if in_memory(model) else 2
+    steps = 8 if in_memory(model) else _STREAMED_STEPS
     half = tokens.shape[1] // 2
     # As generate() does: some classes count positions from 0 whatever is in the cache (Bamba).
     placed = not model.config.is_encoder_decoder and "position_ids" in inspect.signature(model.forward).parameters
@@ -227,13 +251,16 @@ def _cached(model: Any, tokens: Tensor, logits: Tensor) -> tuple[float | None, d
     return error, {"tokens": len(cached), "measured": measured, "layout": cache_bytes(layouts, len(cached))}
 
 
-def _compare(logits: Tensor, opened: Source, tokens: Tensor, cached: bool) -> tuple[dict[str, float], float | None]:
+def _compare(
+    logits: Tensor, opened: Source, tokens: Tensor, cached: bool, count: _Count
+) -> tuple[dict[str, float], float | None]:
     """How far the source's logits are from these, and its own cache error where that is asked for."""
     source = opened.id
     config = resolve_config(opened.config, source)
     if (limit := steady_length(config)) is not None and limit < tokens.shape[1]:  # the result reads longer texts
         tokens, logits = tokens[:, :limit], logits[:limit]
     model = _open(opened, config)
+    count.expect(model, 0)
     theirs = _logits(model, tokens)
     if theirs.shape != logits.shape:
         raise VerificationError(

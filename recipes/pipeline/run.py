@@ -160,7 +160,7 @@ def run_recipe(
     if not gather:
         require(planned.recipe.requires.gpus, planned.recipe.name)
         write_cells(planned, settings)
-        runner = _Runner(planned, settings, quiet, say or (lambda *_: None), progress, watch, result)
+        runner = _Runner(planned, plans, settings, quiet, say or (lambda *_: None), progress, watch, result)
         for plan in plans:
             try:
                 runner.cell(plan)
@@ -228,6 +228,7 @@ class _Runner:
     def __init__(
         self,
         planned: Planned,
+        plans: Sequence[CellPlan],
         settings: Sequence[str],
         quiet: bool,
         say: Say,
@@ -239,6 +240,7 @@ class _Runner:
         self.progress = progress or nullcontext
         self.watch = watch or (lambda: nullcontext((None, None)))
         self.contents: dict[str, str] = {}
+        self.total = len({name for plan in plans for name in plan.stages})
         self.shown = shown_names((stage for plan in planned.cells for stage in plan.stages.values()), planned.out)
         words = ["rehead", "run", planned.recipe.name, *(w for setting in settings for w in ("--set", setting))]
         self.command = shlex.join(words)
@@ -258,7 +260,7 @@ class _Runner:
                 self.say("skip", stage.kind, stage.title)
                 self.result.stages.append(StageOutcome(stage.name, stage.kind, stage.title, "skipped", "", 0.0))
                 return finished.content
-            self.say("run", stage.kind, stage.title)
+            self.say("run", stage.kind, f"{stage.title}  (stage {len(self.result.stages) + 1} of {self.total})")
             drop(stage, self.out)
             started = time.monotonic()
             with self.progress() if stage.kind not in TRAININGS else nullcontext() as progress:

@@ -18,6 +18,7 @@ from rehead.cli import cli
 from rehead.convert import convert, plan, verification, verify
 from rehead.convert.commands import verify_command
 from rehead.errors import UnsupportedError, VerificationError
+from rehead.models import streamed
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.rewritten_source import cast
 
@@ -39,6 +40,20 @@ def test_somebodys_auto_map_is_left_behind(llama: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.py"))
     assert verify(tmp_path / "out", str(llama)).plain
     assert "modelling file" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kept", [0, 192 << 20])
+def test_it_shows_how_many_layers_have_run(llama: Path, tmp_path: Path, monkeypatch, kept: int) -> None:
+    """Two layers: a full pass, a prefill and two tokens, or more where the model stays in memory, and the source's."""
+    monkeypatch.setattr(streamed, "KEPT_BYTES", kept)
+    convert(llama, tmp_path / "out", num_key_value_heads=1)
+    told: list[tuple[str, float, float]] = []
+    verify(tmp_path / "out", str(llama), progress=lambda *step: told.append(step))
+    assert [stage for stage, _, _ in told] == sorted(stage for stage, _, _ in told)
+    ran = [step[1:] for step in told if step[0] == "running"]
+    assert [done for done, _ in ran] == [*range(1, len(ran) + 1)]
+    assert all(done <= total for done, total in ran)
+    assert ran[-1] == ((10, 10) if kept == 0 else (22, 22))
 
 
 def test_a_base_model_is_compared_through_the_same_head(llama: Path, tmp_path: Path) -> None:

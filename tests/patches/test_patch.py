@@ -128,7 +128,7 @@ def test_a_model_loaded_by_name_is_the_same(model, tmp_path):
     )
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "codegen", "xglm", "gpt_neox_japanese"])
+@pytest.mark.parametrize("model_type", ["bloom", "xglm", "gpt_neox_japanese"])
 def test_models_that_accept_the_name_and_ignore_it_say_so(model_type):
     """Without a mask function of our own these lose causality in silence."""
     named = tiny_model(model_type, attn_implementation="rehead_tiled")

@@ -121,7 +121,12 @@ def test_a_lost_evaluation_is_measured_again(again, tmp_path) -> None:
     lost = next(path for path in out.iterdir() if path.name.startswith("evaluate-converted"))
     shutil.rmtree(lost)
     (out / "report.html").unlink()
-    assert actions(again, out)["done"] == [lost.name]
+    said: list[tuple[str, ...]] = []
+    made = run_recipe(str(again), out=out, say=lambda *words: said.append(words)).stages
+    assert [stage.name for stage in made if stage.action == "done"] == [lost.name]
+    (line,) = (text for event, _, text in said if event == "run")
+    at = [stage.name for stage in made].index(lost.name) + 1
+    assert line.endswith(f"(stage {at} of {len(KINDS)})")
     assert (out / "report.html").is_file()
 
 
