@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from pathlib import Path
 
 import click
@@ -157,3 +158,18 @@ def test_documents_name_commands_and_options_that_exist() -> None:
                 assert given <= options, f"{document.name}: rehead {part.strip()}: {sorted(given - options)}"
                 found += len(given)
     assert found > 20
+
+
+@pytest.mark.parametrize("kind", [FutureWarning, DeprecationWarning])
+@pytest.mark.parametrize("module", ["rehead.models.live", "transformers_modules.out.modeling_rehead_window"])
+def test_what_our_own_calls_are_warned_of_is_an_error(kind: type[Warning], module: str) -> None:
+    """In every test, from the package and from modelling files that travel; warnings at others stay warnings."""
+    call = compile("def call(): old()\n", module, "exec")
+
+    def old() -> None:
+        warnings.warn("an old name", kind, stacklevel=2)
+
+    scope: dict = {"__name__": module, "old": old}
+    exec(call, scope)
+    with pytest.raises(kind, match="an old name"):
+        scope["call"]()
