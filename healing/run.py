@@ -7,6 +7,7 @@ also be solved on the original's own inputs: then one pass over the text serves 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -197,12 +198,26 @@ def _start(model: Model, text: CalibrationText, device: torch.device) -> tuple[R
 
 
 def _layers(model: Model, progress: Progress | None) -> Iterator[int]:
-    """Every layer's index, with calls to ``progress``."""
+    """Every layer's index, with calls to ``progress``; what a layer leaves in circles of references is freed.
+
+    Such circles, as of exceptions and the frames that they passed, can hold a layer's hidden states. Python looks for
+    them by the number of objects, of which there are few, not by their size: fits have held 30 layers' text on a GPU.
+    What lives already is set aside meanwhile, which makes a search a thousand times faster.
+    """
     total = model.config.num_hidden_layers
-    for layer in range(total):
-        if progress is not None:
-            progress("calibrating", layer, total)
-        yield layer
+    gc.collect()
+    sets_aside = gc.get_freeze_count() == 0
+    if sets_aside:
+        gc.freeze()
+    try:
+        for layer in range(total):
+            if progress is not None:
+                progress("calibrating", layer, total)
+            yield layer
+            gc.collect()
+    finally:
+        if sets_aside:
+            gc.unfreeze()
     if progress is not None:
         progress("calibrating", total, total)
 

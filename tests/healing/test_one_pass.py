@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,29 @@ def test_moments_of_one_pass_are_those_gathered_for_each_count(source: Path) -> 
             for name in POOL_MOMENTS:
                 scale = alone[name].abs().max()
                 torch.testing.assert_close(merged[name] / scale, alone[name] / scale, rtol=0, atol=1e-5)
+
+
+class Circle:
+    """Holds its tensors until the garbage collector looks, as an exception and a frame of its traceback do."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors, self.me = tensors, self
+
+
+def test_what_a_layer_leaves_behind_is_freed_before_the_next(source: Path) -> None:
+    asked = plans(source, 1)[0]
+    text, circles = calibration_text(asked), []
+    gc.collect()
+    gc.disable()  # as good as: a few large tensors never start it
+    try:
+        for seen in observe(asked.model, text, POOL_MOMENTS, 1, CPU):
+            assert all(circle() is None for circle in circles)
+            circles.append(weakref.ref(Circle(seen.inputs)))
+            assert circles[-1]() is not None
+    finally:
+        gc.enable()
+    assert len(circles) == len(asked.model.layers)
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("grouping", ["contiguous", "similar"])
