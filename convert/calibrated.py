@@ -11,6 +11,7 @@ from torch import nn
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
+from rehead.convert.own_text import with_own_text
 from rehead.convert.planning import Plan, ffn_writer
 from rehead.data.calibration import CalibrationText, load_calibration
 from rehead.healing.finished import FinishedLayers
@@ -25,8 +26,9 @@ from rehead.models.rewritten_source import cast
 
 
 def calibrate(plan: Plan, finished: FinishedLayers, device: torch.device, progress: Progress | None) -> dict[str, Any]:
-    """Compute a plan's layers over its calibration text; as :func:`rehead.healing.run.recover`."""
-    return recover(job_of(plan), calibration_text(plan), finished, device, progress)
+    """Compute a plan's layers over its text, and the model's own where that is wanted; as
+    :func:`rehead.healing.run.recover`."""
+    return recover(job_of(plan), _whole_text(plan, device, progress), finished, device, progress)
 
 
 def calibrate_many(
@@ -34,7 +36,7 @@ def calibrate_many(
 ) -> dict[str, Any]:
     """The same for several plans for one model that want closed forms alone, in one pass over its text; as
     :func:`rehead.healing.run.solve`."""
-    return solve([job_of(plan) for plan in plans], calibration_text(plans[0]), finished, device, progress)
+    return solve([job_of(plan) for plan in plans], _whole_text(plans[0], device, progress), finished, device, progress)
 
 
 def calibration_text(plan: Plan) -> CalibrationText:
@@ -53,6 +55,14 @@ def calibration_text(plan: Plan) -> CalibrationText:
         lengths,
         options.seed,
     )
+
+
+def _whole_text(plan: Plan, device: torch.device, progress: Progress | None) -> CalibrationText:
+    """The text that a plan's options name, and what the model writes itself where they ask for that."""
+    text, options = calibration_text(plan), plan.options
+    if not options.own_text:
+        return text
+    return with_own_text(text, plan.source, options.own_text, device, options.seed, progress)
 
 
 def job_of(plan: Plan) -> Job:

@@ -79,6 +79,11 @@ class ConvertOptions(Options):
             default="2048, for latents 512,2048, or down to 512 where the tokens would not make 16 sequences",
         ),
     ] = Field(None, description="Tokens in a calibration sequence; several lengths share the tokens equally.")
+    own_text: Annotated[Count, Flag(metavar="N")] = Field(
+        0,
+        ge=0,
+        description="Tokens that the model writes itself to calibrate on beside the text; it is loaded whole for that.",
+    )
     refit: bool = Field(False, description="Refit each layer's attention by least squares on the calibration text.")
     fit: Annotated[Count, Flag(metavar="STEPS")] = Field(
         0, ge=0, description="Then fit each layer for so many optimiser steps."
@@ -257,6 +262,8 @@ class ConvertOptions(Options):
             raise UsageError(
                 "--layers auto: needs a limit; give --kl-budget NATS, or a number as in auto:6 or auto:50%"
             )
+        if self.own_text and not self.needs_calibration:
+            raise UsageError("--own-text: says nothing where no text is read; give --fit, or leave it out")
         if not self.calibration_lengths:
             raise UsageError("--calibration-length: is empty; give tokens in a sequence, such as 2048 or 512,2048")
         for length in self.calibration_lengths:
@@ -346,7 +353,7 @@ class ConvertOptions(Options):
         """
         table = super().as_json()
         latents = ("latent", "rope_dims", "kv_cache", "fold_biases", "half_scale", "engine")
-        for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window", "context", "drop_drafts"):
+        for name in (*_STEPS, *_OF_STEPS, *latents, "variants", "window", "context", "drop_drafts", "own_text"):
             if table[name] in (None, False, [], 0):
                 table.pop(name)
         if not (calibrated and self.needs_calibration):

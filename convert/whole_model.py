@@ -14,14 +14,17 @@ from rehead.models.model import Model
 from rehead.models.remote import weights_for_loading
 
 
-def load_whole(model: Model, device: torch.device, purpose: str, remedy: str = "") -> Any:
-    """The model in float32, in evaluation mode.
+def load_whole(
+    model: Model, device: torch.device, purpose: str, remedy: str = "", dtype: torch.dtype = torch.float32
+) -> Any:
+    """The model in one dtype, in evaluation mode.
 
     Args:
         model: an open checkpoint, also one that is read in another layout than its files'.
         device: where it goes.
         purpose: what it is loaded for, as the message says it: ``"choose layers"``.
         remedy: what to do where it cannot be loaded; ends the message.
+        dtype: of its weights.
 
     Raises:
         UnsupportedError: transformers cannot load it.
@@ -35,7 +38,7 @@ def load_whole(model: Model, device: torch.device, purpose: str, remedy: str = "
                 **weights_for_loading(source, place),
                 config=copy.deepcopy(model.config),  # transformers' own also where a record stood for it
                 revision=source.revision or "main",
-                dtype=torch.float32,
+                dtype=dtype,
             )
         except Exception as error:
             line = f"{source.id}: cannot be loaded to {purpose} ({first_line(error)})"

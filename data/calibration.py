@@ -72,7 +72,7 @@ def load_calibration(
     Raises:
         UsageError: a text is missing, empty, not text, or too short; or the model has no tokenizer.
     """
-    counts = _counts(tokens, lengths)
+    counts = shares(tokens, lengths)
     if list(texts) == [RANDOM]:
         generator = torch.Generator().manual_seed(seed)
         drawn = [torch.randint(0, vocab_size, (count, length), generator=generator) for length, count in counts.items()]
@@ -109,7 +109,7 @@ def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512, se
     Raises:
         UsageError: the text gives no sequence of that length.
     """
-    rows = _excerpts([built_in_text()], tokenizer, _counts(tokens, [length]), seed)
+    rows = _excerpts([built_in_text()], tokenizer, shares(tokens, [length]), seed)
     if not rows:
         raise UsageError(f"the built-in text gives no sequence of {length} tokens; ask for shorter ones")
     return torch.tensor(rows)
@@ -124,7 +124,7 @@ def _excerpts(contents: Sequence[str], tokenizer: Any, counts: dict[int, int], s
     return [row for rows in zip_longest(*drawn) for row in rows if row is not None]
 
 
-def _counts(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
+def shares(tokens: int, lengths: Sequence[int]) -> dict[int, int]:
     """Number of sequences of each length, longest first; tokens that a length cannot use go to the shorter ones."""
     counts: dict[int, int] = {}
     distinct = sorted(set(lengths), reverse=True)

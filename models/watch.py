@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 PROBE = "rehead_probe"
+PLAIN = "rehead_plain"
 
 
 class Reached(Exception):
@@ -153,6 +154,28 @@ def _seen(
     return Seen(queries, key, value, products, scores, probabilities, visible, scale, rows)
 
 
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same attention for all queries, as its output [b, S, H, D]; for the few of a decoding step.
+
+    Other implementations copy keys and values for each query head where a mask is given, at every step.
+    """
+    every = torch.arange(query.shape[2], device=query.device)
+    seen = _seen(query, key, value, every, attention_mask, scaling, softcap, s_aux)
+    grouped = seen.probabilities.to(value.dtype).unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value
+    return grouped.unflatten(2, (-1, len(every))).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
 def register_probe() -> None:
     """Register the probe with transformers as an attention implementation, with the mask of eager attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -160,6 +183,15 @@ def register_probe() -> None:
 
     AttentionInterface.register(PROBE, probe_attention)
     AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+def register_plain() -> None:
+    """Register :func:`plain_attention` with transformers as :data:`PLAIN`, with the mask of eager attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(PLAIN, plain_attention)
+    AttentionMaskInterface.register(PLAIN, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 @contextmanager
