@@ -4,8 +4,9 @@
 
     python -m rehead.benchmarks.windows MODEL --text speeches.txt --text docs.rst --calibration other.txt
 
-One table: all layers under a window, plainly, with a fitted sink logit, with sink tokens and with both; then as many
-layers as ``--share`` says in a plain checkpoint, chosen and fitted, beside layers chosen by rules that look at nothing.
+One table: all layers under a window, with and without a fitted sink logit (``--part plain``), and the same with sink
+tokens (``sinks``); some layers by rules that look at nothing (``rules``); as many layers as ``--share`` says in a
+checkpoint, chosen and recovered (``saved``); the memory of a long generation on a GPU (``memory``).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from rehead.patches import patch_model
 from rehead.recipes.evaluation.divergence import compare
 from rehead.recipes.evaluation.models import open_named
 from rehead.recipes.evaluation.needle import word_tokens
+from rehead.variants.layer_choice import parse_layers
+from rehead.variants.window.sink_logit import OFF
 
 CONTEXT = 32768
 
@@ -55,25 +58,25 @@ class Judge:
         """Measure a model and keep the row."""
         row: dict[str, Any] = {"name": name, **facts}
         for text, tokens in self.texts.items():
-            found = compare(self.original, {"model": model}, tokens, self.length)["model"]
-            row[text] = {"kl": found.kl, "ratio": found.perplexity / found.baseline_perplexity}
+            if model is self.original:
+                row[text] = {"kl": 0.0, "ratio": 1.0}
+                continue
+            apart = compare(self.original, {"model": model}, tokens, self.length)["model"]
+            row[text] = {"kl": apart.kl, "ratio": apart.perplexity / apart.baseline_perplexity}
         row["recall"] = [each.to_dict() for each in recall(model, self.recalled)]
         self.rows.append(row)
         echo(json.dumps(row))
 
 
 def live_rows(judge: Judge, load: Any, window: int, sinks: int, tokens: Tensor) -> None:
-    """All layers of a live model under a window."""
+    """All layers of a live model under a window, with and without a logit; with sink tokens unless ``sinks`` is 0."""
     model = load()
-    settings: dict[str, dict[str, Any]] = {
-        "": {},
-        " + logit": {"sink_logit": True},
-        f" + {sinks} sinks": {"sinks": sinks},
-    }
-    settings[f" + {sinks} sinks + logit"] = {"sinks": sinks, "sink_logit": True}
-    for name, options in settings.items():
-        with patch_model(model, "window", size=window, calibration=tokens, **options):
-            judge.add(f"live, all layers, {window}{name}", model)
+    beside = f" + {sinks} sinks" if sinks else ""
+    for name, options in {"": {}, " + logit": {"sink_logit": True}}.items():
+        with patch_model(model, "window", size=window, sinks=sinks, calibration=tokens, **options) as patch:
+            heads = [state.tensors["sinks"] > OFF for state in patch.states if state.tensors]
+            told = {"heads_with_logits": sum(int(some.sum()) for some in heads)} if heads else {}
+            judge.add(f"live, all layers, {window}{beside}{name}", model, **told)
 
 
 def rule_rows(judge: Judge, load: Any, window: int, count: int, tokens: Tensor) -> None:
@@ -151,12 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048, help="tokens read at once")
     parser.add_argument("--tokens", type=int, default=32768, help="of each text")
-    parser.add_argument("--share", default="auto:67%", help="layers of the checkpoint that get windows")
+    parser.add_argument("--share", default="auto:67%", help="layers of the checkpoint that get windows: as --layers")
+    parser.add_argument("--keep", default="logit", choices=("logit", "sinks"), help="what they keep of the beginning")
+    parser.add_argument("--trials", type=int, default=8, help="texts to recall from at each distance")
     parser.add_argument("--fit", type=int, default=250)
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--distances", default="128,512,1024")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--part", default="live,rules,saved,memory")
+    parser.add_argument("--part", default="plain,sinks,rules,saved,memory", help="of the table")
     parser.add_argument("--out", help="folder of the checkpoint that is made")
     options = parser.parse_args(arguments)
     from transformers import AutoModelForCausalLM
@@ -169,11 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = {Path(t).stem: token_stream([t], tokenizer, options.tokens) for t in options.text}
     first = next(iter(texts.values()))
     distances = fitting(map(int, options.distances.split(",")), original)
-    recalled = recall_texts(first, distances, words=word_tokens(first, tokenizer), trials=8)
+    recalled = recall_texts(first, distances, words=word_tokens(first, tokenizer), trials=options.trials)
     judge = Judge(original, texts, recalled, options.length)
     seen = token_stream(options.calibration or options.text, tokenizer, 4 * options.length).view(-1, options.length)
-    if "live" in parts:
-        judge.add("the original", original)
+    judge.add("the original", original)
+    if "plain" in parts:
+        live_rows(judge, load, options.window, 0, seen)
+    if "sinks" in parts:
         live_rows(judge, load, options.window, options.sinks, seen)
     count = math.floor(original.config.num_hidden_layers * 2 / 3)
     if "rules" in parts:
@@ -184,16 +191,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as place:
             out = Path(options.out or place) / "windows"
             started = time.monotonic()
+            kept: dict[str, Any] = {"sink_logit": True} if options.keep == "logit" else {"sinks": options.sinks}
             done = convert(
-                options.model, out, window=options.window, sink_logit=True, layers=options.share, refit=True,
-                fit=options.fit, calibration=tuple(options.calibration), device=options.device, overwrite=True,
+                options.model, out, window=options.window, layers=options.share, refit=True, fit=options.fit, **kept,
+                calibration=tuple(options.calibration), device=options.device, overwrite=True,
                 calibration_tokens=options.calibration_tokens, calibration_length=options.length,
             )  # fmt: skip
             layers, seconds = done.plan.options.layers, time.monotonic() - started
             saved = load(name=str(out))
-            chosen = f"{len(layers or ())} layers" if isinstance(layers, tuple) else str(layers)
+            chosen = len(parse_layers(layers, original.config.num_hidden_layers))
             judge.add(
-                f"saved as {saved.config.model_type}, {options.share} ({chosen}), fitted",
+                f"saved as {saved.config.model_type}, {chosen} layers, refitted, fitted by {options.fit} steps",
                 saved, layers=layers, seconds=round(seconds, 1),
             )  # fmt: skip
     memory = memory_rows(load, 1024, options.sinks, CONTEXT) if "memory" in parts else []

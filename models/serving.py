@@ -39,6 +39,7 @@ class Run:
         cache_bytes_per_token: float32, all layers, as the engine reports them; None where it does not.
         notes: what the client had to do, or the engine's reason for its refusal.
         case: the model that was run, by its name in ``benchmarks/engines/cases.py``.
+        tested: ``windows``, ``sinks``: those that the model has and whose loss would have shown in the answer.
     """
 
     engine: str
@@ -50,6 +51,7 @@ class Run:
     cache_bytes_per_token: float | None
     notes: tuple[str, ...]
     case: str
+    tested: tuple[str, ...] = ()
 
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +102,11 @@ def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
     for key in dict.fromkeys([*_DECIDING, *facts]):
         if key in _DECIDING or len({row["facts"].get(key) for row in rows}) > 1:
             rows = [row for row in rows if row["facts"].get(key) == facts.get(key)]
-    return [Run(**{**run, "notes": tuple(run["notes"]), "case": row["case"]}) for row in rows for run in row["runs"]]
+    return [
+        Run(**{**run, "notes": tuple(run["notes"]), "case": row["case"], "tested": tuple(row.get("tested", ()))})
+        for row in rows
+        for run in row["runs"]
+    ]
 
 
 def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
@@ -109,11 +115,13 @@ def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
     for run in served_by(model_type, facts):
         if run.outcome == SAME:
             text = f"{run.tokens} of {run.of} greedy tokens as transformers gives them"
+            if parts := [part for part in ("windows", "sinks") if part in run.tested]:
+                text += f", {' and '.join(parts)} computed"
         elif run.outcome == DIFFERENT:
             text = "loads it and computes something else: do not use it"
         else:
             text = f"does not take it ({'; '.join(run.notes)})"
-        extra = [note for note in run.notes if run.outcome == SAME]
+        extra = [note for note in run.notes if run.outcome != REFUSED]
         lines.setdefault(
             run.engine, f"{run.engine} {run.version}: {text}" + (f" ({'; '.join(extra)})" if extra else "")
         )

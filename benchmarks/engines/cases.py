@@ -68,6 +68,11 @@ GROUPED = {"rope_parameters": ROPE, "num_key_value_heads": 2}
 SHORT = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 128}
 MQA = {"num_key_value_heads": 1}
 FLAT = {"flat_rotary": True}
+BACKEND = {"model_impl": "transformers"}
+SWA: dict[str, Any] = {
+    "layer_types": WINDOWS, "layer_rope_theta": [20000.0, 20000.0], "rope_parameters": ROPE, "sliding_window": 32,
+    "attention_multiplier": HEAD_DIM**-0.5, "num_key_value_heads": 2,
+}  # fmt: skip
 
 CASES: dict[str, Case] = {
     "embedded": Case("embedded", note="the trained model that ships with Rehead, 8 KV heads to 2"),
@@ -174,18 +179,9 @@ CASES: dict[str, Case] = {
         },
         note="carries a modelling file",
     ),
-    "granite_swa": Case(
-        "granite_swa",
-        {
-            "layer_types": WINDOWS,
-            "layer_rope_theta": [20000.0, 20000.0],
-            "rope_parameters": ROPE,
-            "sliding_window": 32,
-            "attention_multiplier": HEAD_DIM**-0.5,
-            "num_key_value_heads": 2,
-        },
-        None,
-        note="written directly: windows with sinks",
+    "granite_swa": Case("granite_swa", SWA, None, note="written directly: windows with sinks"),
+    "granite_swa-transformers": Case(
+        "granite_swa", SWA, None, {"vllm": BACKEND}, note="the same by vLLM's transformers backend", only=("vllm",)
     ),
     "youtu": Case("youtu", LATENT, None, note="written directly: latent attention"),
     "youtu-27": Case("youtu", {**LATENT, "num_hidden_layers": 27}, None, note="the same with 27 layers"),
@@ -215,6 +211,14 @@ CASES: dict[str, Case] = {
         GROUPED,
         {"window": 32, "layers": "1", "sink_logit": True, **SHORT},
         note="as granite_swa, with a logit",
+    ),
+    "window-transformers": Case(
+        "llama",
+        GROUPED,
+        {"window": 32, "layers": "1", "sink_logit": True, **SHORT},
+        {"vllm": BACKEND},
+        note="the same by vLLM's transformers backend",
+        only=("vllm",),
     ),
     "window-ministral": Case("llama", GROUPED, {"window": 32, "layers": "0"}, note="as ministral, without sinks"),
     "window-qwen2": Case("qwen2", GROUPED, {"window": 32, "layers": "0"}, note="its own class, one layer of two"),

@@ -1,17 +1,35 @@
-"""What transformers itself answers: greedy tokens, their log-probabilities and the bytes that its cache holds."""
+"""What transformers itself answers: greedy tokens, their log-probabilities and the bytes that its cache holds.
+
+And what it would answer if it left windows or sinks out, as engines do that load a model and say nothing: an answer
+that is this one names the fault, and one that is not shows that the engine computes them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rehead.attention.attend import attend
+from rehead.attention.call import AttentionCall
+from rehead.attention.layer import LAYER
+from rehead.errors import ReheadError
 from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
+from rehead.patches import patch_model
 
 NEW_TOKENS = 24
 PROMPT_TOKENS = 64
+PARTS: dict[str, dict[str, Any]] = {
+    "windows": {"window": None, "sink_tokens": 0},
+    "sinks": {"sinks": None},
+    "windows and sinks": {"window": None, "sink_tokens": 0, "sinks": None},
+}
+"""What an engine may leave out -> an attention call without it."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,8 @@ class Reference:
         logprobs: of the tokens, nats.
         margin: the smallest lead of a token's log-probability over the next best; equal computations may part below it.
         cache_bytes_per_token: of what the cache holds per token, over all layers that keep every token.
+        without: by those names of :data:`PARTS` that the model has: ``tokens`` and ``logprobs`` where its attention
+            leaves them out.
     """
 
     prompt: list[int]
@@ -30,6 +50,7 @@ class Reference:
     logprobs: list[float]
     margin: float
     cache_bytes_per_token: float
+    without: dict[str, dict[str, list[Any]]]
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -81,7 +102,57 @@ def continue_greedily(folder: Path, prompt: list[int], count: int = NEW_TOKENS) 
             margin = min(margin, float(best.values[0] - best.values[1]))
             name = "decoder_input_ids" if config.is_encoder_decoder else "input_ids"
             given = {name: torch.tensor([tokens[-1:]])}
-    return Reference(prompt, tokens, logprobs, margin, _bytes_per_token(cache))
+    without = {} if config.is_encoder_decoder else _without(model, prompt, count)
+    return Reference(prompt, tokens, logprobs, margin, _bytes_per_token(cache), without)
+
+
+def _without(model: Any, prompt: list[int], count: int) -> dict[str, dict[str, list[Any]]]:
+    """Greedy continuations without each of :data:`PARTS` that the model has; none where its attention is unknown."""
+    try:
+        with patch_model(model, "tiled"):
+            with _changed(model, {}) as calls:
+                _continued(model, prompt, 1)
+            has = {"windows": any(call.window is not None for call in calls)}
+            has["sinks"] = any(call.sinks is not None for call in calls)
+            has["windows and sinks"] = all(has.values())
+            answers = {}
+            for part in (name for name, there in has.items() if there):
+                with _changed(model, PARTS[part]):
+                    answers[part] = _continued(model, prompt, count)
+            return answers
+    except ReheadError:
+        return {}
+
+
+@contextmanager
+def _changed(model: Any, changes: dict[str, Any]) -> Iterator[list[AttentionCall]]:
+    """Inside the block every layer under the tiled attention computes its calls with some fields changed; gives a list
+    that the calls go to."""
+    calls: list[AttentionCall] = []
+
+    def changed(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return attend(call.with_(**changes))
+
+    layers = [module.__dict__[LAYER] for module in model.modules() if LAYER in module.__dict__]
+    for layer in layers:
+        layer.attend = changed
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.attend
+
+
+def _continued(model: Any, prompt: list[int], count: int) -> dict[str, list[Any]]:
+    """Greedy tokens and their log-probabilities without a cache, which would have dropped what a window hides."""
+    ids, logprobs = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            best = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
+            ids.append(int(best.indices))
+            logprobs.append(float(best.values))
+    return {"tokens": ids[len(prompt) :], "logprobs": logprobs}
 
 
 def _bytes_per_token(cache: Any) -> float:

@@ -105,6 +105,18 @@ def judge(name: str, outcome: dict[str, Any], answer: dict[str, Any]) -> dict[st
     }
     if "error" in outcome:
         return row
+    row["tokens"], difference = _alike(outcome, answer)
+    row["cache_bytes_per_token"] = outcome.get("cache_bytes_per_token")
+    row["logprob_difference"] = None if difference is None else float(f"{difference:.1e}")
+    row["outcome"] = SAME if _is_same(outcome, answer) else DIFFERENT
+    if row["outcome"] == DIFFERENT:
+        parts = [part for part, without in answer.get("without", {}).items() if _is_same(outcome, without)]
+        row["notes"] = [*row["notes"], *(f"it leaves out the {part}" for part in parts)]
+    return row
+
+
+def _alike(outcome: dict[str, Any], answer: dict[str, Any]) -> tuple[int, float | None]:
+    """(tokens before the first difference; the largest difference of their log-probabilities, None without any)."""
     same = 0
     for engines, expected in zip(outcome["tokens"], answer["tokens"]):
         if engines != expected:
@@ -112,12 +124,17 @@ def judge(name: str, outcome: dict[str, Any], answer: dict[str, Any]) -> dict[st
         same += 1
     # Past the first difference the contexts differ.
     differences = [abs(a - b) for a, b in zip(outcome["logprobs"][:same], answer["logprobs"])]
-    row["tokens"] = same
-    row["cache_bytes_per_token"] = outcome.get("cache_bytes_per_token")
-    row["logprob_difference"] = float(f"{max(differences):.1e}") if differences else None
-    close = not differences or max(differences) <= CLOSE
-    row["outcome"] = SAME if same == row["of"] and close else DIFFERENT
-    return row
+    return same, max(differences, default=None)
+
+
+def _is_same(outcome: dict[str, Any], answer: dict[str, Any]) -> bool:
+    same, difference = _alike(outcome, answer)
+    return same == len(answer["tokens"]) and (difference is None or difference <= CLOSE)
+
+
+def tested(answer: dict[str, Any]) -> list[str]:
+    """The parts of attention whose loss would show in an engine's answer, of those that the model has."""
+    return [part for part, without in answer.get("without", {}).items() if not _is_same(without, answer)]
 
 
 def _short(reason: str) -> str:
@@ -129,8 +146,13 @@ def _short(reason: str) -> str:
 def merge(
     results: dict[str, Any], answers: dict[str, dict[str, Any]], rows: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Put new rows into recorded results; a row of the same case and engine is replaced."""
+    """Put new rows into recorded results; a row of the same case and engine is replaced.
+
+    What the comparison would show of windows and sinks (``tested``) is put beside every case that has an answer.
+    """
     cases = {row["case"]: row for row in results.get("rows", [])}
+    for name in cases.keys() & answers.keys():
+        cases[name]["tested"] = tested(answers[name])
     for row in rows:
         answer = answers[row["case"]]
         target = cases.setdefault(row["case"], {"case": row["case"], "runs": []})
@@ -140,6 +162,7 @@ def merge(
             "facts": answer["facts"],
             "note": CASES[row["case"]].note,
             "transformers_cache_bytes_per_token": answer["cache_bytes_per_token"],
+            "tested": tested(answer),
         }
         run = {key: value for key, value in row.items() if key != "case"}
         target["runs"] = [kept for kept in target["runs"] if kept["engine"] != run["engine"]] + [run]

@@ -132,6 +132,29 @@ def test_the_reference_reads_a_prompt_through_a_cache(tmp_path: Path) -> None:
     assert answer.cache_bytes_per_token == layers * tensors * heads * head_dim * size
 
 
+def test_an_engine_that_leaves_sinks_or_windows_out_is_told_what(tmp_path: Path) -> None:
+    """Each fault is told from the right answer and from the others, on the models that engines are given."""
+    answers = runner.references(["granite_swa", "mistral-window", "llama"], tmp_path)
+    assert {name: runner.tested(answer) for name, answer in answers.items()} == {
+        "granite_swa": ["windows", "sinks", "windows and sinks"], "mistral-window": ["windows"], "llama": [],
+    }  # fmt: skip
+    for answer in answers.values():
+        outcome = {"version": "1", "notes": ["a note"], **{key: answer[key] for key in ("tokens", "logprobs")}}
+        row = runner.judge("vllm", outcome, answer)
+        assert (row["outcome"], row["notes"]) == (SAME, ["a note"])
+        for part, without in answer["without"].items():
+            row = runner.judge("vllm", outcome | without, answer)
+            assert (row["outcome"], row["notes"]) == (DIFFERENT, ["a note", f"it leaves out the {part}"])
+
+
+def test_what_the_comparison_shows_is_recorded_for_rows_that_are_there() -> None:
+    without = {"windows": {"tokens": [3, 1, 2], "logprobs": [-1.0, -2.0, -9.0]}, "sinks": ANSWER}
+    answers = {"llama": ANSWER | {"without": without}}
+    results = runner.merge({"rows": [{"case": "llama", "runs": []}]}, answers, [])
+    assert [row["tested"] for row in results["rows"]] == [["windows"]]
+    assert runner.tested(ANSWER) == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_llama_cpp_gives_the_same_tokens(tmp_path: Path) -> None:

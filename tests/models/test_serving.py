@@ -95,6 +95,20 @@ def test_what_a_card_says(recorded) -> None:
     assert "no engine" in serving.sentences("mpt", facts_of({"model_type": "mpt"}))[0]
 
 
+def test_a_card_says_that_windows_and_sinks_were_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {
+        "engine": "an engine", "version": "1", "tokens": 24, "of": 24, "logprob_difference": 0.0,
+        "cache_bytes_per_token": None, "notes": [],
+    }  # fmt: skip
+    wrong = {**run, "engine": "another", "outcome": DIFFERENT, "notes": ["it leaves out the sinks"]}
+    row = {"case": "a", "model_type": "llama", "facts": facts_of(LLAMA), "tested": ["windows", "windows and sinks"]}
+    monkeypatch.setattr(serving, "results", lambda: {"rows": [{**row, "runs": [{**run, "outcome": SAME}, wrong]}]})
+    assert serving.sentences("llama", facts_of(LLAMA)) == [
+        "an engine 1: 24 of 24 greedy tokens as transformers gives them, windows computed",
+        "another 1: loads it and computes something else: do not use it (it leaves out the sinks)",
+    ]
+
+
 def test_a_converted_model_says_what_serves_it(tmp_path: Path) -> None:
     tiny.save_tiny("llama-mha", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=2)
