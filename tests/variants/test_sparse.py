@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rehead.attention.attend import attend as dense
 from rehead.attention.call import AttentionCall
@@ -90,6 +91,32 @@ def test_rows_that_mislead_the_choice_are_found_out():
     assert float(lost_mass(call, misled.blocks).mean()) > 0.2
     choice = select.choose(call, 0.05, block=32, samples=4, first=0, local=0, seed=0)
     assert float(lost_mass(call, choice.blocks).mean()) <= 0.05
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_settling_what_is_kept_reads_nothing_of_the_device(all_rows):
+    """A number that the host reads would make a prefill wait for the GPU in every layer."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    lost = torch.rand(999, select.LEVELS, generator=torch.Generator().manual_seed(0)).cumsum(1) / select.LEVELS
+    lost[:, -1] = 1
+    with Reads() as reads:
+        kept, figures = select.settle(lost, 0.05, all_rows)
+    assert reads.count == 0
+    with reads:
+        assert 0 < int(kept) < select.LEVELS - 1
+    assert reads.count == 1
+    mean = lost.double().mean(0)
+    assert float(figures[0]) == pytest.approx(float(mean[int(kept) - 1]), rel=1e-5)
+    assert float(figures[0]) <= float(figures[1]) <= 0.05
+    nothing, figures = select.settle(lost + 0.06, 0.05, all_rows)
+    assert (int(nothing), figures.tolist()) == (0, [0, 0])
 
 
 def test_nothing_lost_is_the_dense_call():

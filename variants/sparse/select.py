@@ -86,17 +86,31 @@ def choose(
     on_gpu = call.query.device.type != "cpu"
     find = _levels_on_gpu if on_gpu else _levels
     level, lost = find(call, rows, owner, block=block, samples=samples, first=first, local=local)
-    variance, mean = torch.var_mean(lost, 0)
-    bound = mean if all_rows else _bernstein(mean, variance, lost.shape[0])
-    # The highest level has the blocks that are always kept: leaving them out loses everything.
-    kept = (bound > lost_mass).int().argmax()
-    figures = torch.nn.functional.pad(torch.stack([mean, bound]), (1, 0))[:, kept]
+    kept, figures = settle(lost, lost_mass, all_rows)
     most = visible * batch * heads
     if on_gpu:
         from rehead.attention.kernels.block_choice import lists_of
 
         return Choice(lists_of(level, kept, block, most), most, figures[0], figures[1])
     return Choice(KeyBlocks.of(level >= kept, block, block), most, figures[0], figures[1])
+
+
+def settle(lost: Tensor, allowed: float, all_rows: bool) -> tuple[Tensor, Tensor]:
+    """(the lowest level that is kept, of one element; mean loss without those below it, and its bound, ``[2]``).
+
+    Both are on the device of ``lost``, and nothing here waits for it.
+
+    Args:
+        lost: ``[n, LEVELS]``, what each checked row loses where the blocks up to a level are left out.
+        allowed: the most that may be lost.
+        all_rows: every row was checked.
+    """
+    variance, mean = torch.var_mean(lost, 0)
+    bound = mean if all_rows else _bernstein(mean, variance, lost.shape[0])
+    # The highest level has the blocks that are always kept: leaving them out loses everything.
+    kept = (bound > allowed).int().argmax()
+    # An index of no dimensions would be read by the host.
+    return kept, torch.nn.functional.pad(torch.stack([mean, bound]), (1, 0)).index_select(1, kept[None])[:, 0]
 
 
 def _levels(
