@@ -106,7 +106,9 @@ def recovery(trainings: list[Training]) -> Plot | None:
 def kl_distribution(summaries: list[Summary]) -> Plot | None:
     """How the divergence is spread over tokens: the share of them that is worse than each value."""
     shown = [(s, d) for s in final(summaries) for d in s.entry.evaluation.divergence
-             if d.who == "model" and s.worst and d.data == s.worst.name and sum(d.histogram.counts)]  # fmt: skip
+             if d.who == "model" and s.worst and d.data == s.worst.name
+             # Those at no distance have no place on a logarithmic axis.
+             and any(n for edge, n in zip(d.histogram.edges, d.histogram.counts) if edge > 0)]  # fmt: skip
     if not shown:
         return None
     keys, words = [], []

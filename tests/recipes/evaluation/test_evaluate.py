@@ -180,16 +180,17 @@ def test_patches_that_cannot_be_are_refused_before_anything_is_loaded(patches, s
         evaluate("no-such-model", patches=patches)
 
 
-def test_a_model_is_at_no_distance_from_itself(run, original, text):
+def test_a_model_is_at_no_distance_from_itself(run, original, text, tmp_path):
     code, out, _ = run(
         "evaluate", original, "--baseline", original, "--control", original, "--data", text, *SMALL, "--damage",
-        "--fail-above", "kl-max=0", "--fail-below", "top1-agreement=1", "--json",
+        "--fail-above", "kl-max=0", "--fail-below", "top1-agreement=1", "--json", "--out", tmp_path / "report",
     )  # fmt: skip
     facts = Evaluation.model_validate_json(out)
     assert code == 0
     assert [row.max for row in facts.divergence] == [0, 0]
     assert all(row.ratio.value == 1 for row in facts.perplexity if row.ratio)
     assert facts.notes == ["damage left out: no layer differs from the baseline's"]
+    assert "KL distribution" not in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("attention", ["eager", "tiled"])
