@@ -2,7 +2,8 @@
 
 Queries and keys are those of a model on a real text: one forward pass with YaRN where the text is longer than what the
 model was trained on. Layer by layer it prints the time of the dense and the sparse call, of the choice alone, the share
-of blocks computed, the lost mass that the call estimated and bounded, and the one that it really had.
+of blocks computed, the lost mass that the call estimated and bounded, and the one that it really had. Times are those
+of CUDA graphs, so of the kernels alone; "launched" is the sparse call as Python launches it, with an empty queue.
 
     python -m rehead.benchmarks.sparse MODEL --text FILE [--lengths 32768,131072] [--lost-mass 0.05] [--json FILE]
 """
@@ -23,6 +24,7 @@ from rehead.attention.call import AttentionCall
 from rehead.attention.layer import LAYER
 from rehead.benchmarks.attention import median_ms, require_cuda
 from rehead.benchmarks.command import run_script
+from rehead.benchmarks.graphs import warm_up
 from rehead.benchmarks.machine import headline, machine
 from rehead.errors import UsageError
 from rehead.patches import patch_model
@@ -48,20 +50,33 @@ def load(checkpoint: str, length: int, trained: int | None = None) -> Any:
     return model.to("cuda").eval()
 
 
-def measure(call: AttentionCall, options: SparseOptions, budget_ms: float = 60.0) -> dict[str, float]:
+def _graph(function: Callable[[], object]) -> Callable[[], object]:
+    """One call of a function as a CUDA graph."""
+    warm_up(function, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def measure(call: AttentionCall, options: SparseOptions, budget_ms: float = 30.0) -> dict[str, float]:
     """Milliseconds of a call, dense and sparse, and what the sparse one lost."""
     compute: Callable[[AttentionCall], Tensor] = attend
     state: Mapping[str, Tensor] = {}
     with torch.no_grad(), recorded(measure=True) as reports:
         sparse(call, options, state, compute)
     with torch.no_grad():
-        dense_ms = median_ms(lambda: attend(call), budget_ms)
-        sparse_ms = median_ms(lambda: sparse(call, options, state, compute), budget_ms)
-        choice_ms = median_ms(lambda: choice_of(call, options), budget_ms)
+        dense_ms = median_ms(_graph(lambda: attend(call)), budget_ms)
+        launched_ms = median_ms(lambda: sparse(call, options, state, compute), budget_ms)
+        sparse_ms, choice_ms = launched_ms, float("nan")
+        if options.bound == "sampled":  # the other sizes its lists on the host, which no graph can hold
+            sparse_ms = median_ms(_graph(lambda: sparse(call, options, state, compute)), budget_ms)
+            choice_ms = median_ms(_graph(lambda: choice_of(call, options)), budget_ms)
     report = reports[0]
     return {
         "dense_ms": dense_ms,
         "sparse_ms": sparse_ms,
+        "launched_ms": launched_ms,
         "choice_ms": choice_ms,
         "density": report.density,
         "estimate": report.estimate,
@@ -70,7 +85,7 @@ def measure(call: AttentionCall, options: SparseOptions, budget_ms: float = 60.0
     }
 
 
-def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions) -> dict[str, Any]:
+def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions, every: int = 1) -> dict[str, Any]:
     """All layers of one prompt: each layer's figures and the next tokens' divergence from the dense pass.
 
     Args:
@@ -78,6 +93,7 @@ def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions) ->
         tokens: int ``[N]`` with at least ``length`` tokens.
         length: of the prompt.
         options: of the variant.
+        every: measure one layer in so many.
     """
     if tokens.numel() < length:
         raise UsageError(f"the text has {tokens.numel()} tokens, fewer than {length}; give a longer one")
@@ -88,7 +104,7 @@ def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions) ->
     with torch.no_grad(), patch_model(model, "tiled"):
         dense = model(ids, logits_to_keep=last, use_cache=False).logits.float().log_softmax(-1)
         layers = [module.__dict__[LAYER] for module in model.modules() if LAYER in module.__dict__]
-        for layer in layers:
+        for layer in layers[::every]:
 
             def measured(call: AttentionCall, index: int | None = layer.index) -> Tensor:
                 rows.append({"layer": index, **measure(call, options)})
@@ -96,7 +112,7 @@ def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions) ->
 
             layer.attend = measured
         model(ids, logits_to_keep=1, use_cache=False)
-        for layer in layers:
+        for layer in layers[::every]:
             del layer.attend
         with patch_model(model, "sparse", **dict(options)):
             approximate = model(ids, logits_to_keep=last, use_cache=False).logits.float().log_softmax(-1)
@@ -109,19 +125,21 @@ def table(result: dict[str, Any]) -> str:
     """One prompt's layers as text."""
     lines = [
         f"{result['length']} tokens",
-        "layer  dense ms  sparse ms  choice ms  times  blocks  estimate   bound    lost",
+        "layer   dense ms  sparse ms  choice ms   launched  times  blocks  estimate   bound    lost",
     ]
+    times = ("dense_ms", "sparse_ms", "choice_ms", "launched_ms")
     for row in result["layers"]:
+        spent = "  ".join(f"{row[name]:9.3f}" for name in times)
         lines.append(
-            f"{row['layer']:5}  {row['dense_ms']:8.3f}  {row['sparse_ms']:9.3f}  {row['choice_ms']:9.3f}  "
-            f"{row['dense_ms'] / row['sparse_ms']:5.2f}  {row['density']:6.3f}  {row['estimate']:8.4f}  "
-            f"{row['bound']:6.4f}  {row['lost']:6.4f}"
+            f"{row['layer']:5}  {spent}  {row['dense_ms'] / row['sparse_ms']:5.2f}  {row['density']:6.3f}  "
+            f"{row['estimate']:8.4f}  {row['bound']:6.4f}  {row['lost']:6.4f}"
         )
-    total = {name: sum(row[name] for row in result["layers"]) for name in ("dense_ms", "sparse_ms", "choice_ms")}
+    total = {name: sum(row[name] for row in result["layers"]) for name in times}
     mean = {name: sum(row[name] for row in result["layers"]) / len(result["layers"]) for name in ("density", "lost")}
+    spent = "  ".join(f"{total[name]:9.3f}" for name in times)
     lines.append(
-        f"  all  {total['dense_ms']:8.3f}  {total['sparse_ms']:9.3f}  {total['choice_ms']:9.3f}  "
-        f"{total['dense_ms'] / total['sparse_ms']:5.2f}  {mean['density']:6.3f}                    {mean['lost']:6.4f}"
+        f"  all  {spent}  {total['dense_ms'] / total['sparse_ms']:5.2f}  {mean['density']:6.3f}  "
+        f"{'':16}  {mean['lost']:6.4f}"
     )
     lines.append(
         f"last tokens: KL {result['kl']:.4f}, NLL {result['nll_dense']:.4f} dense, {result['nll_sparse']:.4f} sparse"
@@ -137,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", default="32768,131072", help="tokens of the prompts, with commas between")
     parser.add_argument("--lost-mass", type=float, default=0.05)
     parser.add_argument("--bound", default="sampled", choices=("sampled", "hard"))
+    parser.add_argument("--every", type=int, default=1, help="measure one layer in so many")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args(argv)
     require_cuda("sparse")
@@ -149,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(headline(facts))
     results = []
     for length in map(int, args.lengths.split(",")):
-        results.append(run(args.checkpoint, tokens, length, options))
+        results.append(run(args.checkpoint, tokens, length, options, args.every))
         print(table(results[-1]), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": facts, "results": results}, indent=1), encoding="utf-8")
