@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -30,6 +31,8 @@ _KINDS = ("full_attention", "sliding_attention")
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Rope scalings that leave all parameters as they are given.
 _ROPES = ("default", "linear", "dynamic")
+#: The newest transformers whose classes were compared with the record; of a newer one the classes are asked.
+COMPARED = (5, 24)
 _ROPE_KEYS = frozenset({"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor"})
 
 
@@ -113,7 +116,9 @@ class KnownConfig:
 
 @cache
 def known_classes() -> dict[str, KnownClass]:
-    """The record by model type."""
+    """The record by model type; none with a transformers that nobody compared it with."""
+    if tuple(int(part) for part in version("transformers").split(".")[:2]) > COMPARED:
+        return {}
     table = json.loads((files("rehead.models.families") / "known.json").read_text(encoding="utf-8"))
     return {model_type: KnownClass.of(entry, table["attributes"]) for model_type, entry in table["classes"].items()}
 

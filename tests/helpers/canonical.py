@@ -109,7 +109,7 @@ def rotation(family: Family, model: nn.Module, layer: int) -> tuple[Tensor, floa
         for key in (f"{kinds[layer]}_", ""):
             if isinstance(getattr(module, key + "inv_freq", None), Tensor):
                 return getattr(module, key + "inv_freq"), float(getattr(module, key + "attention_scaling", 1.0))
-    for module in inside:  # GPT-J and CodeGen keep a table of sines and cosines
+    for module in [*inside, *model.modules()]:  # GPT-J and CodeGen keep a table of sines and cosines
         table = getattr(module, "embed_positions", None)
         if isinstance(table, Tensor):
             sines, cosines = table[1].chunk(2)
