@@ -53,7 +53,7 @@ def with_own_text(
     )
     register_plain()
     live.set_attn_implementation(PLAIN)
-    parts = []
+    parts: list[Tensor] = []
     for part in text.tokens:
         length = part.shape[1]
         count = counts.get(length, 0)
@@ -83,7 +83,7 @@ def written(live: Any, beginnings: Tensor, length: int, seed: int = 0) -> Tensor
     rows = _ROWS
     if device.type == "cuda":
         rows = max(1, min(rows, torch.cuda.mem_get_info(device)[0] // (_CACHE_SHARE * 2 * numbers)))
-    parts = []
+    parts: list[Tensor] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         parts = [_go_on(live, part.to(device), length).cpu() for part in beginnings.split(rows)]
