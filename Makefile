@@ -12,11 +12,18 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile 
 # Two cores are shared by two workers: a thread pool in each would only make them wait for one another.
 WORKERS ?= 2
 TRITON ?= 3.6.0
+# Tokens that the demo's curve and budget are calibrated and measured on: half a minute each on two cores.
+QUICK := --tokens 1024 --calibration-tokens 2048
 
 .PHONY: demo test test-all check docs engines clean
 
 demo: $(READY) $(if $(MODEL),$(SMOLLM2))
-	@# Everything comes from this installation; nothing looks elsewhere.
+	@# Everything comes from this installation; nothing looks elsewhere. First what every size of the cache would cost, and
+	@# the command that meets one; then the whole pipeline, training included.
+ifndef MODEL
+	HF_HUB_OFFLINE=1 $(BIN)/python -m rehead curve embedded --out demo-out/curve $(QUICK)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m rehead convert embedded demo-out/third --kv-cache 33% --fit 0 --overwrite $(QUICK)
+endif
 	HF_HUB_OFFLINE=1 $(BIN)/python -m rehead run $(if $(MODEL),demo-$(MODEL),demo)
 
 test: $(TESTS)

@@ -38,6 +38,7 @@ class Point:
         recall_kl: measured on the probes.
         recalled: share of what the original copies from afar that is still copied.
         layers: option of each layer that changes.
+        budget: share of the cache that a mix had to keep within; None for other points.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Point:
     recall_kl: float | None = None
     recalled: float | None = None
     layers: dict[int, str] = field(default_factory=dict)
+    budget: float | None = None
 
     @property
     def loss(self) -> float | None:
@@ -79,6 +81,29 @@ class Curve:
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return asdict(self)
+
+    def best_plain(self, mix: Point) -> Point | None:
+        """The point with one option in all layers that loses least, as measured, within the budget of a mix."""
+        plain = [
+            (point.loss, point)
+            for point in self.points
+            if point.budget is None and point.loss is not None and point.share <= (mix.budget or mix.share)
+        ]
+        return min(plain, key=lambda pair: pair[0])[1] if plain else None
+
+    def comparisons(self) -> list[str]:
+        """A sentence for each mix that was measured: how much it loses, and one option for all layers instead."""
+        said = []
+        for mix in self.points:
+            if mix.budget is None or mix.loss is None:
+                continue
+            plain, start = self.best_plain(mix), f"{mix.budget:.0%} of the cache: {mix.loss:.3g} nats layer by layer"
+            if plain is None or plain.loss is None:
+                said.append(f"{start}; no form has been measured in all layers at that size")
+            else:
+                times = f"{mix.loss / plain.loss:.2f} times " if plain.loss else ""
+                said.append(f"{start}, {times}the {plain.loss:.3g} of {plain.name} in all layers")
+        return said
 
 
 @takes(CurveOptions)
@@ -111,14 +136,19 @@ def curve(
         if not ways:
             raise none_served(asked.engine, refused)
         plain = _best_of_each(prepared, [way.name for way in ways if way.name in library.names])
-        points = [_point(prepared, name, choice, asked.measure) for name, choice in plain.items()]
+        points, rivals = [], set()
         for share in SHARES:
             budget = int(library.whole * share)
             choices = [choice for way in ways if (choice := way.predicted(prepared.predictor, budget)) is not None]
             if not choices:
                 break
+            measure = asked.measure and share in MEASURED
             choice = min(choices, key=prepared.predictor.loss)
-            points.append(_point(prepared, "mix", choice, asked.measure and share in MEASURED))
+            points.append(_point(prepared, "mix", choice, measure, share))
+            within = [name for name, each in plain.items() if library.total(each) <= budget]
+            if measure and within:  # the others are predicted to lose more for as many bytes
+                rivals.add(min(within, key=lambda name: prepared.predictor.loss(plain[name])))
+        points += [_point(prepared, name, choice, name in rivals) for name, choice in plain.items()]
         points.sort(key=lambda point: (point.name != "mix", -point.bytes))
         return Curve(opened.source.id, library.context, library.whole, points, refused, prepared.facts)
 
@@ -136,7 +166,7 @@ def _best_of_each(prepared: Survey, names: Sequence[str]) -> dict[str, Choice]:
     return dict(best.values())
 
 
-def _point(prepared: Survey, name: str, choice: Choice, measure: bool) -> Point:
+def _point(prepared: Survey, name: str, choice: Choice, measure: bool, budget: float | None = None) -> Point:
     options = prepared.options
     measured: Measured | None = prepared.meter.measure(choice) if measure else None
     return Point(
@@ -149,6 +179,7 @@ def _point(prepared: Survey, name: str, choice: Choice, measure: bool) -> Point:
         recall_kl=None if measured is None else round(measured.recall_kl, 6),
         recalled=None if measured is None else measured.recalled,
         layers={layer: option.name for layer, option in sorted(choice.items()) if option.name},
+        budget=budget,
     )
 
 

@@ -43,7 +43,7 @@ class CurveOptions(SurveyOptions):
     """What ``rehead curve`` is told."""
 
     engine: Engine = None
-    measure: bool = Field(True, description="Measure three points of the curve and the best plain choices.")
+    measure: bool = Field(True, description="Measure three sizes, each beside one form in all layers.")
 
 
 class BudgetOptions(Options):

@@ -54,6 +54,8 @@ def curve_command(model: str, out: str | None, as_json: bool, quiet: bool, **val
             said if point.name == "mix" else f"all: {said}",
         ])  # fmt: skip
     print_columns(rows)
+    for sentence in result.comparisons():
+        echo(sentence)
     for name, reason in result.blocked.items():
         echo(f"not offered: {name}: {reason}")
     for path in written:

@@ -45,18 +45,22 @@ def write_curve(curve: Curve, folder: str | os.PathLike[str], command: str = "")
 
 
 def curve_plot(curve: Curve) -> Plot | None:
-    """Loss against the bytes of the cache: what was predicted of the choice at each size, and all that was measured."""
+    """Loss against bytes of cache: choices at each size, predicted and measured, and each form in all layers."""
     rows = []
     for point in curve.points:
         mixed = point.name == "mix"
         if mixed:
             rows.append(CacheRow(f"{CHOSEN}, predicted", point.bytes, point.predicted))
-        if point.loss is not None:
-            rows.append(CacheRow(f"{CHOSEN}, measured" if mixed else _series(point.name), point.bytes, point.loss))
+        if mixed and point.loss is not None:
+            rows.append(CacheRow(f"{CHOSEN}, measured", point.bytes, point.loss))
+        if not mixed:
+            loss = point.predicted if point.loss is None else point.loss
+            rows.append(CacheRow(_series(point.name), point.bytes, loss))
     return cache_plot(
         rows, curve.context, curve.bytes, title="What every size of the cache costs", label="loss, nats per token",
         caption="KL divergence from the original on running text plus that on copying from afar, in closed form: "
-        "recovery, which converting does by default, lowers it. Lower left is better; the original lies at 0.",
+        "recovery, which converting does by default, lowers it. One form in all layers is as predicted where it was "
+        "not measured. Lower left is better; the original lies at 0.",
     )  # fmt: skip
 
 
@@ -88,7 +92,7 @@ def curve_page(curve: Curve, plot: Plot | None, command: str = "") -> str:
         title=f"{curve.model}: quality against cache",
         verdict={"headline": headline(curve), "points": advice(curve)},
         failed=False,
-        notes=[],
+        notes=curve.comparisons(),
         overview=_table(curve),
         samples=[],
         samples_note="",
@@ -118,7 +122,7 @@ def advice(curve: Curve) -> list[tuple[str, str]]:
     said = []
     for point in _mixes(curve):
         if point.kl is not None:
-            share = f"{round(100 * point.share)}%"
+            share = f"{point.budget or point.share:.0%}"
             line = shlex.join(["rehead", "convert", curve.model, "OUT", "--kv-cache", share])
             said.append((share, f"KL {figure(point.kl)}: {line}"))
     return said

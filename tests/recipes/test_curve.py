@@ -14,10 +14,12 @@ FACTS = {
 
 def curve(name="model"):
     points = [
-        Point("mix", 0.5, 500, 10, 0.02, 0.01, 0.02, 0.97, {1: "window:size=64,sinks=4", 3: "latent:rank=8"}),
-        Point("mix", 0.33, 330, 8, 0.2, 0.3, 0.1, 0.5, {1: "window:size=64,sinks=4"}),
-        Point("mix", 0.2, 200, 6, 0.4),
+        Point("mix", 0.5, 500, 10, 0.02, 0.01, 0.02, 0.97, {1: "window:size=64,sinks=4", 3: "latent:rank=8"}, 0.5),
+        Point("mix", 0.33, 330, 8, 0.2, 0.3, 0.1, 0.5, {1: "window:size=64,sinks=4"}, 0.33),
+        Point("mix", 0.2, 200, 6, 0.4, budget=0.2),
         Point("latent:rank=8,rope_dims=4", 0.5, 500, 12, 0.5, 0.4, 0.1, 0.2),
+        Point("window:size=64,sinks=4", 0.4, 400, 4, 0.9, 0.7, 0.3, 0.1),
+        Point("window:size=32,sinks=4", 0.2, 200, 2, 2.0),
     ]
     return Curve(name, 8192, 1000, points, {"latent:rank=9": "odd <b>"}, FACTS)
 
@@ -38,3 +40,10 @@ def test_the_headline_names_the_smallest_usable_cache():
     assert headline(curve()).startswith("With 50% of its cache")
     assert [share for share, _ in advice(curve())] == ["50%", "33%"]
     assert "rehead convert model OUT --kv-cache 50%" in advice(curve())[0][1]
+
+
+def test_a_mix_stands_beside_the_best_form_in_all_layers_of_its_size():
+    assert curve().comparisons() == [
+        "50% of the cache: 0.03 nats layer by layer, 0.06 times the 0.5 of latent:rank=8,rope_dims=4 in all layers",
+        "33% of the cache: 0.4 nats layer by layer; no form has been measured in all layers at that size",
+    ]

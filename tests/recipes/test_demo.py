@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rehead.convert.commands import convert_command
 from rehead.data.builtin import TEXTS, text_path
+from rehead.recipes.curve.commands import curve_command
 from rehead.recipes.pipeline.load import library_names
 from rehead.recipes.pipeline.named_models import embedded_model
 from rehead.recipes.pipeline.run import plan_recipe
@@ -45,6 +49,18 @@ def test_the_demo_does_what_it_says() -> None:
     assert best[0]["method"] == "svd"
     assert best[0]["refit"]
     assert best[0]["fit"] > 0
+
+
+def test_make_demo_shows_the_curve_and_the_one_command_first() -> None:
+    text = (ROOT / "Makefile").read_text()
+    quick = re.search(r"^QUICK := (.*)$", text, re.M).group(1)
+    rule = re.search(r"^demo:.*?(?=^\S*:)", text, re.M | re.S).group(0)
+    lines = re.findall(r"-m rehead (\w+) (.*)", rule)
+    assert [name for name, _ in lines] == ["curve", "convert", "run"]
+    for command, (_, words) in zip((curve_command, convert_command), lines):
+        asked = command.make_context(command.name, shlex.split(words.replace("$(QUICK)", quick)))
+        assert asked.params["model"] == "embedded"
+        assert asked.params["tokens"] == "1024"
 
 
 def test_the_embedded_model_is_small_and_whole() -> None:

@@ -177,7 +177,15 @@ def test_the_curve_falls_with_the_cache(planted):
     assert [point.bytes for point in mixes] == sorted((point.bytes for point in mixes), reverse=True)
     assert [point.predicted for point in mixes] == sorted(point.predicted for point in mixes)
     assert sum(point.kl is not None for point in mixes) == 3
-    assert all(point.kl is not None for point in result.points if point.name != "mix")
+    told = dict(zip((0.5, 0.33, 0.25), result.comparisons()))
+    for mix in mixes:
+        if mix.kl is None:
+            continue
+        plain = result.best_plain(mix)
+        assert plain.share <= mix.budget
+        assert plain.name in told[mix.budget]
+        predicted = [point for point in result.points if point.budget is None and point.share <= mix.budget]
+        assert min(predicted, key=lambda point: point.predicted).kl is not None
     half = next(point for point in mixes if point.share <= 0.5)
     assert 2 not in half.layers
 
