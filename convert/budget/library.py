@@ -93,6 +93,19 @@ class Library:
         layers = {layer: [o for o in options if o.kind in kept] for layer, options in self.layers.items()}
         return Library(layers, self.context, self.blocked)
 
+    def without(self, refused: Mapping[tuple[int, str], str]) -> Library:
+        """The same without some options of some layers.
+
+        Args:
+            refused: (layer, option's name) -> the reason.
+        """
+        layers = {i: [o for o in options if (i, o.name) not in refused] for i, options in self.layers.items()}
+        blocked = dict(self.blocked)
+        for name in dict.fromkeys(name for _, name in refused):
+            where = [layer for layer, other in refused if other == name]
+            blocked[name] = f"layers {','.join(map(str, where))}: {refused[where[0], name]}"
+        return Library(layers, self.context, blocked)
+
 
 def library(model: Model, context: int, longest: int | None = None) -> Library:
     """The options of all of a model's layers.
@@ -116,7 +129,7 @@ def library(model: Model, context: int, longest: int | None = None) -> Library:
         for variant in map(VARIANTS.get, VARIANTS.names()):
             for wanted in variant.library(layout, context):
                 name = option_name(variant, wanted)
-                if longest is not None and variant.reach(wanted) * 2 > longest:
+                if longest is not None and variant.reach(wanted) * _texts_of(variant, wanted) > longest:
                     blocked.setdefault(name, f"reaches {variant.reach(wanted)} tokens, too far for texts of {longest}")
                     continue
                 if name not in usable:
@@ -148,6 +161,11 @@ def form_of(model: Model, variant: Variant, options: VariantOptions) -> LayerFor
     if variant.rewrite is not None:
         return variant.rewrite(model, options).form
     return by_weights(model, variant, options).form if variant.weights is not None else None
+
+
+def _texts_of(variant: Variant, options: VariantOptions) -> int:
+    """Times its reach that texts must be long to show what an option does, and to fit what it fits to them."""
+    return 4 if variant.calibrate is not None and variant.needs(options) else 2
 
 
 def _usable(model: Model, variant: Variant, options: VariantOptions, name: str, blocked: dict[str, str]) -> bool:

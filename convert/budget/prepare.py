@@ -24,6 +24,7 @@ from rehead.console import Progress
 from rehead.convert.budget.library import Choice, Library, form_of
 from rehead.convert.budget.mix import Mix, Sample
 from rehead.data.calibration import CalibrationText
+from rehead.errors import UnsupportedError
 from rehead.healing.run import observe
 from rehead.healing.writers import LeastSquares
 from rehead.models.model import Model
@@ -75,11 +76,14 @@ def solve_forms(
     text: CalibrationText,
     states: dict[tuple[int, str], dict[str, Tensor]] | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> Library:
     """Put the closed form of every option into ``mix``, from one pass over the calibration text.
 
     Args:
         states: of :func:`calibrated_states`.
+
+    Returns:
+        The options without those that a layer's weights refuse: a latent where normed keys are far from linear.
     """
     kinds = {option.name: option for layer in options.layers.values() for option in layer if option.variant}
     forms = {name: form_of(model, option.variant, option.options) for name, option in kinds.items()}  # type: ignore[arg-type]
@@ -90,7 +94,8 @@ def solve_forms(
                 mix.add(layer, option, None, None)
                 mix.forms[layer, option.name].state = (states or {}).get((layer, option.name), {})
     if not solved:
-        return
+        return options
+    refused: dict[tuple[int, str], str] = {}
     needs = tuple(dict.fromkeys(name for form in solved for name in form.needs))
     groups = math.lcm(*(form.groups for form in solved))
     for seen in observe(model, text, needs, groups, mix.device, progress):
@@ -98,7 +103,13 @@ def solve_forms(
             form = forms.get(option.name)
             if form is not None:
                 moments = seen.moments.merged(contiguous_groups(groups, form.groups))
-                mix.add(seen.layer, option, form, form.closed(seen.layer, seen.heads, moments))
+                try:
+                    changed = form.closed(seen.layer, seen.heads, moments)
+                except UnsupportedError as error:
+                    refused[seen.layer, option.name] = str(error)
+                else:
+                    mix.add(seen.layer, option, form, changed)
+    return options.without(refused)
 
 
 def calibrated_states(live: Any, options: Library, tokens: Tensor) -> dict[tuple[int, str], dict[str, Tensor]]:

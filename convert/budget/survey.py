@@ -78,9 +78,7 @@ def survey(
     assert asked.calibration_tokens is not None
     context, length = lengths(model, asked)
     options = keep(library(model, context, length))
-    if all(len(each) == 1 for each in options.layers.values()):
-        why = "; ".join(f"{name}: {reason}" for name, reason in options.blocked.items()) or "no variant offers any"
-        raise UnsupportedError(f"{model.source.id}: no layer has a form with a smaller cache ({why})")
+    _check_some(options, model)
     vocabulary = int(model.config.vocab_size)
     text = load_calibration(
         asked.calibration, model.source, vocabulary, asked.calibration_tokens, (length,), asked.seed
@@ -90,7 +88,8 @@ def survey(
     every = [option for each in options.layers.values() for option in each]
     states = calibrated_states(live, options, text.tokens[0][: max(1, _STATE_TOKENS // length)])
     with Mix(live, model, every) as mix:
-        solve_forms(mix, model, options, text, states, progress)
+        options = solve_forms(mix, model, options, text, states, progress)
+        _check_some(options, model)
         texts = samples(model, running, asked.seed)
         rows = text.tokens[0][: max(1, asked.tokens // length)]
         fitted = Sample("fitted", rows, torch.ones(length, dtype=torch.bool))
@@ -103,6 +102,12 @@ def survey(
             "device": str(device),
         }
         yield Survey(options, mix, Predictor(options, estimates), Meter(mix, texts), facts)
+
+
+def _check_some(options: Library, model: Model) -> None:
+    if all(len(each) == 1 for each in options.layers.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in options.blocked.items()) or "no variant offers any"
+        raise UnsupportedError(f"{model.source.id}: no layer has a form with a smaller cache ({why})")
 
 
 def lengths(model: Model, asked: SurveyOptions) -> tuple[int, int]:

@@ -56,6 +56,15 @@ def test_a_window_that_texts_hardly_reach_is_not_offered(planted):
     assert "too far for texts of 24" in options.blocked["window:size=16,sinks=4"]
 
 
+def test_a_window_that_fits_logits_needs_texts_of_four(planted):
+    model = open_model(planted)
+    options = library(model, CONTEXT, longest=48)
+    assert "window:size=16,sinks=4" in options.names
+    assert "too far for texts of 48" in options.blocked["window:size=16,sink_logit=True"]
+    calibrated_states(loaded(planted), options, torch.randint(0, VOCAB, (4, 48)))  # refuses shorter texts
+    assert "window:size=16,sink_logit=True" in library(model, CONTEXT, longest=64).names
+
+
 def test_the_model_is_as_it_was_afterwards(planted):
     model, live = open_model(planted), loaded(planted)
     options = library(model, CONTEXT)
@@ -210,6 +219,25 @@ def test_a_model_without_any_option(tmp_path):
     ):
         pass
     assert "no layer has a form with a smaller cache" in one_line(error)
+
+
+def test_a_layer_whose_keys_are_far_from_linear_does_not_stop_the_others(tmp_path):
+    """Keys of one layer, normed one by one, lie nowhere near a linear map of what it reads (Qwen3)."""
+    model = tiny_model("qwen3", 0, num_hidden_layers=2, max_position_embeddings=CONTEXT, attention_bias=False,
+                       vocab_size=512)  # fmt: skip
+    with torch.no_grad():  # one direction is all that these keys read: a norm leaves its sign alone
+        keys = model.model.layers[0].self_attn.k_proj.weight
+        keys.copy_(torch.randn(len(keys), 1) * torch.randn(keys.shape[1]))
+    model.save_pretrained(tmp_path / "model")
+    with survey(open_model(tmp_path / "model"), SurveyOptions.parse(SURVEY), torch.device("cpu")) as ready:
+        latents = {i: [o for o in each if o.kind == "latent"] for i, each in ready.options.layers.items()}
+        assert not latents[0]
+        assert latents[1]
+        gone, reason = next(pair for pair in ready.options.blocked.items() if "layers 0: " in pair[1])
+        assert "is normed, and linear rows explain only" in reason
+        assert gone not in ready.options.names
+        choice = ready.predictor.forward(budget_of("50%", ready.options))
+        assert 0 < ready.meter.measure(choice).loss < 10
 
 
 def test_measurements_are_kept(prepared):
