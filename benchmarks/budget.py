@@ -1,6 +1,6 @@
 """How well a budget's predictions order what is measured: random mixes of every layer's options.
 
-    python -m rehead.benchmarks.budget MODEL [--count 24] [--kinds latent,pool] [--tokens 8192] [--device auto]
+    python -m rehead.benchmarks.budget MODEL [--count 24] [--kinds latent,pool] [--tokens 8192] [--context N]
 
 Predictions are of closed forms, from one backward pass (:mod:`rehead.convert.budget.prepare`); the measure is the KL of
 the mix on running text plus that on copying. Prints both of every mix, and Spearman's rank correlation.
@@ -36,9 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", default="latent,pool,uneven,window", help="variants to mix")
     parser.add_argument("--tokens", type=int, default=8192, help="to measure on")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--calibration", action="append", default=[], help="text; the built-in one when left out")
+    parser.add_argument("--context", type=int, help="tokens at which caches are compared")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    asked = SurveyOptions.parse({"tokens": args.tokens, "calibration_tokens": args.calibration_tokens})
+    asked = SurveyOptions.parse({
+        "tokens": args.tokens, "calibration_tokens": args.calibration_tokens, "calibration": args.calibration,
+        "context": args.context,
+    })  # fmt: skip
     opened, draw = open_model(args.model), random.Random(0)
     kinds = args.kinds.split(",")
     predicted, measured, rows = [], [], [["cache", "predicted", "measured"]]

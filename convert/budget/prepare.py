@@ -28,7 +28,7 @@ from rehead.errors import UnsupportedError
 from rehead.healing.run import observe
 from rehead.healing.writers import LeastSquares
 from rehead.models.model import Model
-from rehead.models.watch import hooked
+from rehead.models.watch import hooked, until
 from rehead.variants.pool.grouping import contiguous_groups
 from rehead.variants.stack import live_variant
 
@@ -204,7 +204,7 @@ def _effect(mix: Mix, layer: int, name: str, batches: list[list[_Seen]]) -> Tens
 def _output_input(attention: nn.Module, output: nn.Module, batch: _Seen) -> Tensor:
     """What the output projection reads, [b, S, w]."""
     kept: list[Tensor] = []
-    with hooked(output.register_forward_pre_hook(lambda module, args: kept.append(args[0]))):
+    with until(output, lambda args, kwargs: kept.append(args[0])):
         attention(*batch.args, **batch.kwargs)
     return kept[0].reshape(*batch.output.shape[:2], -1)
 

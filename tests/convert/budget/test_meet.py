@@ -15,7 +15,7 @@ from rehead.models.config import resolve_config
 from rehead.models.layout import cache_bytes
 from tests.helpers.far_layer import CONTEXT, planted_model
 from tests.helpers.probes import one_line
-from tests.helpers.tiny import VOCAB, loaded
+from tests.helpers.tiny import VOCAB, loaded, tiny_model
 
 ASKED = {
     "calibration": ["random"], "calibration_tokens": 2048, "tokens": 1024, "context": CONTEXT, "fit": 0,
@@ -72,6 +72,20 @@ def test_for_an_engine_only_what_it_serves(planted, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "auto_map" not in config
     assert any("vLLM" in reason for reason in result.facts["not_offered"].values())
+
+
+def test_for_an_engine_with_the_layer_wise_fit(tmp_path):
+    """At so short a context no window saves anything: one latent in all layers, fitted, in the engine's class."""
+    model = tiny_model("llama", 0, attention_bias=False, max_position_embeddings=CONTEXT)
+    model.save_pretrained(tmp_path / "model")
+    result = meet(tmp_path / "model", tmp_path / "out", "33%", engine="vllm", **{**ASKED, "context": 100, "fit": 2})
+    (name,) = set(result.facts["layers"].values())
+    assert name.startswith("latent:")
+    assert result.share <= 0.33
+    told = json.loads((tmp_path / "out/rehead.json").read_text())
+    assert told["options"]["fit"] == 2
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "deepseek_v3"
+    assert 0 < result.measured.kl < 2 * result.selection.measured.kl
 
 
 def test_the_smallest_cache_within_a_loss(planted, tmp_path):
