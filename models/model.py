@@ -141,13 +141,6 @@ def open_model(model: str | os.PathLike[str] | Source, revision: str | None = No
     return opened
 
 
-def open_result(folder: str | os.PathLike[str]) -> Model:
-    """A checkpoint to run: unlike :func:`open_model`'s, its layers may each have a form of their own."""
-    source = open_known(folder, None)
-    config = resolve_config(source.config, source.id)
-    return model_of(source, config, resolve_family(config, source.tensors))
-
-
 def model_of(source: Source, config: Config, family: Family) -> Model:
     """The model of a source whose family is known; raises UnsupportedError where its tensors are missing."""
     class_layer, family = family.layer, with_checkpoint_prefix(family, source.tensors)

@@ -19,11 +19,11 @@ from rehead.convert.budget.survey import Survey, budget_of, survey
 from rehead.convert.execute import Conversion, execute
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
-from rehead.convert.whole_model import load_whole
+from rehead.convert.whole_model import load_result
 from rehead.errors import QualityError, UsageError
 from rehead.models.distance import judged
 from rehead.models.live import resolve_device
-from rehead.models.model import Model, open_model, open_result
+from rehead.models.model import Model, open_model
 from rehead.options import flag_of, takes
 from rehead.variants.window.classes import FILE
 
@@ -118,7 +118,7 @@ def meet(
         plan = make_plan(opened, ConvertOptions.parse(made))
         conversion = execute(plan, out, device, resume, overwrite, progress, command, {"budget": facts}, asks=asks)
     conversion.seconds = time.monotonic() - started
-    measured = compared(load_whole(open_result(out), where, "measure it"), texts, reference)
+    measured = compared(load_result(out, where, "measure it"), texts, reference)
     if push_to_hub:
         from rehead.checkpoints.push import push_folder
 
