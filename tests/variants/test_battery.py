@@ -6,13 +6,14 @@ A new variant adds its rows to :data:`ROWS`; nothing else here names one.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_rope_utils
 
 from rehead.benchmarks.tiny import tiny_model
 from rehead.models.modeling.modeling_rehead_cache import cache_argument
@@ -33,6 +34,9 @@ MODELS = {
     "gptj": ("gptj", {}, "serial"),
     "gpt2": ("gpt2", {}, "parallel"),
 }
+
+#: With older transformers a longrope model asks for the text's length between two graphs.
+LONGROPE_TRACES = "torch.where" in inspect.getsource(modeling_rope_utils.dynamic_rope_update)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ ROWS = (
     Row("temperature", {"start": 1.1}),
     Row("temperature", {"start": 3.0, "layers": [0]}, ("llama",)),
     Row("context", {"tokens": 4096}, ("llama", "gemma2")),
-    Row("context", {"tokens": 64, "trained": 8, "rope": "longrope"}, ("llama",)),
+    Row("context", {"tokens": 64, "trained": 8, "rope": "longrope"}, ("llama",), one_graph=LONGROPE_TRACES),
     Row("context", {"tokens": 64, "trained": 20, "rope": "ntk", "layers": [1]}, ("llama",)),
     Row("context", {"rope": "drope"}, ("llama", "gemma2")),
     Row("dual_chunk", {"trained": 8, "chunk": 6}, ("llama", "gptj"), one_graph=False),
