@@ -25,6 +25,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, **rules: Any) -> Tensor
     return attend(AttentionCall(query, key, value, **rules))
 
 
+_FIELDS = tuple(item.name for item in fields(AttentionCall))
+
+
 @dataclass(frozen=True, eq=False)
 class _LseCall(AttentionCall):
     """A call whose log-sum-exp is kept, also by the copies that variants make of it.
@@ -95,7 +98,7 @@ def with_lse(compute: Callable[[AttentionCall], Tensor], call: AttentionCall) ->
     Raises:
         UnsupportedError: a variant below makes several calls of one.
     """
-    watched = _LseCall(**{item.name: getattr(call, item.name) for item in fields(AttentionCall)})
+    watched = _LseCall(**{name: getattr(call, name) for name in _FIELDS})
     out, kept = compute(watched), watched.kept
     if len(kept) != 1:
         raise UnsupportedError(

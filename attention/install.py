@@ -19,6 +19,7 @@ from rehead.attention.layer import LAYER, AttentionLayer
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.live import enclosing_layer
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
+from rehead.models.stale import refuse_stale_call
 from rehead.models.undo import Undoing, UndoLog, own_configs
 
 INSTALLED = "_rehead_attention"
@@ -216,3 +217,8 @@ def _refuse_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
             "the KV cache is quantised, which rehead_tiled does not read; use a DynamicCache or a StaticCache "
             "(leave cache_implementation='quantized' out)"
         )
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        refuse_stale_call(config.get_text_config(decoder=True), kwargs, tokens)

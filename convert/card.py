@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
+from rehead.models.rotation import CHANGING, steady_length
 from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, facts_of, sentences, served_by
 from rehead.version import __version__
 
@@ -155,6 +156,16 @@ def _notes(
         yield (
             "Transformers has no class for this model: load it by an Auto class, after `import rehead` or trusting the "
             f"modelling file beside the weights.{serial if 'parallel_layers' in plan.raw_config else ''}"
+        )
+    rope = plan.raw_config.get("rope_parameters") or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    steady = steady_length(plan.result.config) if kinds & set(CHANGING) else None
+    if steady is not None:
+        yield (
+            f"Its rotary frequencies change where a text passes {steady:,} tokens. Plain transformers does not "
+            "notice that while it writes: keys in its cache stay as they were rotated for the shorter text, and what follows "
+            f"is wrong. Read a prompt of more than {steady:,} tokens in one go, stay below it, or patch the model with Rehead "
+            '(`patch_model(model, "tiled")`), which refuses to pass it over such a cache.'
         )
     if details.get("text"):
         texts = ", ".join(code(without_folders(name)) for name in details["text"])

@@ -16,6 +16,15 @@ def position_limit(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def readable(model: Any, beyond: bool = False) -> int | None:
+    """Tokens that a model can be asked to read; None where nothing limits them.
+
+    Args:
+        beyond: also more than it was trained for, as far as it has a table of positions at all.
+    """
+    return position_rows(model) if beyond else position_limit(model)
+
+
 def position_rows(model: Any) -> int | None:
     """The number of positions in a model's table, of learned embeddings or angles; None where it has no table."""
     return min(_tables(model), default=None)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rehead.errors import UsageError
 from rehead.models.distance import token_nll
 from rehead.models.live import evaluating
-from rehead.models.positions import position_limit
+from rehead.models.positions import readable
 from rehead.models.predictions import Predictions, batch_size, predict
 
 Kind = Literal["copy", "pairs"]
@@ -143,9 +143,9 @@ def length_of(distance: int) -> int:
     return LEAD + distance + min(BLOCK, distance)
 
 
-def fitting(distances: Iterable[int], model: nn.Module) -> list[int]:
-    """The distances whose texts a model has positions for."""
-    limit = position_limit(model)
+def fitting(distances: Iterable[int], model: nn.Module, beyond: bool = False) -> list[int]:
+    """The distances whose texts a model has positions for; with ``beyond`` also untrained ones."""
+    limit = readable(model, beyond)
     return [distance for distance in distances if limit is None or length_of(distance) <= limit]
 
 

@@ -6,7 +6,7 @@ can be given other positions than the model gave it, with caches that hold keys 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from rehead.models.families.parallel import base_type
 from rehead.models.families.spec import Config, rope_parameters
 from rehead.models.families.table import FAMILIES
 
+_AHEAD = 4096
+"""Places by which remembered angles grow at once."""
+_SLAB = 512
+"""Tokens that are turned at once on a CPU."""
 CHANGING = ("dynamic", "longrope")
 """Kinds of RoPE whose frequencies depend on the length of the text."""
 
@@ -69,20 +73,34 @@ class Turn:
     Attributes:
         angles: radians per token that each pair turns, float64 [P].
         interleaved: pairs are neighbouring dimensions; otherwise the halves of the first 2 P dimensions.
+        memory: what :meth:`grouped` keeps, by group and device.
     """
 
     angles: Tensor
     interleaved: bool = False
+    memory: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def by(self, states: Tensor, steps: Tensor) -> Tensor:
-        """Queries or keys ``[B, H, S, D]`` turned by so many positions more; gradients pass.
+    def by(self, states: Tensor, steps: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys ``[..., S, D]`` turned by so many positions more; gradients pass.
 
         Args:
             states: rotated already, for whatever positions.
-            steps: integer ``[S]``; may be negative.
+            steps: integer ``[S]``, or any shape that broadcasts over ``[..., S]``; may be negative. Or :meth:`waves` of
+                them.
         """
-        angles = steps.to(states.device, torch.float64)[:, None] * self.angles.to(states.device)
-        cos, sin = angles.cos().float(), angles.sin().float()
+        cos, sin = self.waves(steps.to(states.device)) if isinstance(steps, Tensor) else steps
+        long = cos.ndim == 2 and len(cos) > _SLAB and states.device.type == "cpu"
+        if long and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # in pieces that a CPU's cache holds
+            whole = torch.empty_like(states)
+            for at in range(0, len(cos), _SLAB):
+                piece = slice(at, at + _SLAB)
+                whole[..., piece, :] = self._turned(states[..., piece, :], cos[piece], sin[piece])
+            return whole
+        return self._turned(states, cos, sin)
+
+    def _turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         count = len(self.angles)
         pairs = states[..., : 2 * count].float()
         if self.interleaved:
@@ -91,7 +109,25 @@ class Turn:
         else:
             first, second = pairs[..., :count], pairs[..., count:]
             turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        return torch.cat([turned.to(states.dtype), states[..., 2 * count :]], -1)
+        turned = turned.to(states.dtype)
+        return turned if 2 * count == states.shape[-1] else torch.cat([turned, states[..., 2 * count :]], -1)
+
+    def waves(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosine, sine) of every pair's angle after so many positions, float32 ``[..., P]``."""
+        angles = steps.to(torch.float64)[..., None] * self.angles.to(steps.device)
+        return angles.cos().float(), angles.sin().float()
+
+    def grouped(self, group: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """:meth:`waves` of places 0 to ``count`` moved to ``place // group``, remembered from one token to the next."""
+        if torch.compiler.is_compiling():
+            place = torch.arange(count, device=device)
+            return self.waves(place // group - place)
+        waves = self.memory.get((group, device))
+        if waves is None or len(waves[0]) < count:
+            with torch.inference_mode(False):  # for uses outside it too
+                place = torch.arange(-(-count // _AHEAD) * _AHEAD, device=device)
+                self.memory[group, device] = waves = self.waves(place // group - place)
+        return waves[0][:count], waves[1][:count]
 
 
 def turn_of(config: Any, layer: int) -> Turn | None:

@@ -84,6 +84,7 @@ class Variant:
         settles: whether what ``redirect`` does depends on the variants below it, which then cannot be switched.
         also: (options) -> (name, options) of other variants that some option stands for, applied after this one.
         reach: (options) -> tokens that a row must be longer than for anything to change.
+        longer: whether texts beyond the model's trained length are what it is for.
         weights: (heads, options, moments) -> heads. The closed form, pure: what becomes of one layer's weights.
         rewrite: (model, options) -> the checkpoint's change: its config, class, names and shapes of tensors. A variant
             with ``weights`` whose shapes and class stay needs none.
@@ -110,6 +111,7 @@ class Variant:
     settles: bool = False
     also: Callable[[Any], list[tuple[str, dict[str, Any]]]] = lambda options: []
     reach: Callable[[Any], int] = lambda options: 0
+    longer: bool = False
     weights: Callable[[Heads, Any, Any], Heads] | None = None
     rewrite: Callable[[Model, Any], Rewrite] | None = None
     host: Callable[[Model, Any, Sequence[str]], str | None] = lambda model, options, hosts: None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
@@ -25,27 +26,30 @@ UNLIMITED = 1 << 30
 
 
 class PositionOptions(VariantOptions):
-    """Options of variants that change positions; a layer's copy also knows how its pairs turn."""
+    """Options of variants that change positions."""
 
     trained: Count | None = Field(
         None, ge=2, description="Tokens that the model was trained to read; max_position_embeddings by default."
     )
-    _turn: Turn | None = PrivateAttr(None)
-    _length: int = PrivateAttr(0)
 
-    @property
-    def turn(self) -> Turn | None:
-        """The rotary pairs of the layer that these options are of; None for one that does not rotate."""
-        return self._turn
 
-    @property
-    def length(self) -> int:
-        """Tokens that the model was trained to read."""
-        return self.trained or self._length
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Options with what they mean in one layer; plain, so that compiled models read it.
+
+    Attributes:
+        options: of the variant.
+        length: tokens that the model was trained to read.
+        turn: the layer's rotary pairs; None for a layer that does not rotate.
+    """
+
+    options: Any
+    length: int
+    turn: Turn | None
 
 
 def attach(live: LiveVariant, undo: UndoLog) -> None:
-    """Give each layer's options its rotary pairs and the length that the model was trained at.
+    """Tell each layer its rotary pairs and the length that the model was trained at.
 
     Raises:
         UnsupportedError: how heads rotate is not known, or it changes with the length.
@@ -54,29 +58,27 @@ def attach(live: LiveVariant, undo: UndoLog) -> None:
     config = model.config.get_text_config(decoder=True)
     if (limit := getattr(live.options, "trained", None) or position_limit(model)) is None:
         raise UnsupportedError(f"{config.model_type}: its config does not say how long its texts were; give trained=N")
-    turns = 0
+    turns = {state.name: None if state.index is None else turn_of(config, state.index) for state in live.states}
+    alike: dict[Any, Turn] = {}  # layers that turn alike share what a turn remembers
     for state in live.states:
-        options = live.options.model_copy()
-        assert isinstance(options, PositionOptions)
-        options._turn = None if state.index is None else turn_of(config, state.index)
-        options._length = limit
-        state.options = options
-        turns += options._turn is not None
-    if not turns:
+        turn = turns[state.name]
+        shared = turn and alike.setdefault((turn.interleaved, *turn.angles.tolist()), turn)
+        state.options = Placed(live.options, limit, shared)
+    if not alike:
         raise UnsupportedError(
             f"{config.model_type}: its heads do not rotate, so no positions can be changed; see the variant context"
         )
 
 
-def changes(call: AttentionCall, options: PositionOptions) -> bool:
+def changes(call: AttentionCall, placed: Placed) -> bool:
     """Whether a call reaches beyond the trained length in a layer that rotates.
 
     Raises:
         UnsupportedError: it does, under rules that changed positions do not go together with.
     """
-    if options.turn is None or not call.causal or call.key.shape[2] <= options.length:
+    if placed.turn is None or not call.causal or call.key.shape[2] <= placed.length:
         return False
-    if call.window is not None and call.window <= options.length:
+    if call.window is not None and call.window <= placed.length:
         return False
     extra = (call.chunk, call.q_segments, call.bias, call.alibi_slopes, call.blocks, call.window, call.key_tail)
     if any(rule is not None for rule in extra):

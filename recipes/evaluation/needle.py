@@ -27,7 +27,7 @@ from torch import Tensor
 from rehead.data.beginning import text_start
 from rehead.errors import UsageError
 from rehead.models.live import evaluating
-from rehead.models.positions import position_limit
+from rehead.models.positions import readable
 from rehead.models.predictions import batch_size
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.windows import predict_last
@@ -44,6 +44,7 @@ def needle_cells(
     trials: int = 8,
     seed: int = 0,
     *,
+    beyond: bool = False,
     progress: Callable[[float, float], None] | None = None,
 ) -> tuple[list[schema.NeedleCell], list[str]]:
     """Try every length and depth; each model gets the same prompts.
@@ -56,6 +57,7 @@ def needle_cells(
         depths: where the needle stands, 0 the beginning and 1 right before the repeated key.
         trials: prompts in a cell.
         seed: of words and passages.
+        beyond: try lengths too that the models were not trained for.
         progress: called with (cells done, cells).
 
     Returns:
@@ -72,7 +74,7 @@ def needle_cells(
     for length in lengths:
         fitting = {}
         for who, model in models.items():
-            limit = position_limit(model)
+            limit = readable(model, beyond)
             if limit is not None and length + VALUE > limit:
                 notes.append(f"needle at {length} tokens left out for the {who}: it has positions for {limit}")
             else:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rehead.data.beginning import text_start
-from rehead.models.positions import position_limit
+from rehead.models.positions import readable
 from rehead.models.recall import fitting, recall, recall_texts
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation.needle import word_tokens
@@ -25,6 +25,7 @@ def recall_rows(
     trials: int = 8,
     seed: int = 0,
     *,
+    beyond: bool = False,
     progress: Callable[[float, float], None] | None = None,
 ) -> tuple[list[schema.RecallRow], list[str]]:
     """Try both probes at every distance; each model reads the same texts.
@@ -36,6 +37,7 @@ def recall_rows(
         distances: tokens back.
         trials: texts of each probe at each distance.
         seed: of words and passages.
+        beyond: try distances too that the models were not trained for.
         progress: called with (texts read, texts).
 
     Returns:
@@ -48,9 +50,9 @@ def recall_rows(
     rows: list[schema.RecallRow] = []
     notes: list[str] = []
     for at, (who, model) in enumerate(models.items()):
-        fits = fitting(distances, model)
+        fits = fitting(distances, model, beyond)
         notes += [
-            f"recall at a distance of {distance} left out for the {who}: it has positions for {position_limit(model)}"
+            f"recall at a distance of {distance} left out for the {who}: it has positions for {readable(model, beyond)}"
             for distance in distances
             if distance not in fits
         ]

@@ -50,6 +50,11 @@ class Stages:
     def _models(self) -> dict[schema.Who, Any]:
         return {item.who: item.model for item in self.loaded}
 
+    @property
+    def _beyond(self) -> bool:
+        """Whether a patch is for texts beyond the trained length; every model is then tried on them."""
+        return any(part.variant.longer for item in self.loaded for patch in item.patches for part in patch.parts)
+
     def notes(self, found: schema.Evaluation) -> list[str]:
         """What a reader must know of the models before any figure.
 
@@ -178,6 +183,7 @@ class Stages:
             self.chosen.needle_depths,
             self.chosen.needle_trials,
             self.chosen.seed,
+            beyond=self._beyond,
             progress=self._stage("needle"),
         )
         if not cells and self._gated("needle"):
@@ -193,6 +199,7 @@ class Stages:
             self.chosen.recall,
             self.chosen.recall_trials,
             self.chosen.seed,
+            beyond=self._beyond,
             progress=self._stage("recall"),
         )
         if not rows and (self._gated("copy") or self._gated("pairs")):

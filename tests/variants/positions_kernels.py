@@ -10,6 +10,7 @@ from rehead.attention import kernels
 from rehead.attention.call import AttentionCall
 from rehead.models.rotation import Turn
 from rehead.variants import dual_chunk, self_extend
+from rehead.variants.positions import Placed
 
 ANGLES = 100.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,8 +32,7 @@ def test_kernels_compute_what_the_cpu_does(variant, cls, told, rows, monkeypatch
     query = torch.randn(1, 4, rows, 16, generator=draw)
     key, value = (torch.randn(1, 2, 100, 16, generator=draw) for _ in range(2))
     call = AttentionCall(query, key, value, q_offset=100 - rows)
-    options = cls.parse(told)
-    options._turn = Turn(ANGLES)
+    options = Placed(cls.parse(told), told["trained"], Turn(ANGLES))
     want = variant.attend(call, options, {}, attending.attend)
     monkeypatch.setattr(variant, "with_lse", through_kernels)
     moved = call.with_(**{name: getattr(call, name).to(DEVICE) for name in ("query", "key", "value")})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import loaded, logits
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
+from rehead.benchmarks.tiny import tiny_model
 from rehead.convert import convert, plan, verify
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import resolve_config
@@ -211,8 +214,6 @@ def test_interpolated_tables_keep_their_ends_and_lines(rows: int, positions: int
 
 
 def test_fitted_factors_lower_the_loss_and_leave_no_trace(tmp_path: Path) -> None:
-    from rehead.benchmarks.tiny import tiny_model
-
     model = tiny_model("llama")
     rows = torch.randint(8, 120, (4, 32), generator=torch.Generator().manual_seed(0))
     parts = {name: dict(module.__dict__) for name, module in model.named_modules()}
@@ -249,3 +250,78 @@ def test_fitted_in_a_process_of_its_own(tmp_path: Path) -> None:
         [sys.executable, "-m", "rehead", *line.split(), *few], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(["longrope", "dynamic"]), st.integers(1, 40), st.lists(st.integers(1, 20), max_size=4))
+def test_a_patched_checkpoint_is_right_or_refuses_to_pass_its_threshold(
+    rope: str, first: int, parts: list[int]
+) -> None:
+    """Keys that were rotated for a shorter text are never read: each step is what one pass gives, or is refused."""
+    model = _stretched(rope)
+    cache, done = DynamicCache(config=model.config), 0
+    with patch_model(model, "tiled"), torch.no_grad():
+        for size in (first, *parts):
+            tokens = LONG[:, done : done + size]
+            stale = done and done + size > 16 and (rope == "dynamic" or done <= 16)
+            if stale:
+                with pytest.raises(UsageError, match="16 tokens, where its frequencies change"):
+                    model(tokens, **cache_argument(cache))
+                return
+            done += size
+            whole = model(LONG[:, :done], use_cache=False).logits[:, -size:]
+            torch.testing.assert_close(model(tokens, **cache_argument(cache)).logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@functools.cache
+def _stretched(rope: str) -> Any:
+    """A tiny model with the config of a longer context, made from one of 16 tokens."""
+    model = tiny_model("llama", max_position_embeddings=16)
+    asked = ContextOptions.parse({"tokens": 64, "rope": rope})
+    dims, length = model.config.head_dim, 16 if rope == "dynamic" else 64
+    rope_parameters = stretched(dict(model.config.rope_parameters), dims, 16, asked)
+    return tiny_model("llama", max_position_embeddings=length, rope_parameters=rope_parameters)
+
+
+def test_generating_past_the_threshold_is_refused_and_the_card_tells_what_plain_transformers_does(
+    tmp_path: Path,
+) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    convert(source, tmp_path / "out", context=512, rope="longrope")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "change where a text passes 128 tokens. Plain transformers does not notice" in card
+    convert(source, tmp_path / "yarn", context=512)
+    assert "Plain transformers does not notice" not in (tmp_path / "yarn" / "README.md").read_text()
+    model = loaded(tmp_path / "out")
+    asked = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+    with patch_model(model, "tiled"):
+        with pytest.raises(UsageError, match="read it again in one pass"):
+            model.generate(LONG[:, :126], **asked)
+        long = model.generate(LONG[:, :140], **asked)
+        assert torch.equal(long, model.generate(LONG[:, :140], use_cache=False, **asked))
+
+
+@pytest.mark.parametrize("form", ["t5", "rehead_t5"])
+def test_biases_by_distance_reach_as_much_further(form: str, tmp_path: Path) -> None:
+    """T5's buckets: distances four times as large share the bucket, and so the bias, of the old ones."""
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, n_positions=64,
+                      relative_attention_num_buckets=16, relative_attention_max_distance=64)  # fmt: skip
+    torch.manual_seed(0)
+    T5ForConditionalGeneration._from_config(config).save_pretrained(tmp_path / "source")
+    source = tmp_path / "source"
+    if form == "rehead_t5":
+        source = convert(source, tmp_path / "pooled", num_key_value_heads=2).out
+    convert(source, tmp_path / "out", context=256)
+    verify(tmp_path / "out", str(source))
+    before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder).eval() for folder in (source, tmp_path / "out"))
+    assert (after.config.model_type, after.config.relative_attention_max_distance) == (form, 256)
+    bias = before.encoder.block[0].layer[0].SelfAttention, after.encoder.block[0].layer[0].SelfAttention
+    with torch.no_grad():
+        old, new = bias[0].compute_bias(80, 80), bias[1].compute_bias(320, 320)
+        assert torch.equal(new[..., :5, :5], old[..., :5, :5])  # near distances have buckets of their own
+        # Beyond the old reach all distances were one; now they are told apart as far as the new one.
+        assert torch.equal(old[..., 0, 64], old[..., 0, 79])
+        assert not torch.equal(new[..., 0, 64], new[..., 0, 200])
+        assert torch.equal(new[..., 0, 256], new[..., 0, 319])
+        ids = torch.arange(200)[None] % 90 + 2
+        assert after(input_ids=ids, decoder_input_ids=ids[:, :8]).logits.isfinite().all()

@@ -22,6 +22,7 @@ from rehead.models.rotation import Turn, turn_of
 from rehead.patches import patch_model
 from rehead.variants import dual_chunk, self_extend
 from rehead.variants.dual_chunk import DualChunkOptions
+from rehead.variants.positions import Placed
 from rehead.variants.self_extend import SelfExtendOptions
 
 ANGLES = 100.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
@@ -54,16 +55,14 @@ def call_of(rows, keys, seed=0, heads=4, kv=2):
 
 
 def options_of(cls, **told):
-    options = cls.parse(told)
-    options._turn = Turn(ANGLES)
-    return options
+    return Placed(cls.parse(told), told["trained"], Turn(ANGLES))
 
 
 @given(st.integers(2, 30), st.integers(1, 29), st.integers(1, 60), st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
 def test_dual_chunks_are_their_definition(trained, chunk, keys, seed):
     options = options_of(DualChunkOptions, trained=trained, chunk=chunk)
-    size, call = options.size, call_of(min(keys, 1 + seed * 20), keys, seed)
+    size, call = dual_chunk.chunk_size(options), call_of(min(keys, 1 + seed * 20), keys, seed)
 
     def distance(i, j):
         if i < trained:
@@ -84,8 +83,12 @@ def test_dual_chunks_are_their_definition(trained, chunk, keys, seed):
 @settings(max_examples=25, deadline=None)
 def test_self_extend_is_its_definition(trained, group, neighbours, keys, seed):
     options = options_of(SelfExtendOptions, trained=trained, group=group, neighbours=neighbours)
-    near, call = options.near, call_of(min(keys, 1 + seed * 20), keys, seed)
-    if keys > max(options.most, trained):
+    near, most, call = (
+        self_extend.near_keys(options),
+        self_extend.reach(options),
+        call_of(min(keys, 1 + seed * 20), keys, seed),
+    )
+    if keys > max(most, trained):
         with pytest.raises(UsageError, match=r"give group=\d+ or more"):
             self_extend.attend(call, options, {}, attend)
         return
@@ -96,7 +99,7 @@ def test_self_extend_is_its_definition(trained, group, neighbours, keys, seed):
         return i // group + near - near // group - j // group
 
     assert all(0 <= distance(i, j) < trained + group for i in range(keys) for j in range(i + 1))
-    if keys > options.most:
+    if keys > most:
         return
     got = self_extend.attend(call, options, {}, attend)
     torch.testing.assert_close(got.double(), reference(call, distance), atol=2e-5, rtol=2e-5)
@@ -114,6 +117,45 @@ def test_turns_add_up_and_keep_lengths(first, second, interleaved):
     assert torch.equal(once[..., 6:], states[..., 6:])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_long_texts_are_turned_in_pieces_and_remembered(interleaved):
+    turn = Turn(ANGLES, interleaved)
+    states, place = torch.randn(1, 2, 1100, 8), torch.arange(1100)
+    with torch.no_grad():
+        waves = turn.grouped(4, 1100, states.device)
+        assert turn.grouped(4, 1000, states.device)[0].data_ptr() == waves[0].data_ptr()
+        got, rows = (
+            turn.by(states, waves),
+            torch.cat(
+                [
+                    turn.by(part, place[at : at + 100] // 4 - place[at : at + 100])
+                    for at, part in zip(range(0, 1100, 100), states.split(100, 2))
+                ],
+                2,
+            ),
+        )
+    assert torch.equal(got, rows)
+    learned = states.clone().requires_grad_()
+    turn.by(learned, waves).square().sum().backward()
+    torch.testing.assert_close(learned.grad, 2 * states, atol=1e-5, rtol=1e-5)
+    folded = dual_chunk._folded(states, 220, turn)
+    torch.testing.assert_close(folded, turn.by(states, -(place // 220 * 220)))
+
+
+def test_few_rows_are_turned_where_many_turn_the_keys(monkeypatch):
+    """One function either way: a row alone, as in decoding, and the same among many."""
+    options, call = options_of(DualChunkOptions, trained=12, chunk=8), call_of(60, 60)
+    whole = dual_chunk.attend(call, options, {}, attend)
+    folds = []
+    monkeypatch.setattr(dual_chunk, "_folded", lambda *told: folds.append(told))
+    for row in (31, 47, 59):
+        last = call.with_(query=call.query[:, :, row : row + 1], key=call.key[:, :, : row + 1],
+                          value=call.value[:, :, : row + 1], q_offset=row)  # fmt: skip
+        torch.testing.assert_close(dual_chunk.attend(last, options, {}, attend), whole[:, row : row + 1],
+                                   atol=1e-5, rtol=1e-5)  # fmt: skip
+    assert not folds
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "glm", "gptj", "cohere", "phi3", "smollm3", "gpt_neox", "falcon"])
 def test_a_turn_is_what_the_class_does(kind, monkeypatch):
     """Positions moved by the model and back by turns give the model's own function."""
@@ -128,7 +170,7 @@ def test_a_turn_is_what_the_class_does(kind, monkeypatch):
         config = model.config
         layer = next(i for i in range(config.num_hidden_layers) if turn_of(config, i) is not None)
         assert len(turn_of(config, layer).angles) >= 1
-        monkeypatch.setattr(SelfExtendOptions, "most", 99)  # groups of one change no distance
+        monkeypatch.setattr(self_extend, "reach", lambda placed: 99)  # groups of one change no distance
         with patch_model(model, "self_extend", trained=9, group=1, neighbours=4):
             got = model(tokens, use_cache=False).logits
     torch.testing.assert_close(got, plain, atol=2e-5 * float(plain.abs().max()), rtol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.attention.discover import find_attention
-from rehead.errors import UnsupportedError, UsageError
+from rehead.errors import UnsupportedError
 from rehead.models import probing
 from rehead.models.families.parallel import base_type
 from rehead.models.families.table import FAMILIES
@@ -17,6 +17,7 @@ from rehead.models.live import LayerState, enclosing_layer
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.predictions import predict
 from rehead.models.rotation import CHANGING
+from rehead.models.stale import refuse_stale_keys
 from rehead.models.undo import UndoLog
 from rehead.variants.context.classes import named_by, new_parameters, rotating, trained_length
 from rehead.variants.context.options import ContextOptions
@@ -130,13 +131,7 @@ class _Hook:
         if not cached or places is None:
             return
         end = int(places.max()) + 1
-        stale = end > self.trained and (self.options.rope == "dynamic" or end - places.shape[-1] <= self.trained)
-        if stale:
-            raise UsageError(
-                f"context, {self.options.rope}: the text passes {self.trained} tokens, where its frequencies change, "
-                f"over a cache of {cached} keys that were rotated for less; read it again in one pass without that "
-                "cache, or use rope='yarn', whose frequencies stay"
-            )
+        refuse_stale_keys(self.options.rope, self.trained, cached, end - places.shape[-1], end)
 
 
 def _counting(positions: _Positions) -> Any:

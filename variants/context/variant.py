@@ -49,5 +49,6 @@ VARIANT = register(
         rewrite=_rewrite,
         host=_host,
         reach=lambda options: (options.trained or 0) if options.rope in SHORT_EXACT else 0,
+        longer=True,
     )
 )

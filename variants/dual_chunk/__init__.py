@@ -24,9 +24,10 @@ from torch import Tensor
 
 from rehead.attention.attend import merge, with_lse
 from rehead.attention.call import AttentionCall
+from rehead.models.rotation import Turn
 from rehead.options import Count
 from rehead.variants.contract import Compute, Variant, register
-from rehead.variants.positions import UNLIMITED, PositionOptions, attach, by_text, changes, keys_of
+from rehead.variants.positions import UNLIMITED, Placed, PositionOptions, attach, by_text, changes, keys_of
 
 
 class DualChunkOptions(PositionOptions):
@@ -36,22 +37,22 @@ class DualChunkOptions(PositionOptions):
         None, ge=1, description="Tokens in a chunk, fewer than the model was trained to read; three quarters of them."
     )
 
-    @property
-    def size(self) -> int:
-        """Tokens in a chunk."""
-        return min(self.chunk or max(1, 3 * self.length // 4), self.length - 1)
+
+def chunk_size(placed: Placed) -> int:
+    """Tokens in a chunk."""
+    return min(placed.options.chunk or max(1, 3 * placed.length // 4), placed.length - 1)
 
 
-def attend(call: AttentionCall, options: DualChunkOptions, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
+def attend(call: AttentionCall, placed: Placed, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
     """The layer's attention in chunks; calls that end within the trained length pass unchanged."""
-    if not changes(call, options):
+    if not changes(call, placed):
         return compute(call)
-    return by_text(call.with_int_offset(), lambda own: chunked(own, options, compute))
+    return by_text(call.with_int_offset(), lambda own: chunked(own, placed, compute))
 
 
-def chunked(call: AttentionCall, options: DualChunkOptions, compute: Compute) -> Tensor:
+def chunked(call: AttentionCall, placed: Placed, compute: Compute) -> Tensor:
     """Attention ``[B, Sq, H, Dv]`` of texts that begin at key 0."""
-    size, longest, turn = options.size, options.length, options.turn
+    size, longest, turn = chunk_size(placed), placed.length, placed.turn
     begin, end = call.offset, call.offset + call.query.shape[2]
     first, out = max(begin, min(end, longest)), []
     if first > begin:  # rows within the trained length, whatever their chunk
@@ -60,9 +61,10 @@ def chunked(call: AttentionCall, options: DualChunkOptions, compute: Compute) ->
         return out[0]
     assert turn is not None
     device, last = call.query.device, (end - 1) // size
-    far = call.key[:, :, : max(0, last - 1) * size]
-    # Keys of chunks that lie two or more back, as if each chunk began at 0.
-    folded = turn.by(far, -(torch.arange(far.shape[2], device=device) // size * size)) if far.shape[2] else far
+    chunks = max(0, last - 1)  # of keys that lie two or more back for some row
+    # Where rows are few they are turned once for each of those chunks; else the chunks, as if each began at 0.
+    few = (end - first) * call.query.shape[1] < size * call.key.shape[1]
+    folded = None if few else _folded(call.key[:, :, : chunks * size], size, turn)
     for chunk in range(first // size, last + 1):
         low, high = max(first, chunk * size), min(end, (chunk + 1) * size)
         place = torch.arange(low, high, device=device)
@@ -77,11 +79,21 @@ def chunked(call: AttentionCall, options: DualChunkOptions, compute: Compute) ->
             parts = [_part(own, chunk * size, high, compute)]
             before = own.with_(query=turn.by(query, (held - place).clamp(max=0)), sinks=None)
             parts.append(_part(before, near, chunk * size, compute))
-        if near:
+        if near and folded is not None:
             distant = own.with_(query=turn.by(query, longest - 1 - place), key=folded, sinks=None)
             parts.append(_part(distant, 0, near, compute))
+        elif near:
+            for start in range(0, near, size):
+                distant = own.with_(query=turn.by(query, start + longest - 1 - place), sinks=None)
+                parts.append(_part(distant, start, start + size, compute))
         out.append(merge(parts)[0] if len(parts) > 1 else parts[0][0])
     return torch.cat(out, 1)
+
+
+def _folded(keys: Tensor, size: int, turn: Turn) -> Tensor:
+    """Keys ``[B, K, chunks * size, D]``, each chunk turned back to begin at 0."""
+    chunks = keys.unflatten(2, (-1, size))
+    return turn.by(chunks, -size * torch.arange(chunks.shape[2], device=keys.device)[:, None]).flatten(2, 3)
 
 
 def _part(call: AttentionCall, first: int, last: int, compute: Compute) -> tuple[Tensor, Tensor]:
@@ -104,5 +116,6 @@ VARIANT = register(
         attend=attend,
         cache=attach,
         reach=lambda options: options.trained or 0,
+        longer=True,
     )
 )

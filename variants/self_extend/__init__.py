@@ -18,7 +18,7 @@ from rehead.attention.call import AttentionCall
 from rehead.errors import UsageError
 from rehead.options import Count
 from rehead.variants.contract import Compute, Variant, register
-from rehead.variants.positions import UNLIMITED, PositionOptions, attach, by_text, changes, keys_of
+from rehead.variants.positions import UNLIMITED, Placed, PositionOptions, attach, by_text, changes, keys_of
 
 
 class SelfExtendOptions(PositionOptions):
@@ -29,50 +29,50 @@ class SelfExtendOptions(PositionOptions):
         None, ge=1, description="Last keys seen at their true distances; an eighth of the trained length."
     )
 
-    @property
-    def near(self) -> int:
-        """Last keys that are seen at their true distances."""
-        return min(self.neighbours or max(1, self.length // 8), self.length)
 
-    @property
-    def most(self) -> int:
-        """Tokens up to which all distances stay below the trained length."""
-        return (self.length - self.near + self.near // self.group) * self.group
+def near_keys(placed: Placed) -> int:
+    """Last keys that are seen at their true distances."""
+    return min(placed.options.neighbours or max(1, placed.length // 8), placed.length)
 
 
-def attend(call: AttentionCall, options: SelfExtendOptions, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
+def reach(placed: Placed) -> int:
+    """Tokens up to which all distances stay below the trained length."""
+    near, group = near_keys(placed), placed.options.group
+    return int((placed.length - near + near // group) * group)
+
+
+def attend(call: AttentionCall, placed: Placed, state: Mapping[str, Tensor], compute: Compute) -> Tensor:
     """The layer's attention; rows within the trained length are computed as before.
 
     Raises:
         UsageError: the text is longer than the groups can bring below the trained length.
     """
-    if not changes(call, options):
+    if not changes(call, placed):
         return compute(call)
-    return by_text(call.with_int_offset(), lambda own: extended(own, options, compute))
+    return by_text(call.with_int_offset(), lambda own: extended(own, placed, compute))
 
 
-def extended(call: AttentionCall, options: SelfExtendOptions, compute: Compute) -> Tensor:
+def extended(call: AttentionCall, placed: Placed, compute: Compute) -> Tensor:
     """Attention ``[B, Sq, H, Dv]`` of texts that begin at key 0."""
-    first, end, near, group = call.offset, call.offset + call.query.shape[2], options.near, options.group
-    if end > max(options.most, options.length):
-        least = -(-(end - near) // max(1, options.length - near))
-        raise UsageError(
-            f"self_extend: {end} tokens, and groups of {group} reach {options.most}; give group={least} or more"
-        )
-    plain = max(0, min(end, options.length) - first)
+    first, end = call.offset, call.offset + call.query.shape[2]
+    near, group, turn, most = near_keys(placed), placed.options.group, placed.turn, reach(placed)
+    if end > max(most, placed.length):
+        least = -(-(end - near) // max(1, placed.length - near))
+        raise UsageError(f"self_extend: {end} tokens, and groups of {group} reach {most}; give group={least} or more")
+    plain = max(0, min(end, placed.length) - first)
     out = []
     if plain:
         out.append(compute(call.with_(query=call.query[:, :, :plain], **keys_of(call, 0, first + plain))))
     if plain < end - first:
-        assert options.turn is not None
+        assert turn is not None
         low = first + plain
         query = call.query[:, :, plain:]
         own = call.with_(query=query, q_offset=low, **keys_of(call, 0, end))
         row = torch.arange(low, end, device=query.device)
-        key = torch.arange(end - near, device=query.device)
+        moved = turn.by(call.key[:, :, : end - near], turn.grouped(group, end - near, query.device))
         grouped = own.with_(
-            query=options.turn.by(query, row // group + near - near // group - row),
-            **keys_of(call, 0, end - near) | {"key": options.turn.by(call.key[:, :, : end - near], key // group - key)},
+            query=turn.by(query, row // group + near - near // group - row),
+            **keys_of(call, 0, end - near) | {"key": moved},
             q_offset=low - near,
             sinks=None,
         )
@@ -91,5 +91,6 @@ VARIANT = register(
         attend=attend,
         cache=attach,
         reach=lambda options: options.trained or 0,
+        longer=True,
     )
 )
