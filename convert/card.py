@@ -163,8 +163,9 @@ def _notes(
     if steady is not None:
         yield (
             f"Its rotary frequencies change where a text passes {steady:,} tokens. Plain transformers does not "
-            "notice that while it writes: keys in its cache stay as they were rotated for the shorter text, and what follows "
-            f"is wrong. Read a prompt of more than {steady:,} tokens in one go, stay below it, or patch the model with Rehead "
+            "notice that while it writes: keys in its cache stay as they were rotated for the shorter text, and what "
+            f"follows is wrong. Read a prompt of more than {steady:,} tokens in one go, stay below it, or patch the "
+            "model with Rehead "
             '(`patch_model(model, "tiled")`), which refuses to pass it over such a cache.'
         )
     if details.get("text"):
