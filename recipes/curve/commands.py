@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rehead.console import JSON, QUIET, REVISION, echo, print_columns, print_json, progress_bar
+from rehead.console import DRY_RUN, JSON, QUIET, REVISION, echo, print_columns, print_estimate, print_json, progress_bar
 from rehead.convert.budget.options import CurveOptions
 from rehead.flags import flags, set_by_user
 
@@ -18,15 +18,21 @@ from rehead.flags import flags, set_by_user
 @flags(CurveOptions)
 @click.option("--out", metavar="DIR", help="Write a page, its plot and JSON there too.  [default: print only]")
 @click.option("--device", default="auto", show_default=True, help="Where it runs: auto, cpu, cuda, ...")
+@DRY_RUN
 @REVISION
 @QUIET
 @JSON
-def curve_command(model: str, out: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
+def curve_command(model: str, out: str | None, dry_run: bool, as_json: bool, quiet: bool, **values: Any) -> None:
     """Show what every size of the KV cache would cost MODEL (a folder or Hub id), before anything is trained.
 
     For each budget the best form of every layer: KV heads, latents, windows. Losses are nats per token, those of
     closed forms, which recovery lowers; "predicted" is for text and copying together.
     """
+    if dry_run:
+        from rehead.recipes.curve.dry_run import estimate_curve
+
+        print_estimate(f"{model}: a curve", estimate_curve(model, **set_by_user(values)), as_json)
+        return
     from rehead.convert.budget.curve import curve, summary
 
     with progress_bar(quiet) as progress:

@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from rehead.checkpoints.opening import open_source
+from rehead.convert.budget.curve import curve
 from rehead.errors import UsageError
 from rehead.recipes import evaluate
+from rehead.recipes.curve.dry_run import estimate_curve
 from rehead.recipes.estimate import Cost, Estimate, Sketch
 from rehead.recipes.evaluation.dry_run import estimate_evaluation, loaded_dtype
 from rehead.recipes.scratch import NewModel, new_model
@@ -151,3 +153,17 @@ def test_first_layers_keep_width_and_kinds():
     assert first.config.layer_types == live.config.layer_types[:1]
     assert live.config.num_hidden_layers == layers
     assert Estimate({"a": 30.0, "b": 90.0}, 2e9).rows()[0] == ("time", "about 2 min (a 30 s, b 2 min)")
+
+
+def test_a_curve_takes_about_what_was_estimated(place):
+    model, asked = str(place / "model"), {"calibration": [str(place / "text.txt")], "calibration_tokens": 2048}
+    asked |= {"tokens": 1024, "context": 512, "device": "cpu"}
+    told = estimate_curve(model, **asked)
+    assert told.seconds.keys() == {"loading", "survey", "measuring"}
+    assert "convert --kv-cache" in told.facts
+    start = time.process_time()
+    curve(model, **asked)
+    took = time.process_time() - start
+    guess = sum(told.seconds.values()) - told.seconds["loading"]
+    print("estimate", told.seconds, took, told.memory_bytes)
+    assert took / 2 < guess < took * 2
