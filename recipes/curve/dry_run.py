@@ -1,7 +1,7 @@
 """How long a curve would take and how much memory it needs, tried out on a model's first layers with random weights.
 
-The same survey runs on a model of the real width with one layer and with two, on as many tokens; what every other
-layer adds is the difference.
+The same survey runs on a model of the real width with one layer and with three, on as many tokens; what every
+other layer adds is taken from the difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from rehead.checkpoints.source import Source
 from rehead.console import duration
 from rehead.convert.budget.curve import MEASURED
-from rehead.convert.budget.mix import compared
 from rehead.convert.budget.options import CurveOptions
 from rehead.convert.budget.survey import survey
 from rehead.models.live import clock, resolve_device
@@ -46,10 +45,12 @@ def estimate_curve(
     memory: dict[int, float] = {}
     with open_model(model, revision).source as source:
         sketch, base = Sketch.of(str(model), source), resident(where)
-        for layers in (1, 2) if sketch.layers > 1 else (1,):
+        for layers in dict.fromkeys((1, min(3, sketch.layers))):
             with tempfile.TemporaryDirectory() as folder:
                 _write(sketch, source, layers, Path(folder))
                 seconds: list[float] = []
+                if not surveys:
+                    _tried(folder, asked, where)  # what is compiled and imported once is no layer's
                 memory[layers] = memory_of(lambda: seconds.extend(_tried(folder, asked, where)), where)  # noqa: B023
                 surveys[layers], measurements[layers] = seconds
     survey_seconds, once = Cost.fitted(surveys).of(sketch.layers), Cost.fitted(measurements).of(sketch.layers)
@@ -81,6 +82,6 @@ def _tried(folder: str, asked: CurveOptions, device: torch.device) -> tuple[floa
     """Seconds of the survey, and of one measurement."""
     start, opened = clock(device), open_model(folder)
     with opened.source, survey(opened, asked, device) as prepared:
-        surveyed, meter = clock(device), prepared.meter
-        compared(prepared.mix.live, meter.samples, meter.reference)
+        surveyed, options = clock(device), prepared.options
+        prepared.meter.measure(prepared.predictor.forward(max(options.whole // 3, options.least)))
         return surveyed - start, clock(device) - surveyed
