@@ -156,8 +156,8 @@ def test_first_layers_keep_width_and_kinds():
 
 
 def test_a_curve_takes_about_what_was_estimated(place):
-    model, asked = str(place / "model"), {"calibration": [str(place / "text.txt")], "calibration_tokens": 2048}
-    asked |= {"tokens": 1024, "context": 512, "device": "cpu"}
+    model, asked = str(place / "model"), {"calibration": [str(place / "text.txt")], "calibration_tokens": 1024}
+    asked |= {"tokens": 512, "context": 256, "device": "cpu"}
     told = estimate_curve(model, **asked)
     assert told.seconds.keys() == {"loading", "survey", "measuring"}
     assert "convert --kv-cache" in told.facts
@@ -165,5 +165,4 @@ def test_a_curve_takes_about_what_was_estimated(place):
     curve(model, **asked)
     took = time.process_time() - start
     guess = sum(told.seconds.values()) - told.seconds["loading"]
-    print("estimate", told.seconds, took, told.memory_bytes)
-    assert took / 2 < guess < took * 2
+    assert took / 1.6 < guess < took * 1.6
