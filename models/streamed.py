@@ -26,7 +26,7 @@ from rehead.errors import UnsupportedError, first_line
 from rehead.models.config import causal_lm_class
 
 #: Numbers of one matrix in memory at a time, and bytes of weights that stay in memory once they have been read.
-PIECE = 32 << 20
+PIECE = 16 << 20
 KEPT_BYTES = 192 << 20
 
 #: What needs no numbers: answered from the shape.
