@@ -10,6 +10,7 @@ from torch import nn
 from rehead.attention.discover import find_attention
 from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UnsupportedError
+from rehead.models.modeling.modeling_rehead_cache import OLD
 from rehead.patches import patch_model
 
 
@@ -65,7 +66,7 @@ def test_weights_that_are_no_parameters(model):
         torch.testing.assert_close(packed(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("default:.*past_key_values:FutureWarning")  # the name under which PEFT hands prefixes over
+@pytest.mark.filterwarnings(f"default:.*{OLD}:FutureWarning")  # PEFT hands prefixes over under the old name
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
 def test_virtual_tokens(model, kind):
     """A cache that is there before the first token, and rows of logits that no token of the input has."""

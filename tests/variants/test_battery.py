@@ -189,7 +189,7 @@ def test_compiles(row):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=row.one_graph)
         if row.one_graph and not padded:  # transformers takes a text without mask and cache for several packed ones
-            inputs["past_key_values"] = DynamicCache(config=model.config)
+            inputs |= cache_argument(DynamicCache(config=model.config))
         close(logits(compiled, **inputs)[seen], plain[seen])
 
 
