@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
-from rehead.models.rotation import CHANGING, steady_length
+from rehead.models.families.spec import CHANGING, steady_length
 from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, facts_of, sentences, served_by
 from rehead.version import __version__
 

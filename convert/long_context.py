@@ -9,8 +9,8 @@ import torch
 from rehead.console import Progress
 from rehead.convert.options import ConvertOptions
 from rehead.convert.whole_model import load_whole
+from rehead.models.families.spec import steady_length
 from rehead.models.model import Model
-from rehead.models.rotation import steady_length
 from rehead.variants.context.options import ContextOptions
 from rehead.variants.context.rewrite import context_rewrite
 

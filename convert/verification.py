@@ -19,13 +19,13 @@ from rehead.errors import UnsupportedError, VerificationError
 from rehead.models.cache_layouts import config_layouts
 from rehead.models.config import resolve_config
 from rehead.models.distance import distances
+from rehead.models.families.spec import steady_length
 from rehead.models.layout import cache_bytes
 from rehead.models.live import decoder_layers
 from rehead.models.meta import draft_layers, load_report
 from rehead.models.modeling import carried_modules, needed_modules
 from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.models.remote import open_known
-from rehead.models.rotation import steady_length
 from rehead.models.serving import engines
 from rehead.models.streamed import in_memory, stream
 

@@ -14,35 +14,19 @@ from torch import Tensor
 
 from rehead.errors import UnsupportedError
 from rehead.models.families.parallel import base_type
-from rehead.models.families.spec import Config, rope_parameters
+from rehead.models.families.spec import CHANGING, Config, rope_parameters
 from rehead.models.families.table import FAMILIES
 
 _AHEAD = 4096
 """Places by which remembered angles grow at once."""
 _SLAB = 512
 """Tokens that are turned at once on a CPU."""
-CHANGING = ("dynamic", "longrope")
-"""Kinds of RoPE whose frequencies depend on the length of the text."""
 
 
 def rope_kind(config: Config, layer: int) -> str:
     """The kind of RoPE of a layer, by transformers' name; ``"default"`` where the config names none."""
     parameters = rope_parameters(config, layer)
     return str(parameters.get("rope_type") or parameters.get("type") or "default")
-
-
-def steady_length(config: Config) -> int | None:
-    """Tokens that a model reads under one set of rotary frequencies; None where its config names no length.
-
-    Beyond it keys in a cache are rotated for a shorter text than the next ones.
-    """
-    length = getattr(config, "max_position_embeddings", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
-        original = each.get("original_max_position_embeddings")
-        if each.get("rope_type") in CHANGING and original:
-            length = min(length or original, original)
-    return int(length) if isinstance(length, int) else None
 
 
 def frequencies(config: Config, layer: int, dims: int) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from rehead.errors import UsageError
+from rehead.models.families.spec import CHANGING, steady_length
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
-from rehead.models.rotation import CHANGING, steady_length
 
 
 def refuse_stale_keys(kind: str, limit: int, cached: int, start: int, end: int) -> None:

@@ -64,6 +64,10 @@ def rotary_all(config: Config, layer: int) -> int:
     return head_dim(config)
 
 
+CHANGING = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies depend on the length of the text."""
+
+
 def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
     """The RoPE parameters of one layer; some configs hold a set for each layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -71,6 +75,20 @@ def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
     if kinds and layer < len(kinds) and kinds[layer] in parameters:
         parameters = parameters[kinds[layer]] or {}
     return parameters
+
+
+def steady_length(config: Config) -> int | None:
+    """Tokens that a model reads under one set of rotary frequencies; None where its config names no length.
+
+    Beyond it keys in a cache are rotated for a shorter text than the next ones.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+        original = each.get("original_max_position_embeddings")
+        if each.get("rope_type") in CHANGING and original:
+            length = min(length or original, original)
+    return int(length) if isinstance(length, int) else None
 
 
 def rotary_partial(config: Config, layer: int) -> int:

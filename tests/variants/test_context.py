@@ -23,8 +23,8 @@ from rehead.benchmarks.tiny import tiny_model
 from rehead.convert import convert, plan, verify
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import resolve_config
+from rehead.models.families.spec import steady_length
 from rehead.models.modeling.modeling_rehead_cache import cache_argument
-from rehead.models.rotation import steady_length
 from rehead.patches import patch_model
 from rehead.variants.context.fit import fit_factors
 from rehead.variants.context.options import ROPES, SHORT_EXACT, ContextOptions

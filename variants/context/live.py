@@ -12,11 +12,11 @@ from rehead.attention.discover import find_attention
 from rehead.errors import UnsupportedError
 from rehead.models import probing
 from rehead.models.families.parallel import base_type
+from rehead.models.families.spec import CHANGING
 from rehead.models.families.table import FAMILIES
 from rehead.models.live import LayerState, enclosing_layer
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.predictions import predict
-from rehead.models.rotation import CHANGING
 from rehead.models.stale import refuse_stale_keys
 from rehead.models.undo import UndoLog
 from rehead.variants.context.classes import named_by, new_parameters, rotating, trained_length
