@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
-from rehead.attention.layer import LAYER
+from rehead.attention.install import installation
 from rehead.benchmarks.attention import median_ms, require_cuda
 from rehead.benchmarks.command import run_script
 from rehead.benchmarks.graphs import warm_up
@@ -103,8 +103,10 @@ def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions, ev
     last = 2048
     with torch.no_grad(), patch_model(model, "tiled"):
         dense = model(ids, logits_to_keep=last, use_cache=False).logits.float().log_softmax(-1)
-        layers = [module.__dict__[LAYER] for module in model.modules() if LAYER in module.__dict__]
-        for layer in layers[::every]:
+        installed = installation(model)
+        assert installed is not None
+        layers: list[Any] = installed.layers[::every]
+        for layer in layers:
 
             def measured(call: AttentionCall, index: int | None = layer.index) -> Tensor:
                 rows.append({"layer": index, **measure(call, options)})
@@ -112,7 +114,7 @@ def run(checkpoint: str, tokens: Tensor, length: int, options: SparseOptions, ev
 
             layer.attend = measured
         model(ids, logits_to_keep=1, use_cache=False)
-        for layer in layers[::every]:
+        for layer in layers:
             del layer.attend
         with patch_model(model, "sparse", **dict(options)):
             approximate = model(ids, logits_to_keep=last, use_cache=False).logits.float().log_softmax(-1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
-from rehead.models.families.spec import CHANGING, steady_length
+from rehead.models.families.spec import changing_rope, steady_length
 from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, facts_of, sentences, served_by
 from rehead.version import __version__
 
@@ -157,9 +157,8 @@ def _notes(
             "Transformers has no class for this model: load it by an Auto class, after `import rehead` or trusting the "
             f"modelling file beside the weights.{serial if 'parallel_layers' in plan.raw_config else ''}"
         )
-    rope = plan.raw_config.get("rope_parameters") or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    steady = steady_length(plan.result.config) if kinds & set(CHANGING) else None
+    config = plan.result.config
+    steady = steady_length(config) if changing_rope(config) else None
     if steady is not None:
         yield (
             f"Its rotary frequencies change where a text passes {steady:,} tokens. Plain transformers does not "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rehead.errors import UsageError
-from rehead.models.families.spec import CHANGING, steady_length
+from rehead.models.families.spec import changing_rope, steady_length
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 
 
@@ -42,11 +42,10 @@ def refuse_stale_call(config: Any, kwargs: dict[str, Any], tokens: Any) -> None:
     Raises:
         UsageError: as :func:`refuse_stale_keys`.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, dict)]
-    kind = next((kind for kind in kinds if kind in CHANGING), None)
+    if (kind := changing_rope(config)) is None or torch.compiler.is_compiling():
+        return
     cache, limit = passed_cache(kwargs), steady_length(config)
-    if kind is None or limit is None or cache is None or tokens is None or torch.compiler.is_compiling():
+    if limit is None or cache is None or tokens is None:
         return
     cached, places = int(cache.get_seq_length()), kwargs.get("position_ids")
     end = cached + tokens.shape[1] if places is None else int(places.max()) + 1

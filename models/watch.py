@@ -94,16 +94,7 @@ _observers: ContextVar[tuple[tuple[Observer, Tensor], ...]] = ContextVar("rehead
 
 
 def probe_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rules: Any
 ) -> Never:
     """Compute plain attention for the observed queries, show it to the observers, and end the forward pass.
 
@@ -112,13 +103,27 @@ def probe_attention(
     Args:
         query: [b, H, S, D]; key, value: [b, K, S, D].
         attention_mask: additive or boolean, [b or 1, 1 or H, S, S]; None for causal.
+        rules: what else transformers hands to attention; see :func:`_seen`.
 
     Raises:
         Reached: always, when all have seen it.
     """
     for observer, rows in _observers.get():
-        observer(_seen(query, key, value, rows, attention_mask, scaling, softcap, s_aux))
+        observer(_seen(query, key, value, rows, attention_mask, **rules))
     raise Reached
+
+
+def plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rules: Any
+) -> tuple[Tensor, None]:
+    """The same attention for all queries, as its output [b, S, H, D]; for the few of a decoding step.
+
+    Other implementations copy keys and values for each query head where a mask is given, at every step.
+    """
+    every = torch.arange(query.shape[2], device=query.device)
+    seen = _seen(query, key, value, every, attention_mask, **rules)
+    grouped = seen.probabilities.to(value.dtype).unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value
+    return grouped.unflatten(2, (-1, len(every))).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def _seen(
@@ -127,9 +132,10 @@ def _seen(
     value: Tensor,
     rows: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
 ) -> Seen:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries = query[:, :, rows]
@@ -154,44 +160,23 @@ def _seen(
     return Seen(queries, key, value, products, scores, probabilities, visible, scale, rows)
 
 
-def plain_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The same attention for all queries, as its output [b, S, H, D]; for the few of a decoding step.
-
-    Other implementations copy keys and values for each query head where a mask is given, at every step.
-    """
-    every = torch.arange(query.shape[2], device=query.device)
-    seen = _seen(query, key, value, every, attention_mask, scaling, softcap, s_aux)
-    grouped = seen.probabilities.to(value.dtype).unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value
-    return grouped.unflatten(2, (-1, len(every))).flatten(1, 2).transpose(1, 2).contiguous(), None
-
-
 def register_probe() -> None:
-    """Register the probe with transformers as an attention implementation, with the mask of eager attention."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    AttentionInterface.register(PROBE, probe_attention)
-    AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    """Register :func:`probe_attention` with transformers as :data:`PROBE`."""
+    _register(PROBE, probe_attention)
 
 
 def register_plain() -> None:
-    """Register :func:`plain_attention` with transformers as :data:`PLAIN`, with the mask of eager attention."""
+    """Register :func:`plain_attention` with transformers as :data:`PLAIN`."""
+    _register(PLAIN, plain_attention)
+
+
+def _register(name: str, attention: Callable[..., Any]) -> None:
+    """Register an attention implementation with transformers, with the mask of eager attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(PLAIN, plain_attention)
-    AttentionMaskInterface.register(PLAIN, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 @contextmanager

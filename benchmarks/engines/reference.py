@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
-from rehead.attention.layer import LAYER
+from rehead.attention.install import installation
 from rehead.errors import ReheadError
 from rehead.models.modeling.modeling_rehead_cache import cache_argument, returned_cache
 from rehead.patches import patch_model
@@ -134,7 +134,9 @@ def _changed(model: Any, changes: dict[str, Any]) -> Iterator[list[AttentionCall
         calls.append(call)
         return attend(call.with_(**changes))
 
-    layers = [module.__dict__[LAYER] for module in model.modules() if LAYER in module.__dict__]
+    installed = installation(model)
+    assert installed is not None
+    layers: list[Any] = installed.layers
     for layer in layers:
         layer.attend = changed
     try:

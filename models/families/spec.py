@@ -77,18 +77,28 @@ def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
     return parameters
 
 
+def changing_rope(config: Config) -> str | None:
+    """The kind of RoPE among :data:`CHANGING` that a config names for some layer; None where all frequencies stay."""
+    return next((each["rope_type"] for each in _rope_sets(config) if each.get("rope_type") in CHANGING), None)
+
+
 def steady_length(config: Config) -> int | None:
     """Tokens that a model reads under one set of rotary frequencies; None where its config names no length.
 
     Beyond it keys in a cache are rotated for a shorter text than the next ones.
     """
     length = getattr(config, "max_position_embeddings", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for each in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+    for each in _rope_sets(config):
         original = each.get("original_max_position_embeddings")
         if each.get("rope_type") in CHANGING and original:
             length = min(length or original, original)
     return int(length) if isinstance(length, int) else None
+
+
+def _rope_sets(config: Config) -> list[dict[str, Any]]:
+    """All RoPE parameters of a config: one set for all layers, and those of layer types, where it has them."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (parameters, *parameters.values()) if isinstance(each, dict)]
 
 
 def rotary_partial(config: Config, layer: int) -> int:
