@@ -15,6 +15,31 @@ from rehead.attention.blocks import KeyBlocks, starts_of
 from rehead.attention.kernels.general import interpreting
 from rehead.attention.kernels.masks import LOG2E
 
+ONE = 1 << 30
+"""A loss of 1 in the sums of losses, which are whole numbers."""
+ROWS_PER_PROGRAM = 4
+
+
+@triton.jit
+def _sums_of(sums, q, k_base, begin, end, wide, low, top, num_k, stride_kn, scale, D: tl.constexpr,
+             BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``sums`` [M, WIDE] with the blocks [begin, end) filled in; MASKED where some row does not see all their keys."""
+    d = tl.arange(0, BLOCK_D)
+    cols = tl.arange(0, KEYS)
+    for block in range(begin, end):
+        key = block * KEYS + cols
+        there = d[:, None] < D
+        if MASKED:
+            there = there & (key[None, :] < num_k)
+        k = tl.load(k_base + key[None, :].to(tl.int64) * stride_kn + d[:, None], mask=there, other=0.0)
+        s = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)
+        if MASKED:
+            s = tl.where((key[None, :] >= low) & (key[None, :] < top[:, None]), s, float("-inf"))
+        most = tl.maximum(tl.max(s, 1), -1.0e30)
+        total = most + tl.log2(tl.sum(tl.exp2(s - most[:, None]), 1))
+        sums = tl.where((wide == block)[None, :], total[:, None], sums)
+    return sums
+
 
 @triton.jit
 def block_sums(q_ptr, k_ptr, rows_ptr, out_ptr, kv_start, kv_end, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
@@ -35,25 +60,26 @@ def block_sums(q_ptr, k_ptr, rows_ptr, out_ptr, kv_start, kv_end, stride_qb, str
     low = tl.maximum(tl.load(kv_start + b), 0)
     high = tl.minimum(tl.load(kv_end + b), num_k)
     reach = tl.where(inside, rows + q_offset + 1, 0)
-    last = tl.minimum((tl.max(reach) + KEYS - 1) // KEYS, tl.minimum(first + WIDE, num_blocks))
+    stop = tl.minimum(first + WIDE, num_blocks)
+    last = tl.minimum((tl.max(reach) + KEYS - 1) // KEYS, stop)
     if first < last:
         top = tl.minimum(reach, high)
         d = tl.arange(0, BLOCK_D)
-        cols = tl.arange(0, KEYS)
         wide = first + tl.arange(0, WIDE)
         q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None].to(tl.int64) * stride_qm + d[None, :],
                     mask=inside[:, None] & (d[None, :] < D), other=0.0)  # fmt: skip
         k_base = k_ptr + b * stride_kb + h // group * stride_kh
+        # Blocks that every row sees whole need no mask; rows outside are not written.
+        clear = tl.min(tl.where(inside, top, high)) // KEYS
+        before = tl.minimum(tl.maximum(first, (low + KEYS - 1) // KEYS), last)
+        clear = tl.minimum(tl.maximum(clear, before), last)
         sums = tl.full([BLOCK_M, WIDE], float("-inf"), tl.float32)
-        for block in range(first, last):
-            key = block * KEYS + cols
-            k = tl.load(k_base + key[None, :].to(tl.int64) * stride_kn + d[:, None],
-                        mask=(d[:, None] < D) & (key[None, :] < num_k), other=0.0)  # fmt: skip
-            s = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)
-            s = tl.where((key[None, :] >= low) & (key[None, :] < top[:, None]), s, float("-inf"))
-            most = tl.maximum(tl.max(s, 1), -1.0e30)
-            total = most + tl.log2(tl.sum(tl.exp2(s - most[:, None]), 1))
-            sums = tl.where((wide == block)[None, :], total[:, None], sums)
+        sums = _sums_of(sums, q, k_base, first, before, wide, low, top, num_k, stride_kn, scale, D, BLOCK_D, KEYS, True,
+                        PRECISION)  # fmt: skip
+        sums = _sums_of(sums, q, k_base, before, clear, wide, low, top, num_k, stride_kn, scale, D, BLOCK_D, KEYS,
+                        False, PRECISION)  # fmt: skip
+        sums = _sums_of(sums, q, k_base, clear, last, wide, low, top, num_k, stride_kn, scale, D, BLOCK_D, KEYS, True,
+                        PRECISION)  # fmt: skip
         out = out_ptr + (bh * count + place) * num_blocks
         tl.store(out[:, None] + wide[None, :], sums, mask=inside[:, None] & (wide < num_blocks)[None, :])
 
@@ -75,10 +101,10 @@ def _whole(base, reach, stop, KEYS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def block_levels(sums_ptr, rows_ptr, level_ptr, kv_start, count, lists, num_blocks, num_q, q_offset, num_heads,
-                 keep_first, keep_local, SAMPLES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+                 keep_first, keep_local, even, SAMPLES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
                  LEVELS: tl.constexpr, PER_OCTAVE: tl.constexpr):  # fmt: skip
-    """The level of each block, int16 [B, H, lists, num_blocks]: of its mean share of the list's samples; LEVELS - 1
-    where it is always kept, -1 where no row sees it. Grid: lists x B*H."""
+    """The level of each block, int16 [B, H, lists, num_blocks]: of its mean share of the list's samples, ``even`` where
+    that is one part in num_blocks; LEVELS - 1 where it is always kept, -1 where no row sees it. Grid: lists x B*H."""
     which = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     place = which * SAMPLES + tl.arange(0, SAMPLES)
@@ -95,7 +121,7 @@ def block_levels(sums_ptr, rows_ptr, level_ptr, kv_start, count, lists, num_bloc
         seen = (block * KEYS)[None, :] < reach[:, None]
         sums = tl.load(base[:, None] + block[None, :], mask=seen & (block < stop)[None, :], other=float("-inf"))
         mean = tl.sum(tl.exp2(sums - whole[:, None]), 0) / SAMPLES
-        level = tl.log2(tl.maximum(mean, 1e-30)) * PER_OCTAVE + (LEVELS - 1)
+        level = tl.log2(tl.maximum(mean * num_blocks, 1e-30)) * PER_OCTAVE + even
         level = tl.minimum(tl.maximum(level, 0.0), LEVELS - 2.0).to(tl.int16)
         near = (block + 1 + keep_local) * KEYS > opening
         always = near | ((block >= begin) & (block < begin + keep_first))
@@ -104,29 +130,57 @@ def block_levels(sums_ptr, rows_ptr, level_ptr, kv_start, count, lists, num_bloc
 
 
 @triton.jit
-def lost_by_level(sums_ptr, rows_ptr, level_ptr, lost_ptr, count, sampled, lists, num_blocks, q_offset,
-                  KEYS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
-    """What each checked row loses where the blocks up to a level are left out: [B, H, checked, LEVELS] float32.
+def lost_by_level(sums_ptr, rows_ptr, level_ptr, moments_ptr, count, sampled, lists, num_blocks, q_offset,
+                  KEYS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, RUN: tl.constexpr,
+                  ONE: tl.constexpr):  # fmt: skip
+    """Adds to ``moments_ptr`` [2, LEVELS] int64 what checked rows lose where the blocks up to a level are left out, and
+    its square, in units of 1 / ONE: whole numbers give the same sum in any order.
 
-    Grid: checked rows x B*H; they follow the ``sampled`` ones in ``rows_ptr`` and ``sums_ptr``."""
-    place = sampled + tl.program_id(0)
+    Grid: runs of RUN checked rows x B*H; they follow the ``sampled`` ones in ``rows_ptr`` and ``sums_ptr``."""
     bh = tl.program_id(1).to(tl.int64)
-    row = tl.load(rows_ptr + bh * count + place)
-    reach = row + q_offset + 1
-    base = sums_ptr + (bh * count + place) * num_blocks
-    levels = level_ptr + (bh * lists + row // KEYS) * num_blocks
-    stop = tl.minimum((reach + KEYS - 1) // KEYS, num_blocks)
+    begin = sampled + tl.program_id(0) * RUN
     one = tl.arange(0, 1)
-    whole = tl.sum(_whole(base + one, reach + one, stop, KEYS, 8 * WIDE, 1), 0)
-    threshold = tl.arange(0, PADDED)
-    lost = tl.zeros([PADDED], tl.float32)
-    for first in range(0, stop, WIDE):
-        block = first + tl.arange(0, WIDE)
-        sums = tl.load(base + block, mask=block < stop, other=float("-inf"))
-        level = tl.load(levels + block, mask=block < stop, other=-1).to(tl.int32)
-        lost += tl.sum(tl.where(level[:, None] <= threshold[None, :], tl.exp2(sums - whole)[:, None], 0.0), 0)
-    out = lost_ptr + (bh * tl.num_programs(0) + tl.program_id(0)) * LEVELS
-    tl.store(out + threshold, lost, mask=threshold < LEVELS)
+    threshold = tl.arange(0, LEVELS)
+    total = tl.zeros([LEVELS], tl.int64)
+    squares = tl.zeros([LEVELS], tl.int64)
+    for place in range(begin, tl.minimum(begin + RUN, count)):
+        row = tl.load(rows_ptr + bh * count + place)
+        reach = row + q_offset + 1
+        base = sums_ptr + (bh * count + place) * num_blocks
+        levels = level_ptr + (bh * lists + row // KEYS) * num_blocks
+        stop = tl.minimum((reach + KEYS - 1) // KEYS, num_blocks)
+        whole = tl.sum(_whole(base + one, reach + one, stop, KEYS, 8 * WIDE, 1), 0)
+        lost = tl.zeros([LEVELS], tl.float32)
+        for first in range(0, stop, WIDE):
+            block = first + tl.arange(0, WIDE)
+            sums = tl.load(base + block, mask=block < stop, other=float("-inf"))
+            level = tl.load(levels + block, mask=block < stop, other=-1).to(tl.int32)
+            lost += tl.sum(tl.where(level[:, None] <= threshold[None, :], tl.exp2(sums - whole)[:, None], 0.0), 0)
+        lost = tl.minimum(lost, 1.0)
+        total += (lost * ONE).to(tl.int64)
+        squares += (lost * lost * ONE).to(tl.int64)
+    tl.atomic_add(moments_ptr + threshold, total, sem="relaxed")
+    tl.atomic_add(moments_ptr + LEVELS + threshold, squares, sem="relaxed")
+
+
+@triton.jit
+def settle(moments_ptr, kept_ptr, figures_ptr, rows, log, allowed, LEVELS: tl.constexpr, ONE: tl.constexpr,
+           WHOLE: tl.constexpr):  # fmt: skip
+    """The lowest level that is kept into ``kept_ptr``, and the rows' mean loss and its bound into ``figures_ptr``.
+
+    See ``rehead.variants.sparse.select.settle``. Grid: one program."""
+    level = tl.arange(0, LEVELS)
+    mean = tl.load(moments_ptr + level).to(tl.float64) / ONE / rows
+    bound = mean
+    if not WHOLE:
+        square = tl.load(moments_ptr + LEVELS + level).to(tl.float64) / ONE / rows
+        variance = tl.maximum(square - mean * mean, 0.0) * rows / (rows - 1)
+        bound = mean + tl.sqrt(2 * log * variance / rows) + 7 * log / (3.0 * (rows - 1))
+    kept = tl.min(tl.where((bound > allowed) | (level == LEVELS - 1), level, LEVELS), 0)
+    lost = tl.sum(tl.where(level == kept - 1, mean, 0.0), 0).to(tl.float32)
+    tl.store(kept_ptr, kept)
+    tl.store(figures_ptr, lost)
+    tl.store(figures_ptr + 1, lost if WHOLE else tl.where(kept > 0, allowed, 0.0))
 
 
 @triton.jit
@@ -152,9 +206,10 @@ def write_lists(level_ptr, kept_ptr, starts_ptr, index_ptr, num_blocks, WIDE: tl
 
 def levels(
     query: Tensor, key: Tensor, rows: Tensor, start: Tensor, end: Tensor, *, scale: float, offset: int, block: int,
-    samples: int, first: int, local: int, steps: tuple[int, int],
+    samples: int, first: int, local: int, steps: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(level of each block, int16 ``[B, H, lists, key blocks]``; losses of the checked rows, ``[B * H * n, LEVELS]``).
+    """(level of each block, int16 ``[B, H, lists, key blocks]``; sums over the checked rows of what they lose where the
+    blocks up to a level are left out, and of its square, int64 ``[2, LEVELS]`` in units of 1 / :data:`ONE`).
 
     Args:
         query, key: ``[B, H, Sq, D]`` and ``[B, K, Skv, D]`` of a causal call.
@@ -163,7 +218,7 @@ def levels(
         scale, offset: factor of the scores, position of the first row.
         block: rows and keys per block.
         samples, first, local: as of ``rehead.variants.sparse.select.choose``; powers of two.
-        steps: the number of levels, and how many lie between a share and its half.
+        steps: the number of levels, how many lie between a share and its half, and that of an even share.
     """
     batch, heads, num_q, dim = query.shape
     num_k, count = key.shape[2], rows.shape[2]
@@ -171,7 +226,7 @@ def levels(
     sampled = lists * samples
     sums = torch.empty((batch, heads, count, blocks), dtype=torch.float32, device=query.device)
     level = torch.empty((batch, heads, lists, blocks), dtype=torch.int16, device=query.device)
-    lost = torch.empty((batch * heads * (count - sampled), steps[0]), dtype=torch.float32, device=query.device)
+    moments = torch.zeros((2, steps[0]), dtype=torch.int64, device=query.device)
     width, half = max(16, triton.next_power_of_2(dim)), query.element_size() == 2
     block_m = 16 if interpreting() else 128 if half and width <= 128 else 64
     run = 4 if interpreting() else 16
@@ -183,14 +238,24 @@ def levels(
             num_warps=8 if block_m == 128 else 4, num_stages=3 if half and width <= 128 else 1,
         )  # fmt: skip
         block_levels[(lists, batch * heads)](
-            sums, rows, level, start, count, lists, blocks, num_q, offset, heads, first, local, SAMPLES=samples,
-            KEYS=block, WIDE=max(16, 512 // samples), LEVELS=steps[0], PER_OCTAVE=steps[1],
+            sums, rows, level, start, count, lists, blocks, num_q, offset, heads, first, local, steps[2],
+            SAMPLES=samples, KEYS=block, WIDE=max(16, 512 // samples), LEVELS=steps[0], PER_OCTAVE=steps[1],
         )  # fmt: skip
-        lost_by_level[(count - sampled, batch * heads)](
-            sums, rows, level, lost, count, sampled, lists, blocks, offset, KEYS=block, WIDE=32, LEVELS=steps[0],
-            PADDED=triton.next_power_of_2(steps[0]),
+        lost_by_level[(triton.cdiv(count - sampled, ROWS_PER_PROGRAM), batch * heads)](
+            sums, rows, level, moments, count, sampled, lists, blocks, offset, KEYS=block, WIDE=32, LEVELS=steps[0],
+            RUN=ROWS_PER_PROGRAM, ONE=ONE,
         )  # fmt: skip
-    return level, lost
+    return level, moments
+
+
+def settled(moments: Tensor, rows: int, log: float, allowed: float, whole: bool) -> tuple[Tensor, Tensor]:
+    """(the lowest level that is kept, int32 with one element; mean loss and its bound, float32 ``[2]``), by
+    :func:`settle` from the sums of :func:`levels` over ``rows`` rows."""
+    kept = torch.empty(1, dtype=torch.int32, device=moments.device)
+    figures = torch.empty(2, dtype=torch.float32, device=moments.device)
+    with torch.cuda.device_of(moments):
+        settle[(1,)](moments, kept, figures, rows, log, allowed, LEVELS=moments.shape[1], ONE=ONE, WHOLE=whole)
+    return kept, figures
 
 
 def lists_of(level: Tensor, kept: Tensor, block: int, most: int) -> KeyBlocks:

@@ -48,7 +48,7 @@ def test_shares_are_those_of_the_softmax(name):
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_choose_what_plain_tensors_choose(name, samples):
-    from rehead.attention.kernels.block_choice import lists_of
+    from rehead.attention.kernels.block_choice import ONE, lists_of, settled
 
     call = made(name)
     batch, heads, num_q, _ = call.query.shape
@@ -56,14 +56,20 @@ def test_the_kernels_choose_what_plain_tensors_choose(name, samples):
     some = rows.shape[2] - owner.shape[2] + 9  # the interpreter is slow
     rows, owner = rows[..., :some].contiguous(), owner[..., :9]
     sizes = {"block": 16, "samples": samples, "first": 1, "local": 0}
-    level, lost = select._levels_on_gpu(call, rows, owner, **sizes)
+    level, moments = select._levels_on_gpu(call, rows, owner, **sizes)
     wanted, losses = select._levels(call, rows, owner, **sizes)
     # Rounding may move a share over the border of a level.
     assert int((level.long() - wanted).abs().max()) <= 1
     assert float((level.long() != wanted).double().mean()) < 0.02
     if torch.equal(level.long(), wanted):
-        torch.testing.assert_close(lost, losses, atol=1e-5, rtol=1e-4)
-    kept = torch.tensor(select.LEVELS - 20, device=DEVICE)
+        want = torch.stack([losses.double().sum(0), losses.double().square().sum(0)])
+        torch.testing.assert_close(moments.double() / ONE, want, atol=1e-5 * len(losses), rtol=1e-4)
+        for allowed, whole in ((0.02, True), (0.3, True), (0.95, False)):
+            kept, figures = settled(moments, len(losses), select.LOG, allowed, whole)
+            least, wanted = select.settle(losses, allowed, whole)
+            assert int(kept) == int(least)
+            torch.testing.assert_close(figures.double().cpu(), wanted.double().cpu(), atol=1e-5, rtol=1e-4)
+    kept = torch.tensor([select.LEVELS - 40], dtype=torch.int32, device=DEVICE)
     blocks = lists_of(level, kept, 16, level.numel())
     assert torch.equal(blocks.listed(call.key.shape[2]), level >= kept)
     again = KeyBlocks.checked(blocks.starts, blocks.index, num_q, call.key.shape[2], rows=16, keys=16)

@@ -149,8 +149,9 @@ def test_hopper_latent(hopper, direct, tmp_path):
 
 CHOOSING = {
     "block_sums": {"D": 64, "BLOCK_D": 64, "BLOCK_M": 128, "KEYS": 128, "WIDE": 16, "PRECISION": "ieee"},
-    "block_levels": {"SAMPLES": 4, "KEYS": 128, "WIDE": 128, "LEVELS": 160, "PER_OCTAVE": 8},
-    "lost_by_level": {"KEYS": 128, "WIDE": 32, "LEVELS": 160, "PADDED": 256},
+    "block_levels": {"SAMPLES": 4, "KEYS": 128, "WIDE": 128, "LEVELS": 128, "PER_OCTAVE": 8},
+    "lost_by_level": {"KEYS": 128, "WIDE": 32, "LEVELS": 128, "RUN": 4, "ONE": 1 << 30},
+    "settle": {"LEVELS": 128, "ONE": 1 << 30, "WHOLE": False},
     "write_lists": {"WIDE": 256, "COUNT": False},
 }
 
@@ -159,9 +160,10 @@ CHOOSING = {
 def test_choosing_blocks(name, tmp_path):
     from rehead.attention.kernels import block_choice
 
-    pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "level_ptr": "*i16", "kept_ptr": "*i64", "scale": FLOAT}
+    pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "level_ptr": "*i16", "kept_ptr": "*i32"}
+    pointers |= {"moments_ptr": "*i64", "scale": FLOAT, "log": FLOAT, "allowed": FLOAT}
     pointers |= {f"{each}_ptr": "*i32" for each in ("rows", "starts", "index")}
-    pointers |= {f"{each}_ptr": "*fp32" for each in ("sums", "lost", "out")} | {"kv_start": "*i32", "kv_end": "*i32"}
+    pointers |= {f"{each}_ptr": "*fp32" for each in ("sums", "figures", "out")} | {"kv_start": "*i32", "kv_end": "*i32"}
     options = {"num_warps": 8, "num_stages": 3} if name == "block_sums" else {}
     report = assemble(getattr(block_choice, name), pointers, CHOOSING[name], False, tmp_path, **options)
     assert spilled(report) == 0

@@ -4,7 +4,9 @@ Each block of rows shows what it looks at by ``samples`` of its rows, whose weig
 values): in tests on SmolLM2 they named the heavy blocks better than the antidiagonal sums of XAttention
 (arXiv 2503.16428) at half the cost. Blocks are kept from the heaviest on. How far down is decided by rows drawn at
 random, apart from the samples: their lost mass under each threshold is exact, and the empirical Bernstein bound (Maurer
-and Pontil 2009, arXiv 0907.3740) turns it into a bound on the mean over all rows and heads.
+and Pontil 2009, arXiv 0907.3740) turns it into a bound on the mean over all rows and heads. Since the loss only grows
+with the threshold, and the first one whose bound is over the limit ends the search, the bound has to hold for a single
+threshold, the first that truly loses too much (Bates et al. 2021, arXiv 2101.02703).
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from rehead.attention.call import AttentionCall
 
 CHECKED = 8192
 """Rows that are drawn to check the lost mass, over all batch rows and heads, at least."""
-CHECKED_SHARE = 64
+CHECKED_SHARE = 128
 """One row in so many is drawn where that is more."""
 FAILURE = 1e-4
 """Largest probability that the bound of a call does not hold, over the draw of the checked rows."""
-LEVELS, PER_OCTAVE = 160, 8
-"""Thresholds of a block's mean weight that are tried, and how many of them lie between a weight and its half."""
+LOG = math.log(2 / FAILURE)
+LEVELS, PER_OCTAVE, EVEN = 128, 8, 64
+"""Thresholds of a block's mean weight that are tried (a power of two), how many of them lie between a weight and its
+half, and the one where every block has the same weight."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Choice:
         blocks: what each head's row blocks see.
         visible: how many blocks causality leaves, over all batch rows and heads.
         estimate: mean lost mass of the checked rows, a tensor of one element.
-        bound: what the mean over all rows and heads exceeds with a probability of :data:`FAILURE` at most.
+        bound: what the mean over all rows and heads exceeds with a probability of :data:`FAILURE` at most: the limit
+            that was asked for, the truth where all rows were checked.
     """
 
     blocks: KeyBlocks
@@ -83,34 +88,35 @@ def choose(
     batch, heads, num_q, _ = call.query.shape
     rows, owner, all_rows = draw(call.query.device, batch, heads, num_q, block, samples, seed)
     visible = places(call.query.device, call.offset, num_q, block, -(-call.key.shape[2] // block), local)[2]
-    on_gpu = call.query.device.type != "cpu"
-    find = _levels_on_gpu if on_gpu else _levels
-    level, lost = find(call, rows, owner, block=block, samples=samples, first=first, local=local)
-    kept, figures = settle(lost, lost_mass, all_rows)
     most = visible * batch * heads
-    if on_gpu:
-        from rehead.attention.kernels.block_choice import lists_of
+    sizes = {"block": block, "samples": samples, "first": first, "local": local}
+    if call.query.device.type != "cpu":
+        from rehead.attention.kernels.block_choice import lists_of, settled
 
+        level, moments = _levels_on_gpu(call, rows, owner, **sizes)
+        kept, figures = settled(moments, owner.numel(), LOG, lost_mass, all_rows)
         return Choice(lists_of(level, kept, block, most), most, figures[0], figures[1])
+    level, lost = _levels(call, rows, owner, **sizes)
+    kept, figures = settle(lost, lost_mass, all_rows)
     return Choice(KeyBlocks.of(level >= kept, block, block), most, figures[0], figures[1])
 
 
-def settle(lost: Tensor, allowed: float, all_rows: bool) -> tuple[Tensor, Tensor]:
+def settle(lost: Tensor, allowed: float, whole: bool) -> tuple[Tensor, Tensor]:
     """(the lowest level that is kept, of one element; mean loss without those below it, and its bound, ``[2]``).
-
-    Both are on the device of ``lost``, and nothing here waits for it.
 
     Args:
         lost: ``[n, LEVELS]``, what each checked row loses where the blocks up to a level are left out.
         allowed: the most that may be lost.
-        all_rows: every row was checked.
+        whole: all rows were checked.
     """
-    variance, mean = torch.var_mean(lost, 0)
-    bound = mean if all_rows else _bernstein(mean, variance, lost.shape[0])
-    # The highest level has the blocks that are always kept: leaving them out loses everything.
-    kept = (bound > allowed).int().argmax()
-    # An index of no dimensions would be read by the host.
-    return kept, torch.nn.functional.pad(torch.stack([mean, bound]), (1, 0)).index_select(1, kept[None])[:, 0]
+    rows = lost.shape[0]
+    variance, mean = torch.var_mean(lost.double(), 0)
+    bound = mean if whole else mean + torch.sqrt(2 * LOG * variance / rows) + 7 * LOG / (3 * (rows - 1))
+    over = bound > allowed
+    over[-1] = True  # the highest level has the blocks that are always kept
+    kept = over.int().argmax()
+    estimate = torch.nn.functional.pad(mean, (1, 0)).index_select(0, kept[None])[0]
+    return kept, torch.stack([estimate, estimate if whole else allowed * (kept > 0).double()])
 
 
 def _levels(
@@ -124,7 +130,7 @@ def _levels(
     mass = block_mass(call, rows, block)
     count = rows.shape[2] - owner.shape[2]
     chosen, shown = mass[:, :, :count], mass[:, :, count:]
-    level = chosen.unflatten(2, (-1, samples)).mean(3).log2() * PER_OCTAVE + (LEVELS - 1)
+    level = (chosen.unflatten(2, (-1, samples)).mean(3) * mass.shape[3]).log2() * PER_OCTAVE + EVEN
     level = level.clamp_(0, LEVELS - 2).long()
     visible, near, _ = places(mass.device, call.offset, call.query.shape[2], block, mass.shape[3], local)
     key = torch.arange(mass.shape[3], device=mass.device)
@@ -137,14 +143,14 @@ def _levels(
 
 
 def _levels_on_gpu(call: AttentionCall, rows: Tensor, owner: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
-    """:func:`_levels` by kernels."""
+    """:func:`_levels` by kernels: the level of each block, and sums of the losses and of their squares."""
     from rehead.attention.kernels.block_choice import levels
 
     query, key = call.query.detach(), call.key.detach()
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query.to(key.dtype), key))
     start, end = key_bounds(call)
     return levels(
-        query, key, rows, start, end, scale=call.factor, offset=call.offset, steps=(LEVELS, PER_OCTAVE), **sizes
+        query, key, rows, start, end, scale=call.factor, offset=call.offset, steps=(LEVELS, PER_OCTAVE, EVEN), **sizes
     )
 
 
@@ -160,12 +166,6 @@ def places(
     closing = (opening + block).clamp(max=offset + num_q)
     visible = key * block < closing
     return visible, (key + 1 + local) * block > opening, int(visible.sum())
-
-
-def _bernstein(mean: Tensor, variance: Tensor, count: int) -> Tensor:
-    """Upper bounds of the expectations of means of ``count`` independent numbers in [0, 1], all of them at once."""
-    log = math.log(2 * LEVELS / FAILURE)
-    return mean + torch.sqrt(2 * variance * log / count) + 7 * log / (3 * (count - 1))
 
 
 def lost_mass(call: AttentionCall, blocks: KeyBlocks) -> Tensor:
