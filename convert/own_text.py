@@ -22,6 +22,7 @@ from rehead.data.calibration import CalibrationText, shares
 from rehead.errors import UsageError
 from rehead.models.model import Model
 from rehead.models.modeling.modeling_rehead_cache import cache_argument
+from rehead.models.recording import record
 from rehead.models.watch import PLAIN, register_plain
 
 NAME = "written by the model"
@@ -124,13 +125,10 @@ def _go_on(live: Any, beginnings: Tensor, length: int) -> Tensor:
             for _ in range(3):
                 step()
         torch.cuda.current_stream(device).wait_stream(stream)
-        left, graph = left - 3, torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):  # not run yet
-                step()
-            advance = graph.replay
-        except RuntimeError:  # a class that waits for the GPU writes as well, more slowly
-            torch.cuda.synchronize(device)
+        left -= 3
+        recording = record(step, stream)
+        if recording is not None:  # else a class that waits for the GPU: it writes as well, more slowly
+            advance = recording[0].replay
     for _ in range(left):
         advance()
     return tokens

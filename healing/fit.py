@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.models.recording import record as recording_of
+
 #: Adam's step relative to each weight's own root mean square, so that one rate serves every matrix.
 RELATIVE_RATE = 1e-2
 WARM_UP = 20
@@ -139,17 +141,11 @@ class _Recorded:
 
     def _record(self, index: int, rows: Tensor) -> bool:
         """Record a step without taking it; False where the module waits for the GPU and so cannot be recorded."""
-        static, graph = rows.clone(), torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
-        try:
-            with torch.cuda.stream(self.stream):  # not torch.cuda.graph: it empties caches, which takes half a second
-                graph.capture_begin()
-                try:
-                    loss = self.step(index, static)
-                finally:
-                    graph.capture_end()
-        except RuntimeError:
+        static = rows.clone()
+        recording = recording_of(lambda: self.step(index, static), self.stream)
+        if recording is None:
             return False
+        graph, loss = recording
         self.graphs[index] = graph, static, loss
         return True
 
