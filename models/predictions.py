@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError
 
-#: Bytes of logits that may be in memory at once, in the model's dtype, by the kind of device.
-PIECE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+#: Bytes of logits in memory at once, in the model's dtype, by the kind of device. On a CPU just above 32 MiB:
+#: glibc gives a block of more than that back as soon as it is freed; smaller ones can stay and break its heap up.
+PIECE_BYTES = {"cpu": 40 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
