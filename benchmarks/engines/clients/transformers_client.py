@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import rehead  # noqa: F401  (its own classes load by their names)
 
-# Projections beside attention, by the names that classes use. Not kv_a_proj_with_mqa: a converted latent is so small that
-# one step of LoRA there drowns it.
+# Projections of attention, by the names that classes use. Not kv_a_proj_with_mqa: a converted latent is stored so small
+# that one step of LoRA there drowns it.
 TARGETS = r".*(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|kv_b_proj)"
 
 
