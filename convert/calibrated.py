@@ -13,7 +13,7 @@ from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
 from rehead.convert.own_text import with_own_text
 from rehead.convert.planning import Plan, ffn_writer
-from rehead.data.calibration import CalibrationText, load_calibration
+from rehead.data.calibration import CalibrationText, load_calibration, repeating
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job, LayerJob
 from rehead.healing.moments import Moments
@@ -60,6 +60,8 @@ def calibration_text(plan: Plan) -> CalibrationText:
 def _whole_text(plan: Plan, device: torch.device, progress: Progress | None) -> CalibrationText:
     """The text that a plan's options name, and what the model writes itself where they ask for that."""
     text, options = calibration_text(plan), plan.options
+    if any(rewrite.form is not None and rewrite.form.hides for rewrite in plan.layer_rewrites):
+        text = repeating(text, options.seed)
     if not options.own_text:
         return text
     return with_own_text(text, plan.source, options.own_text, device, options.seed, progress)

@@ -130,6 +130,7 @@ class LayerForm:
         settings: settings of the recovery of such layers.
         trains: parameters of the attention module that the fit moves besides its projections.
         own_calls: the changed layer is called in another way than the original's (with another mask).
+        hides: it hides what is far back, so that calibration text must hold something that looks there.
     """
 
     closed: Callable[[int, Heads, Any], Changed]
@@ -141,6 +142,7 @@ class LayerForm:
     settings: RecoverySettings = field(default_factory=RecoverySettings)
     trains: tuple[str, ...] = ()
     own_calls: bool = False
+    hides: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,14 @@ def takes_backward(grad: Tensor, call: AttentionCall) -> bool:
     return takes(call) and call.blocks is None and _describable(grad.transpose(1, 2))
 
 
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
+
+
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A copy descriptor of a ``[B, heads, S, dim]`` tensor in blocks ``[1, 1, rows, columns]``; zeros outside."""
-    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[tensor.dtype])
+    layout = _layout(rows, columns, tensor.dtype)
     # A dimension of one element may have any stride, but the engine checks it too.
     strides = [s if size > 1 else tensor.shape[3] for size, s in zip(tensor.shape[:3], tensor.stride()[:3])]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout)

@@ -66,5 +66,6 @@ def window_rewrite(model: Model, options: WindowOptions) -> Rewrite:
         settings=RECOVERY,
         trains=(SINKS,) if needs else (),
         own_calls=True,
+        hides=True,
     )
     return rewrite_heads("window", model, raw, form, changed, on_meta)
