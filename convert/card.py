@@ -9,7 +9,7 @@ import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
 from rehead.models.families.spec import changing_rope, steady_length
-from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, facts_of, sentences, served_by
+from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, SAME, deciding_runs, facts_of, sentences
 from rehead.version import __version__
 
 if TYPE_CHECKING:
@@ -193,8 +193,13 @@ def _for_engines(plan: Plan) -> list[str]:
     """What another conversion would do for engines that do not serve this one."""
     config, said = plan.raw_config, []
     if config.get("kv_lora_rank") and not config.get("attention_bias"):
-        runs = {run.engine: run.outcome for run in served_by(config["model_type"], facts_of(config))}
+        runs = {name: run.outcome for name, run in deciding_runs(config["model_type"], facts_of(config)).items()}
         said = [f"`--for {flag}`" for flag, name in ENGINE_NAMES.items() if runs.get(name) in (DIFFERENT, REFUSED)]
+    elif plan.options.context is not None:
+        helped = deciding_runs(config["model_type"], facts_of(config) | {"says_mscale": True}).get("vLLM")
+        now = deciding_runs(config["model_type"], facts_of(config)).get("vLLM")
+        if helped is not None and helped.outcome == SAME and now is not None and now.outcome != SAME:
+            said = ["`--for vllm`"]
     return [f"Converted with {' or '.join(said)} it serves there."] if said else []
 
 

@@ -143,7 +143,7 @@ def _is_budget(given: dict[str, Any]) -> bool:
     latent = any(text.partition(":")[0] == "latent" for text in given.get("variants", ()))
     if given.keys() & (BudgetOptions.model_fields.keys() - {"context"}):
         return True
-    return bool(given.keys() & {"kv_cache", "engine"}) and not (
+    return bool(given.keys() & {"kv_cache"} or ("engine" in given and "context" not in given)) and not (
         latent or given.keys() & {"rope_dims", "host", "latent", "fold_biases", "half_scale"}
     )
 

@@ -147,8 +147,8 @@ class ConvertOptions(Options):
         Literal["vllm", "llama.cpp", "transformers"] | None, Flag("--for", default="any that takes the class")
     ] = Field(
         None,
-        description="Of --kv-cache and --latent: write what this engine has been seen to serve, and what it asks for "
-        "beyond its class.",
+        description="Of --kv-cache, --latent and --context: write what this engine has been seen to serve, and what it "
+        "asks for beyond its class.",
     )
 
     window: Annotated[Count | None, Flag(metavar="W")] = Field(
@@ -278,7 +278,7 @@ class ConvertOptions(Options):
             own = {"--rope-dims": self.rope_dims, "--for": self.engine, "--fold-biases": self.fold_biases or None}
             own |= {"--half-scale": self.half_scale or None}
             for flag, value in own.items():
-                if value is not None:
+                if value is not None and (flag != "--for" or self.context is None):
                     raise UsageError(f"{flag}: says nothing without --latent or --kv-cache; give one or leave it out")
             return
         others = {
@@ -305,6 +305,7 @@ class ConvertOptions(Options):
             variant = VARIANTS.get("context")
             rope, layers = self.rope or "yarn", self.layers or "all"
             said = {"tokens": self.context, "rope": rope, "factors": self.rope_factors, "layers": layers}
+            said["engine"] = self.engine
             asked.append((variant, variant.options.parse(said)))
         return sorted(asked, key=lambda pair: pair[0].name == "latent")  # after it a layer has no heads
 

@@ -23,7 +23,7 @@ from rehead.models.remote import in_view_rounds, layout_facts
 from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.models.rewritten_source import RewrittenSource
-from rehead.models.serving import engines
+from rehead.models.serving import ENGINE_NAMES, SAME, deciding_runs, engines, facts_of
 from rehead.variants.layer_choice import parse_layers
 from rehead.variants.pool.rewrite import check_count, pool
 
@@ -286,14 +286,31 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 
 
 def _checked(plan: Plan) -> Plan:
-    """A plan whose result its class would load; raises UnsupportedError."""
+    """A plan whose result its class would load, and the engine that was asked for; raises UnsupportedError."""
     source, model, result = plan.source, plan.model, plan.result
     # A stray tensor is no fault of the plan's where the model it was renamed from has it too.
     named_alike = model if any(rewrite.renames for rewrite in model.rewrites) else source
     plan.strays = check_loads(
         named_alike.config, shapes_of(named_alike.source.stored), result.config, shapes_of(result.source.stored)
     )
+    _check_served(plan)
     return plan
+
+
+def _check_served(plan: Plan) -> None:
+    """Refuse a result that the engine it is written for was seen to compute wrongly; one never run on it may do."""
+    engine = plan.options.engine
+    kind, facts = plan.raw_config["model_type"], facts_of(plan.raw_config)
+    run = deciding_runs(kind, facts).get(ENGINE_NAMES.get(engine or "", ""))
+    if run is None or run.outcome == SAME:
+        return
+    if facts["rope_type"] == "default":
+        raise UnsupportedError(f"--for {engine}: does not compute {kind} of this kind; leave --for out")
+    ways = ("--host youtu" if engine == "vllm" else "fewer --rope-dims") if plan.options.is_latent else "--rope yarn"
+    raise UnsupportedError(
+        f"--for {engine}: does not compute {kind} with a RoPE of type {facts['rope_type']}; give {ways}, or leave "
+        "--for out"
+    )
 
 
 def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:

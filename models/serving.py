@@ -39,7 +39,10 @@ class Run:
         cache_bytes_per_token: float32, all layers, as the engine reports them; None where it does not.
         notes: what the client had to do, or the engine's reason for its refusal.
         case: the model that was run, by its name in ``benchmarks/engines/cases.py``.
-        tested: ``windows``, ``sinks``: those that the model has and whose loss would have shown in the answer.
+        tested: ``windows``, ``sinks``, ``stretched RoPE``: those that the model has and whose loss would have shown in
+            the answer.
+        short_text: whether the text was one that the model could read before its RoPE was stretched. Only kinds of RoPE
+            that read such texts as before have a run of this sort, beside one on a longer text.
     """
 
     engine: str
@@ -52,6 +55,7 @@ class Run:
     notes: tuple[str, ...]
     case: str
     tested: tuple[str, ...] = ()
+    short_text: bool = False
 
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         sharing = "MQA" if kv == 1 else "GQA"
     activation = _first(config, _ACTIVATIONS)
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     width = _first(config, ("hidden_size", "n_embd"))
     context = _first(config, ("max_position_embeddings", "n_positions")) or 0
     return {
@@ -78,6 +82,8 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "custom_code": bool(config.get("auto_map")),
         "windows": 0 < (config.get("sliding_window") or 0) < context and config.get("use_sliding_window", True),
         "tied": bool(config.get("tie_word_embeddings", False)),
+        "rope_type": _rope_type(rope),
+        "says_mscale": "long_mscale" in rope,
         "usual_rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)) == 10000.0,
         "ffn_is_4_times_as_wide": _first(config, ("intermediate_size", "n_inner")) in (None, 4 * (width or 0)),
         "query_latent": config.get("q_lora_rank") is not None,
@@ -88,7 +94,7 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Facts that must always agree; others count only for types whose runs differ in them.
-_DECIDING = ("attention", "activation", "custom_code", "windows")
+_DECIDING = ("attention", "activation", "custom_code", "windows", "rope_type")
 
 
 def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
@@ -103,29 +109,47 @@ def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
         if key in _DECIDING or len({row["facts"].get(key) for row in rows}) > 1:
             rows = [row for row in rows if row["facts"].get(key) == facts.get(key)]
     return [
-        Run(**{**run, "notes": tuple(run["notes"]), "case": row["case"], "tested": tuple(row.get("tested", ()))})
+        Run(
+            **{**run, "notes": tuple(run["notes"]), "case": row["case"], "tested": tuple(row.get("tested", ()))},
+            short_text=row.get("short_text", False),
+        )
         for row in rows
         for run in row["runs"]
     ]
 
 
+def deciding_runs(model_type: str, facts: Mapping[str, Any], short_text: bool = False) -> dict[str, Run]:
+    """One run of :func:`served_by` for each engine, by its name: the first.
+
+    Args:
+        short_text: of those runs, where there are any, rather than of all others.
+    """
+    first: dict[str, Run] = {}
+    for run in served_by(model_type, facts):
+        if run.short_text == short_text:
+            first.setdefault(run.engine, run)
+    return first
+
+
 def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
     """Lines about engines for the model card: one per engine, or one that says that none was run."""
-    lines: dict[str, str] = {}
-    for run in served_by(model_type, facts):
+    short = deciding_runs(model_type, facts, short_text=True)
+    lines = []
+    for name, run in deciding_runs(model_type, facts).items():
         if run.outcome == SAME:
             text = f"{run.tokens} of {run.of} greedy tokens as transformers gives them"
-            if parts := [part for part in ("windows", "sinks") if part in run.tested]:
+            if parts := [part for part in ("windows", "sinks", "stretched RoPE") if part in run.tested]:
                 text += f", {' and '.join(parts)} computed"
+            if name in short and short[name].outcome != SAME:
+                text += "; not so on texts of the original length and shorter"
+                text += f" ({'; '.join(short[name].notes)})" if short[name].notes else ""
         elif run.outcome == DIFFERENT:
             text = "loads it and computes something else: do not use it"
         else:
             text = f"does not take it ({'; '.join(run.notes)})"
         extra = [note for note in run.notes if run.outcome != REFUSED]
-        lines.setdefault(
-            run.engine, f"{run.engine} {run.version}: {text}" + (f" ({'; '.join(extra)})" if extra else "")
-        )
-    return list(lines.values()) or ["no engine has been run on a model of this kind"]
+        lines.append(f"{run.engine} {run.version}: {text}" + (f" ({'; '.join(extra)})" if extra else ""))
+    return lines or ["no engine has been run on a model of this kind"]
 
 
 def engines(config: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -134,11 +158,9 @@ def engines(config: Mapping[str, Any]) -> dict[str, list[str]]:
     Args:
         config: the model's ``config.json``.
     """
-    outcomes: dict[str, str] = {}
-    for run in served_by(str(config.get("model_type")), facts_of(config)):
-        outcomes.setdefault(run.engine, run.outcome)
+    runs = deciding_runs(str(config.get("model_type")), facts_of(config))
     kinds = {"right": SAME, "wrong": DIFFERENT, "refuse": REFUSED}
-    return {kind: [name for name, outcome in outcomes.items() if outcome == wanted] for kind, wanted in kinds.items()}
+    return {kind: [name for name, run in runs.items() if run.outcome == wanted] for kind, wanted in kinds.items()}
 
 
 def engine_line(outcomes: Mapping[str, Sequence[str]]) -> str:
@@ -161,6 +183,13 @@ def results() -> dict[str, Any]:
 def _window_period(kinds: Sequence[str]) -> int | None:
     """Layers from one that sees everything to the next; None without windows."""
     return kinds.index("full_attention") + 1 if {"full_attention", "sliding_attention"} <= set(kinds) else None
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    """How rotary frequencies are stretched; of a config with a set for each kind of layer, in any of them."""
+    sets = [rope, *(each for each in rope.values() if isinstance(each, Mapping))]
+    types = [str(each.get("rope_type") or each.get("type") or "default") for each in sets]
+    return next((name for name in types if name != "default"), "default")
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-
-from rehead.convert import convert
-from rehead.models.tiny import randomize
-from rehead.recipes.pipeline.named_models import embedded_model, write_smollm2
 
 HEADS, HEAD_DIM, HIDDEN, LAYERS = 4, 32, 128, 2
 
-# What every random model is given, of those names that its config has.
-COMMON: dict[str, Any] = {
-    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
-    "head_dim": HEAD_DIM, "intermediate_size": 192, "max_position_embeddings": 256, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False, "attention_dropout": 0.0,
-    "hidden_dropout": 0.0, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256,
-    "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-}  # fmt: skip
 PART_ROPE = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}
 ROPE = {"rope_type": "default", "rope_theta": 20000.0}
 WINDOWS = ["sliding_attention", "full_attention"]
@@ -54,6 +35,8 @@ class Case:
         client: options for single engines' clients, by engine.
         note: what the case stands for.
         only: the engines that are given it; all, if empty.
+        prompt_tokens: length of the prompt.
+        short_text: whether a model with a RoPE for longer texts is given one that it could read before.
     """
 
     source: str
@@ -62,6 +45,8 @@ class Case:
     client: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str = ""
     only: tuple[str, ...] = ()
+    prompt_tokens: int = 64
+    short_text: bool = False
 
 
 GROUPED = {"rope_parameters": ROPE, "num_key_value_heads": 2}
@@ -73,6 +58,25 @@ SWA: dict[str, Any] = {
     "layer_types": WINDOWS, "layer_rope_theta": [20000.0, 20000.0], "rope_parameters": ROPE, "sliding_window": 32,
     "attention_multiplier": HEAD_DIM**-0.5, "num_key_value_heads": 2,
 }  # fmt: skip
+
+# Models of 64 tokens that are to read 256, and prompts on either side of the 64.
+OLD_LENGTH = {"max_position_embeddings": 64}
+LONG: dict[str, Any] = {"client": {"vllm": {"max_model_len": 256}}, "prompt_tokens": 160}
+WITHIN: dict[str, Any] = {**LONG, "prompt_tokens": 32, "short_text": True}
+LLAMA3 = {
+    **ROPE, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _longer(rope: str, source: str = "llama", engine: str | None = None, **how: Any) -> Case:
+    """A model that was made to read four times as much."""
+    config = {**GROUPED, **OLD_LENGTH}
+    if source == "phi3":
+        config |= {"original_max_position_embeddings": 64}
+    fitted = SHORT | {"calibration_length": 64} if rope == "fitted" else {}
+    return Case(source, config, {"context": 256, "rope": rope, "engine": engine, **fitted}, **how)
+
 
 CASES: dict[str, Case] = {
     "embedded": Case("embedded", note="the trained model that ships with Rehead, 8 KV heads to 2"),
@@ -259,6 +263,78 @@ CASES: dict[str, Case] = {
     "latent-qwen2": Case(
         "qwen2", GROUPED, {"latent": 64, "rope_dims": 16, **SHORT}, {"vllm": FLAT}, note="as deepseek_v3, with biases"
     ),
+    "longer-linear": _longer("linear", note="64 tokens to 256, read 160", **LONG),
+    "longer-ntk": _longer("ntk", note="the same", **LONG),
+    "longer-yarn": _longer("yarn", note="the same", **LONG),
+    "longer-dynamic": _longer("dynamic", note="the same", **LONG),
+    "longer-dynamic-short": _longer("dynamic", note="the same, read 32", **WITHIN),
+    "longer-longrope": _longer("longrope", note="64 tokens to 256, read 160", **LONG),
+    "longer-longrope-short": _longer("longrope", note="the same, read 32", **WITHIN),
+    "longer-longrope-vllm": _longer(
+        "longrope", engine="vllm", note="64 tokens to 256 with --for vllm, read 160", **LONG
+    ),
+    "longer-longrope-vllm-short": _longer("longrope", engine="vllm", note="the same, read 32", **WITHIN),
+    "longer-longrope-vllm-64": _longer(
+        "longrope",
+        engine="vllm",
+        note="the same, served for texts of up to 64 tokens",
+        only=("vllm",),
+        **(WITHIN | {"client": {"vllm": {"max_model_len": 64}}}),
+    ),
+    "longer-fitted": _longer("fitted", note="64 tokens to 256, read 160: longrope with factors fitted to text", **LONG),
+    "longer-phi3": _longer("longrope", "phi3", note="64 tokens to 256, read 160", **LONG),
+    "longer-phi3-short": _longer("longrope", "phi3", note="the same, read 32", **WITHIN),
+    "longer-phi3-vllm": _longer("longrope", "phi3", "vllm", note="64 tokens to 256 with --for vllm, read 160", **LONG),
+    "longer-phi3-vllm-short": _longer("longrope", "phi3", "vllm", note="the same, read 32", **WITHIN),
+    "longer-mistral": _longer("yarn", "mistral", note="64 tokens to 256, read 160", **LONG),
+    "longer-qwen2": _longer("yarn", "qwen2", note="the same", **LONG),
+    "longer-qwen3": _longer("yarn", "qwen3", note="the same", **LONG),
+    "longer-gemma3": Case(
+        "gemma3_text",
+        {
+            **OLD_LENGTH,
+            "num_hidden_layers": 6,
+            "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]],
+            "sliding_window": 32,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+        },
+        {"context": 256, "rope": "linear"},
+        note="64 tokens to 256, read 160",
+        **LONG,
+    ),
+    "llama3": Case("llama", {"rope_parameters": LLAMA3}, note="Llama 3's frequencies, read 160 tokens", **LONG),
+    "latent-llama3": Case(
+        "llama",
+        {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
+        {"latent": 64, "rope_dims": 32, **SHORT},
+        {"vllm": {**FLAT, "max_model_len": 256}},
+        note="Llama 3's frequencies, as deepseek_v3, read 160 tokens",
+        prompt_tokens=160,
+    ),
+    "latent-llama3-youtu": Case(
+        "llama",
+        {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
+        {"latent": 64, "rope_dims": 32, "host": "youtu", **SHORT},
+        {"vllm": {"max_model_len": 256}},
+        note="the same as youtu",
+        prompt_tokens=160,
+    ),
+    "deepseek_v3-llama3": Case(
+        "deepseek_v3",
+        {**DENSE_LATENT, "rope_parameters": LLAMA3, "q_lora_rank": 64},
+        None,
+        {"vllm": {**FLAT, "max_model_len": 256}},
+        note="written directly, with a latent of the queries, read 160 tokens",
+        prompt_tokens=160,
+    ),
+    "embedded-longer": Case(
+        "embedded",
+        convert={"context": 4096},
+        client={"vllm": {"max_model_len": 4096}},
+        note="1,024 tokens to 4,096 by YaRN, read 1,536",
+        prompt_tokens=1536,
+    ),
     "smollm2-latent": Case(
         "smollm2",
         convert={"latent": 96, "rope_dims": 32, "calibration_tokens": 2048},
@@ -296,94 +372,3 @@ CASES: dict[str, Case] = {
         note="SmolLM2-135M-Instruct, 3 KV heads to 1",
     ),
 }
-
-
-def build(name: str, folder: Path) -> Path:
-    """Write the case's model below a folder and return where it is; made once.
-
-    Args:
-        name: a key of :data:`CASES`.
-        folder: holds all cases.
-    """
-    case = CASES[name]
-    out = folder / name / "model"
-    if (out / "config.json").is_file():
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if case.convert is None:
-        _random_model(case, out)
-        return out
-    source = _SOURCES.get(case.source, _random_model)(case, folder / name / "source")
-    convert(source, out, **case.convert)
-    return out
-
-
-def _embedded(case: Case, out: Path) -> Path:
-    return embedded_model()
-
-
-def _smollm2(case: Case, out: Path) -> Path:
-    # One copy for all cases that start from it.
-    shared = out.parent.parent / "smollm2-source"
-    if not shared.is_dir():
-        write_smollm2(shared)
-    return shared
-
-
-def _chatglm2(case: Case, out: Path) -> Path:
-    """A small random GLM under the names and in the layout that ChatGLM2 was published with."""
-    made = _random_model(Case("glm", case.config), out.parent / "glm")
-    stock, config = load_file(made / "model.safetensors"), json.loads((made / "config.json").read_text())
-    tensors = {
-        "transformer.embedding.word_embeddings.weight": stock["model.embed_tokens.weight"],
-        "transformer.encoder.final_layernorm.weight": stock["model.norm.weight"],
-        "transformer.output_layer.weight": stock["lm_head.weight"],
-    }
-    below = {"mlp.dense_h_to_4h": "mlp.gate_up_proj", "mlp.dense_4h_to_h": "mlp.down_proj"}
-    below |= {"self_attention.dense": "self_attn.o_proj"}
-    below |= {name: name for name in ("input_layernorm", "post_attention_layernorm")}
-    for layer in range(LAYERS):
-        old, new = f"model.layers.{layer}.", f"transformer.encoder.layers.{layer}."
-        for part in ("weight", "bias"):
-            rows = [stock[f"{old}self_attn.{name}_proj.{part}"] for name in "qkv"]
-            tensors[f"{new}self_attention.query_key_value.{part}"] = torch.cat(rows)
-        tensors |= {f"{new}{name}.weight": stock[f"{old}{its}.weight"] for name, its in below.items()}
-    published = {
-        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "hidden_size": HIDDEN, "num_layers": LAYERS,
-        "num_attention_heads": HEADS, "kv_channels": HEAD_DIM, "ffn_hidden_size": config["intermediate_size"],
-        "padded_vocab_size": config["vocab_size"], "seq_length": 256, "layernorm_epsilon": config["rms_norm_eps"],
-        "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "eos_token_id": 0,
-    }  # fmt: skip
-    shutil.copytree(made, out, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    (out / "config.json").write_text(json.dumps(published))
-    return out
-
-
-_SOURCES: dict[str, Callable[[Case, Path], Path]] = {
-    "embedded": _embedded,
-    "smollm2": _smollm2,
-    "chatglm2": _chatglm2,
-}
-
-
-def _random_model(case: Case, out: Path) -> Path:
-    """A small model of the case's class with the embedded model's tokenizer, every parameter random, in float32."""
-    import inspect
-
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-    cls: Any = CONFIG_MAPPING[case.source]
-    known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "attribute_map", {}))
-    values = {key: value for key, value in COMMON.items() if key in known} | case.config
-    config = cls(vocab_size=len(tokenizer), **values)
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto.from_config(config, dtype=torch.float32)
-        randomize(model, seed=None, scale=0.8, redraw=True)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    return out

@@ -1,7 +1,7 @@
 """What transformers itself answers: greedy tokens, their log-probabilities and the bytes that its cache holds.
 
-And what it would answer if it left windows or sinks out, as engines do that load a model and say nothing: an answer
-that is this one names the fault, and one that is not shows that the engine computes them.
+And what it would answer if it left windows, sinks or a stretched RoPE out, as engines do that load a model and say
+nothing: an answer that is this one names the fault, and one that is not shows that the engine computes them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Reference:
         logprobs: of the tokens, nats.
         margin: the smallest lead of a token's log-probability over the next best; equal computations may part below it.
         cache_bytes_per_token: of what the cache holds per token, over all layers that keep every token.
-        without: by those names of :data:`PARTS` that the model has: ``tokens`` and ``logprobs`` where its attention
-            leaves them out.
+        without: by those names of :data:`PARTS` and of :func:`_plainer_rope` that the model has: ``tokens`` and
+            ``logprobs`` where its attention leaves them out.
     """
 
     prompt: list[int]
@@ -103,7 +103,27 @@ def continue_greedily(folder: Path, prompt: list[int], count: int = NEW_TOKENS) 
             name = "decoder_input_ids" if config.is_encoder_decoder else "input_ids"
             given = {name: torch.tensor([tokens[-1:]])}
     without = {} if config.is_encoder_decoder else _without(model, prompt, count)
+    for part, parameters in _plainer_rope(config, len(prompt) + count).items():
+        config.rope_parameters = parameters
+        without[part] = _continued(auto.from_pretrained(folder, config=config, dtype=torch.float32), prompt, count)
     return Reference(prompt, tokens, logprobs, margin, _bytes_per_token(cache), without)
+
+
+def _plainer_rope(config: Any, length: int) -> dict[str, dict[str, Any]]:
+    """RoPE parameters of an engine that reads less of them, by what it leaves out; none where nothing is stretched.
+
+    Args:
+        length: tokens of the whole text.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    if given.get("rope_type", "default") == "default":
+        return {}
+    kept = {key: given[key] for key in ("rope_theta", "partial_rotary_factor") if key in given}
+    plainer = {"stretched RoPE": {**kept, "rope_type": "default"}}
+    if given["rope_type"] == "longrope" and length <= given["original_max_position_embeddings"]:
+        # Its short factors are the plain frequencies.
+        plainer = {"frequencies of short texts": {**given, "short_factor": given["long_factor"]}}
+    return plainer
 
 
 def _without(model: Any, prompt: list[int], count: int) -> dict[str, dict[str, list[Any]]]:

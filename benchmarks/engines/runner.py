@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rehead.benchmarks.engines import environments, reference
-from rehead.benchmarks.engines.cases import CASES, build
+from rehead.benchmarks.engines.building import build
+from rehead.benchmarks.engines.cases import CASES
 from rehead.models.serving import DIFFERENT, REFUSED, SAME, facts_of
 
 #: A token counts as computed alike if its log-probability (nats) is this close. Float32 gives about 1e-5. llama.cpp's
@@ -32,7 +33,8 @@ def references(names: Iterable[str], work: Path) -> dict[str, dict[str, Any]]:
         if not path.is_file():
             folder = build(name, work)
             config = json.loads((folder / "config.json").read_text())
-            answer = reference.continue_greedily(folder, reference.prompt_of(folder)).as_json()
+            prompt = reference.prompt_of(folder, CASES[name].prompt_tokens)
+            answer = reference.continue_greedily(folder, prompt).as_json()
             path.write_text(
                 json.dumps(
                     {**answer, "model": str(folder), "model_type": config["model_type"], "facts": facts_of(config)}
@@ -164,6 +166,8 @@ def merge(
             "transformers_cache_bytes_per_token": answer["cache_bytes_per_token"],
             "tested": tested(answer),
         }
+        if CASES[row["case"]].short_text:
+            target["short_text"] = True
         run = {key: value for key, value in row.items() if key != "case"}
         target["runs"] = [kept for kept in target["runs"] if kept["engine"] != run["engine"]] + [run]
     titles = [engine.title for engine in environments.ENGINES.values()]

@@ -12,7 +12,7 @@ from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import Model
-from rehead.models.serving import ENGINE_NAMES, SAME, facts_of, served_by
+from rehead.models.serving import ENGINE_NAMES, SAME, deciding_runs, facts_of
 from rehead.variants.window.classes import FILE
 
 #: Steps of the layer-wise fit where nobody says; none where the refit alone leaves nothing to win.
@@ -143,9 +143,9 @@ def _not_served(config: dict[str, Any], engine: str | None) -> str | None:
     wanted = ENGINE_NAMES.get(engine or "")
     if wanted is None:  # any class loads in transformers
         return None
-    runs = [run for run in served_by(str(config["model_type"]), facts_of(config)) if run.engine == wanted]
-    if not runs:
+    run = deciding_runs(str(config["model_type"]), facts_of(config)).get(wanted)
+    if run is None:
         return f"{wanted} has not been run on {config['model_type']} of this kind"
-    if not any(run.outcome == SAME for run in runs):
-        return f"{wanted} does not serve {config['model_type']} of this kind ({runs[0].outcome})"
+    if run.outcome != SAME:
+        return f"{wanted} does not serve {config['model_type']} of this kind ({run.outcome})"
     return None

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rehead.benchmarks.engines import environments, reference, runner
-from rehead.benchmarks.engines.cases import CASES, build
+from rehead.benchmarks.engines.building import build
+from rehead.benchmarks.engines.cases import CASES
 from rehead.benchmarks.engines.table import digest, table
 from rehead.errors import UsageError
 from rehead.models import serving
@@ -132,11 +133,13 @@ def test_the_reference_reads_a_prompt_through_a_cache(tmp_path: Path) -> None:
     assert answer.cache_bytes_per_token == layers * tensors * heads * head_dim * size
 
 
-def test_an_engine_that_leaves_sinks_or_windows_out_is_told_what(tmp_path: Path) -> None:
+def test_an_engine_that_leaves_a_part_out_is_told_what(tmp_path: Path) -> None:
     """Each fault is told from the right answer and from the others, on the models that engines are given."""
-    answers = runner.references(["granite_swa", "mistral-window", "llama"], tmp_path)
+    longrope = ["longer-longrope", "longer-longrope-short"]
+    answers = runner.references(["granite_swa", "mistral-window", "llama", *longrope], tmp_path)
     assert {name: runner.tested(answer) for name, answer in answers.items()} == {
         "granite_swa": ["windows", "sinks", "windows and sinks"], "mistral-window": ["windows"], "llama": [],
+        "longer-longrope": ["stretched RoPE"], "longer-longrope-short": ["frequencies of short texts"],
     }  # fmt: skip
     for answer in answers.values():
         outcome = {"version": "1", "notes": ["a note"], **{key: answer[key] for key in ("tokens", "logprobs")}}

@@ -109,6 +109,37 @@ def test_a_card_says_that_windows_and_sinks_were_tested(monkeypatch: pytest.Monk
     ]
 
 
+def test_a_stretched_rope_is_a_kind_of_its_own(recorded) -> None:
+    """A run with plain RoPE says nothing about another, for no class."""
+    yarn = LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}
+    recorded((LLAMA, SAME))
+    assert outcomes(yarn) == []
+    assert outcomes(LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0}}) == []
+    assert outcomes(LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}) == []
+    assert outcomes(LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}) == [SAME]
+    recorded((LLAMA, SAME), (yarn, REFUSED))
+    assert outcomes(yarn) == [REFUSED]
+
+
+def test_short_texts_are_told_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {
+        "engine": "an engine", "version": "1", "tokens": 24, "of": 24, "logprob_difference": 0.0,
+        "cache_bytes_per_token": None, "notes": [], "outcome": SAME,
+    }  # fmt: skip
+    wrong = {**run, "outcome": DIFFERENT, "notes": ["it leaves out the frequencies of short texts"]}
+    row = {"case": "a", "model_type": "llama", "facts": facts_of(LLAMA), "tested": ["stretched RoPE"], "runs": [run]}
+    short = {**row, "case": "b", "short_text": True, "runs": [wrong]}
+    for rows in ([row, short], [short, row]):
+        monkeypatch.setattr(serving, "results", lambda rows=rows: {"rows": rows})
+        assert serving.sentences("llama", facts_of(LLAMA)) == [
+            "an engine 1: 24 of 24 greedy tokens as transformers gives them, stretched RoPE computed; not so on texts "
+            "of the original length and shorter (it leaves out the frequencies of short texts)"
+        ]
+        assert serving.engines(LLAMA)["right"] == ["an engine"]
+    monkeypatch.setattr(serving, "results", lambda: {"rows": [row, {**short, "runs": [run]}]})
+    assert "not so" not in serving.sentences("llama", facts_of(LLAMA))[0]
+
+
 def test_a_converted_model_says_what_serves_it(tmp_path: Path) -> None:
     tiny.save_tiny("llama-mha", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=2)

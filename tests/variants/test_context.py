@@ -325,3 +325,26 @@ def test_biases_by_distance_reach_as_much_further(form: str, tmp_path: Path) -> 
         assert torch.equal(new[..., 0, 256], new[..., 0, 319])
         ids = torch.arange(200)[None] % 90 + 2
         assert after(input_ids=ids, decoder_input_ids=ids[:, :8]).logits.isfinite().all()
+
+
+def test_what_an_engine_reads_is_written_for_it_or_refused(tmp_path: Path) -> None:
+    """vLLM takes a factor for queries and keys from keys of its own; neither engine computes dynamic frequencies."""
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    for engine in (None, "vllm"):
+        out = tmp_path / str(engine)
+        convert(source, out, context=256, rope="longrope", engine=engine)
+        rope = json.loads((out / "config.json").read_text())["rope_parameters"]
+        card = (out / "README.md").read_text()
+        assert [rope.get(key) for key in ("short_mscale", "long_mscale")] == (
+            [None] * 2 if engine is None else [1.0] * 2
+        )
+        assert ("`--for vllm` it serves there" in card) == (engine is None)
+        assert ("not so on texts of the original length" in card) == (engine == "vllm")
+    results = [logits(loaded(tmp_path / name)) for name in ("None", "vllm")]
+    assert torch.equal(*results)
+    for rope, engine in (("dynamic", "vllm"), ("dynamic", "llama.cpp"), ("longrope", "llama.cpp")):
+        with pytest.raises(UnsupportedError, match=f"--for {engine}: .* type {rope}; give --rope yarn"):
+            convert(source, tmp_path / "no", context=256, rope=rope, engine=engine)
+    assert not (tmp_path / "no").exists()
+    convert(source, tmp_path / "yarn", context=256, engine="llama.cpp")
+    assert "stretched RoPE computed" in (tmp_path / "yarn" / "README.md").read_text()

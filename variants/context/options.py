@@ -26,6 +26,9 @@ class ContextOptions(VariantOptions):
     factors: Annotated[tuple[float, ...] | None, SPLIT] = Field(
         None, description="Of longrope and fitted: how much slower each rotary pair turns in long texts."
     )
+    engine: str | None = Field(
+        None, description="Whose config keys are written beside transformers' own: vllm reads others for longrope."
+    )
     table: Literal["interpolate", "repeat"] = Field(
         "interpolate",
         description="How a table of learned positions grows: its rows spread out, or said again behind the old ones, "

@@ -48,8 +48,11 @@ def stretched(
         return {**kept, "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
     yarn = yarn_factors(float(kept["rope_theta"]), dims, trained, factor)
     long = [old * each for each in checked_factors(options.factors or yarn, dims // 2)]
+    # vLLM reads no attention_factor, and scales queries and keys without these.
+    mscales = {"short_mscale": 1.0, "long_mscale": 1.0} if options.engine == "vllm" else {}
     return {
         **kept,
+        **mscales,
         "rope_type": "longrope",
         "factor": factor,
         "short_factor": [old] * (dims // 2),

@@ -86,7 +86,7 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
         }
     )  # fmt: skip
     if "error" in answer:
-        raise RuntimeError(str(answer["error"]))
+        raise RuntimeError(answer["error"]["message"])
     steps = answer["choices"][0]["logprobs"]["content"]
     if len(steps) != job["new_tokens"]:
         raise RuntimeError(f"{len(steps)} tokens in the answer, not {job['new_tokens']}")

@@ -58,7 +58,7 @@ def _lm_eval(folder: str, tokenizer: Any, text: str) -> str:
 
     # Cut before a space, where tokens end.
     half = text.index(" ", len(text) // 2)
-    evaluator = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=1)
+    evaluator = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=1, max_length=4096)
     request = Instance(request_type="loglikelihood", doc={}, arguments=(text[:half], text[half:]), idx=0)
     measured = evaluator.loglikelihood([request], disable_tqdm=True)[0][0]
     context, whole = tokenizer(text[:half])["input_ids"], tokenizer(text)["input_ids"]

@@ -61,8 +61,9 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
         os.environ["VLLM_MLA_DISABLE"] = "0"
         notes.append("over the latents themselves")
     engine = vllm.LLM(
-        job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1,
+        job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_num_seqs=1,
         enable_prefix_caching=False, disable_log_stats=True, model_impl=job["options"].get("model_impl", "auto"),
+        max_model_len=job["options"].get("max_model_len", 128),
     )  # fmt: skip
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=0, detokenize=False

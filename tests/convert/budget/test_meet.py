@@ -121,7 +121,7 @@ def test_limits_that_cannot_be(planted, tmp_path, options, says):
 
 
 def test_an_engine_that_serves_none_of_the_choices(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr("rehead.convert.budget.holders.served_by", lambda *args: [])
+    monkeypatch.setattr("rehead.convert.budget.holders.deciding_runs", lambda *args: {})
     with pytest.raises(UnsupportedError, match=r"--for llama\.cpp: nothing that saves cache is served") as error:
         meet(planted, tmp_path / "out", "40%", engine="llama.cpp", **ASKED)
     assert "has not been run on" in one_line(error)
