@@ -110,7 +110,10 @@ def headline(curve: Curve) -> str:
     if not usable:
         return "No size that was measured is usable in closed form; recovery and uptraining lower what is shown here."
     best = min(usable, key=lambda point: point.bytes)
-    copied = "" if best.recalled is None else f" and copies {percent(best.recalled, 0)} of what the original copies"
+    if best.recalled is not None:
+        copied = f" and copies {percent(best.recalled, 0)} of what the original copies"
+    else:  # a model that does not copy has no share to keep
+        copied = "" if best.recall_kl is None else f" on text and {figure(best.recall_kl)} where text repeats itself"
     return (
         f"With {percent(best.share, 0)} of its cache the model loses {figure(best.kl)} nats per token{copied}, before "
         "any recovery."
@@ -124,7 +127,7 @@ def advice(curve: Curve) -> list[tuple[str, str]]:
         if point.kl is not None:
             share = f"{point.budget or point.share:.0%}"
             line = shlex.join(["rehead", "convert", curve.model, "OUT", "--kv-cache", share])
-            said.append((share, f"KL {figure(point.kl)}: {line}"))
+            said.append((share, f"{figure(point.loss)} nats, of them {figure(point.kl)} on text: {line}"))
     return said
 
 
@@ -138,7 +141,7 @@ def _table(curve: Curve) -> Table:
     layers = curve.facts["layer_count"]
     rows = [
         [
-            CHOSEN + "\n" + summary(point.layers, layers) if point.name == "mix" else f"{point.name}, all layers",
+            f"{CHOSEN}: {summary(point.layers, layers)}" if point.name == "mix" else f"{point.name}, all layers",
             bytes_of(point.bytes), percent(point.share), figure(point.predicted), figure(point.loss), figure(point.kl),
             percent(point.recalled, 0), figure(point.attention_flops / 1e6),
         ]

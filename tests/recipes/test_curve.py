@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 from rehead.convert.budget.curve import Curve, Point
 from rehead.recipes.curve.page import FIGURES, PAGE, PLOT, advice, headline, write_curve
@@ -39,7 +40,14 @@ def test_page_plot_and_figures_are_written(tmp_path):
 def test_the_headline_names_the_smallest_usable_cache():
     assert headline(curve()).startswith("With 50% of its cache")
     assert [share for share, _ in advice(curve())] == ["50%", "33%"]
-    assert "rehead convert model OUT --kv-cache 50%" in advice(curve())[0][1]
+    assert advice(curve())[0][1] == "0.0300 nats, of them 0.0100 on text: rehead convert model OUT --kv-cache 50%"
+
+
+def test_a_model_that_does_not_copy_is_told_what_repeated_text_costs():
+    """Its loss on text alone may fall with the size while what was measured rises."""
+    fresh = curve()
+    fresh.points[0] = replace(fresh.points[0], recalled=None)
+    assert "loses 0.0100 nats per token on text and 0.0200 where text repeats itself" in headline(fresh)
 
 
 def test_a_mix_stands_beside_the_best_form_in_all_layers_of_its_size():
