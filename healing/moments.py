@@ -38,12 +38,14 @@ class Batch:
         seen: attention of some of the queries; None if only ``x`` is counted.
         output: the original's output projection [m, H, D].
         rotation: the layer's rotation, or None if unknown.
+        heads: what the output projection reads, all heads' outputs side by side [..., H D]; None elsewhere.
     """
 
     x: Tensor
     seen: Seen | None
     output: Tensor
     rotation: Rotation | None
+    heads: Tensor | None = None
 
 
 class Moment:
@@ -53,10 +55,12 @@ class Moment:
         per: whether there is one mean per "layer", per "group" of query heads, or per query "head".
         attends: needs attention, which is observed for some of the queries only.
         rotates: needs the layer's rotation.
+        writes: needs what the output projection reads, and nothing else.
     """
 
     per: Literal["layer", "group", "head"] = "layer"
     attends: bool = True
+    writes: bool = False
     rotates: bool = False
 
     def __init__(self, groups: int, *numbers: int) -> None:
@@ -363,15 +367,20 @@ class Gatherer:
         """Add a batch of inputs x~ [b, S, w]."""
         self.tokens += x.shape[0] * x.shape[1]
         self.length = max(self.length, x.shape[1])
-        self._add(Batch(x, None, self.output, self.rotation), attends=False)
+        self._add(Batch(x, None, self.output, self.rotation))
 
     def add_attention(self, x: Tensor, seen: Seen) -> None:
         """Add what a batch's attention does with its inputs."""
-        self._add(Batch(x, seen, self.output, self.rotation), attends=True)
+        self._add(Batch(x, seen, self.output, self.rotation))
 
-    def _add(self, batch: Batch, attends: bool) -> None:
+    def add_outputs(self, x: Tensor, heads: Tensor) -> None:
+        """Add what a batch's output projection reads, [..., H D]."""
+        self._add(Batch(x, None, self.output, self.rotation, heads))
+
+    def _add(self, batch: Batch) -> None:
+        shows = (batch.seen is not None, batch.heads is not None)
         for part in self.sums.values():
-            if part.attends == attends:
+            if (part.attends, part.writes) == shows:
                 part.add(batch)
 
     def finish(self) -> Moments:

@@ -116,6 +116,14 @@ class Runner:
             self.call(layer, state, index, rows)
         return read[0]
 
+    def head_outputs(self, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:
+        """What the output projection reads on some sequences, all heads' outputs side by side: [..., H D]."""
+        _, _, output = self.modules(layer)
+        read: list[Tensor] = []
+        with until(output, lambda args, kwargs: read.append(args[0])):
+            self.call(layer, state, index, rows)
+        return read[0]
+
     def look(
         self, layer: int, state: TextState, index: int, rows: Rows, at: Tensor, observer: Callable[[Seen], None]
     ) -> None:

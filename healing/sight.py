@@ -54,6 +54,8 @@ def gather_moments(
         for number, rows in enumerate(runner.batches(part)):
             x = with_one(part[rows].to(device))
             gatherer.add_inputs(x)
+            if any(part.writes for part in gatherer.sums.values()):
+                gatherer.add_outputs(x, runner.head_outputs(layer, state, index, rows))
             if number % every or not gatherer.attends:
                 continue
             at = spread(x.shape[1], queries_of(x.shape[1]), number, device)

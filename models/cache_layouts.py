@@ -56,7 +56,8 @@ def layer_layout(family: Family, config: Any, layer: int, itemsize: int = 2) -> 
         reads = None
     window = None if getattr(config, "is_encoder_decoder", False) else layer_window(config, layer)
     sinks = int(getattr(config, "sink_tokens", None) or 0) if window is not None else 0
-    return LayerLayout(layer, family.num_heads(config), kv, key, value, window, sinks, itemsize=itemsize, reads=reads)
+    heads = _of_layer(config, "layer_heads", layer) or family.num_heads(config)
+    return LayerLayout(layer, heads, kv, key, value, window, sinks, itemsize=itemsize, reads=reads)
 
 
 def _of_layer(config: Any, name: str, layer: int) -> Any:

@@ -94,7 +94,16 @@ class Model:
         return tensor
 
     def heads(self, layer: int, tensors: Mapping[str, Tensor] | None = None) -> Heads:
-        """One layer's heads, in the checkpoint's dtype."""
+        """One layer's heads, in the checkpoint's dtype.
+
+        Raises:
+            UnsupportedError: it has another number of query heads than the others.
+        """
+        if (getattr(self.config, "layer_heads", None) or {layer: None})[layer] is not None:
+            raise UnsupportedError(
+                f"{self.source.id}: layer {layer} has a number of query heads of its own, so nothing else can change "
+                "it; name other layers"
+            )
         return split(self.family, self.config, layer, tensors if tensors is not None else self.read_layer(layer))
 
     def meta_layer(self, layer: int) -> dict[str, Tensor]:
@@ -172,7 +181,7 @@ def _refuse_quantised(source: Source) -> None:
 def _check_shapes(model: Model) -> None:
     """Refuse a checkpoint whose tensors do not have the heads that its config claims."""
     heads, kv, size, source = model.num_heads, model.num_kv_heads, model.head_dim, model.source
-    if any(getattr(model.config, name, None) for name in ("layer_kv_heads", "layer_latents")):
+    if any(getattr(model.config, name, None) for name in ("layer_heads", "layer_kv_heads", "layer_latents")):
         raise UnsupportedError(
             f"{source.id}: its layers have forms of their own, which are not converted again; convert the model that "
             "it was made of"

@@ -124,6 +124,7 @@ VARIANTS: Registry[Variant] = Registry(
     {
         "pool": "rehead.variants.pool.variant",
         "uneven": "rehead.variants.uneven.variant",
+        "prune": "rehead.variants.prune.variant",
         "latent": "rehead.variants.latent.variant",
         "tiled": "rehead.variants.tiled",
         "window": "rehead.variants.window",

@@ -5,7 +5,8 @@ transformers' own with the same parameters under the same names; ``config.layer_
 ``config.sink_tokens`` how many first tokens stay visible, and with ``config.sink_logits`` each head has one more logit
 in the denominator of its softmax, ``self_attn.sinks`` (Xiao et al. 2023, arXiv 2309.17453). Caches keep what is seen.
 With ``config.layer_kv_heads`` a layer has a number of KV heads of its own, each read by as many query heads as
-``self_attn.kv_sizes`` says; with ``config.layer_latents`` a layer attends over latents. So layers may all differ.
+``self_attn.kv_sizes`` says; with ``config.layer_heads`` a number of query heads, as many for each KV head; with
+``config.layer_latents`` a layer attends over latents. So layers may all differ.
 
 ``WindowLlamaConfig``, ``WindowLlamaModel``, ``WindowLlamaForCausalLM`` and so on for every name in ``FAMILIES`` are
 made from the installed transformers on first use.
@@ -132,7 +133,7 @@ def check_windows(config: Any) -> None:
     if config.layer_windows is None:
         config.layer_windows = [None] * count
     config.sink_tokens, config.sink_logits = config.sink_tokens or 0, bool(config.sink_logits)
-    for name in ("layer_windows", "layer_kv_heads", "layer_latents"):
+    for name in ("layer_windows", "layer_heads", "layer_kv_heads", "layer_latents"):
         entries = getattr(config, name)
         if entries is not None and len(entries) != count:
             raise ValueError(f"config.{name} has {len(entries)} entries, but there are {count} layers")
@@ -155,16 +156,19 @@ class WindowModel:
             config._attn_implementation = NAME
         super().__init__(config)  # type: ignore[call-arg]
         none = [None] * config.num_hidden_layers
-        forms = zip(config.layer_windows, config.layer_kv_heads or none, config.layer_latents or none)
-        for index, (layer, (window, count, sizes)) in enumerate(zip(self.base_model.layers, forms)):  # type: ignore[attr-defined]
+        lists = (config.layer_windows, config.layer_heads, config.layer_kv_heads, config.layer_latents)
+        forms = zip(*(entries or none for entries in lists))
+        for index, (layer, (window, queries, count, sizes)) in enumerate(zip(self.base_model.layers, forms)):  # type: ignore[attr-defined]
             if sizes is not None and not isinstance(layer.self_attn, LatentAttention):
                 layer.self_attn = LatentAttention(layer.self_attn, index, sizes)
             attention = layer.self_attn
             attention.rehead_window = (window, config.sink_tokens)
+            if queries is not None:
+                _fewer_queries(attention, queries)
             if count is not None and "kv_sizes" not in attention._buffers:
                 _share_heads(attention, count)
             if config.sink_logits and sizes is None and "sinks" not in attention._parameters:
-                heads = config.num_attention_heads
+                heads = queries or config.num_attention_heads
                 attention.sinks = nn.Parameter(torch.full((heads,), NO_SINK))
         self.base_model.register_forward_pre_hook(_with_windows, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -188,12 +192,23 @@ def _windows(config: Any) -> list[tuple[int, int, int]]:
     return [(i, window, config.sink_tokens) for i, window in enumerate(config.layer_windows) if window is not None]
 
 
+def _resized(old: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, old.bias is not None, old.weight.device).to(old.weight.dtype)
+
+
+def _fewer_queries(attention: Any, count: int) -> None:
+    """Give an attention module ``count`` query heads, as many for each KV head."""
+    width, kv = count * attention.head_dim, attention.k_proj.out_features // attention.head_dim
+    attention.q_proj = _resized(attention.q_proj, attention.q_proj.in_features, width)
+    attention.o_proj = _resized(attention.o_proj, width, attention.o_proj.out_features)
+    attention.num_key_value_groups = count // kv
+
+
 def _share_heads(attention: Any, count: int) -> None:
     """Give an attention module ``count`` KV heads, read by as many query heads each as its ``kv_sizes`` say."""
     for name in ("k_proj", "v_proj"):
         old = getattr(attention, name)
-        new = nn.Linear(old.in_features, count * attention.head_dim, old.bias is not None, old.weight.device)
-        setattr(attention, name, new.to(old.weight.dtype))
+        setattr(attention, name, _resized(old, old.in_features, count * attention.head_dim))
     sizes = torch.ones(count, device=attention.k_proj.weight.device)
     attention.register_buffer("kv_sizes", sizes)  # a tensor: which heads share is only known with the weights
 
@@ -238,6 +253,7 @@ def _derived(model_type: str, prefix: str) -> DerivedClasses:
             "layer_windows": list | None,
             "sink_tokens": int | None,
             "sink_logits": bool | None,
+            "layer_heads": list | None,
             "layer_kv_heads": list | None,
             "layer_latents": list | None,
         },

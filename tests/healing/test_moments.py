@@ -9,6 +9,7 @@ import torch
 from known_heads import shown
 
 import rehead.healing.normed
+import rehead.variants.prune.solve
 import rehead.variants.window.sink_logit  # noqa: F401
 from rehead.errors import UnsupportedError, UsageError
 from rehead.healing.moments import MOMENTS, SINKS, Gatherer, Moments
@@ -51,7 +52,18 @@ def gather(groups: int) -> Moments:
     for x, seen in BATCHES:
         gatherer.add_inputs(x)
         gatherer.add_attention(x, seen)
+        gatherer.add_outputs(x, outputs(seen))
     return gatherer.finish()
+
+
+def outputs(seen: Seen) -> torch.Tensor:
+    """What the output projection reads, [b, R, H D]."""
+    return (seen.probabilities @ seen.values.repeat_interleave(HEADS // KV, 1)).transpose(1, 2).flatten(2)
+
+
+def test_what_heads_write_is_counted_once_for_each_token() -> None:
+    every = torch.cat([outputs(seen).flatten(0, 1) for _, seen in BATCHES])
+    torch.testing.assert_close(gather(1)["head_outputs"], every.T @ every / len(every))
 
 
 def terms():

@@ -80,6 +80,8 @@ ROWS = (
     Row("sparse", {"lost_mass": 0.0, "min_keys": 4}, ("llama",)),
     Row("temperature", {"start": 1.1}),
     Row("temperature", {"start": 3.0, "layers": [0]}, ("llama",)),
+    Row("prune", {"by": "weights"}, ("llama", "gemma2")),
+    Row("prune", {"by": "weights", "layers": [1]}, ("llama",)),
     Row("context", {"tokens": 4096}, ("llama", "gemma2")),
     Row("context", {"tokens": 64, "trained": 8, "rope": "longrope"}, ("llama",), one_graph=LONGROPE_TRACES),
     Row("context", {"tokens": 64, "trained": 20, "rope": "ntk", "layers": [1]}, ("llama",)),

@@ -61,6 +61,8 @@ ROWS = (
     Row("pool", {"num_key_value_heads": 2}),
     Row("pool", {"num_key_value_heads": 1, "method": "procrustes"}),
     Row("uneven", {"num_key_value_heads": 3, "layers": "1"}, ("llama", "qwen2"), {"refit": True}),
+    Row("prune", {"by": "weights"}, ("llama", "qwen3", "phi3", "gemma3_text")),
+    Row("prune", {"by": "weights", "layers": "1"}, ("llama", "qwen2")),
     Row("latent", {"rank": 24, "rope_dims": 8}, ("llama", "qwen2", "qwen3")),
     Row("window", {"size": 5, "layers": "1"}, ("llama",)),
     Row("window", {"size": 8, "layers": "1"}, ("gemma2",)),

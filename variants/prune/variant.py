@@ -1,0 +1,145 @@
+"""The variant ``prune``: fewer query heads, those that the others make up for best."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from rehead.errors import UnsupportedError, UsageError, first_line
+from rehead.models.by_heads import rewrite_heads
+from rehead.models.config import resolve_config
+from rehead.models.families.parallel import FILE, WINDOW_PREFIX
+from rehead.models.heads import Heads
+from rehead.models.layout import LayerLayout
+from rehead.models.model import Model
+from rehead.models.modeling import window_families
+from rehead.models.rewrite import Changed, LayerForm, RecoverySettings, Rewrite, unchanged
+from rehead.variants.contract import ALL, Variant, register
+from rehead.variants.layer_choice import is_auto, named_layers, parse_layers
+from rehead.variants.prune.live import calibrate, redirect
+from rehead.variants.prune.options import PruneOptions, check_heads, refusal
+from rehead.variants.prune.solve import OUTPUTS, least_needed, without_heads
+
+
+def _layers(model: Model, options: PruneOptions) -> list[int]:
+    if is_auto(options.layers):
+        raise UsageError("--variant prune: layers=auto is for live models; name the layers, e.g. layers=0-3")
+    return sorted(set(parse_layers(options.layers, int(model.config.num_hidden_layers))) & set(model.layers))
+
+
+def _rewrite(model: Model, options: PruneOptions) -> Rewrite:
+    """A model with fewer query heads; no weight is read.
+
+    Raises:
+        UsageError: more heads than can go, or no such layers.
+        UnsupportedError: no class holds what is left, or heads of this model cannot go one by one.
+    """
+    if not options.heads:
+        return unchanged("prune", model.source.config, model.family, model.source.tensors)
+    num, kv, count, layers = model.num_heads, model.num_kv_heads, options.heads, _layers(model, options)
+    check_heads(count, num, kv)
+    if (reason := refusal(model.family, model.config) or _unheld(model, options)) is not None:
+        raise UnsupportedError(f"{model.config.model_type}: {reason}")
+    if _in_own_class(model, options) is None:
+        raw = _fewer_everywhere(model, count)
+    elif not str(model.config.model_type).startswith(WINDOW_PREFIX):
+        raise UnsupportedError(
+            f"{model.config.model_type}: its class cannot hold what is left once other variants have changed it; "
+            "convert the result in a second run"
+        )
+    else:
+        raw = copy.deepcopy(model.source.config)
+        others = raw.get("layer_heads") or [None] * int(model.config.num_hidden_layers)
+        raw["layer_heads"] = [num - count * kv if layer in layers else other for layer, other in enumerate(others)]
+
+    def closed(layer: int, heads: Heads, moments: Any) -> Changed:
+        gram = None if options.by == "weights" else moments[OUTPUTS]
+        dropped = least_needed(heads.o, gram, kv, count)
+        fewer, order, error = without_heads(heads, dropped, gram)
+        return Changed(
+            fewer, {"dropped": dropped, **({} if error is None else {"pruned_error": round(error, 6)})}, order
+        )
+
+    def shapes(layer: int, heads: Heads) -> Heads:
+        going = [group * (num // kv) + at for group in range(kv) for at in range(count)]
+        return without_heads(heads, going, None)[0]
+
+    needs = _needs(options)
+    # Chosen and predicted on the original's own text, as on a live model; a refit corrects the layers before.
+    settings = RecoverySettings(on_original=True)
+    form = LayerForm(closed, needs, calibrated=bool(needs), settings=settings)
+    return rewrite_heads("prune", model, raw, form, layers, shapes)
+
+
+def _fewer_everywhere(model: Model, count: int) -> dict[str, Any]:
+    """``config.json`` with ``count`` query heads fewer for each KV head, in every layer."""
+    raw = copy.deepcopy(model.source.config)
+    raw |= {"num_attention_heads": model.num_heads - count * model.num_kv_heads, "head_dim": model.head_dim}
+    model.family.set_kv(raw, model.num_kv_heads)
+    return raw
+
+
+def _in_own_class(model: Model, options: PruneOptions) -> str | None:
+    """Why the model's own class cannot hold what is left; None where it can."""
+    import transformers  # noqa: F401 - its own config class knows what it refuses, which its plain numbers do not say
+
+    if str(model.config.model_type).startswith(WINDOW_PREFIX) or _layers(model, options) != list(model.layers):
+        return "its class does not have a number of query heads for each layer"
+    raw, family = _fewer_everywhere(model, options.heads), model.family
+    try:
+        config = resolve_config(raw, model.source.id)
+    except UnsupportedError as error:
+        return f"its class refuses {raw['num_attention_heads']} query heads ({first_line(error)})"
+    counts = family.num_heads(config), family.num_kv_heads(config), family.head_dim(config)
+    if counts != (raw["num_attention_heads"], model.num_kv_heads, model.head_dim):
+        return "its config cannot say a number of query heads apart from their size"
+    return None
+
+
+def _in_file(model: Model) -> bool:
+    """Whether Rehead's modelling file can hold what is left."""
+    kind = str(model.config.model_type).removeprefix(WINDOW_PREFIX)
+    return kind in window_families() and model.family.packing == "separate"
+
+
+def _unheld(model: Model, options: PruneOptions) -> str | None:
+    """Why nothing holds what is left; None where the own class or the modelling file does."""
+    reason = _in_own_class(model, options)
+    if reason is None or _in_file(model):
+        return None
+    return f"{reason}, and Rehead has no modelling file for it; prune all layers alike, or another model"
+
+
+def _host(model: Model, options: PruneOptions, hosts: Any) -> str | None:
+    if not options.heads or str(model.config.model_type).startswith(WINDOW_PREFIX) or not _in_file(model):
+        return None
+    return None if _in_own_class(model, options) is None else FILE
+
+
+def _layout(layer: LayerLayout, options: PruneOptions) -> LayerLayout:
+    if options.layers != ALL and layer.index not in named_layers(options.layers):
+        return layer
+    return replace(layer, num_heads=layer.num_heads - options.heads * layer.num_key_value_heads)
+
+
+def _needs(options: PruneOptions) -> tuple[str, ...]:
+    return (OUTPUTS,) if options.by == "outputs" and options.heads else ()
+
+
+VARIANT = register(
+    Variant(
+        name="prune",
+        summary="fewer query heads: those go that the others make up for best, in closed form",
+        source="Michel et al. 2019, arXiv 1905.10650; the optimal brain surgeon (Hassibi and Stork 1992) by heads",
+        options=PruneOptions,
+        exact=lambda options: options.heads == 0,
+        off=lambda options: options.but(heads=0),
+        layout=_layout,
+        redirect=redirect,
+        calibrate=calibrate,
+        rewrite=_rewrite,
+        host=_host,
+        needs=_needs,
+    )
+)
