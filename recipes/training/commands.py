@@ -137,6 +137,7 @@ def _summary(out: str, facts: dict[str, Any]) -> None:
     for name, figures in facts["last"].items():
         if name.startswith("evaluation "):
             shown = [f"{key} {figures[key]:.4g}" for key in ("kl", "top1_agreement", "perplexity") if key in figures]
+            shown += [f"{key} at the start {value:.4g}" for key, value in figures.get("at_start", {}).items()]
             rows.append((figures["data"].rsplit("/", 1)[-1], ", ".join(shown)))
     rows += [("pushed", facts["pushed"])] if "pushed" in facts else []
     print_facts(f"wrote {out}", rows)

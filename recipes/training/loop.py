@@ -292,8 +292,13 @@ class Loop:
                 "data": text.name,
                 **evaluate_held_out(self.module, text, self.run, rows),
             }
-            self.last[f"evaluation {text.name}"] = facts
             self.log.write("evaluation", **facts)
+            measured = "kl" if "kl" in facts else "perplexity"
+            start = self.last.get(f"evaluation {text.name}", {}).get("at_start", {measured: facts[measured]})
+            self.last[f"evaluation {text.name}"] = {**facts, "at_start": start}
+            if done == self.options.steps and facts[measured] > start[measured]:
+                change = f"{measured} {start[measured]:.4g} before, {facts[measured]:.4g} now"
+                self.log.write("warning", note=f"{text.name}: further away than at the start ({change}); lower --lr")
         self._ticked = time.monotonic()
 
     def _stop(self, done: int, number: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,3 +241,20 @@ def test_trackers_of_accelerate(tiny, tmp_path: Path, monkeypatch: pytest.Monkey
     assert told["log"][0][1].keys() >= {"evaluation/kl", "evaluation/perplexity"}
     assert told["config"][0]["tokens"] == 4096
     assert told["end"] == [True]
+
+
+def test_a_run_that_leads_away_from_the_teacher_says_so(tiny, tmp_path: Path, capsys) -> None:
+    """A far too high rate: a log that nobody reads would show a student that is worse than at its start."""
+    said: dict[str, list[str]] = {}
+    for name, rate in {"near": 1e-3, "away": 3.0}.items():
+        events: list[dict[str, Any]] = []
+        options = tiny.options(tokens=4096, eval_data=[tiny.held], learning_rate=rate, clip=0.0)
+        done = uptrain(tiny.student, tmp_path / name, teacher=str(tiny.teacher), **options, on_event=events.append)
+        said[name] = [event["note"] for event in events if event["event"] == "warning"]
+        figures = next(value for key, value in done.last.items() if key.startswith("evaluation "))
+        first = next(event for event in events if event["event"] == "evaluation")
+        assert figures["at_start"] == {"kl": first["kl"]}
+    assert not said["near"]
+    assert len(said["away"]) == 1
+    assert "further away than at the start" in said["away"][0]
+    assert "lower --lr" in said["away"][0]
