@@ -9,7 +9,7 @@ from typing import Any
 from rehead.console import Progress
 from rehead.data.tokens import require_known
 from rehead.errors import UnsupportedError
-from rehead.models.positions import check_positions
+from rehead.models.positions import check_positions, position_limit
 from rehead.models.predictions import vocabulary
 from rehead.recipes import evaluation_schema as schema
 from rehead.recipes.evaluation import divergence, perplexity
@@ -96,13 +96,19 @@ class Stages:
     def _compare(
         self, found: schema.Evaluation, text: TokenisedText
     ) -> dict[tuple[str, schema.Who], perplexity.WindowLosses]:
-        """Divergences of the text; the losses that came with them spare the disjoint windows a second pass."""
+        """Divergences of the text; losses that came with them spare disjoint windows of that length a second pass."""
         others = {item.who: item for item in self.loaded if item.who != "baseline"}
+        window = self._compared_window()
+        if window < self.chosen.window:
+            found.notes.append(
+                f"KL and the most likely token: on windows of {window:,} tokens, all that the original reads; "
+                f"perplexity on {self.chosen.window:,}"
+            )
         compared = divergence.compare(
             self._by_who()["baseline"].model,
             {who: item.model for who, item in others.items()},
             text.tokens,
-            self.chosen.window,
+            window,
             start=text.start,
             batch_tokens=self.chosen.batch_tokens,
             names={item.who: item.name for item in self.loaded},
@@ -114,9 +120,18 @@ class Stages:
             found.divergence.append(
                 divergence.described(result, who, text.name, self.chosen.resamples, self.chosen.seed)
             )
-            losses["disjoint", who] = result.losses
-            losses["disjoint", "baseline"] = result.baseline_losses
+            if window == self.chosen.window:
+                losses["disjoint", who] = result.losses
+                losses["disjoint", "baseline"] = result.baseline_losses
         return losses
+
+    def _compared_window(self) -> int:
+        """Tokens in a window of the divergence: a model that reads more should differ beyond the baseline's length."""
+        limit = position_limit(self._by_who()["baseline"].model)
+        if limit is None or limit >= self.chosen.window:
+            return self.chosen.window
+        longer = any((position_limit(item.model) or 0) > limit for item in self.loaded if not item.patches)
+        return limit if longer else self.chosen.window
 
     def _losses(self, item: JudgedModel, text: TokenisedText, convention: str) -> perplexity.WindowLosses:
         return perplexity.window_losses(

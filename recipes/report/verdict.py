@@ -226,7 +226,14 @@ def _harmed(before: Summary, after: Summary) -> bool:
 
 
 def worse(after: Summary, before: Summary) -> str:
-    """What to do about an uptraining that did harm."""
+    """What to do about an uptraining that did harm, or that only led away from the original."""
+    ends = [summary.worst.perplexity if summary.worst else None for summary in (before, after)]
+    if ends[0] is not None and ends[1] is not None and ends[1] < ends[0]:
+        return (
+            f"Uptraining has lowered the perplexity ({figure(ends[0])} before, {figure(ends[1])} after) and led away "
+            f"from the original ({_short(before)} before, {_short(after)} after): keep the conversion where it is to "
+            "answer as the original does."
+        )
     return (
         f"Uptraining has made it worse ({_short(before)} before, {_short(after)} after): keep the conversion, or train "
         "with a lower learning rate or on more tokens."

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from rehead.convert import convert
 from rehead.recipes.evaluation.commands import evaluate_command
 from rehead.recipes.scratch import NewModel, new_model
 
@@ -55,3 +56,22 @@ def test_without_such_a_patch_it_is_left_out_as_before(model: Path):
         [str(model), "--tokens", "128", "--window", "32", "--samples", "0", "--recall", "200", "--json"],
     )
     assert "recall at a distance of 200 left out for the model: it has positions for 64" in done.stdout
+
+
+def test_a_longer_checkpoint_is_compared_within_the_length_of_its_original(model: Path, tmp_path: Path):
+    """Beyond it the original fails, so a KL there would call the better model the worse one."""
+    convert(model, tmp_path / "out", context=512, rope="longrope")
+    line = [str(tmp_path / "out"), "--baseline", str(model), "--tokens", "512", "--samples", "0", "--device", "cpu"]
+    told = {}
+    for window in (32, 256):
+        done = CliRunner().invoke(
+            evaluate_command, [*line, "--window", str(window), "--convention", "disjoint", "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        told[window] = json.loads(done.stdout)
+    assert [told[window]["divergence"][0]["window"] for window in told] == [32, 64]
+    assert told[256]["divergence"][0]["mean"] < 1e-9
+    assert {row["window"] for row in told[256]["perplexity"]} == {256}
+    values = {row["who"]: row["value"] for row in told[256]["perplexity"]}
+    assert values["model"] != values["baseline"]
+    assert [any("on windows of 64 tokens" in note for note in each["notes"]) for each in told.values()] == [False, True]

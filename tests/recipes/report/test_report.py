@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rehead.recipes.report.drawing import MOST_LINES
 from rehead.recipes.report.facts import read_training, summarise
 from rehead.recipes.report.plots import decode_speed, draw_all
 from rehead.recipes.report.tables import overview
-from rehead.recipes.report.verdict import verdict
+from rehead.recipes.report.verdict import verdict, worse
 from rehead.recipes.report.wording import bytes_of, figure, heads_phrase, listed, short, times
 
 EVIL = '<script>alert("1")</script>|`*_](http://x) & \'"\n# heading'
@@ -216,6 +217,14 @@ def test_an_uptraining_that_did_harm_is_called_so() -> None:
     points = dict(verdict([summarise(entry) for entry in (*pair, *more)]).points)
     assert "has made it worse" in points["cache of 5 MiB"]
     assert "has made it worse" not in points["cache of 10 MiB"]
+
+
+def test_an_uptraining_that_reads_better_and_differs_more_is_not_called_worse() -> None:
+    """As of longer texts, where the original is no measure."""
+    before, after = (summarise(Entry("a", made.evaluation(kl, 1), "a", "converted")) for kl in (0.2, 0.9))
+    after = replace(after, texts=[replace(text, perplexity=1.0) for text in after.texts])
+    assert "has lowered the perplexity" in worse(after, before)
+    assert "has made it worse" in worse(before, after)
 
 
 def test_failed_gates_are_said_and_shown(tmp_path) -> None:
