@@ -69,9 +69,9 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def _longer(rope: str, source: str = "llama", engine: str | None = None, **how: Any) -> Case:
+def _longer(rope: str, source: str = "llama", engine: str | None = None, kv_heads: int = 2, **how: Any) -> Case:
     """A model that was made to read four times as much."""
-    config = {**GROUPED, **OLD_LENGTH}
+    config = {**GROUPED, **OLD_LENGTH, "num_key_value_heads": kv_heads}
     if source == "phi3":
         config |= {"original_max_position_embeddings": 64}
     fitted = SHORT | {"calibration_length": 64} if rope == "fitted" else {}
@@ -286,6 +286,26 @@ CASES: dict[str, Case] = {
     "longer-phi3-short": _longer("longrope", "phi3", note="the same, read 32", **WITHIN),
     "longer-phi3-vllm": _longer("longrope", "phi3", "vllm", note="64 tokens to 256 with --for vllm, read 160", **LONG),
     "longer-phi3-vllm-short": _longer("longrope", "phi3", "vllm", note="the same, read 32", **WITHIN),
+    **{
+        f"longer-{source}-mha-{rope}{'-vllm' if engine else ''}": _longer(
+            rope, source, engine, HEADS, note="64 tokens to 256 with as many KV heads, read 160", **LONG
+        )
+        for source, rope, engine in (
+            ("llama", "linear", None),
+            ("llama", "ntk", None),
+            ("llama", "dynamic", None),
+            ("llama", "longrope", None),
+            ("llama", "longrope", "vllm"),
+            ("phi3", "longrope", None),
+            ("phi3", "longrope", "vllm"),
+        )
+    },
+    **{
+        f"longer-{source}-mha-longrope-vllm-short": _longer(
+            "longrope", source, "vllm", HEADS, note="the same, read 32", **WITHIN
+        )
+        for source in ("llama", "phi3")
+    },
     "longer-mistral": _longer("yarn", "mistral", note="64 tokens to 256, read 160", **LONG),
     "longer-qwen2": _longer("yarn", "qwen2", note="the same", **LONG),
     "longer-qwen3": _longer("yarn", "qwen3", note="the same", **LONG),
