@@ -66,8 +66,9 @@ def _rewrite(model: Model, options: PruneOptions) -> Rewrite:
         return without_heads(heads, going, None)[0]
 
     needs = _needs(options)
-    # Chosen and predicted on the original's own text, as on a live model; a refit corrects the layers before.
-    settings = RecoverySettings(on_original=True)
+    # Chosen and predicted on the original's own text, as on a live model; a refit corrects the layers before. The
+    # queries and keys of heads that stay are the original's already.
+    settings = RecoverySettings(on_original=True, logits=False)
     form = LayerForm(closed, needs, calibrated=bool(needs), settings=settings)
     return rewrite_heads("prune", model, raw, form, layers, shapes)
 
