@@ -11,8 +11,9 @@ from torch import nn
 
 from rehead.checkpoints.source import torch_dtype
 from rehead.console import Progress
+from rehead.convert.over_text import ffn_writer
 from rehead.convert.own_text import with_own_text
-from rehead.convert.planning import Plan, ffn_writer
+from rehead.convert.planning import Plan
 from rehead.data.calibration import CalibrationText, load_calibration, repeating
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job, LayerJob

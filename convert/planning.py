@@ -5,7 +5,7 @@ A plan is a chain of Rewrites (another class, fewer KV heads, ...). Each takes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rehead.checkpoints.shards import OutputTensor
 from rehead.checkpoints.source import Source
 from rehead.convert.hosts import host
 from rehead.convert.options import DTYPES, ConvertOptions
+from rehead.convert.over_text import check_calibrated, check_once, computed_over_text, with_refit
 from rehead.convert.variants import check_lengths, host_for, variant_rewrite
 from rehead.errors import UnsupportedError
 from rehead.models.config import json_floats, with_older_rope
@@ -35,8 +36,6 @@ LayerProvider = Callable[[int], "dict[str, Tensor]"]
 
 #: Steps whose facts stand in a plan under their own names.
 _TOLD = ("host", "block", "reinvest", "latent")
-#: Where classes whose blocks can change keep the FFN's output matrix.
-_FFN_WRITERS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2")
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
         current = rewritten(model, rewrites[0])
     for variant, asked in options.asked_variants:
         named = set(parse_layers(asked.layers, int(model.config.num_hidden_layers))) if rewrites else set()
-        _check_once(model, rewrites, variant.name, named, bool(variant.needs(asked)))
+        check_once(model, rewrites, variant.name, named, bool(variant.needs(asked)))
         rewrites.append(variant_rewrite(current, variant, asked))
         current = rewritten(current, rewrites[-1])
     reblocked = {layer for before in model.rewrites for layer in before.layers}
@@ -329,10 +328,10 @@ def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
     changed = {layer for rewrite in rewrites for layer in rewrite.layers}
     rewrites = rewrites or [unchanged("copy", source.config, model.family, source.tensors)]
     if any(rewrite.calibrated for rewrite in rewrites) or (recovers and (changed or reblocked)):
-        _check_calibrated(model, rewrites)
-        rewrites = [_calibrated(model, rewrite, recovers, options.refit) for rewrite in rewrites]
+        check_calibrated(model, rewrites)
+        rewrites = [computed_over_text(model, rewrite, recovers, options.refit) for rewrite in rewrites]
         if options.refit:
-            rewrites[-1] = _refitted(model, rewrites[-1], reblocked)
+            rewrites[-1] = with_refit(model, rewrites[-1], reblocked)
     code = DTYPES[options.dtype]
     if code is not None:
         rewrites[0] = rewrites[0].stored_as(code, source.tensors)
@@ -344,71 +343,6 @@ def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:
 
 def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-
-
-def _check_calibrated(model: Model, rewrites: Sequence[Rewrite]) -> None:
-    """Refuse layers that cannot be compared with the original's."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{model.config.model_type}: an encoder-decoder cannot be calibrated layer by layer; use --method mean, "
-            "first, random or procrustes without --refit and --fit"
-        )
-    if any(not before.exact for before in model.rewrites) and any(before.by_layer for before in model.rewrites):
-        raise UnsupportedError(
-            f"{model.source.id}: changing its blocks rewrites its attention too, which cannot be calibrated against "
-            "the original in the same run; convert the result in a second run"
-        )
-    for at, rewrite in enumerate(rewrites):
-        calibrated = rewrite.calibrated or rewrite.form is None
-        _check_once(model, rewrites[:at], rewrite.name, set(rewrite.layers), calibrated)
-
-
-def _check_once(model: Model, before: Sequence[Rewrite], name: str, layers: set[int], calibrated: bool) -> None:
-    """Refuse a step that is calibrated in a layer that another step changes too."""
-    again = [rewrite.name for rewrite in before if not layers.isdisjoint(rewrite.layers)]
-    if again and calibrated:
-        raise UnsupportedError(
-            f"{model.source.id}: {name} cannot be calibrated after {again[0]} in the same run; convert the result in a "
-            "second run"
-        )
-
-
-def _calibrated(model: Model, rewrite: Rewrite, recovers: bool, refits: bool) -> Rewrite:
-    """A Rewrite whose layers are computed over calibration text; every projection of them where they recover there, and
-    the writers of its form where they are refitted."""
-    tensors = dict(rewrite.tensors)
-    writers = rewrite.form.writers if rewrite.form is not None and refits else ()
-    for layer in rewrite.layers if recovers else ():
-        stem = model.family.layer.format(i=layer)
-        written = [f"{stem}{writer}.{part}" for writer in writers for part in ("weight", "bias")]
-        for tensor in (*model.layer_tensors(layer), *written):
-            if tensor in tensors:
-                tensors[tensor] = replace(tensors[tensor], layer=layer)
-    return replace(rewrite, tensors=tensors, step=None)
-
-
-def _refitted(model: Model, rewrite: Rewrite, layers: set[int]) -> Rewrite:
-    """A Rewrite that also refits what writes to the residual stream in layers whose blocks changed before."""
-    tensors = dict(rewrite.tensors)
-    for layer in sorted(layers):
-        writer = ffn_writer(model, layer)
-        if writer is None:
-            raise UnsupportedError(
-                f"{model.source.id}: layer {layer} has no single FFN output matrix (a mixture of experts, say), which "
-                "--refit would fit; leave --refit out"
-            )
-        output = model.family.prefix(layer) + model.family.names.output
-        for stem in (output, model.family.layer.format(i=layer) + writer):
-            for tensor in (f"{stem}.weight", f"{stem}.bias"):
-                if tensor in tensors:
-                    tensors[tensor] = replace(tensors[tensor], layer=layer)
-    return replace(rewrite, tensors=tensors)
-
-
-def ffn_writer(model: Model, layer: int) -> str | None:
-    """The FFN's output matrix below a layer's prefix, without ``.weight``; None where there is no single one."""
-    prefix = model.family.layer.format(i=layer)
-    return next((stem for stem in _FFN_WRITERS if f"{prefix}{stem}.weight" in model.source.tensors), None)
 
 
 def _provided(provide: LayerProvider) -> Step:
