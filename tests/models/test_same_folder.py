@@ -138,7 +138,11 @@ def test_the_config_class_is_the_one_that_auto_config_takes(tmp_path: Path) -> N
             raw = tiny.tiny_config(name).to_dict() | {"layer_types": None}
             raw = raw if name == "mistral" else tiny.tiny_config(name).to_dict()
             (tmp_path / "config.json").write_text(json.dumps(raw, default=str))
-            auto = AutoConfig.from_pretrained(tmp_path)
+            try:
+                auto = AutoConfig.from_pretrained(tmp_path)
+            except ValueError:  # before 5.23 this class does not read what it writes
+                assert name == "dbrx"
+                continue
             assert type(resolve_config(raw, name)) is type(auto), name
             assert causal_lm_class(auto).__name__ == type(AutoModelForCausalLM.from_config(auto)).__name__
 
