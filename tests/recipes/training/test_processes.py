@@ -16,9 +16,10 @@ from rehead.errors import UsageError
 from rehead.recipes import uptrain
 from rehead.recipes.training.processes import join_processes
 
-# Both runs in one launch: most of a launch is importing torch, twice.
+# Both runs in one launch: most of a launch is importing torch, twice. One run in twenty aborted in gloo's threads
+# while the interpreter took them down, so it is left without that.
 _WORKER = """
-import json, os, signal, sys
+import json, os, signal, sys, torch
 from rehead.recipes import uptrain
 from rehead.recipes.training.loop import Interrupted
 
@@ -38,6 +39,8 @@ except Interrupted as error:
     assert error.exit_code == 130
 uptrain(student, out + "/resumed", **{**options, "checkpoint_every": 0})
 uptrain(student, out + "/half", **{**options, "dtype": "bfloat16", "train": "attention", "micro_batch": None})
+torch.distributed.barrier()
+os._exit(0)
 """
 
 
