@@ -70,6 +70,11 @@ class Stages:
             # The last token of a window is only predicted, but for what begins with a prefix.
             read = window if "rolling" in self.chosen.conventions else window - 1
             notes += [check_positions(item.model, read, item.name, f"--window {window}") for item in self.loaded]
+            if "baseline" in self._models and (compared := self._compared_window()) < window:
+                notes.append(
+                    f"KL and the most likely token: on windows of {compared:,} tokens, all that the original reads; "
+                    f"perplexity on {window:,}"
+                )
         return list(dict.fromkeys(note for note in notes if note))
 
     def quality(self, found: schema.Evaluation) -> None:
@@ -99,11 +104,6 @@ class Stages:
         """Divergences of the text; losses that came with them spare disjoint windows of that length a second pass."""
         others = {item.who: item for item in self.loaded if item.who != "baseline"}
         window = self._compared_window()
-        if window < self.chosen.window:
-            found.notes.append(
-                f"KL and the most likely token: on windows of {window:,} tokens, all that the original reads; "
-                f"perplexity on {self.chosen.window:,}"
-            )
         compared = divergence.compare(
             self._by_who()["baseline"].model,
             {who: item.model for who, item in others.items()},
