@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
+from two_ranks import LEAVE, torchrun
 
 from rehead.errors import UsageError
 from rehead.recipes import uptrain
 from rehead.recipes.training.processes import join_processes
 
-# Both runs in one launch: most of a launch is importing torch, twice. One run in twenty aborted in gloo's threads
-# while the interpreter took them down, so it is left without that.
+# Both runs in one launch: most of a launch is importing torch, twice.
 _WORKER = """
-import json, os, signal, sys, torch
+import json, os, signal, sys
 from rehead.recipes import uptrain
 from rehead.recipes.training.loop import Interrupted
 
@@ -39,8 +36,6 @@ except Interrupted as error:
     assert error.exit_code == 130
 uptrain(student, out + "/resumed", **{**options, "checkpoint_every": 0})
 uptrain(student, out + "/half", **{**options, "dtype": "bfloat16", "train": "attention", "micro_batch": None})
-torch.distributed.barrier()
-os._exit(0)
 """
 
 
@@ -53,12 +48,9 @@ def test_two_processes_give_the_curve_of_one(tiny, tmp_path: Path) -> None:
     # A batch whose rows hold unequal numbers of counted tokens, in micro-batches: a mean of means would differ.
     options = tiny.options(tokens=2048, micro_batch=3, eval_data=[tiny.held], eval_every=2)
     uptrain(tiny.student, tmp_path / "one", **options)
-    (tmp_path / "worker.py").write_text(_WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launch, str(tmp_path / "worker.py"), str(tiny.student), str(tmp_path), json.dumps(options)],
-        check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    (tmp_path / "worker.py").write_text(_WORKER + LEAVE)
+    done = torchrun(str(tmp_path / "worker.py"), str(tiny.student), str(tmp_path), json.dumps(options))
+    assert done.returncode == 0, done.stderr[-2000:]
     one = tmp_path / "one"
     for name in ("ddp", "fsdp"):
         two = tmp_path / name

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from two_ranks import LEAVE, torchrun
 
 from rehead.benchmarks import blocks
 from rehead.benchmarks.block_model import FORMS, Pieces, Shape, Stack
@@ -17,16 +16,13 @@ from rehead.errors import UnsupportedError, UsageError
 SMALL = ["--cpu", "--hidden", "64", "--head-dim", "16", "--layers", "2", "--batch", "2", "--length", "16"]
 SMALL += ["--context", "16", "--decode-batch", "2", "--seconds", "0.01", "--compile", "no"]
 
-# One run in twenty aborted in gloo's threads while the interpreter took them down, so it is left without that.
 TWO_RANKS = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import test_bench_blocks as t
 dist.init_process_group("gloo")
 for kv_heads in (2, 1):
     t.check_variants(kv_heads)
-dist.barrier()
-os._exit(0)
 """
 
 
@@ -88,16 +84,9 @@ def test_variants_compute_the_same(kv_heads):
     check_variants(kv_heads)
 
 
-def torchrun(*command, **extra):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return subprocess.run([*launch, *command], capture_output=True, text=True, timeout=180, env=environment)
-
-
 def test_variants_compute_the_same_on_two_ranks(tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS)
+    script.write_text(TWO_RANKS + LEAVE)
     done = torchrun(str(script), os.path.dirname(__file__))
     assert done.returncode == 0, done.stderr[-2000:]
 
