@@ -44,7 +44,7 @@ METHODS = ("tiled", "dual_chunk", "self_extend")
 def random_model(shape: str, device: torch.device) -> Any:
     """A model of random weights, in bfloat16."""
     torch.manual_seed(0)
-    config = LlamaConfig(max_position_embeddings=TRAINED, dtype=torch.bfloat16, **SHAPES[shape])  # type: ignore[arg-type]
+    config = LlamaConfig(max_position_embeddings=TRAINED, **SHAPES[shape])  # type: ignore[arg-type]
     with device:
         model: Any = LlamaForCausalLM(config)
     return model.to(torch.bfloat16).eval()

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
+from rehead.models.serving import EngineName
 from rehead.options import SPLIT, Count, Flag, Names, Options, parse_count
 from rehead.variants.context.options import Rope
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
@@ -143,9 +144,7 @@ class ConvertOptions(Options):
         description="Of latent attention in float16: store it at a scale that float16 holds, which changes outputs by "
         "about a hundredth.",
     )
-    engine: Annotated[
-        Literal["vllm", "llama.cpp", "transformers"] | None, Flag("--for", default="any that takes the class")
-    ] = Field(
+    engine: Annotated[EngineName | None, Flag("--for", default="any that takes the class")] = Field(
         None,
         description="Of --kv-cache, --latent and --context: write what this engine has been seen to serve, and what it "
         "asks for beyond its class.",

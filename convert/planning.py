@@ -285,7 +285,7 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
 
 
 def _checked(plan: Plan) -> Plan:
-    """A plan whose result its class would load, and the engine that was asked for; raises UnsupportedError."""
+    """A plan whose result its class loads and the engine that was asked for computes; raises UnsupportedError."""
     source, model, result = plan.source, plan.model, plan.result
     # A stray tensor is no fault of the plan's where the model it was renamed from has it too.
     named_alike = model if any(rewrite.renames for rewrite in model.rewrites) else source

@@ -106,7 +106,7 @@ def repeating(text: CalibrationText, seed: int = 0) -> CalibrationText:
     with windows in 21 of 30 layers, see docs/variants/window.md).
 
     Args:
-        text: sequences shorter than :data:`REPEATING` stay as they are.
+        text: its sequences of fewer than :data:`REPEATING` tokens are not changed.
         seed: of which stretches.
     """
     generator = torch.Generator().manual_seed(seed)

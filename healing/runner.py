@@ -110,17 +110,16 @@ class Runner:
 
     def attention_input(self, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:
         """The attention's input [b, S, n] (after the norm) on some sequences, on the layer's device."""
-        _, reader, _ = self.modules(layer)
-        read: list[Tensor] = []
-        with until(reader, lambda args, kwargs: read.append(args[0])):
-            self.call(layer, state, index, rows)
-        return read[0]
+        return self._read(self.modules(layer)[1], layer, state, index, rows)
 
     def head_outputs(self, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:
         """What the output projection reads on some sequences, all heads' outputs side by side: [..., H D]."""
-        _, _, output = self.modules(layer)
+        return self._read(self.modules(layer)[2], layer, state, index, rows)
+
+    def _read(self, module: nn.Module, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:
+        """What a module of the layer reads first on some sequences; the layer runs no further."""
         read: list[Tensor] = []
-        with until(output, lambda args, kwargs: read.append(args[0])):
+        with until(module, lambda args, kwargs: read.append(args[0])):
             self.call(layer, state, index, rows)
         return read[0]
 

@@ -47,6 +47,7 @@ def gather_moments(
     """
     width, device = inputs[0].shape[-1] + 1, runner.device
     gatherer = Gatherer(needs, groups, heads.o, rotation)
+    writes = any(moment.writes for moment in gatherer.sums.values())
     # Moments of attention cost far more than those of inputs, and fewer tokens are enough for them.
     enough = max(_ATTENTION_TOKENS.get(device.type, 16384), 8 * width) // len(inputs)
     for index, part in enumerate(inputs):
@@ -54,7 +55,7 @@ def gather_moments(
         for number, rows in enumerate(runner.batches(part)):
             x = with_one(part[rows].to(device))
             gatherer.add_inputs(x)
-            if any(part.writes for part in gatherer.sums.values()):
+            if writes:
                 gatherer.add_outputs(x, runner.head_outputs(layer, state, index, rows))
             if number % every or not gatherer.attends:
                 continue

@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
+
+from rehead.models.families.spec import rope_sets
 
 SAME = "same"
 DIFFERENT = "different"
 REFUSED = "refused"
 
+EngineName = Literal["vllm", "llama.cpp", "transformers"]
+"""What ``--for`` takes."""
 #: Engines that a model can be converted for, as ``--for`` names them -> as the records do.
 ENGINE_NAMES = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
 
@@ -187,8 +191,7 @@ def _window_period(kinds: Sequence[str]) -> int | None:
 
 def _rope_type(rope: Mapping[str, Any]) -> str:
     """How rotary frequencies are stretched; of a config with a set for each kind of layer, in any of them."""
-    sets = [rope, *(each for each in rope.values() if isinstance(each, Mapping))]
-    types = [str(each.get("rope_type") or each.get("type") or "default") for each in sets]
+    types = [str(each.get("rope_type") or each.get("type") or "default") for each in rope_sets(rope)]
     return next((name for name in types if name != "default"), "default")
 
 

@@ -59,6 +59,11 @@ SWA: dict[str, Any] = {
     "attention_multiplier": HEAD_DIM**-0.5, "num_key_value_heads": 2,
 }  # fmt: skip
 
+GEMMA3: dict[str, Any] = {
+    "num_hidden_layers": 6, "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]], "sliding_window": 32,
+    "query_pre_attn_scalar": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
 # Models of 64 tokens that are to read 256, and prompts on either side of the 64.
 OLD_LENGTH = {"max_position_embeddings": 64}
 LONG: dict[str, Any] = {"client": {"vllm": {"max_model_len": 256}}, "prompt_tokens": 160}
@@ -93,16 +98,7 @@ CASES: dict[str, Case] = {
         "gemma2",
         {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     ),
-    "gemma3": Case(
-        "gemma3_text",
-        {
-            "num_hidden_layers": 6,
-            "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]],
-            "sliding_window": 32,
-            "query_pre_attn_scalar": 32,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "gemma3": Case("gemma3_text", GEMMA3),
     "gemma3-alternating": Case(
         "gemma3_text",
         {"layer_types": WINDOWS, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
@@ -311,14 +307,7 @@ CASES: dict[str, Case] = {
     "longer-qwen3": _longer("yarn", "qwen3", note="the same", **LONG),
     "longer-gemma3": Case(
         "gemma3_text",
-        {
-            **OLD_LENGTH,
-            "num_hidden_layers": 6,
-            "layer_types": [*WINDOWS[:1] * 5, WINDOWS[1]],
-            "sliding_window": 32,
-            "query_pre_attn_scalar": 32,
-            "tie_word_embeddings": True,
-        },
+        {**OLD_LENGTH, **GEMMA3},
         {"context": 256, "rope": "linear"},
         note="64 tokens to 256, read 160",
         **LONG,

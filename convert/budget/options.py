@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from rehead.models.serving import EngineName
 from rehead.options import Count, Flag, Names, Options
 
 Context = Annotated[
@@ -19,7 +20,7 @@ Tokens = Annotated[
     Field(ge=512, description="Tokens of running text that choices are measured on."),
 ]
 Engine = Annotated[
-    Literal["vllm", "llama.cpp", "transformers"] | None,
+    EngineName | None,
     Flag("--for", default="any"),
     Field(description="Offer what this engine has been seen to serve."),
 ]

@@ -6,7 +6,7 @@ Nothing here reads a weight. :mod:`rehead.models.families.table` has one :class:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,7 +79,8 @@ def rope_parameters(config: Config, layer: int) -> dict[str, Any]:
 
 def changing_rope(config: Config) -> str | None:
     """The kind of RoPE among :data:`CHANGING` that a config names for some layer; None where all frequencies stay."""
-    return next((each["rope_type"] for each in _rope_sets(config) if each.get("rope_type") in CHANGING), None)
+    sets = rope_sets(getattr(config, "rope_parameters", None))
+    return next((each["rope_type"] for each in sets if each.get("rope_type") in CHANGING), None)
 
 
 def steady_length(config: Config) -> int | None:
@@ -88,17 +89,17 @@ def steady_length(config: Config) -> int | None:
     Beyond it keys in a cache are rotated for a shorter text than the next ones.
     """
     length = getattr(config, "max_position_embeddings", None)
-    for each in _rope_sets(config):
+    for each in rope_sets(getattr(config, "rope_parameters", None)):
         original = each.get("original_max_position_embeddings")
         if each.get("rope_type") in CHANGING and original:
             length = min(length or original, original)
     return int(length) if isinstance(length, int) else None
 
 
-def _rope_sets(config: Config) -> list[dict[str, Any]]:
-    """All RoPE parameters of a config: one set for all layers, and those of layer types, where it has them."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return [each for each in (parameters, *parameters.values()) if isinstance(each, dict)]
+def rope_sets(parameters: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The sets within a config's RoPE parameters: one for all layers, and those of layer types, where it has them."""
+    parameters = parameters or {}
+    return [each for each in (parameters, *parameters.values()) if isinstance(each, Mapping)]
 
 
 def rotary_partial(config: Config, layer: int) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from rehead.models.serving import EngineName
 from rehead.options import SPLIT, Count
 from rehead.variants.contract import VariantOptions
 
@@ -26,7 +27,7 @@ class ContextOptions(VariantOptions):
     factors: Annotated[tuple[float, ...] | None, SPLIT] = Field(
         None, description="Of longrope and fitted: how much slower each rotary pair turns in long texts."
     )
-    engine: str | None = Field(
+    engine: EngineName | None = Field(
         None, description="Whose config keys are written beside transformers' own: vllm reads others for longrope."
     )
     table: Literal["interpolate", "repeat"] = Field(
