@@ -14,7 +14,8 @@ from rehead.console import Progress
 from rehead.convert.over_text import ffn_writer
 from rehead.convert.own_text import with_own_text
 from rehead.convert.planning import Plan
-from rehead.data.calibration import CalibrationText, load_calibration, repeating
+from rehead.data.calibration import CalibrationText, load_calibration
+from rehead.data.repeats import repeating
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.job import Job, LayerJob
 from rehead.healing.moments import Moments

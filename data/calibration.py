@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
@@ -23,8 +23,6 @@ BUILT_IN = "calibration.txt.gz"
 RANDOM = "random"
 #: Fewer tokens make second moments depend too much on the sample.
 MIN_TOKENS = 1024
-#: Tokens of a sequence that :func:`repeating` changes, at least, and of a stretch that is repeated.
-REPEATING, STRETCH = 1024, 64
 #: More characters than a token has on average in any text worth calibrating on.
 _CHARACTERS = 7
 
@@ -97,31 +95,6 @@ def load_calibration(
     if max(int(part.max()) for part in text.tokens) >= vocab_size:
         raise UsageError(f"{source.id}: its tokenizer has more tokens than its vocabulary; check the tokenizer")
     return text
-
-
-def repeating(text: CalibrationText, seed: int = 0) -> CalibrationText:
-    """Every fourth long sequence ends with stretches of itself.
-
-    Prose hardly ever looks far back, so a fit to prose alone gives up what a layer still copies (measured on SmolLM2
-    with windows in 21 of 30 layers, see docs/variants/window.md).
-
-    Args:
-        text: its sequences of fewer than :data:`REPEATING` tokens are not changed.
-        seed: of which stretches.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for rows in text.tokens:
-        length = rows.shape[1]
-        begin = 3 * length // 4
-        if length >= REPEATING:
-            rows = rows.clone()
-            for row in rows[::4]:
-                for at in range(begin, length - STRETCH + 1, STRETCH):
-                    first = int(torch.randint(0, begin - STRETCH, (), generator=generator))
-                    row[at : at + STRETCH] = row[first : first + STRETCH].clone()
-        parts.append(rows)
-    return replace(text, tokens=parts)
 
 
 def calibration_tokens(tokenizer: Any, tokens: int = 4096, length: int = 512, seed: int = 0) -> Tensor:

@@ -67,7 +67,7 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path, start: Tensor = NO_START) -> None:
-        self._start = start
+        self.start = start
         self.facts = StoreFacts(**json.loads((folder / _FACTS).read_text()))
         self._tokens = np.memmap(folder / _TOKENS, dtype=self.facts.dtype, mode="r")
         self._starts = np.fromfile(folder / _STARTS, dtype="<i8")
@@ -91,7 +91,7 @@ class TokenStore:
             first = int(row) * length
             low, high = np.searchsorted(self._starts, [first, first + length + 1])
             begins = self._starts[low:high] - first  # in 0 .. length; `length` is the label of the last token
-            if isolated or len(self._start):
+            if isolated or len(self.start):
                 labels[i, begins[begins > 0] - 1] = IGNORED
             if isolated:
                 inside = begins[begins < length]
@@ -99,7 +99,7 @@ class TokenStore:
                 offsets[inside] = inside
                 positions[i] -= np.maximum.accumulate(offsets)
         inputs, *rest = (torch.from_numpy(part) for part in (windows[:, :-1].copy(), positions, labels))
-        return Rows(begun(inputs, self._start), *rest)
+        return Rows(begun(inputs, self.start), *rest)
 
 
 def write_store(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rehead.data.order import rows_of_step
 from rehead.data.store import Rows, TokenStore
 from rehead.errors import UsageError
 from rehead.models.live import decoder_layers
@@ -24,7 +23,7 @@ from rehead.recipes.training.losses.head import transformer
 from rehead.recipes.training.optimizer import Optimizer, Weights, rate_factor
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
-from rehead.recipes.training.texts import first_micro_batch, forward_inputs
+from rehead.recipes.training.texts import first_micro_batch, forward_inputs, rows_to_train
 
 _SMALL = 1e-12
 _ORDER = 0x70696E74  # so that this stage sees other rows than the training behind it
@@ -122,11 +121,9 @@ class _Window:
 
     def _rows(self, step: int) -> Rows:
         options, run = self._options, self._run
-        seed = options.seed ^ _ORDER
-        index = rows_of_step(step, options.rows_per_step, self._store.rows(options.seq_length), seed)
         share = options.rows_per_step // run.world
-        index = index[run.rank * share : (run.rank + 1) * share]
-        return self._store.read(index, options.seq_length, isolated=options.packing == "isolated")
+        part = slice(run.rank * share, (run.rank + 1) * share)
+        return rows_to_train(self._store, options, step, options.seed ^ _ORDER, part)
 
     def _measure(self) -> float:
         """Relative squared error on the rows behind those that are trained on."""

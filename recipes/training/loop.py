@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rehead.checkpoints.stream import ResourceError
 from rehead.console import Progress
-from rehead.data.order import rows_of_step
 from rehead.data.store import IGNORED, Rows, TokenStore
 from rehead.errors import EXIT_INTERRUPTED, ReheadError, VerificationError
 from rehead.recipes.training.checkpoints import WorkFolder, save
@@ -28,7 +27,7 @@ from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.optimizer import Optimizer, Weights, rate_factor
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
-from rehead.recipes.training.texts import HeldOut, evaluate_held_out, first_micro_batch, forward_inputs
+from rehead.recipes.training.texts import HeldOut, evaluate_held_out, first_micro_batch, forward_inputs, rows_to_train
 
 
 class Interrupted(ReheadError):
@@ -168,8 +167,7 @@ class Loop:
         options, run = self.options, self.run
         # Whatever a step draws, it draws again when it is repeated after a resume.
         torch.manual_seed((options.seed * 1_000_003 + step) * run.world + run.rank)
-        index = rows_of_step(step, options.rows_per_step, self.store.rows(options.seq_length), options.seed)
-        batch = self.store.read(index, options.seq_length, isolated=options.packing == "isolated")
+        batch = rows_to_train(self.store, options, step, options.seed)
         counted = int((batch.labels != IGNORED).sum())
         share = options.rows_per_step // run.world
         mine = Rows(*(part[run.rank * share : (run.rank + 1) * share] for part in batch))

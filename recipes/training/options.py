@@ -27,6 +27,13 @@ class UptrainOptions(Options):
         description="Whether documents in a row see each other: "
         "isolated (positions restart, no attention across) or joined.",
     )
+    repeats: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the rows in which later stretches repeat earlier ones of the same document, from all "
+        "distances, so that the model learns to look far back.",
+    )
     teacher: Annotated[
         str | None, Flag(metavar="MODEL", default="what STUDENT was converted from, where the loss needs one")
     ] = Field(None, description="Model to learn from.")

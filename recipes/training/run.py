@@ -211,6 +211,12 @@ class _Uptraining:
                     beyond = check_positions(model, options.seq_length, student.name, self._length())
                     if beyond is not None:
                         warn(beyond)
+                    each = store.facts.tokens // max(store.facts.documents, 1)
+                    if options.repeats and options.packing == "isolated" and each < options.seq_length:
+                        warn(
+                            f"the data's documents have {each:,} tokens on average, so --repeats {options.repeats:g} "
+                            "repeats from no further back; --packing joined does over the whole row"
+                        )
                     if facts["epochs"] > _MOST_EPOCHS:
                         warn(
                             f"the data has {store.facts.tokens:,} tokens, so each is seen {facts['epochs']:.3g} times; "

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rehead.console import Progress
 from rehead.data.beginning import NO_START, begun, text_start, uncounted
+from rehead.data.order import rows_of_step
+from rehead.data.repeats import with_repeats
 from rehead.data.sources import identity
 from rehead.data.store import IGNORED, Rows, TokenStore, write_store
 from rehead.data.tokens import load_tokenizer, require_known, token_stream
@@ -81,6 +84,23 @@ def open_tokens(
             f"{options.seq_length} and one to predict; give more text or a smaller --seq-length"
         )
     return store
+
+
+def rows_to_train(store: TokenStore, options: UptrainOptions, step: int, seed: int, part: slice = slice(None)) -> Rows:
+    """The rows of an optimiser step, over all processes; the same whenever and wherever they are read.
+
+    Args:
+        store: the tokens.
+        options: of the run.
+        step: 0 for the first.
+        seed: of the order and of what repeats.
+        part: which of the rows to read.
+    """
+    count, length = options.rows_per_step, options.seq_length
+    index = rows_of_step(step, count, store.rows(length), seed)[part]
+    rows = store.read(index, length, isolated=options.packing == "isolated")
+    places = np.arange(step * count, (step + 1) * count)[part]
+    return with_repeats(rows, places, options.repeats, seed, len(store.start))
 
 
 def first_micro_batch(options: UptrainOptions, run: Processes) -> int:

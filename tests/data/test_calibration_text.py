@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rehead.convert.options import ConvertOptions
-from rehead.data.calibration import CalibrationText, calibration_tokens, load_calibration, repeating
+from rehead.data.calibration import calibration_tokens, load_calibration
 from rehead.errors import UsageError
 
 
@@ -115,24 +115,3 @@ def test_few_tokens_are_cut_into_shorter_sequences_unless_a_length_is_given(toke
     assert usual.as_json(positions=4096)["calibration_length"] == length
     options = ConvertOptions(num_key_value_heads=1, method="svd", calibration_tokens=tokens, calibration_length=64)
     assert options.calibration_lengths == (64,)
-
-
-def test_every_fourth_long_sequence_ends_with_stretches_of_itself() -> None:
-    """Of distinct tokens, so that whatever appears twice was repeated."""
-    before = CalibrationText([torch.arange(6 * 1024).view(6, 1024), torch.arange(5 * 512).view(5, 512)], ["text"])
-    kept = [part.clone() for part in before.tokens]
-    after = repeating(before, seed=3)
-    assert all(torch.equal(*pair) for pair in zip(kept, before.tokens))
-    assert torch.equal(after.tokens[1], kept[1])
-    assert after.tokens[0].shape == kept[0].shape
-    assert after.names == before.names
-    for index, row in enumerate(after.tokens[0]):
-        assert torch.equal(row[:768], kept[0][index, :768])
-        if index % 4:
-            assert torch.equal(row, kept[0][index])
-            continue
-        for stretch in row[768:].split(64):
-            assert stretch[0] in row[: 768 - 63]
-            assert torch.equal(stretch, stretch[0] + torch.arange(64))
-    assert torch.equal(repeating(before, seed=3).tokens[0], after.tokens[0])
-    assert not torch.equal(repeating(before, seed=4).tokens[0], after.tokens[0])

@@ -63,6 +63,8 @@ def test_sizes(text: str | int, number: int) -> None:
         ({"learning_rates": ["k_proj=-1"]}, "must be 0 or more"),
         ({"learning_rates": ["k_proj=nan"]}, "is not PATTERN=FACTOR"),
         ({"seed": -1}, "--seed -1"),
+        ({"repeats": 1.5}, "--repeats 1.5: must be 1 or less"),
+        ({"repeats": -0.1}, "--repeats"),
         ({"seed": 1 << 70}, "--seed"),
         ({"warmup": 300, "tokens": 32768 * 8}, "is more than the run's 8 steps"),
     ],

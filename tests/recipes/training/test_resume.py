@@ -195,6 +195,24 @@ def test_a_refused_resume_names_what_differs(tiny, tmp_path: Path, monkeypatch: 
     assert events[0]["event"] == "resume"
 
 
+def test_rows_that_repeat_themselves_do_so_again_after_a_resume(tiny, tmp_path: Path) -> None:
+    options = {"seq_length": 128, "packing": "joined", "repeats": 0.5}
+    first: dict[float, float] = {}
+    for repeats in (0.0, 0.5):
+        done = tmp_path / f"whole-{repeats}"
+        uptrain(tiny.student, done, **tiny.options(**{**options, "repeats": repeats}))
+        first[repeats] = _steps(done)[0][1]
+    assert abs(first[0.5] - first[0.0]) > 1e-3
+    out = tmp_path / "out"
+    _stopped(tiny, out, **options)
+    with pytest.raises(UsageError, match=r"--repeats \(0.5 then, 0.25 now\) changed"):
+        uptrain(tiny.student, out, **tiny.options(**{**options, "repeats": 0.25}))
+    uptrain(tiny.student, out, **tiny.options(**options))
+    assert _steps(out) == _steps(done)
+    assert _weights(out) == _weights(done)
+    assert json.loads((out / "rehead.json").read_text())["uptraining"]["options"]["repeats"] == 0.5
+
+
 def test_resume_never_starts_anew(tiny, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     _stopped(tiny, out, learning_rate=0.5)

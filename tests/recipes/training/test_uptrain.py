@@ -258,3 +258,15 @@ def test_a_run_that_leads_away_from_the_teacher_says_so(tiny, tmp_path: Path, ca
     assert len(said["away"]) == 1
     assert "further away than at the start" in said["away"][0]
     assert "lower --lr" in said["away"][0]
+
+
+def test_repeats_that_no_document_is_long_enough_for_are_warned_of(tiny, tmp_path: Path) -> None:
+    said: dict[str, list[str]] = {}
+    for packing in ("isolated", "joined"):
+        events: list[dict[str, Any]] = []
+        options = tiny.options(tokens=1024, seq_length=256, repeats=0.5, packing=packing, loss="kd+0.1*ce")
+        uptrain(tiny.student, tmp_path / packing, **options, on_event=events.append)
+        said[packing] = [event["note"] for event in events if event["event"] == "warning"]
+    assert not said["joined"]
+    assert len(said["isolated"]) == 1
+    assert "--packing joined does over the whole row" in said["isolated"][0]
