@@ -8,6 +8,7 @@
 Of every method: perplexity of running text by position and copying at a distance, both from the same passes over texts
 that begin with a block of words and end with it (:mod:`rehead.models.recall`); key-value recall at that distance; a
 needle at a depth of 0; and the divergence from the model as it is on short texts. A length is that of the whole text.
+``--also`` adds a line for a checkpoint, such as one converted and uptrained, that reads the very same texts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rehead.models.predictions import Predictions, predict
 from rehead.models.recall import LEAD, RecallText, recall, recall_texts
 from rehead.options import parse_count
 from rehead.patches import patch_model
-from rehead.recipes.evaluation.models import JudgedModel, load_model
+from rehead.recipes.evaluation.models import JudgedModel, load_model, open_named
 from rehead.recipes.evaluation.needle import count_hits, prompt, word_tokens
 from rehead.variants.context.options import ContextOptions
 
@@ -205,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
     parser.add_argument("--measures", default=",".join(MEASURES), help="with commas between; copy has perplexity too")
     parser.add_argument(
-        "--also", action="append", default=[], metavar="NAME=FOLDER", help="a checkpoint, also measured"
+        "--also", action="append", default=[], metavar="NAME=FOLDER", help="a checkpoint, also measured; repeat"
     )
     parser.add_argument("--trials", type=int, default=4, help="texts of each length")
     parser.add_argument("--block", type=int, default=64, help="words that are copied")
@@ -227,8 +228,11 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
                 raise UsageError(unknown_name(word, name, known))
     if min(options.lengths) < 2 * options.block + LEAD + 6:
         raise UsageError(f"--lengths {min(options.lengths)}: too short for two blocks of {options.block}; give more")
-    if any("=" not in text for text in options.also):
-        raise UsageError("--also: give NAME=FOLDER")
+    for text in options.also:
+        _, sign, folder = text.partition("=")
+        if not sign:
+            raise UsageError("--also: give NAME=FOLDER")
+        open_named(folder)  # missing ones are told now and not after every method has been measured
     return options
 
 

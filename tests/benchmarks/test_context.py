@@ -11,6 +11,7 @@ import torch
 from copying import copying
 
 from rehead.benchmarks import context
+from rehead.convert import convert
 from rehead.errors import UsageError
 from rehead.models.predictions import predict
 from rehead.recipes.evaluation.models import JudgedModel
@@ -52,13 +53,24 @@ def test_perplexity_by_position_leaves_out_what_is_not_counted() -> None:
 
 def test_the_command_writes_every_row(tmp_path, capsys) -> None:
     folder, out = files("rehead.recipes") / "assets", tmp_path / "figures.json"
+    converted = convert(str(folder / "embedded"), tmp_path / "converted", context=4096, rope="yarn").out
     line = f"{folder}/embedded --text {folder}/heldout.txt.gz --lengths 96,160 --context 4Ki --trials 1 --block 16"
-    few = f"--short 64 --short-tokens 128 --methods plain,yarn --also again={folder}/embedded --json {out}"
-    context.main([*line.split(), *few.split()])
+    few = f"--short 64 --short-tokens 128 --methods plain,yarn --json {out}"
+    also = f"--also again={folder}/embedded --also converted={converted}"
+    context.main([*line.split(), *few.split(), *also.split()])
     rows = json.loads(out.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["plain", "yarn", "again"]
-    assert rows[1]["short"]["kl"] > rows[2]["short"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert [row["name"] for row in rows] == ["plain", "yarn", "again", "converted"]
+    assert rows[1]["short"]["kl"] > 1e-3
+    assert rows[2]["short"]["kl"] == pytest.approx(0, abs=1e-9)
     assert rows[2]["lengths"]["160"]["copy"] == rows[0]["lengths"]["160"]["copy"]
+    # A checkpoint is measured as the method that it was made by, in every figure but the seconds.
+    assert rows[3]["short"]["kl"] == pytest.approx(rows[1]["short"]["kl"], rel=1e-4)
+    for by_checkpoint, by_method in zip(rows[3]["lengths"].values(), rows[1]["lengths"].values()):
+        assert by_checkpoint["perplexity"] == pytest.approx(by_method["perplexity"], rel=1e-4)
+        for kind in ("copy", "pairs"):
+            assert by_checkpoint[kind]["nll"] == pytest.approx(by_method[kind]["nll"], rel=1e-4)
+            assert by_checkpoint[kind]["tokens"] == by_method[kind]["tokens"]
+        assert by_checkpoint["needle"] == by_method["needle"]
     said = capsys.readouterr().out
     assert "needle 160" in said
     assert "yarn" in said
@@ -70,6 +82,7 @@ def test_the_command_writes_every_row(tmp_path, capsys) -> None:
         (["--methods", "plain,yarm"], "did you mean 'yarn'"),
         (["--measures", "coy"], "did you mean 'copy'"),
         (["--block", "16", "--also", "folder"], "give NAME=FOLDER"),
+        (["--block", "16", "--also", "uptrained=./nowhere"], "nowhere"),
         (["--block", "64"], "too short for two blocks of 64"),
     ],
 )

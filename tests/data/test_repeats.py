@@ -1,4 +1,4 @@
-"""Texts that repeat stretches of themselves: what repeats, and where."""
+"""Texts that repeat stretches of themselves: what repeats, where, and what a model learns from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from copying import copying
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,3 +140,32 @@ def test_what_repeats_depends_on_seed_and_place_alone() -> None:
         assert torch.equal(part, torch.cat([row[i] for row in parts]))
     assert not torch.equal(whole.input_ids, with_repeats(rows, places, 0.75, 6).input_ids)
     assert not torch.equal(whole.input_ids, with_repeats(rows, places + 512, 0.75, 5).input_ids)
+
+
+def test_a_model_that_copies_from_near_learns_to_copy_from_afar() -> None:
+    """Trained on words without any order, where nothing but a repeated stretch can be foretold."""
+    length, distance, block = 768, 600, 64
+    draw = torch.Generator().manual_seed(0)
+    asked = torch.randint(8, 512, (2, length), generator=draw)
+    first, second = slice(64, 64 + block), slice(64 + distance, 64 + distance + block)
+    asked[:, second] = asked[:, first]
+    copied = {}
+    for share in (0.0, 1.0):
+        model = copying(local=True)
+        model.lm_head.weight.data *= 0.3  # less sure of itself, or what cannot be foretold is all that it learns from
+        layer = model.model.layers[1].self_attn
+        optimizer = torch.optim.Adam([layer.q_proj.weight, layer.k_proj.weight], lr=0.05)
+        words = torch.Generator().manual_seed(1)
+        for step in range(45):
+            tokens = torch.randint(8, 512, (2, length + 1), generator=words)
+            rows = Rows(tokens[:, :-1], torch.arange(length).expand(2, -1), tokens[:, 1:])
+            rows = with_repeats(rows, np.arange(2 * step, 2 * step + 2), share, 0)
+            logits = model(rows.input_ids).logits
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels.flatten()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            said = model(asked).logits.argmax(-1)[:, second][:, :-1]
+        copied[share] = float((said == asked[:, second][:, 1:]).double().mean())
+    assert copied[1.0] > 0.3
+    assert copied[0.0] < 0.02
