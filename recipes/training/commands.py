@@ -133,6 +133,8 @@ def _summary(out: str, facts: dict[str, Any]) -> None:
         ("peak memory", f"{facts['peak_memory_bytes'] / 1e9:.2f} GB"),
     ]
     rows += [("teacher", facts["teacher"])] if facts["teacher"] else []
+    near = "" if facts["kl_at_start"] is None else f", as the student started at KL {facts['kl_at_start']:.4g}"
+    rows += [("learning rate", f"{facts['learning_rate']:g}{near}")]
     rows += [("loss", f"{facts['last']['step']['loss']:.4g}")]
     for name, figures in facts["last"].items():
         if name.startswith("evaluation "):

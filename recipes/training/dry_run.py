@@ -25,6 +25,7 @@ from rehead.recipes.training.models import (
 from rehead.recipes.training.optimizer import Optimizer, Weights, choose
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import join_processes
+from rehead.recipes.training.rate import HIGHEST, default_rate, is_measured
 from rehead.recipes.training.run import arithmetic, check_resume
 from rehead.recipes.training.texts import first_micro_batch, tokenizer_of
 
@@ -87,6 +88,9 @@ def estimate_uptraining(
     result.facts = {
         "steps": f"{chosen.steps:,} of {chosen.rows_per_step * chosen.seq_length:,} tokens, {passes} passes each",
         "trains": f"{trained:,} of {pupil.parameters:,} numbers, {chosen.loss}",
+        "learning rate": f"chosen at the start by the KL to the teacher, {HIGHEST:g} at most"
+        if is_measured(chosen)
+        else f"{chosen.learning_rate or default_rate(None):g}",
         "teacher": "none" if teacher is None else teacher.name,
         "pace": f"{chosen.rows_per_step * chosen.seq_length / step:,.0f} tokens per second",
         "on": f"{run.device}, {str(dtype).removeprefix('torch.')}",

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -27,6 +27,7 @@ from rehead.recipes.training.log import RunLog
 from rehead.recipes.training.optimizer import Optimizer, Weights, rate_factor
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import Processes
+from rehead.recipes.training.rate import Rate
 from rehead.recipes.training.texts import HeldOut, evaluate_held_out, first_micro_batch, forward_inputs, rows_to_train
 
 
@@ -97,6 +98,7 @@ class Loop:
         optimizer: of those.
         store: the tokens.
         options: of the run.
+        rate: the peak learning rate, which checkpoints keep.
         run: the processes.
         log: of the main process; the others' writes nothing.
         work: the checkpoints' folder, in the main process.
@@ -111,6 +113,7 @@ class Loop:
     optimizer: Optimizer
     store: TokenStore
     options: UptrainOptions
+    rate: Rate
     run: Processes
     log: RunLog
     work: WorkFolder | None
@@ -269,6 +272,7 @@ class Loop:
             "seconds": round(self.elapsed(), 3),
             "processes": self.run.world,
             "device": self.run.device.type,
+            "rate": asdict(self.rate),
             "last": self.last,
         }
         size = save(self.work, done, self.weights.tensors, self.optimizer.state(), state)

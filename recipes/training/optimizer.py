@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError, unknown_name
 from rehead.recipes.training.options import UptrainOptions
+from rehead.recipes.training.rate import default_rate
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -153,7 +154,8 @@ class Optimizer:
 
     Args:
         weights: what trains.
-        options: rates, betas, epsilon, weight decay and clipping are read.
+        options: rates, betas, epsilon, weight decay and clipping are read; without a learning rate, the default of a
+            run that has no teacher is taken.
         fused: whether the kernel is fused; on a GPU when None.
 
     Attributes:
@@ -162,7 +164,8 @@ class Optimizer:
 
     def __init__(self, weights: Weights, options: UptrainOptions, fused: bool | None = None) -> None:
         self._weights, self._clip = weights, options.clip
-        groups = parameter_groups(weights.tensors, options.learning_rate, options.learning_rates, options.weight_decay)
+        peak = options.learning_rate or default_rate(None)
+        groups = parameter_groups(weights.tensors, peak, options.learning_rates, options.weight_decay)
         for group in groups:
             group.pop("names")
         first = next(iter(weights.tensors.values()))

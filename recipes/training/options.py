@@ -45,7 +45,9 @@ class UptrainOptions(Options):
     micro_batch: Annotated[Count | None, Flag(default="as many as fit, tried out on a GPU")] = Field(
         None, gt=0, description="Rows in a forward pass."
     )
-    learning_rate: Annotated[float, Flag("--lr")] = Field(5e-4, gt=0, description="Peak learning rate.")
+    learning_rate: Annotated[
+        float | None, Flag("--lr", default="5e-4, or less for a student that starts near its teacher")
+    ] = Field(None, gt=0, description="Peak learning rate.")
     learning_rates: Annotated[
         dict[str, Annotated[float, Field(ge=0)]],
         pairs("PATTERN=FACTOR", "k_proj=2"),

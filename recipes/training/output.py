@@ -247,7 +247,7 @@ def _card(card: str, student: str, facts: Mapping[str, Any], command: str) -> st
         "## Uptraining",
         "",
         f"{code(Path(student).name)} was trained on {facts['tokens']:,} tokens by Rehead {__version__}{teacher}: loss "
-        f"`{options['loss']}`, learning rate {options['learning_rate']:g}, {options['schedule']} schedule, "
+        f"`{options['loss']}`, learning rate {facts['learning_rate']:g}, {options['schedule']} schedule, "
         f"{facts['steps']} steps of {facts['batch_tokens']:,} tokens. `{LOG_NAME}` has every step.",
         "",
         *code_block(without_folders(command)),

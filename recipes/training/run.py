@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rehead.recipes.training.joint import fit_windows
 from rehead.recipes.training.lanes import lanes_off
 from rehead.recipes.training.log import LOG_NAME, Listener, RunLog, open_trackers
 from rehead.recipes.training.loop import Loop
+from rehead.recipes.training.losses import StudentWithLoss
 from rehead.recipes.training.models import (
     Opened,
     checkpoint_activations,
@@ -41,6 +42,7 @@ from rehead.recipes.training.optimizer import Optimizer, Weights, choose
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.output import changed_tensors, plan_output, sketched, trained_tensors, write_output
 from rehead.recipes.training.processes import Processes, join_processes, shard
+from rehead.recipes.training.rate import Rate, rate_at_start
 from rehead.recipes.training.texts import held_out_windows, open_tokens, tokenizer_of
 
 logger = logging.getLogger("rehead.recipes.training")
@@ -224,10 +226,18 @@ class _Uptraining:
                         )
                 if options.joint_layers:
                     fit_windows(model, mentor, store, options, run, log, progress)
-            module = self._module(model, mentor, dtype)
+            module = StudentWithLoss(model, mentor, options.objective())
+            # While the models are whole and not compiled: every process computes the same, and no shape is compiled
+            # for it. A resumed run, whose student has been trained, takes the rate of its first start.
+            rate = Rate(**found.state["rate"]) if found is not None else rate_at_start(module, store, options, run)
+            facts |= asdict(rate)
+            if found is None and rate.kl_at_start is not None:
+                line = f"learning rate {rate.learning_rate:g}, as the student starts at KL {rate.kl_at_start:.4g}"
+                log.write("note", note=f"{line} from its teacher; --lr sets another", **asdict(rate))
+            self._prepare(module, model, mentor, dtype)
             weights = Weights({name: p for name, p in model.named_parameters() if p.requires_grad})
-            optimizer = Optimizer(weights, options)
-            loop = Loop(module, weights, optimizer, store, options, run, log, work, held_out, progress)
+            optimizer = Optimizer(weights, options.model_copy(update={"learning_rate": rate.learning_rate}))
+            loop = Loop(module, weights, optimizer, store, options, rate, run, log, work, held_out, progress)
             if found is not None:
                 self._restore(found, loop, log)
             for line in broken:
@@ -309,11 +319,9 @@ class _Uptraining:
         place = folder / f"step-{step:08d}"
         return checkpoints.Checkpoint(place, step, checkpoints.read_state(place)), broken
 
-    def _module(self, model: Any, mentor: Any, dtype: torch.dtype) -> Any:
-        from rehead.recipes.training.losses import StudentWithLoss
-
+    def _prepare(self, module: StudentWithLoss, model: Any, mentor: Any, dtype: torch.dtype) -> None:
+        """Checkpointed activations, compiled layers and shards, where they were asked for."""
         options, run = self.options, self.run
-        module = StudentWithLoss(model, mentor, options.objective())
         if options.gradient_checkpointing:
             checkpoint_activations(model)
         if options.compile:
@@ -322,7 +330,6 @@ class _Uptraining:
                     layer.compile()
         if run.sharded:
             shard(module, model, mentor, dtype, run)
-        return module
 
     def _restore(self, found: checkpoints.Checkpoint, loop: Loop, log: RunLog) -> None:
         checkpoints.restore(found, loop.weights.tensors, loop.optimizer.state())

@@ -21,9 +21,12 @@ from rehead.recipes import uptrain
 from rehead.recipes.training.loop import Interrupted
 
 student, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+unnamed = {**options, "learning_rate": None, "tokens": 1024}
 uptrain(student, out + "/ddp", **options)
+uptrain(student, out + "/rate-ddp", **unnamed)
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 uptrain(student, out + "/fsdp", **options)
+uptrain(student, out + "/rate-fsdp", **unnamed)
 
 def stop(event):  # in the main process alone; the other must stop at the same step
     if event["event"] == "step" and event["step"] == 2:
@@ -48,6 +51,7 @@ def test_two_processes_give_the_curve_of_one(tiny, tmp_path: Path) -> None:
     # A batch whose rows hold unequal numbers of counted tokens, in micro-batches: a mean of means would differ.
     options = tiny.options(tokens=2048, micro_batch=3, eval_data=[tiny.held], eval_every=2)
     uptrain(tiny.student, tmp_path / "one", **options)
+    uptrain(tiny.student, tmp_path / "rate-one", **{**options, "learning_rate": None, "tokens": 1024})
     (tmp_path / "worker.py").write_text(_WORKER + LEAVE)
     done = torchrun(str(tmp_path / "worker.py"), str(tiny.student), str(tmp_path), json.dumps(options))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -67,6 +71,9 @@ def test_two_processes_give_the_curve_of_one(tiny, tmp_path: Path) -> None:
         for key, weight in weights.items():
             assert (weight - others[key]).abs().max() < 1e-3 * weight.abs().max(), (name, key)
         assert _events(two, "checkpoint")
+    # A rate that is not named is the same number in both processes, and that of one.
+    rates = [_events(tmp_path / f"rate-{name}", "note")[0] for name in ("one", "ddp", "fsdp")]
+    assert rates[0] == rates[1] == rates[2]
     # Interrupted and gone on from a checkpoint of gathered shards, which each process took its part of.
     assert _events(tmp_path / "resumed", "resume")[0]["step"] in (2, 3)
     resumed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed", "fsdp"))
