@@ -158,9 +158,9 @@ def estimate(
         fitted: running text for the refit; not what is measured on, of which it would learn the noise.
         samples: texts to estimate on; the first is running text.
         seed: of y.
-        progress: called with ("estimating", layers done, layers).
+        progress: called with ("reading", texts done, texts), then ("estimating", layers done, layers).
     """
-    seen = _watch(mix, list(options.layers), [fitted, *samples], seed)
+    seen = _watch(mix, list(options.layers), [fitted, *samples], seed, progress)
     estimates = Estimates()
     for done, (layer, layer_options) in enumerate(options.layers.items()):
         if progress is not None:
@@ -219,7 +219,9 @@ def _store(mix: Mix, layer: int, name: str, refitted: dict[str, Tensor]) -> None
             form.weights[f"{stem}.{part}"] = tensor
 
 
-def _watch(mix: Mix, layers: Sequence[int], samples: Sequence[Sample], seed: int) -> dict[int, list[list[_Seen]]]:
+def _watch(
+    mix: Mix, layers: Sequence[int], samples: Sequence[Sample], seed: int, progress: Progress | None
+) -> dict[int, list[list[_Seen]]]:
     """Every layer's attention on every batch of every sample, after the first with the gradients of log p(y)."""
     seen: dict[int, list[list[_Seen]]] = {layer: [[] for _ in samples] for layer in layers}
     trained = [parameter for parameter in mix.live.parameters() if parameter.requires_grad]
@@ -230,7 +232,9 @@ def _watch(mix: Mix, layers: Sequence[int], samples: Sequence[Sample], seed: int
             share = (1 / (sample.count * _DRAWS)) ** 0.5
             if number > 1:  # the probes together count as much as the text
                 share *= (1 / (len(samples) - 2)) ** 0.5
-            for rows in sample.batches(mix.device):
+            for done, rows in enumerate(batches := list(sample.batches(mix.device))):
+                if progress is not None:
+                    progress("reading", number + done / len(batches), len(samples))
                 with torch.set_grad_enabled(number > 0), ExitStack() as stack:
                     for layer in layers:
                         _watched(stack, mix.attention(layer), share, seen[layer][number])

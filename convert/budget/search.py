@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rehead.convert.budget.library import Choice, Library, Option
 from rehead.convert.budget.prepare import Estimates
@@ -39,9 +39,11 @@ class Predictor:
         self.index = {key: at for at, key in enumerate(self.keys)}
         if self.keys:
             effects = torch.stack([estimates.effects[key] for key in self.keys]).double()
-            self.gram: Tensor = (effects @ effects.T / 2).cpu()
+            gram = (effects @ effects.T / 2).cpu()
         else:
-            self.gram = torch.zeros(0, 0, dtype=torch.float64)
+            gram = torch.zeros(0, 0, dtype=torch.float64)
+        # The last row and column are those of a layer as it is, which has no effect.
+        self.gram: Tensor = nn.functional.pad(gram, (0, 1, 0, 1))
 
     def among(self, options: Library) -> Predictor:
         """The same for fewer options of the same layers."""
@@ -106,14 +108,16 @@ class _Changes:
 
     Attributes:
         made: (layer, its new option) of each.
-        steps: [changes, options]: +1 for the option that a change takes, -1 for the one that it leaves.
-        products: [changes, options]: the effects of each change times those of each option, halved.
+        taken, left: int64 [changes], where the option that a change takes and the one that it leaves are among the
+            predictor's; one past the last for a layer as it is.
+        products: [changes, options + 1]: the effects of each change times those of each option, halved.
         predicted: predicted loss after each; of none of them: ``loss``.
         totals: bytes after each; of none of them: ``total``.
     """
 
     made: list[tuple[int, Option]]
-    steps: Tensor
+    taken: Tensor
+    left: Tensor
     products: Tensor
     predicted: Tensor
     totals: Tensor
@@ -129,18 +133,19 @@ class _Changes:
             for option in each
             if option.name != predictor.at(choice, layer).name
         ]
-        taken = torch.zeros(len(gram), dtype=torch.float64)
-        taken[[index[layer, option.name] for layer, option in choice.items() if option.name]] = 1
-        steps, saved = torch.zeros(len(made), len(gram), dtype=torch.float64), []
-        for row, (layer, option) in enumerate(made):
-            before = predictor.at(choice, layer)
-            saved.append(options.bytes_of(option) - options.bytes_of(before))
-            for name, sign in ((option.name, 1), (before.name, -1)):
-                if name:
-                    steps[row, index[layer, name]] = sign
-        loss, total, products = float(taken @ gram @ taken), options.total(choice), steps @ gram
-        predicted = loss + 2 * steps @ (gram @ taken) + (products * steps).sum(1)
-        return cls(made, steps, products, predicted, torch.tensor(saved, dtype=torch.int64) + total, loss, total)
+        befores = [predictor.at(choice, layer) for layer, _ in made]
+        saved = [options.bytes_of(option) - options.bytes_of(before) for (_, option), before in zip(made, befores)]
+        none = len(gram) - 1
+        taken = torch.tensor([index.get((layer, option.name), none) for layer, option in made], dtype=torch.int64)
+        left = torch.tensor(
+            [index.get((layer, before.name), none) for (layer, _), before in zip(made, befores)], dtype=torch.int64
+        )
+        now = [index[layer, option.name] for layer, option in choice.items() if option.name]
+        loss, total, products = float(gram[now][:, now].sum()), options.total(choice), gram[taken] - gram[left]
+        rows = torch.arange(len(made))
+        predicted = loss + 2 * products[:, now].sum(1) + products[rows, taken] - products[rows, left]
+        totals = torch.tensor(saved, dtype=torch.int64) + total
+        return cls(made, taken, left, products, predicted, totals, loss, total)
 
     def moves(self) -> list[Move]:
         """Each change."""
@@ -165,7 +170,7 @@ class _Changes:
     def pairs(self) -> Tensor:
         """Predicted loss after any two changes, [changes, changes]; infinite for two of one layer and below the
         diagonal."""
-        both = 2 * (self.products @ self.steps.T)
+        both = 2 * (self.products[:, self.taken] - self.products[:, self.left])
         predicted = self.predicted[:, None] + self.predicted[None] - self.loss + both
         layers = torch.tensor([layer for layer, _ in self.made])
         apart = (layers[:, None] != layers[None]).triu(1)
