@@ -8,7 +8,7 @@ positions, windows, sinks and soft caps are computed by the model's own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Never
@@ -45,7 +45,7 @@ def until(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], N
         look(args, kwargs)
         raise Reached
 
-    with hooked(module.register_forward_pre_hook(stop, with_kwargs=True)), suppress(Reached):
+    with hooked(module.register_forward_pre_hook(stop, with_kwargs=True)), _ended():
         yield
 
 
@@ -57,8 +57,21 @@ def until_after(module: nn.Module, look: Callable[[Any], None]) -> Iterator[None
         look(output)
         raise Reached
 
-    with hooked(module.register_forward_hook(stop)), suppress(Reached):
+    with hooked(module.register_forward_hook(stop)), _ended():
         yield
+
+
+@contextmanager
+def _ended() -> Iterator[None]:
+    """Take no notice of :class:`Reached`.
+
+    Its frames hold what the layer computed, and one of them, in Python 3.12, holds the exception: a circle that keeps
+    all of it until Python looks for circles. Without its traceback, everything is freed at once.
+    """
+    try:
+        yield
+    except Reached as reached:
+        reached.__traceback__ = None
 
 
 @dataclass(frozen=True)
@@ -187,8 +200,7 @@ def observing(observer: Observer, rows: Tensor) -> Iterator[None]:
     """
     token = _observers.set((*_observers.get(), (observer, rows)))
     try:
-        yield
-    except Reached:
-        pass
+        with _ended():
+            yield
     finally:
         _observers.reset(token)

@@ -17,7 +17,7 @@ from rehead.convert.execute import plan
 from rehead.errors import UsageError
 from rehead.healing.finished import FinishedLayers
 from rehead.healing.layerwise import LayerwiseModel
-from rehead.healing.run import observe
+from rehead.healing.run import _start, observe
 from rehead.models.families.layouts import split
 from rehead.variants.pool.regroup import POOL_MOMENTS, reconstruction_error
 
@@ -49,6 +49,34 @@ def test_moments_of_one_pass_are_those_gathered_for_each_count(source: Path) -> 
                 torch.testing.assert_close(merged[name] / scale, alone[name] / scale, rtol=0, atol=1e-5)
 
 
+def test_a_pass_that_stops_early_leaves_nothing_behind(source: Path) -> None:
+    """Without the garbage collector: on a GPU a text's batches fill the memory long before Python looks."""
+    asked = plans(source, 1)[0]
+    runner, state = _start(asked.model, calibration_text(asked), CPU)
+    runner.model.load_layer(0)
+    rows, at = slice(0, 8), torch.arange(4)
+    passes = [
+        lambda: runner.attention_input(0, state, 0, rows),
+        lambda: runner.head_outputs(0, state, 0, rows),
+        lambda: runner.seen(0, state, 0, rows, at),
+    ]
+    for run in passes:
+        run()
+
+    def alive() -> int:
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for run in passes:
+            run()
+            assert alive() == before
+    finally:
+        gc.enable()
+
+
 class Circle:
     """Holds its tensors until the garbage collector looks, as an exception and a frame of its traceback do."""
 
@@ -63,6 +91,7 @@ def test_what_a_layer_leaves_behind_is_freed_before_the_next(source: Path) -> No
     gc.disable()  # as good as: a few large tensors never start it
     try:
         for seen in observe(asked.model, text, POOL_MOMENTS, 1, CPU):
+            assert gc.get_freeze_count() > 10_000  # or each search looks through everything
             assert all(circle() is None for circle in circles)
             circles.append(weakref.ref(Circle(seen.inputs)))
             assert circles[-1]() is not None
