@@ -41,10 +41,10 @@ SHAPES: dict[str, dict[str, int]] = {
 METHODS = ("tiled", "dual_chunk", "self_extend")
 
 
-def random_model(shape: str, device: torch.device) -> Any:
-    """A model of random weights, in bfloat16."""
+def random_model(shape: str, device: torch.device, **sizes: int) -> Any:
+    """A model of random weights, in bfloat16; ``sizes`` replace the shape's."""
     torch.manual_seed(0)
-    config = LlamaConfig(max_position_embeddings=TRAINED, **SHAPES[shape])  # type: ignore[arg-type]
+    config = LlamaConfig(max_position_embeddings=TRAINED, **{**SHAPES[shape], **sizes})  # type: ignore[arg-type]
     with device:
         model: Any = LlamaForCausalLM(config)
     return model.to(torch.bfloat16).eval()

@@ -59,7 +59,7 @@ class Shard:
         return len(self.header) + sum(t.nbytes for t in self.tensors)
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, what: str = "max shard size") -> int:
     """Number of bytes of ``"5GB"``, ``"500 MB"``, ``"2GiB"`` or a plain number (KB is 1000 bytes, KiB 1024).
 
     Raises:
@@ -70,10 +70,10 @@ def parse_size(text: str | int) -> int:
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
         if match is None or match.group(2).upper() not in _UNITS or len(match.group(1)) > 30:
-            raise UsageError(f"max shard size {str(text)[:40]!r} is not a size; write it like 5GB or 500MB")
+            raise UsageError(f"{what} {str(text)[:40]!r} is not a size; write it like 5GB or 500MB")
         size = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
     if size <= 0:
-        raise UsageError(f"max shard size {str(text)[:40]!r} must be positive; write it like 5GB or 500MB")
+        raise UsageError(f"{what} {str(text)[:40]!r} must be positive; write it like 5GB or 500MB")
     return size
 
 

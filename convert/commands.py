@@ -91,35 +91,43 @@ def plan_command(model: str, revision: str | None, as_json: bool, **values: Any)
 @flags(ConvertOptions)
 @flags(BudgetOptions, without=("context",))  # the same flag
 @click.option("--device", default="auto", show_default=True, help="Where calibration runs: auto, cpu, cuda, ...")
+@click.option(
+    "--device-memory", metavar="SIZE", help="Take no more of the GPU's memory, e.g. 20GB.  [default: what is free]"
+)
 @REVISION
 @click.option("--resume", is_flag=True, help="Continue from what a killed run left.  [default: off]")
 @OVERWRITE
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this Hub repository.  [default: no upload]")
 @QUIET
 @JSON
-def convert_command(model: str, out: str, as_json: bool, quiet: bool, **values: Any) -> None:
+def convert_command(model: str, out: str, device_memory: str | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT.
 
     --kv-cache 33% alone, or --kl 0.05, chooses the form of every layer by what it loses: see `rehead curve`.
     """
+    from rehead.checkpoints.shards import parse_size
     from rehead.convert import convert
+    from rehead.models.device_memory import memory_limited
+    from rehead.models.live import resolve_device
 
     # How a run was started is no part of what it made: a resumed one ends with the same bytes.
     line = shlex.join(
         ["rehead", *(flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite", "--quiet", "-q"))]
     )
     given = set_by_user(values)
+    size = None if device_memory is None else parse_size(device_memory, "--device-memory")
+    limited = memory_limited(resolve_device(values["device"]), size)
     if _is_budget(given):
         from rehead.convert.budget.meet import meet
 
-        with progress_bar(quiet) as progress:
+        with limited, progress_bar(quiet) as progress:
             met = meet(model, out, given.pop("kv_cache", None), progress=progress, command=line, **given)
         if as_json:
             print_json(met.as_json())
         elif not quiet:
             print_met(met, out)
         return
-    with progress_bar(quiet) as progress:
+    with limited, progress_bar(quiet) as progress:
         result = convert(model, out, progress=progress, command=line, **given)
     facts = result.as_json()
     if as_json:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rehead.models.linalg import fast_products
 from rehead.models.recording import record as recording_of
 
 #: Adam's step relative to each weight's own root mean square, so that one rate serves every matrix.
@@ -40,6 +40,7 @@ def fit_attention(
     relative_rate: float = RELATIVE_RATE,
     record: bool = False,
     half: bool = False,
+    at_once: Sequence[int] | None = None,
 ) -> float:
     """Fit an attention module in place.
 
@@ -53,6 +54,8 @@ def fit_attention(
         relative_rate: Adam's step relative to each weight's own root mean square.
         record: replay a recorded step on a GPU; ``forward`` and ``targets`` must then read nothing but its memory.
         half: ``forward`` computes in bfloat16 on a GPU, with float32 parameters.
+        at_once: sequences of each length that go forward and back together, of those of a step; None: all. Gradients
+            are the same.
 
     Returns:
         The mean squared error over the last ten steps.
@@ -73,12 +76,15 @@ def fit_attention(
 
     def step(index: int, rows: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half and device.type == "cuda"):
-            output = forward(index, rows)
-        loss = (output - targets(index, rows)).square().sum(-1).mean()
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for part in rows.split(len(rows) if at_once is None else at_once[index]):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half and device.type == "cuda"):
+                output = forward(index, part)
+            loss = (output - targets(index, part)).square().sum(-1).mean() * (len(part) / len(rows))
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
-        return loss.detach()
+        return total
 
     order = list(islice(_shuffled(batches, torch.Generator().manual_seed(seed)), steps))
     advance: Callable[[int, Tensor], Tensor] = step
@@ -87,7 +93,7 @@ def fit_attention(
         order = [(index, rows) for (index, _), rows in zip(order, rows_on_device)]
         advance = _Recorded(step, device)
     recent: list[Tensor] = []
-    with torch.enable_grad(), _fast_matmul():
+    with torch.enable_grad(), fast_products():
         for number, (index, rows) in enumerate(order):
             pace = 0.5 * (1 + math.cos(math.pi * number / steps)) * min(1.0, (number + 1) / WARM_UP)
             for group, rate in zip(optimizer.param_groups, rates):
@@ -166,14 +172,3 @@ def _shuffled(batches: Sequence[tuple[int, int]], generator: torch.Generator) ->
             if len(rows) == size
         ]
         yield from (epoch[i] for i in torch.randperm(len(epoch), generator=generator).tolist())
-
-
-@contextmanager
-def _fast_matmul() -> Iterator[None]:
-    """TF32 on CUDA: the fit's gradients are far noisier than its rounding."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

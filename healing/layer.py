@@ -17,10 +17,13 @@ from rehead.healing.moments import Moments
 from rehead.healing.runner import Rows, Runner, TextState
 from rehead.healing.sight import gather_moments, geometry, logit_targets
 from rehead.healing.writers import OutputTarget, refit_output, refit_writers, run_original
+from rehead.models.device_memory import free_memory
 from rehead.models.heads import Heads
 from rehead.models.linalg import sqrt_pair
 from rehead.models.watch import hooked, until
 
+#: What a token leaves in memory on its way forward and back through an attention module, in hidden states.
+_STATES = 64
 #: Of the inputs' second moment before its root is taken, relative to its largest eigenvalue.
 _DAMPING = 1e-4
 
@@ -115,7 +118,7 @@ class LayerRecovery:
             if rotation is None or scaling is None:
                 changed.facts["logits"] = "not refitted: not linear in the projections"
             else:
-                model = LogitModel(rotation, scaling)
+                model, moments = LogitModel(rotation, scaling), moments.of_inputs()
                 targets = logit_targets(self.original, layer, before, inputs, heads.num_heads, changed.order)
                 weights, errors = _with_logits(changed.weights, model, targets, moments)
                 changed = Changed(weights, {**changed.facts, "logit_error": errors}, changed.order)
@@ -134,16 +137,24 @@ class LayerRecovery:
         drift = DRIFT if settings.drift is None else settings.drift
         back = self._whiten([moved[name] for name in settings.reads if name in moved], inputs)
         forwards = [self._attention(layer, prefix, index) for index in range(len(inputs))]
+        device = self.changed.device
+        inputs, target = _brought(inputs, target, drift, device)
+        half = settings.half or (self.original.model.half and not self.job.own_calls)
+        counts = [self._fit_rows(part, settings.tokens) for part in inputs]
+        at_once = [_at_once(count, part, half, device) for count, part in zip(counts, inputs)]
         loss = fit_attention(
             moved,
-            lambda index, rows: forwards[index](inputs[index][rows].to(self.changed.device), rows),
-            lambda index, rows: target.at(index, rows, drift, self.changed.device),
+            lambda index, rows: forwards[index](inputs[index][rows].to(device, torch.float32), rows),
+            lambda index, rows: target.at(index, rows, drift, device),
             job.fit,
-            [(len(part), self._fit_rows(part, settings.tokens)) for part in inputs],
+            [(len(part), count) for part, count in zip(inputs, counts)],
             self.job.seed + layer,
             RELATIVE_RATE if settings.rate is None else settings.rate,
-            record=all(part.is_cuda for part in prefix.hidden),
-            half=settings.half,
+            # A step that has to be taken in parts is long beside launching it.
+            record=all(part.is_cuda for part in inputs + (prefix.hidden if any(prefix.carried) else []))
+            and at_once == counts,
+            half=half,
+            at_once=at_once,
         )
         if back is not None:
             for name in set(settings.reads) & set(moved):
@@ -172,7 +183,7 @@ class LayerRecovery:
             weight.data = (weight.data.double() @ root).float()
         for index, rows in self.changed.every_batch(inputs):
             part = inputs[index]
-            part[rows] = (part[rows].to(gram.device) @ unroot.float()).to(part.device)
+            part[rows].copy_(part[rows].to(gram.device) @ unroot.float())
         return unroot
 
     def _attention(self, layer: int, prefix: TextState, index: int) -> Callable[[Tensor, Rows], Tensor]:
@@ -185,7 +196,7 @@ class LayerRecovery:
         ((args, kwargs),) = calls
 
         def forward(x: Tensor, rows: Rows) -> Tensor:
-            _, carried = prefix.at(index, rows, self.changed.device)
+            carried = prefix.carried_at(index, rows, self.changed.device)
             now = {**kwargs, **{name: value for name, value in carried.items() if name in kwargs}}
             kept: list[Tensor] = []
 
@@ -201,6 +212,32 @@ class LayerRecovery:
             return kept[0].reshape(*x.shape[:-1], -1)
 
         return forward
+
+
+def _brought(
+    inputs: list[Tensor], target: OutputTarget, share: float, device: torch.device
+) -> tuple[list[Tensor], OutputTarget]:
+    """(inputs, target) of a fit that reads sequences in any order, on the GPU where half of what is free holds them.
+
+    What waits in the host's memory is brought as it is or in bfloat16, whose rounding is far below what a fit leaves;
+    where neither fits, every step fetches its sequences.
+    """
+    if device.type != "cuda" or all(part.is_cuda for part in inputs):
+        return inputs, target
+    room = free_memory(device) // 2
+    numbers = sum(part.numel() for part in [*inputs, *target.clean])
+    dtype = next((dtype for dtype in (torch.float32, torch.bfloat16) if numbers * dtype.itemsize <= room), None)
+    if dtype is None:
+        return inputs, target
+    return [part.to(device, dtype) for part in inputs], OutputTarget(target.with_drift(share, device, dtype), None)
+
+
+def _at_once(rows: int, part: Tensor, half: bool, device: torch.device) -> int:
+    """Sequences of a step of ``rows`` that go forward and back together, for which a GPU has room."""
+    if device.type != "cuda":
+        return rows
+    sequence = part.shape[1] * part.shape[2] * _STATES * (2 if half else 4)
+    return max(1, min(rows, free_memory(device) // 2 // sequence))
 
 
 def _with_logits(heads: Heads, model: LogitModel, targets: list[Any], moments: Moments) -> tuple[Heads, list[float]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError
 from rehead.models.config import causal_lm_class
+from rehead.models.linalg import fast_products
 from rehead.models.model import Model
 from rehead.models.watch import PROBE, Reached, register_probe
 
@@ -111,6 +112,9 @@ class LayerwiseModel:
         #: By attention implementation and length of the sequences.
         self.calls: dict[tuple[str, int], list[Call]] = {}
         self._loaded: set[int] = set()
+        kept = {info.dtype for info in model.source.tensors.values()}
+        #: Weights of 16 bits, on a GPU: products of them need no more bits.
+        self.half = device.type == "cuda" and kept <= {"BF16", "F16"}
         self._implementation = self.module.config._attn_implementation or "eager"
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_meta:
@@ -324,7 +328,8 @@ class LayerwiseModel:
         self._use(implementation)
         call = self.calls[implementation, hidden.shape[1]][layer].rows(len(hidden))
         call = call.handing_on({} if carried is None else carried)
-        result = self.layers[layer](hidden, *call.args, **call.kwargs)
+        with fast_products(self.half and implementation != PROBE):
+            result = self.layers[layer](hidden, *call.args, **call.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     def _use(self, implementation: str) -> None:

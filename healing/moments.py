@@ -284,8 +284,7 @@ class Moments:
     @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors of ``inputs``, float64; computed once for all groupings."""
-        if not self._eigen:
-            self._eigen.append(eigen(self.inputs))
+        self._eigen[:1] = self._eigen[:1] or [eigen(self.inputs)]
         return self._eigen[0]
 
     @property
@@ -294,6 +293,10 @@ class Moments:
         if len(self._eigen) < 2:
             self._eigen[1:] = [roots(*self.input_eigen)]
         return self._eigen[1]
+
+    def of_inputs(self) -> Moments:
+        """The inputs' alone; those of groups can be gigabytes."""
+        return replace(self, means={"inputs": self.inputs}, weights={})
 
     def slow_pairs(self, turn: float) -> Tensor:
         """Which pairs turn by less than ``turn`` radians over a calibration sequence: bool [P]."""

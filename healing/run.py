@@ -27,11 +27,17 @@ from rehead.healing.rotation import rotation_of
 from rehead.healing.runner import Runner, TextState
 from rehead.healing.sight import gather_moments
 from rehead.healing.writers import run_original
+from rehead.models.device_memory import free_memory, in_host_memory
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 
 #: Tokens in one forward pass of a layer.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+#: Python 3.12 and later set their few immortal objects aside themselves; whoever does so means hundred thousands.
+_IMMORTAL = 10_000
+#: Copies of the text's hidden states that one layer's recovery holds: the two models' before it, the inputs of its
+#: attention, its target and the drift.
+_COPIES = 5
 
 
 @torch.no_grad()
@@ -191,22 +197,22 @@ def _start(model: Model, text: CalibrationText, device: torch.device) -> tuple[R
     batch_tokens = _BATCH_TOKENS.get(device.type, 4096)
     runner = Runner(LayerwiseModel(model, model.config, device), batch_tokens)
     hidden = runner.model.embed(text.tokens, batch_tokens)
-    # Kept where the layers run, if several copies fit there.
-    if device.type == "cuda" and sum(part.nbytes for part in hidden) * 8 > torch.cuda.mem_get_info(device)[0]:
-        hidden = [part.cpu() for part in hidden]
+    # Kept where the layers run, if all copies fit there with as much again for the layers.
+    if device.type == "cuda" and 2 * _COPIES * sum(part.nbytes for part in hidden) > free_memory(device):
+        hidden = [in_host_memory(part) for part in hidden]
     return runner, TextState(hidden)
 
 
 def _layers(model: Model, progress: Progress | None) -> Iterator[int]:
     """Every layer's index, with calls to ``progress``; what a layer leaves in circles of references is freed.
 
-    Such circles, as of exceptions and the frames that they passed, can hold a layer's hidden states. Python looks for
-    them by the number of objects, of which there are few, not by their size: fits have held 30 layers' text on a GPU.
-    What lives already is set aside meanwhile, which makes a search a thousand times faster.
+    Such circles can hold a layer's hidden states. Python looks for them by the number of objects, of which there are
+    few, not by their size: fits have held 30 layers' text on a GPU. What lives already is set aside meanwhile, which
+    makes a search a thousand times faster.
     """
     total = model.config.num_hidden_layers
     gc.collect()
-    sets_aside = gc.get_freeze_count() == 0
+    sets_aside = gc.get_freeze_count() < _IMMORTAL
     if sets_aside:
         gc.freeze()
     try:

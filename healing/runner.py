@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.healing.layerwise import LayerwiseModel, batch_rows
+from rehead.models.device_memory import empty_beside
 from rehead.models.watch import PROBE, Seen, observing, until
 
 Rows = slice | Tensor
@@ -35,17 +36,23 @@ class TextState:
     def clone(self) -> TextState:
         """A copy that shares no memory."""
         return TextState(
-            [part.clone() for part in self.hidden], [_map(part, lambda t: t.clone()) for part in self.carried]
+            [empty_beside(part).copy_(part) for part in self.hidden],
+            [_map(part, lambda t: t.clone()) for part in self.carried],
         )
 
     def at(self, index: int, rows: Rows, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         """(hidden states [b, S, n], ``carried``) of some sequences, on a device."""
-        return self.hidden[index][rows].to(device), _map(self.carried[index], lambda t: t[rows].to(device))
+        return self.hidden[index][rows].to(device), self.carried_at(index, rows, device)
+
+    def carried_at(self, index: int, rows: Rows, device: torch.device) -> dict[str, Any]:
+        """``carried`` of some sequences, on a device."""
+        taken: dict[str, Any] = _map(self.carried[index], lambda t: t[rows].to(device))
+        return taken
 
     def put(self, index: int, rows: slice, hidden: Tensor, carried: dict[str, Any]) -> None:
         """Store a layer's results for some sequences, on this state's device."""
         whole = self.hidden[index]
-        whole[rows] = hidden.to(whole.device)
+        whole[rows].copy_(hidden)
         _store(self.carried[index], carried, rows, len(whole), whole.device)
 
 
@@ -103,9 +110,9 @@ class Runner:
 
     def attention_inputs(self, layer: int, state: TextState) -> list[Tensor]:
         """The attention's inputs (after the norm) on the whole text: [N, S, n] for each length."""
-        inputs = [torch.empty_like(part) for part in state.hidden]
+        inputs = [empty_beside(part) for part in state.hidden]
         for index, rows in self.every_batch(state.hidden):
-            inputs[index][rows] = self.attention_input(layer, state, index, rows).to(inputs[index].device)
+            inputs[index][rows].copy_(self.attention_input(layer, state, index, rows))
         return inputs
 
     def attention_input(self, layer: int, state: TextState, index: int, rows: Rows) -> Tensor:

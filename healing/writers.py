@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rehead.healing.runner import Rows, Runner, TextState
-from rehead.models.linalg import ridge
+from rehead.models.device_memory import empty_beside
+from rehead.models.linalg import fast_products, ridge
 from rehead.models.watch import hooked, until
 
 #: Pull towards the matrices as they are, relative to the mean diagonal of the normal equations.
@@ -79,8 +80,16 @@ class OutputTarget:
 
     def at(self, index: int, rows: Rows, share: float, device: torch.device) -> Tensor:
         """The targets of some sequences of one length, which correct ``share`` of the drift."""
-        wanted = self.clean[index][rows]
-        return (wanted if self.drift is None else wanted + share * self.drift[index][rows]).to(device)
+        wanted = self.clean[index][rows].to(device)
+        return wanted if self.drift is None else wanted + share * self.drift[index][rows].to(device)
+
+    def with_drift(self, share: float, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """All targets, which correct ``share`` of the drift, on a device."""
+        whole = [torch.empty(part.shape, dtype=dtype, device=device) for part in self.clean]
+        for index, part in enumerate(whole):
+            for row in range(len(part)):
+                part[row] = self.at(index, slice(row, row + 1), share, device)[0]
+        return whole
 
 
 def run_original(runner: Runner, layer: int, original: TextState, changed: TextState) -> OutputTarget:
@@ -96,16 +105,23 @@ def run_original(runner: Runner, layer: int, original: TextState, changed: TextS
     drift = None
     if not runner.family.post_norm_of(runner.config):
         scale = runner.family.residual_scale(runner.config, layer)
-        drift = [(wanted - got) / scale for wanted, got in zip(original.hidden, changed.hidden)]
-    clean: list[list[Tensor]] = [[] for _ in original.hidden]
+        drift = [empty_beside(part) for part in original.hidden]
+        for index, rows in runner.every_batch(drift):
+            wanted, got = (state.hidden[index][rows].to(runner.device) for state in (original, changed))
+            drift[index][rows].copy_((wanted - got) / scale)
+    clean: list[Tensor | None] = [None] * len(original.hidden)
     kept: list[Tensor] = []
 
     def keep(index: int, rows: slice, after: Tensor) -> None:
-        clean[index].append(kept.pop().reshape(*after.shape[:2], -1).to(original.hidden[index].device))
+        written = kept.pop().reshape(*after.shape[:2], -1)
+        whole = original.hidden[index]
+        if (part := clean[index]) is None:
+            clean[index] = part = empty_beside(whole, (*whole.shape[:2], written.shape[-1]))
+        part[rows].copy_(written)
 
     with hooked(output.register_forward_hook(lambda module, args, result: kept.append(result))):
         runner.run(layer, original, keep)
-    return OutputTarget([torch.cat(parts) for parts in clean], drift)
+    return OutputTarget([part for part in clean if part is not None], drift)
 
 
 def refit_output(
@@ -170,7 +186,8 @@ def refit_writers(
             out = runner.call(layer, state, index, rows)
         flat = [(x.reshape(*out.shape[:2], -1), y.reshape(out.shape)) for x, y in (seen[m] for m in modules)]
         target = (after.hidden[index][rows].to(runner.device) - out) / scale + sum(y for _, y in flat)
-        problem.add([x for x, _ in flat], target)
+        with fast_products(runner.model.half):
+            problem.add([x for x, _ in flat], target)
     weights, bias, errors = problem.solve(RIDGE if strength is None else strength)
     return _named(runner, layer, modules, weights, bias), errors
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rehead.lazy import late
@@ -11,6 +13,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = late("torch")
+
+
+@contextmanager
+def fast_products(wanted: bool = True) -> Iterator[None]:
+    """Products of float32 matrices on a GPU read 11 of their 24 bits (TF32), several times as fast.
+
+    For what is noisier than that rounding: a fit's gradients, and layers whose weights have 8 or 11 bits.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def sqrt_pair(matrix: Tensor, damping: float = 1e-6) -> tuple[Tensor, Tensor]:
