@@ -7,11 +7,10 @@ means of them. x~ = [x, 1] is the attention's input with a last column of ones f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rehead.errors import UnsupportedError
 from rehead.lazy import late
 from rehead.models.linalg import eigen, roots
 from rehead.registry import Registry
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from rehead.models.watch import Seen
 else:
     torch = late("torch")
+
+T = TypeVar("T")
 
 #: First tokens of a text, which attract attention regardless of content; left out of :class:`MeanRotation`.
 SINKS = 4
@@ -93,7 +94,8 @@ def moment_class(name: str) -> type[Moment]:
     return MOMENTS.get(name.partition(":")[0])
 
 
-def _started(name: str, groups: int) -> Moment:
+def started(name: str, groups: int) -> Moment:
+    """A moment with nothing added up, by the name that it is asked for."""
     return moment_class(name)(groups, *map(int, name.split(":")[1:]))
 
 
@@ -271,7 +273,7 @@ class Moments:
     angles: Tensor | None = None
     length: int = 1
     tokens: int = 0
-    _eigen: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.means[name]
@@ -283,16 +285,20 @@ class Moments:
 
     @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of ``inputs``, float64; computed once for all groupings."""
-        self._eigen[:1] = self._eigen[:1] or [eigen(self.inputs)]
-        return self._eigen[0]
+        """Eigenvalues and eigenvectors of ``inputs``, float64."""
+        return self.once("input_eigen", lambda: eigen(self.inputs))
 
     @property
     def input_roots(self) -> tuple[Tensor, Tensor]:
         """Square root of ``inputs`` and its inverse, float64 [w, w]; see :func:`~rehead.models.linalg.sqrt_pair`."""
-        if len(self._eigen) < 2:
-            self._eigen[1:] = [roots(*self.input_eigen)]
-        return self._eigen[1]
+        return self.once("input_roots", lambda: roots(*self.input_eigen))
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives, computed once for these moments in all groupings, on which it must not depend."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        kept: T = self._kept[name]
+        return kept
 
     def of_inputs(self) -> Moments:
         """The inputs' alone; those of groups can be gigabytes."""
@@ -334,68 +340,3 @@ class Moments:
         share = weight.tolist()
         merged = [sum(mean[i] * share[i] for i in group) / sum(share[i] for i in group) for group in groups]
         return torch.stack(merged), torch.stack([weight[list(group)].sum() for group in groups])
-
-
-class Gatherer:
-    """Adds up the moments of one layer.
-
-    Args:
-        names: the moments to gather; ``inputs`` are always gathered too.
-        groups: number of groups of neighbouring query heads.
-        output: the layer's output projection [m, H, D].
-        rotation: the layer's rotation, or None if unknown.
-
-    Raises:
-        UsageError: there is no moment of that name.
-        UnsupportedError: a moment needs the rotation, which is unknown.
-    """
-
-    def __init__(self, names: Sequence[str], groups: int, output: Tensor, rotation: Rotation | None) -> None:
-        self.sums = {name: _started(name, groups) for name in dict.fromkeys(("inputs", *names))}
-        blind = [name for name, part in self.sums.items() if part.rotates and rotation is None]
-        if blind:
-            raise UnsupportedError(
-                f"{blind[0]}: cannot be gathered, as the model does not show how it rotates queries and keys; "
-                "use a method that does not need it"
-            )
-        self.groups, self.output, self.rotation = groups, output, rotation
-        self.tokens = self.length = 0
-
-    @property
-    def attends(self) -> bool:
-        """Whether a moment needs attention."""
-        return any(part.attends for part in self.sums.values())
-
-    def add_inputs(self, x: Tensor) -> None:
-        """Add a batch of inputs x~ [b, S, w]."""
-        self.tokens += x.shape[0] * x.shape[1]
-        self.length = max(self.length, x.shape[1])
-        self._add(Batch(x, None, self.output, self.rotation))
-
-    def add_attention(self, x: Tensor, seen: Seen) -> None:
-        """Add what a batch's attention does with its inputs."""
-        self._add(Batch(x, seen, self.output, self.rotation))
-
-    def add_outputs(self, x: Tensor, heads: Tensor) -> None:
-        """Add what a batch's output projection reads, [..., H D]."""
-        self._add(Batch(x, None, self.output, self.rotation, heads))
-
-    def _add(self, batch: Batch) -> None:
-        shows = (batch.seen is not None, batch.heads is not None)
-        for part in self.sums.values():
-            if (part.attends, part.writes) == shows:
-                part.add(batch)
-
-    def finish(self) -> Moments:
-        """The moments. If attention could not be observed, plain ``inputs`` replace those weighted by it."""
-        means, weights = {}, {}
-        for name, part in self.sums.items():
-            if part.total is not None and part.weight is not None:
-                weight = part.weight.reshape(*part.weight.shape, *[1] * (part.total.ndim - part.weight.ndim))
-                means[name] = part.total / weight.to(part.total.device, part.total.real.dtype)
-                if part.weight.ndim:
-                    weights[name] = part.weight
-            elif part.per == "group":
-                means[name] = means["inputs"].expand(self.groups, -1, -1)
-        angles = None if self.rotation is None else self.rotation.angles
-        return Moments(means, weights, self.groups, angles, self.length, self.tokens)

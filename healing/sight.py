@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rehead.healing.gatherer import Gatherer
 from rehead.healing.logits import LogitModel, LogitTargets
-from rehead.healing.moments import Gatherer, Moments
+from rehead.healing.moments import Moments
 from rehead.healing.rotation import Rotation, rotation_of
 from rehead.healing.runner import Runner, TextState, with_one
 from rehead.models.heads import Heads

@@ -99,12 +99,14 @@ def solve_forms(
     needs = tuple(dict.fromkeys(name for form in solved for name in form.needs))
     groups = math.lcm(*(form.groups for form in solved))
     for seen in observe(model, text, needs, groups, mix.device, progress):
+        merged = {
+            count: seen.moments.merged(contiguous_groups(groups, count)) for count in {form.groups for form in solved}
+        }
         for option in options.layers.get(seen.layer, ()):
             form = forms.get(option.name)
             if form is not None:
-                moments = seen.moments.merged(contiguous_groups(groups, form.groups))
                 try:
-                    changed = form.closed(seen.layer, seen.heads, moments)
+                    changed = form.closed(seen.layer, seen.heads, merged[form.groups])
                 except UnsupportedError as error:
                     refused[seen.layer, option.name] = str(error)
                 else:

@@ -11,7 +11,7 @@ from known_heads import shown
 from torch import nn
 
 from rehead.healing.fit import fit_attention
-from rehead.healing.moments import Gatherer
+from rehead.healing.gatherer import Gatherer
 from rehead.healing.sight import queries_of, spread
 from rehead.healing.writers import LeastSquares, OutputTarget
 from rehead.models.watch import Seen, observing, probe_attention

@@ -12,7 +12,8 @@ import rehead.healing.normed
 import rehead.variants.prune.solve
 import rehead.variants.window.sink_logit  # noqa: F401
 from rehead.errors import UnsupportedError, UsageError
-from rehead.healing.moments import MOMENTS, SINKS, Gatherer, Moments
+from rehead.healing.gatherer import Gatherer
+from rehead.healing.moments import MOMENTS, SINKS, Moments
 from rehead.healing.rotation import Rotation
 from rehead.models.heads import rotary_pairs
 from rehead.models.watch import Seen, observing, probe_attention

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from rehead.healing.moments import Gatherer, Moments
+from rehead.healing.gatherer import Gatherer
+from rehead.healing.moments import Moments
 from rehead.models.heads import Heads, rotary_pairs
 from rehead.models.watch import Seen
 from rehead.variants.pool.regroup import POOL_MOMENTS

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from known_heads import angles, attend, make_heads
 
-from rehead.healing.moments import Gatherer, Moments
+from rehead.healing.gatherer import Gatherer
+from rehead.healing.moments import Moments
 from rehead.healing.rotation import Rotation
 from rehead.models.heads import Heads
 from rehead.models.watch import Seen

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 #: Names in :mod:`rehead.healing.moments`: ``squared_inputs`` of all query heads together (``groups = 1``), the others
 #: of the layer or of each head.
@@ -15,6 +18,9 @@ class Means(Protocol):
     """Moments by name, such as :class:`rehead.healing.moments.Moments`."""
 
     def __getitem__(self, name: str, /) -> Tensor: ...
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives, computed once for these moments."""
 
 
 def one_group(moment: Tensor) -> Tensor:

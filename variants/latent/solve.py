@@ -96,7 +96,7 @@ def solve(
     turn = moments["mean_rotation"].to(q.device, torch.complex128)
     rope, q_rope, shared_loss = keys.shared(energy * rates[:, None], turn, metric, reader)
     q_nope, k_nope = keys.still(turn)
-    root, unroot = sqrt_pair(metric)
+    root, unroot = moments.once(f"latent metric of {len(metric)}", lambda: sqrt_pair(metric))  # of all ranks
     through = o_metric(heads.o.double(), v[reader])
     spread = torch.einsum("hkw,wv,hlv->hkl", q_nope, inputs, q_nope) * rates[:, None, None]
     gamma = through + currency * torch.einsum("hkw,hkl,hlv->wv", k_nope[reader], spread, k_nope[reader])

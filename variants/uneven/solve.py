@@ -58,7 +58,7 @@ def share_heads(heads: Heads, count: int, moments: Moments) -> tuple[Heads, list
     Returns:
         (the layer, its KV heads repeated within each group; the old heads of each group).
     """
-    groups = groups_of(pair_costs(heads, METHOD, moments), count)
+    groups = groups_of(pair_costs(heads, METHOD, moments).cpu(), count)
     result = heads.map(torch.clone)
     for group in (group for group in groups if len(group) > 1):
         queries = queries_of(group, heads.group_size)
