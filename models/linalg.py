@@ -21,9 +21,11 @@ def fast_products(wanted: bool = True) -> Iterator[None]:
 
     For what is noisier than that rounding: a fit's gradients, and layers whose weights have 8 or 11 bits.
     """
+    if not wanted:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if wanted:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

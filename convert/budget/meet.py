@@ -15,7 +15,7 @@ from rehead.convert.budget.holders import Holder, holders, none_served
 from rehead.convert.budget.library import Library
 from rehead.convert.budget.mix import Measured, compared
 from rehead.convert.budget.options import BudgetOptions, SurveyOptions
-from rehead.convert.budget.survey import Survey, budget_of, survey
+from rehead.convert.budget.survey import Survey, budget_of, checked_size, survey
 from rehead.convert.execute import Conversion, execute
 from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
@@ -105,6 +105,8 @@ def meet(
     where, started = resolve_device(device), time.monotonic()
     opened = open_model(model, revision)
     with opened.source:
+        if kv_cache is not None:
+            checked_size(kv_cache, opened.layouts[0])
         folder = getattr(opened.source, "folder", None)
         asks = {"asked": [kv_cache, asked.as_json(), given]}
         check_start(out, folder, {"source": opened.source.fingerprint(), **asks}, resume, overwrite)

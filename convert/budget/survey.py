@@ -19,6 +19,7 @@ from rehead.convert.budget.search import Predictor
 from rehead.convert.whole_model import load_whole
 from rehead.data.calibration import load_calibration
 from rehead.errors import UnsupportedError, UsageError
+from rehead.models.layout import LayerLayout
 from rehead.models.model import Model
 from rehead.variants.latent.options import cache_numbers
 
@@ -130,10 +131,22 @@ def budget_of(text: str, options: Library) -> int:
     Raises:
         UsageError: it is neither, or no smaller cache.
     """
-    numbers = cache_numbers(text, 100)  # of a share, only its check counts
+    some = next(iter(options.layers.values()))[0].layout
+    numbers = checked_size(text, some)
     if text.strip().endswith("%"):
         return int(options.whole * float(text.strip()[:-1]) / 100)
-    some = next(iter(options.layers.values()))[0].layout
-    if not 0 < numbers < some.numbers_per_token:
-        raise UsageError(f"--kv-cache {text}: the model caches {some.numbers_per_token} numbers; give less, or a share")
     return options.whole * numbers // some.numbers_per_token
+
+
+def checked_size(text: str, layout: LayerLayout) -> int:
+    """Numbers per token and layer of a budget, about as many for a share; the model is not needed for that.
+
+    Raises:
+        UsageError: as :func:`budget_of`.
+    """
+    numbers = cache_numbers(text, layout.numbers_per_token)
+    if "%" not in text and not 0 < numbers < layout.numbers_per_token:
+        raise UsageError(
+            f"--kv-cache {text}: the model caches {layout.numbers_per_token} numbers; give less, or a share"
+        )
+    return numbers

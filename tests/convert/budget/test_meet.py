@@ -120,6 +120,14 @@ def test_limits_that_cannot_be(planted, tmp_path, options, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", ["130%", "0%", "0", "100000", "third"])
+def test_a_size_that_cannot_be_is_refused_before_the_model_is_run(planted, tmp_path, monkeypatch, size):
+    monkeypatch.setattr("rehead.convert.budget.meet.survey", None)
+    with pytest.raises(UsageError, match=f"--kv-cache {size}"):
+        meet(planted, tmp_path / "out", size, **ASKED)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_engine_that_serves_none_of_the_choices(planted, tmp_path, monkeypatch):
     monkeypatch.setattr("rehead.convert.budget.holders.deciding_runs", lambda *args: {})
     with pytest.raises(UnsupportedError, match=r"--for llama\.cpp: nothing that saves cache is served") as error:
