@@ -20,6 +20,7 @@ from rehead.convert.whole_model import load_whole
 from rehead.data.beginning import text_start
 from rehead.data.calibration import CalibrationText, shares
 from rehead.errors import UsageError
+from rehead.models.device_memory import free_memory
 from rehead.models.model import Model
 from rehead.models.modeling.modeling_rehead_cache import cache_argument
 from rehead.models.recording import record
@@ -83,7 +84,7 @@ def written(live: Any, beginnings: Tensor, length: int, seed: int = 0) -> Tensor
     numbers = 2 * heads * size * config.num_hidden_layers * length
     rows = _ROWS
     if device.type == "cuda":
-        rows = max(1, min(rows, torch.cuda.mem_get_info(device)[0] // (_CACHE_SHARE * 2 * numbers)))
+        rows = max(1, min(rows, free_memory(device) // (_CACHE_SHARE * 2 * numbers)))
     parts: list[Tensor] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
