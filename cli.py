@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from importlib import import_module
 
@@ -98,7 +99,23 @@ def main(argv: list[str] | None = None) -> None:
         where = error.filename if error.filename is not None else "standard output"
         remedy = "check the path and its permissions" if error.filename is not None else "check where it goes"
         _fail(f"{where}: {(error.strerror or str(error)).lower()}; {remedy}", EXIT_UNSUPPORTED, "--json" in argv)
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        size = f": {wanted[1]} more cannot be had" if wanted else ""
+        remedy = "free some, or ask for less: fewer tokens, smaller batches, --device cpu"
+        _fail(f"memory is full{size}; {remedy}", EXIT_UNSUPPORTED, "--json" in argv)
     sys.exit(0)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether Python or torch, which must not be imported for that, had no memory to give."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

@@ -253,6 +253,31 @@ def test_a_place_that_nobody_may_look_into_is_one_line(run, monkeypatch) -> None
     assert json.loads(out)["exit_code"] == 3
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "error: memory is full; free some"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB. GPU 0 has"), ": 256.00 MiB more"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503 bytes."),
+            " bytes more",
+        ),
+    ],
+)
+def test_full_memory_is_one_line(run, monkeypatch, error, says) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rehead.convert.convert", fill)
+    code, out, err = run("convert", "x", "y", "--kv-heads", 1, "--json")
+    assert code == json.loads(out)["exit_code"] == 3
+    assert says in err
+    assert err.count("\n") == 1
+    monkeypatch.setattr("rehead.convert.convert", lambda *_, **__: [][1])
+    with pytest.raises(IndexError):
+        run("convert", "x", "y", "--kv-heads", 1)
+
+
 def test_interrupted_says_what_is_left(run, monkeypatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
