@@ -44,6 +44,11 @@ def test_every_variant_has_a_page() -> None:
     assert set(VARIANTS.names()) - {"parallel", "serial"} | {"blocks"} == pages
 
 
+def test_the_glossary_is_in_order() -> None:
+    terms = re.findall(r"^\*\*(.+?)\.?\*\*", (DOCS / "glossary.md").read_text(), re.M)
+    assert terms == sorted(set(terms), key=str.lower)
+
+
 def test_no_paragraph_stands_twice() -> None:
     seen: dict[str, str] = {}
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]:
