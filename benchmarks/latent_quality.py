@@ -91,6 +91,9 @@ def draw(record: dict[str, Any], out: Path) -> None:
             }
             points = [(row["numbers"], row[text][0]) for row in rows]
             axes.plot(*zip(*points), color=styles[rows[0]["line"]], linewidth=2, label=label, **shape)
+        axes.set_xticks(sorted({row["numbers"] for row in record["rows"]}))
+        axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"])
+        axes.minorticks_off()
 
 
 def main() -> None:

@@ -75,6 +75,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, env={**OFFLINE, "NO_MKDOCS_2_WARNING": "1"}, timeout=300,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr[-2000:]
+    latents = (tmp_path / "site" / "variants" / "latent" / "index.html").read_text()
+    assert '<span class="whole">--own-text</span>' in latents
     page = (tmp_path / "site" / "index.html").read_text()
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://", page)
 

@@ -26,7 +26,7 @@ from rehead.recipes.report.drawing import (
     interval,
     line,
     log_if_wide,
-    spread,
+    roomy,
     svg_of,
 )
 from rehead.recipes.report.wording import bytes_of, count, figure
@@ -126,7 +126,7 @@ def _by_size(ax: Any, curves: Curves, original: float | None, label: str, lines:
     sizes = sorted({row.bytes for row in rows} | ({original} if original else set()))
     if original:
         ax.axvline(original, color=FAINT, linewidth=0.8, linestyle=DASHES[2])
-    ticks = sorted({*spread(sizes), *((original,) if original else ())})
+    ticks = roomy(sizes, original)
     doubling(ax, sizes, ticks, [bytes_of(x) + "\noriginal" * (x == original) for x in ticks])
     log_if_wide(ax, [row.value for row in rows])
     for at, (_, value) in enumerate(lines):

@@ -5,6 +5,7 @@ and print.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,16 @@ def spread(values: list[float], most: int = 5) -> list[float]:
     if len(values) <= most:
         return values
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def roomy(sizes: list[float], always: float | None = None) -> list[float]:
+    """Some of sorted sizes, the ends first, so far apart on an axis that doubles that their labels do not meet."""
+    least = math.log(sizes[-1] / sizes[0]) / 5
+    kept: list[float] = []
+    for size in (*([always] if always else []), sizes[0], sizes[-1], *sizes):
+        if all(abs(math.log(size / one)) >= max(least, 1e-9) for one in kept):
+            kept.append(size)
+    return sorted(kept)
 
 
 def log_if_wide(ax: Any, values: list[float], axis: str = "y") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -17,7 +18,7 @@ _TABLE = """{% if item.head | length > 4 %}<p class="cue" aria-hidden="true">mor
 {% endif %}
 <tbody>
 {% for row in item.rows %}
-<tr><th scope="row">{{ row[0] }}</th>
+<tr><th scope="row">{{ row[0] | words }}</th>
 {%- for cell in row[1:] %}
 {%- set line, _, below = cell.partition("\n") %}<td{% if cell in marked %} class="{{ marked[cell] }}"{% endif %}>
 {{- line }}
@@ -54,6 +55,7 @@ def html(**content: Any) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
     )
+    environment.filters["words"] = words
     environment.filters["swatch"] = lambda key: Markup(swatch(key))
     environment.filters["drawing"] = lambda svg, alt: Markup(described(svg, alt))
     cell = environment.from_string(_TABLE)
@@ -65,6 +67,14 @@ def html(**content: Any) -> str:
     css = Markup((folder / "report.css").read_text(encoding="utf-8"))
     content = {"files": "report.md, report.json", **content}
     return page.render(css=css, table=table, version=__version__, **content)
+
+
+def words(text: str) -> Any:
+    """Text that breaks between the parts of ``window:size=128,sinks=4``, not inside an option like ``--kv-cache``."""
+    from markupsafe import Markup, escape
+
+    safe = re.sub(r"([:=_](?=\w)|,(?=[^\W\d]))", r"\1<wbr>", str(escape(printable(text, newlines=True))))
+    return Markup(re.sub(r"(?<!\S)--[\w-]+", r'<span class="whole">\g<0></span>', safe))
 
 
 def described(svg: str, alt: str) -> str:

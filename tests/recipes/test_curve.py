@@ -28,7 +28,7 @@ def curve(name="model"):
 def test_page_plot_and_figures_are_written(tmp_path):
     paths = write_curve(curve("<script>x"), tmp_path / "out", "rehead curve model")
     assert [path.name for path in paths] == [PAGE, FIGURES, PLOT]
-    page = (tmp_path / "out" / PAGE).read_text()
+    page = (tmp_path / "out" / PAGE).read_text().replace("<wbr>", "")
     assert "<script>" not in page
     assert "odd <b>" not in page
     assert "1 x window:size=64,sinks=4" in page

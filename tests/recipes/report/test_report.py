@@ -16,15 +16,16 @@ from rehead.models.distance import RULE
 from rehead.recipes.evaluation_schema import Evaluation
 from rehead.recipes.report import Entry, write_report
 from rehead.recipes.report.cache_plot import CacheRow, cache_plot
-from rehead.recipes.report.drawing import MOST_LINES
+from rehead.recipes.report.drawing import MOST_LINES, roomy
 from rehead.recipes.report.facts import read_training, summarise
+from rehead.recipes.report.html import words
 from rehead.recipes.report.plots import decode_speed, draw_all
 from rehead.recipes.report.tables import overview
 from rehead.recipes.report.verdict import verdict
 from rehead.recipes.report.wording import bytes_of, figure, heads_phrase, listed, short, times
 
 EVIL = '<script>alert("1")</script>|`*_](http://x) & \'"\n# heading'
-VOID = {"meta", "link", "br", "hr", "img", "input", "use", "path", "rect", "line", "circle"}
+VOID = {"meta", "link", "br", "wbr", "hr", "img", "input", "use", "path", "rect", "line", "circle"}
 
 
 class Page(HTMLParser):
@@ -83,6 +84,19 @@ def test_page_is_well_formed_and_asks_for_nothing_from_outside(sweep_report) -> 
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:xlink:href="|url\()#([\w.-]+)', text))
     assert used <= set(ids)
+
+
+def test_names_break_between_their_parts_and_options_do_not() -> None:
+    shown = str(words("window:size=128,sinks=4 of 10,240 by rehead convert M --kv-cache 50% <b>"))
+    assert "window:<wbr>size=<wbr>128,<wbr>sinks=<wbr>4 of 10,240" in shown
+    assert '<span class="whole">--kv-cache</span> 50% &lt;b&gt;' in shown
+
+
+def test_sizes_on_an_axis_have_room_for_their_labels() -> None:
+    sizes = [186.0, 786.0, 1995.0, 2379.0, 3465.0, 5376.0, 6144.0]
+    assert roomy(sizes, 6144.0) == [186.0, 786.0, 1995.0, 6144.0]
+    assert roomy([1.0, 2.0, 4.0], 4.0) == [1.0, 2.0, 4.0]
+    assert roomy([5.0]) == [5.0]
 
 
 def test_colours_follow_the_page(sweep_report) -> None:
