@@ -90,10 +90,10 @@ def spread(values: list[float], most: int = 5) -> list[float]:
 
 def roomy(sizes: list[float], always: float | None = None) -> list[float]:
     """Some of sorted sizes, the ends first, so far apart on an axis that doubles that their labels do not meet."""
-    least = math.log(sizes[-1] / sizes[0]) / 5
+    least = math.log(sizes[-1] / sizes[0] * 1.25**2) / 6  # a label takes less than a sixth of what ``doubling`` shows
     kept: list[float] = []
     for size in (*([always] if always else []), sizes[0], sizes[-1], *sizes):
-        if all(abs(math.log(size / one)) >= max(least, 1e-9) for one in kept):
+        if all(abs(math.log(size / one)) >= least for one in kept):
             kept.append(size)
     return sorted(kept)
 

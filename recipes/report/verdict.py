@@ -37,7 +37,7 @@ def verdict(summaries: list[Summary]) -> Verdict:
     finals = final(summaries)
     said = _one(finals[0], summaries) if len(finals) == 1 else _several(finals, summaries)
     words = {summary.verdict for summary in finals} - {""}
-    more = "; of a model that was uptrained, uptrain more" if "uptrain more" in words else ""
+    more = "; after uptraining, uptrain first becomes uptrain more" if "uptrain more" in words else ""
     return Verdict(said.headline, [*said.points, *([("rule", f"{RULE}{more}.")] if words else [])])
 
 
