@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_PARTS = re.compile(r"<pre.*?</pre>|<code>.*?</code>|<td.*?</td>", re.S)
+_PARTS = re.compile(r"<pre.*?</pre>|<code>.*?</code>|<t[dh][ >].*?</t[dh]>", re.S)
 #: A word with a hyphen in it: a tag, an entity or a space ends it. Longer ones would leave a phone's screen.
 _WORD = re.compile(r'(?<![^\s>])(?=[^\s<>&"]*-)[^\s<>&"]{2,28}(?![^\s<])')
 
