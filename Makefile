@@ -44,7 +44,7 @@ check: $(TESTS) docs
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Serving engines on what Rehead writes, each in an environment of its own below .engines: gigabytes and an hour or two.
+# Serving engines on what Rehead writes, each in an environment of its own below .engines: gigabytes and half an hour or more.
 # `make engines ENGINES="llama.cpp vllm" CASES="llama qwen2"` runs a part of it.
 engines: $(TESTS) $(TASKS) $(SMOLLM2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m rehead.benchmarks.engines \

@@ -2,8 +2,9 @@
 
     python -m rehead.benchmarks.budget MODEL [--count 24] [--kinds latent,pool] [--tokens 8192] [--context N]
 
-Predictions are of closed forms, from one backward pass (:mod:`rehead.convert.budget.prepare`); the measure is the KL of
-the mix on running text plus that on copying. Prints both of every mix, and Spearman's rank correlation.
+A mix changes a random share of the layers, from a model that is nearly whole to one that is lost. Predictions are of
+closed forms, from one backward pass (:mod:`rehead.convert.budget.prepare`); the measure is the KL of the mix on running
+text plus that on copying. Prints both of every mix, and Spearman's rank correlation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from rehead.benchmarks.machine import headline, machine
 from rehead.console import echo, print_columns
+from rehead.convert.budget.library import Library, Option
 from rehead.convert.budget.options import SurveyOptions
 from rehead.convert.budget.survey import survey
 from rehead.models.live import resolve_device
@@ -26,6 +28,28 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's: the correlation of ranks, of values that all differ."""
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (first, second)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def random_choice(options: Library, draw: random.Random) -> dict[int, Option]:
+    """Some share of the layers, drawn too, in random options."""
+    share = draw.random()
+    return {
+        layer: draw.choice(each[1:]) if len(each) > 1 and draw.random() < share else each[0]
+        for layer, each in options.layers.items()
+    }
+
+
+def different_choices(options: Library, draw: random.Random, count: int) -> list[dict[int, Option]]:
+    """Mixes that differ from one another and from the model as it is; fewer where so many are not found."""
+    drawn: dict[tuple[str, ...], dict[int, Option]] = {}
+    for _ in range(100 * count):
+        choice = random_choice(options, draw)
+        names = tuple(option.name for option in choice.values())
+        if any(names):
+            drawn.setdefault(names, choice)
+        if len(drawn) == count:
+            break
+    return list(drawn.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     predicted, measured, rows = [], [], [["cache", "predicted", "measured"]]
     with survey(opened, asked, resolve_device(args.device), keep=lambda options: options.only(kinds)) as prepared:
         options = prepared.options
-        for _ in range(args.count):
-            choice = {layer: draw.choice(each) for layer, each in options.layers.items()}
+        for choice in different_choices(options, draw, args.count):
             predicted.append(prepared.predictor.loss(choice))
             measured.append(prepared.meter.measure(choice).loss)
             share = options.total(choice) / options.whole

@@ -18,4 +18,5 @@ def test_random_mixes_come_in_the_order_that_was_predicted(tmp_path, capsys):
     ])  # fmt: skip
     text = capsys.readouterr().out
     assert len(re.findall(r"^\S+%", text, re.M)) == 24
+    assert "100.0%" not in text
     assert float(text.split()[-1]) >= 0.9
