@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from importlib import import_module
+from typing import Never
 
 import click
 
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cli.main(args=argv, prog_name="rehead", standalone_mode=False)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        _leave(stop.exit_code)
     except click.ClickException as mistake:
         _fail(mistake.format_message(), EXIT_USAGE, "--json" in argv)
     except ReheadError as error:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         size = f": {wanted[1]} more cannot be had" if wanted else ""
         remedy = "free some, or ask for less: fewer tokens, smaller batches, --device cpu"
         _fail(f"memory is full{size}; {remedy}", EXIT_UNSUPPORTED, "--json" in argv)
-    sys.exit(0)
+    _leave(0)
 
 
 def _of_memory(error: Exception) -> bool:
@@ -119,8 +120,14 @@ def _of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
-    """Print one error line (and the same fact as JSON on stdout when asked) and exit."""
+    """Print one error line (and the same fact as JSON on stdout when asked) and exit.
+
+    Of several processes of one run, the first that failed does so for all.
+    """
     line = " ".join(message.split())
+    ranks = sys.modules.get("rehead.models.ranks")
+    if not (ranks.speaks(code) if ranks is not None else os.environ.get("RANK", "0") == "0"):
+        _leave(code)
     with contextlib.suppress(OSError):
         echo(f"error: {line}", err=True)
     if as_json:
@@ -129,6 +136,17 @@ def _fail(message: str, code: int, as_json: bool) -> None:
         except OSError:
             # Nobody reads any more; what is still buffered must not be tried again when Python exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _leave(code)
+
+
+def _leave(code: int) -> Never:
+    """Exit; one of several processes leaves the interpreter up, whose end their threads do not always survive."""
+    ranks = sys.modules.get("rehead.models.ranks")
+    if ranks is not None and ranks.joined():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

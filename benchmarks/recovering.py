@@ -7,7 +7,8 @@
 
 A LLaMA with random weights in bfloat16 is written to a temporary folder and converted with refit and fit, on random
 tokens: what it loses says nothing, what it takes is a real model's. The host's memory counts pages of the weights' file
-that happen to be mapped.
+that happen to be mapped. ``accelerate launch --num_processes 2 -m rehead.benchmarks.recovering ...`` measures processes
+that share the text; memory is then the main one's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rehead.console import echo, print_columns, progress_bar
 from rehead.convert import convert
 from rehead.errors import check_names
 from rehead.models.device_memory import memory_limited
-from rehead.models.live import resolve_device
+from rehead.models.ranks import Ranks, join_ranks
 
 
 def forms(shape: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -45,14 +46,16 @@ def forms(shape: dict[str, int]) -> dict[str, dict[str, Any]]:
     }
 
 
-def recover(source: Path, out: Path, limit: int | None, device: torch.device, **options: Any) -> dict[str, Any]:
+def recover(source: Path, out: Path, limit: int | None, ranks: Ranks, **options: Any) -> dict[str, Any]:
     """Convert once; seconds and bytes."""
+    device = ranks.device
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    ranks.wait()
     started = time.perf_counter()
-    with memory_limited(device, limit), progress_bar(False) as progress:
+    with memory_limited(device, limit), progress_bar(not ranks.main) as progress:
         convert(source, out, device=str(device), refit=True, calibration=["random"], progress=progress, **options)
     return {
         "seconds": time.perf_counter() - started,
@@ -76,30 +79,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     asked = parser.parse_args(arguments)
     check_names("--shape", [asked.shape], SHAPES)
-    device, every = resolve_device(asked.device), forms(SHAPES[asked.shape])
+    ranks, every = join_ranks(asked.device), forms(SHAPES[asked.shape])
     check_names("--forms", asked.forms.split(","), every)
     limit = parse_size(asked.device_memory, "--device-memory") if asked.device_memory else None
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        heads = SHAPES[asked.shape]["num_attention_heads"]
-        model = random_model(asked.shape, device, num_hidden_layers=asked.layers, num_key_value_heads=heads)
-        model.save_pretrained(Path(folder) / "source")
-        del model
+    with ranks.announced(), tempfile.TemporaryDirectory() as own:
+        if ranks.main:
+            heads = SHAPES[asked.shape]["num_attention_heads"]
+            model = random_model(asked.shape, ranks.device, num_hidden_layers=asked.layers, num_key_value_heads=heads)
+            model.save_pretrained(Path(own) / "source")
+            del model
+        folder = ranks.from_main(lambda: own)
         for form in asked.forms.split(","):
             options = {**every[form], "fit": asked.fit}
             if asked.calibration_tokens:
                 options["calibration_tokens"] = asked.calibration_tokens
-            taken = recover(Path(folder) / "source", Path(folder) / form, limit, device, **options)
-            rows.append({"shape": asked.shape, "layers": asked.layers, "form": form, **taken})
-    echo(headline(machine(device)))
-    table = [["shape", "layers", "form", "seconds", "a layer", "GPU GiB", "with its cache", "host GiB"]]
+            taken = recover(Path(folder) / "source", Path(folder) / form, limit, ranks, **options)
+            about = {"shape": asked.shape, "layers": asked.layers, "form": form, "processes": ranks.world}
+            rows.append({**about, **taken})
+    if not ranks.main:
+        return
+    facts = machine(ranks.device)
+    echo(headline(facts))
+    table = [["shape", "layers", "form", "processes", "seconds", "a layer", "GPU GiB", "with its cache", "host GiB"]]
     for row in rows:
         sizes = [f"{row[key] / 2**30:.1f}" for key in ("allocated", "reserved", "host")]
         layer = f"{row['seconds'] / row['layers']:.1f}"
-        table.append([row["shape"], str(row["layers"]), row["form"], f"{row['seconds']:.0f}", layer, *sizes])
+        first = [row["shape"], str(row["layers"]), row["form"], str(row["processes"])]
+        table.append([*first, f"{row['seconds']:.0f}", layer, *sizes])
     print_columns(table)
     if asked.json:
-        Path(asked.json).write_text(json.dumps({"machine": machine(device), "limit": limit, "rows": rows}, indent=1))
+        Path(asked.json).write_text(json.dumps({"machine": facts, "limit": limit, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

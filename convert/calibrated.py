@@ -23,14 +23,19 @@ from rehead.healing.run import recover, solve
 from rehead.models.by_heads import tensors_of
 from rehead.models.families.spec import Family
 from rehead.models.heads import Heads
+from rehead.models.ranks import Ranks
 from rehead.models.rewrite import Changed, LayerForm
 from rehead.models.rewritten_source import cast
 
 
-def calibrate(plan: Plan, finished: FinishedLayers, device: torch.device, progress: Progress | None) -> dict[str, Any]:
+def calibrate(plan: Plan, finished: FinishedLayers, ranks: Ranks, progress: Progress | None) -> dict[str, Any]:
     """Compute a plan's layers over its text, and the model's own where that is wanted; as
     :func:`rehead.healing.run.recover`."""
-    return recover(job_of(plan), _whole_text(plan, device, progress), finished, device, progress)
+    text = _whole_text(plan, ranks.device, progress) if ranks.main else CalibrationText([], [])
+    names = ranks.from_main(lambda: text.names)
+    parts = ranks.same({str(index): part for index, part in enumerate(text.tokens)}) or {}
+    text = CalibrationText([part.cpu() for part in parts.values()], names)
+    return recover(job_of(plan), text, finished, ranks.device, progress, ranks)
 
 
 def calibrate_many(

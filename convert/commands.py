@@ -14,6 +14,7 @@ from rehead.console import JSON, OVERWRITE, QUIET, REVISION, echo, print_columns
 from rehead.convert.budget.commands import print_met
 from rehead.convert.budget.options import BudgetOptions
 from rehead.convert.options import ConvertOptions
+from rehead.errors import UsageError
 from rehead.flags import flags, set_by_user
 from rehead.models.serving import engine_line
 
@@ -104,11 +105,13 @@ def convert_command(model: str, out: str, device_memory: str | None, as_json: bo
     """Convert MODEL (a folder or Hub id) and write a plain checkpoint to OUT.
 
     --kv-cache 33% alone, or --kl 0.05, chooses the form of every layer by what it loses: see `rehead curve`.
+
+    Several GPUs share the calibration text: accelerate launch --num_processes 2 -m rehead.cli convert ...
     """
     from rehead.checkpoints.shards import parse_size
     from rehead.convert import convert
     from rehead.models.device_memory import memory_limited
-    from rehead.models.live import resolve_device
+    from rehead.models.ranks import join_ranks
 
     # How a run was started is no part of what it made: a resumed one ends with the same bytes.
     line = shlex.join(
@@ -116,7 +119,10 @@ def convert_command(model: str, out: str, device_memory: str | None, as_json: bo
     )
     given = set_by_user(values)
     size = None if device_memory is None else parse_size(device_memory, "--device-memory")
-    limited = memory_limited(resolve_device(values["device"]), size)
+    ranks = join_ranks(values["device"])
+    limited = memory_limited(ranks.device, size)
+    if _is_budget(given) and ranks.world > 1:
+        raise UsageError("a budget (--kv-cache alone, --kl, ...) is met by one process; run it without a launcher")
     if _is_budget(given):
         from rehead.convert.budget.meet import meet
 
@@ -127,8 +133,10 @@ def convert_command(model: str, out: str, device_memory: str | None, as_json: bo
         elif not quiet:
             print_met(met, out)
         return
-    with limited, progress_bar(quiet) as progress:
+    with limited, progress_bar(quiet or not ranks.main) as progress:
         result = convert(model, out, progress=progress, command=line, **given)
+    if not ranks.main:
+        return
     facts = result.as_json()
     if as_json:
         print_json(facts)

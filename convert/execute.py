@@ -20,8 +20,9 @@ from rehead.convert.verdict import Verdict, better, reach_verdict
 from rehead.errors import UsageError
 from rehead.lazy import late
 from rehead.models.live import resolve_device
-from rehead.models.model import open_model
+from rehead.models.model import Model, open_model
 from rehead.models.modeling import carried_files
+from rehead.models.ranks import Ranks, join_ranks
 from rehead.options import takes
 from rehead.variants.layer_choice import is_auto
 from rehead.version import __version__
@@ -77,6 +78,9 @@ def convert(
 ) -> Conversion:
     """Convert a checkpoint: to fewer KV heads, to another class that computes the same, or both.
 
+    Under ``accelerate launch`` every process calls this with the same arguments. They share the calibration text; the
+    main one writes, and has all that the result says.
+
     Args:
         model: a local folder or a Hub id.
         out: the folder to write; must not exist unless ``overwrite`` or ``resume``.
@@ -96,43 +100,57 @@ def convert(
         UnsupportedError: a model that cannot be converted, broken input, or a full disk; ``out`` is as it was.
     """
     asked = ConvertOptions.parse(options)
-    resolve_device(device)
+    ranks = join_ranks(device)
     started = time.monotonic()
-    opened = open_model(model, revision)
-    with opened.source:
-        # Before the model runs to choose layers or sizes.
-        chosen: dict[str, Any] = {}
-        by_text = is_auto(asked.layers) or asked.is_latent or asked.fits_context
-        asks = {"asked": asked.as_json()} if by_text else {}
-        folder = getattr(opened.source, "folder", None)
-        check_start(out, folder, {"source": opened.source.fingerprint(), **asks}, resume, overwrite)
-        if is_auto(asked.layers):
-            from rehead.convert.auto_layers import choose
+    with ranks.announced():
+        opened = open_model(model, revision)
+        with opened.source:
+            # Before the model runs to choose layers or sizes.
+            by_text = is_auto(asked.layers) or asked.is_latent or asked.fits_context
+            asks = {"asked": asked.as_json()} if by_text else {}
+            chosen: dict[str, Any] = {}
+            if ranks.main:
+                folder = getattr(opened.source, "folder", None)
+                check_start(out, folder, {"source": opened.source.fingerprint(), **asks}, resume, overwrite)
+                asked, chosen = _chosen_by_text(opened, asked, ranks.device, progress)
+            settled = ranks.from_main(asked.as_json)
+            plan = make_plan(opened, asked if ranks.main else ConvertOptions.parse(settled))
+            if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
+                from rehead.convert.prove_layout import prove_layout
 
-            asked, measured = choose(opened, asked, resolve_device(device), progress)
-            chosen["chosen_layers"] = measured
-        if asked.is_latent:
-            from rehead.convert.latent import choose_sizes
+                prove_layout(plan.model)
+            result = execute(plan, out, device, resume, overwrite, progress, command, chosen, asks=asks, ranks=ranks)
+        result.seconds = time.monotonic() - started
+        if push_to_hub and ranks.main:
+            from rehead.checkpoints.push import push_folder
 
-            asked, measured = choose_sizes(opened, asked, resolve_device(device), progress)
-            chosen |= measured
-        if asked.fits_context:
-            from rehead.convert.long_context import fit_context
-
-            asked, measured = fit_context(opened, asked, resolve_device(device), progress)
-            chosen |= measured
-        plan = make_plan(opened, asked)
-        if plan.model.family.guessed and plan.kv != plan.model.num_kv_heads:
-            from rehead.convert.prove_layout import prove_layout
-
-            prove_layout(plan.model)
-        result = execute(plan, out, device, resume, overwrite, progress, command, chosen, asks=asks)
-    result.seconds = time.monotonic() - started
-    if push_to_hub:
-        from rehead.checkpoints.push import push_folder
-
-        push_folder(result.out, push_to_hub)
+            push_folder(result.out, push_to_hub)
+        ranks.from_main(lambda: None)  # the end: whatever still fails in the main process ends all
+        ranks.wait()
     return result
+
+
+def _chosen_by_text(
+    opened: Model, asked: ConvertOptions, device: torch.device, progress: Progress | None
+) -> tuple[ConvertOptions, dict[str, Any]]:
+    """(the options with what they leave to the text filled in, what was measured, for the manifest)."""
+    chosen: dict[str, Any] = {}
+    if is_auto(asked.layers):
+        from rehead.convert.auto_layers import choose
+
+        asked, measured = choose(opened, asked, device, progress)
+        chosen["chosen_layers"] = measured
+    if asked.is_latent:
+        from rehead.convert.latent import choose_sizes
+
+        asked, measured = choose_sizes(opened, asked, device, progress)
+        chosen |= measured
+    if asked.fits_context:
+        from rehead.convert.long_context import fit_context
+
+        asked, measured = fit_context(opened, asked, device, progress)
+        chosen |= measured
+    return asked, chosen
 
 
 @takes(ConvertOptions)
@@ -162,6 +180,7 @@ def execute(
     chosen: dict[str, Any] | None = None,
     solved: tuple[FinishedLayers, dict[str, Any]] | None = None,
     asks: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Conversion:
     """Carry out a plan; as :func:`convert`.
 
@@ -170,9 +189,15 @@ def execute(
         solved: the layers of a calibrated plan and facts for the manifest, where they have been computed before.
         asks: what was asked for where the text has decided the plan's options, so that a resumed run can be refused
             before it reads any.
+        ranks: the processes that share the calibration text, of which the main one does all the rest; None: this alone.
     """
+    ranks = ranks or Ranks(0, 1, resolve_device(device))
     source, options = plan.result.source, plan.options
     result = Conversion(Path(out), plan)
+    if not ranks.main:
+        if ranks.from_main(bool):
+            _calibrate(plan, result.out, ranks, None)
+        return result
     command = command or f"rehead.convert.convert(..., num_key_value_heads={plan.kv})"
     fingerprint = {
         "source": source.fingerprint(),
@@ -184,6 +209,7 @@ def execute(
     }
     finished = finish_commit(out, fingerprint) if resume else None
     if finished is not None:  # the run that is resumed was killed in its last step
+        ranks.from_main(bool)
         result.layers = {int(layer): errors for layer, errors in finished["layers"].items()}
         result.verdict = Verdict(**finished["quality"]) if "quality" in finished else result.verdict
         return result
@@ -192,16 +218,11 @@ def execute(
         result.layers.update({int(layer): facts for layer, facts in target.remembered.items()})
         provide: LayerProvider | None = None
         details: dict[str, Any] = {}
+        if ranks.from_main(lambda: solved is None and plan.calibrated):
+            solved = _calibrate(plan, target.work_dir, ranks, progress)
         if solved is not None:
             provide, details = solved[0], dict(solved[1])
             result.layers.update(solved[0].facts)
-        elif plan.calibrated:
-            from rehead.convert.calibrated import calibrate
-            from rehead.healing.finished import FinishedLayers
-
-            provide = layers = FinishedLayers(target.work_dir)
-            details = calibrate(plan, layers, resolve_device(device), progress)
-            result.layers.update(layers.facts)
 
         def note(layer: int, facts: dict[str, Any]) -> None:
             if facts:
@@ -216,10 +237,21 @@ def execute(
         for name, text in carried_files(plan.raw_config).items():
             target.write_text(name, text)
         details |= chosen or {}
-        result.verdict = reach_verdict(plan, target.path, resolve_device(device))
+        result.verdict = reach_verdict(plan, target.path, ranks.device)
         target.write_text("README.md", model_card(plan, result.layers, command, details, result.verdict))
         target.commit(manifest(plan, result.layers, command, details, result.verdict))
     return result
+
+
+def _calibrate(
+    plan: Plan, folder: Path, ranks: Ranks, progress: Progress | None
+) -> tuple[FinishedLayers, dict[str, Any]]:
+    """(a plan's computed layers, with files in ``folder`` that the main process writes; facts for the manifest)."""
+    from rehead.convert.calibrated import calibrate
+    from rehead.healing.finished import FinishedLayers
+
+    layers = FinishedLayers(folder)
+    return layers, calibrate(plan, layers, ranks, progress)
 
 
 def manifest(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.models.linalg import fast_products
+from rehead.models.ranks import Ranks
 from rehead.models.recording import record as recording_of
 
 #: Adam's step relative to each weight's own root mean square, so that one rate serves every matrix.
@@ -41,6 +42,7 @@ def fit_attention(
     record: bool = False,
     half: bool = False,
     at_once: Sequence[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> float:
     """Fit an attention module in place.
 
@@ -56,6 +58,8 @@ def fit_attention(
         half: ``forward`` computes in bfloat16 on a GPU, with float32 parameters.
         at_once: sequences of each length that go forward and back together, of those of a step; None: all. Gradients
             are the same.
+        ranks: the processes that share the sequences of every step; ``forward`` and ``targets`` then take indices among
+            this one's own. None: it has all of them.
 
     Returns:
         The mean squared error over the last ten steps.
@@ -63,7 +67,8 @@ def fit_attention(
     if not steps:
         return 0.0
     device = next(iter(parameters.values())).device
-    recorded = record and device.type == "cuda"
+    ranks = ranks or Ranks(0, 1, device)
+    recorded = record and device.type == "cuda" and ranks.world == 1  # shares differ in size from step to step
     rates = [relative_rate * max(float(weight.detach().square().mean().sqrt()), 1e-4) for weight in parameters.values()]
     # A recorded step reads its rates from the GPU's memory.
     groups: list[dict[str, Any]] = [
@@ -76,13 +81,18 @@ def fit_attention(
 
     def step(index: int, rows: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
-        for part in rows.split(len(rows) if at_once is None else at_once[index]):
+        total, own = torch.zeros((), device=device), ranks.own(rows)
+        for part in own.split(max(1, len(own)) if at_once is None else at_once[index]) if len(own) else ():
             with torch.autocast(device.type, torch.bfloat16, enabled=half and device.type == "cuda"):
                 output = forward(index, part)
             loss = (output - targets(index, part)).square().sum(-1).mean() * (len(part) / len(rows))
             loss.backward()
             total += loss.detach()
+        if ranks.world > 1:
+            for parameter in parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            ranks.sum_gradients([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
         optimizer.step()
         return total
 
@@ -105,7 +115,7 @@ def fit_attention(
     for parameter in parameters.values():
         parameter.requires_grad_(False)
         parameter.grad = None
-    loss = float(torch.stack(recent).mean())
+    loss = float(ranks.sum(torch.stack(recent).mean()))
     if recorded:  # a recording's memory is of no use to anything else until it is given back
         del advance, recent
         torch.cuda.empty_cache()

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 from rehead.errors import UnsupportedError
 from rehead.healing.moments import Batch, Moments, started
+from rehead.lazy import late
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from rehead.healing.rotation import Rotation
+    from rehead.models.ranks import Ranks
     from rehead.models.watch import Seen
+else:
+    torch = late("torch")
 
 
 class Gatherer:
@@ -64,6 +69,26 @@ class Gatherer:
         for part in self.sums.values():
             if (part.attends, part.writes) == shows:
                 part.add(batch)
+
+    def share(self, ranks: Ranks) -> None:
+        """Make the sums those of all processes; the main one must have seen whatever any has."""
+        if ranks.world == 1:
+            return
+        seen = ranks.from_main(
+            lambda: {
+                name: [list(part.total.shape), str(part.total.dtype).rpartition(".")[2], list(part.weight.shape)]
+                for name, part in self.sums.items()
+                if part.total is not None and part.weight is not None
+            }
+        )
+        for name, (shape, dtype, weights) in seen.items():
+            part = self.sums[name]
+            if part.total is None or part.weight is None:
+                part.total = torch.zeros(shape, dtype=getattr(torch, dtype), device=ranks.device)
+                part.weight = torch.zeros(weights, dtype=torch.float64)
+            part.total, part.weight = ranks.sum(part.total), ranks.sum(part.weight)
+        self.tokens = int(ranks.sum(torch.tensor(self.tokens)))
+        self.length = ranks.agreed(self.length)
 
     def finish(self) -> Moments:
         """The moments. If attention could not be observed, plain ``inputs`` replace those weighted by it."""

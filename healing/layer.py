@@ -118,7 +118,7 @@ class LayerRecovery:
             if rotation is None or scaling is None:
                 changed.facts["logits"] = "not refitted: not linear in the projections"
             else:
-                model, moments = LogitModel(rotation, scaling), moments.of_inputs()
+                model, moments = LogitModel(rotation, scaling, self.original.ranks), moments.of_inputs()
                 targets = logit_targets(self.original, layer, before, inputs, heads.num_heads, changed.order)
                 weights, errors = _with_logits(changed.weights, model, targets, moments)
                 changed = Changed(weights, {**changed.facts, "logit_error": errors}, changed.order)
@@ -136,7 +136,8 @@ class LayerRecovery:
         settings = job.settings
         drift = DRIFT if settings.drift is None else settings.drift
         back = self._whiten([moved[name] for name in settings.reads if name in moved], inputs)
-        forwards = [self._attention(layer, prefix, index) for index in range(len(inputs))]
+        # A process may have no sequence of some length.
+        forwards = {index: self._attention(layer, prefix, index) for index, part in enumerate(inputs) if len(part)}
         device = self.changed.device
         inputs, target = _brought(inputs, target, drift, device)
         half = settings.half or (self.original.model.half and not self.job.own_calls)
@@ -147,7 +148,7 @@ class LayerRecovery:
             lambda index, rows: forwards[index](inputs[index][rows].to(device, torch.float32), rows),
             lambda index, rows: target.at(index, rows, drift, device),
             job.fit,
-            [(len(part), count) for part, count in zip(inputs, counts)],
+            [(self.changed.count(part), count) for part, count in zip(inputs, counts)],
             self.job.seed + layer,
             RELATIVE_RATE if settings.rate is None else settings.rate,
             # A step that has to be taken in parts is long beside launching it.
@@ -155,6 +156,7 @@ class LayerRecovery:
             and at_once == counts,
             half=half,
             at_once=at_once,
+            ranks=self.changed.ranks,
         )
         if back is not None:
             for name in set(settings.reads) & set(moved):
@@ -178,7 +180,8 @@ class LayerRecovery:
         for index, rows in self.changed.every_batch(inputs):
             flat = inputs[index][rows].to(gram.device).flatten(0, 1)
             gram += flat.T @ flat
-        root, unroot = sqrt_pair(gram / sum(part.shape[0] * part.shape[1] for part in inputs), _DAMPING)
+        tokens = sum(self.changed.count(part) * part.shape[1] for part in inputs)
+        root, unroot = sqrt_pair(self.changed.ranks.sum(gram) / tokens, _DAMPING)
         for weight in weights:
             weight.data = (weight.data.double() @ root).float()
         for index, rows in self.changed.every_batch(inputs):

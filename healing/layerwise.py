@@ -128,12 +128,13 @@ class LayerwiseModel:
 
     # ---- before the layers
 
-    def embed(self, tokens: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
+    def embed(self, tokens: Sequence[Tensor], batch_tokens: int, rank: int = 0, world: int = 1) -> list[Tensor]:
         """Run everything before the first layer and record what the layers are called with.
 
         Args:
             tokens: int64 [N, S] for each length of sequence.
             batch_tokens: tokens per forward pass.
+            rank, world: of the sequences i, only those with i % world == rank are kept.
 
         Returns:
             Hidden states [N, S, n] for each length, float32, on the device.
@@ -142,16 +143,21 @@ class LayerwiseModel:
             UnsupportedError: the layers' arguments depend on more than hidden states and positions.
         """
         self._load_outside()
-        states = [self._embed(part, batch_rows(part, batch_tokens)) for part in tokens]
+        states = [self._embed(part, batch_rows(*part.shape[:2], batch_tokens), rank, world) for part in tokens]
         self._unload_outside()
         return states
 
-    def _embed(self, tokens: Tensor, batch: int) -> Tensor:
+    def _embed(self, tokens: Tensor, batch: int, rank: int, world: int) -> Tensor:
         hidden: list[Tensor] = []
         for start in range(0, len(tokens), batch):
+            kept = slice((rank - start) % world, None, world)
             rows = tokens[start : start + batch].to(self.device)
+            if start > batch:  # what layers are called with has been seen and compared
+                rows, kept = rows[kept], slice(None)
+                if not len(rows):
+                    continue
             first, calls = self._until_layers(rows, self.default)
-            hidden.append(first.float())
+            hidden.append(first[kept].float())
             if start == 0:
                 self.calls[self.default, tokens.shape[1]] = calls
             elif start == batch:
@@ -339,10 +345,10 @@ class LayerwiseModel:
                 config._attn_implementation = implementation
 
 
-def batch_rows(part: Tensor, batch_tokens: int) -> int:
-    """Sequences per forward pass over ``part`` [N, S, ...]: at least one, and about equally many in each pass."""
-    most = max(1, batch_tokens // part.shape[1])
-    return -(-len(part) // -(-len(part) // most))
+def batch_rows(count: int, length: int, batch_tokens: int) -> int:
+    """Sequences per forward pass over ``count`` of a length: at least one, and about equally many in each pass."""
+    most = max(1, batch_tokens // length)
+    return -(-count // -(-count // most))
 
 
 def _widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rehead.healing.moments import Moments
 from rehead.healing.rotation import Rotation
 from rehead.models.heads import Heads, augmented
+from rehead.models.ranks import Ranks
 
 #: Conjugate-gradient steps of one solve, and the order of the solves.
 STEPS = 9
@@ -28,21 +29,32 @@ DAMPING = 1e-2
 PROBES = 2
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A batch that processes share: its sequences in all, and the places among them of this process's, int64 [b]."""
+
+    whole: int
+    places: Tensor
+
+
 @dataclass
 class LogitTargets:
     """Target logits of some queries of one batch.
 
     Attributes:
-        x: inputs of the converted layer [b, S, w], with a last column of ones for biases.
+        x: inputs of the converted layer [b, S, w], with a last column of ones for biases; b may be 0 where processes
+            share the batch.
         rows: positions of the R queries, int64 [R].
         probabilities: the original's attention probabilities for them [b, H, R, S].
         scores: the original's logits for them before masking [b, H, R, S].
+        shared: how processes share the batch; None: this one has all of it.
     """
 
     x: Tensor
     rows: Tensor
     probabilities: Tensor
     scores: Tensor
+    shared: Shared | None = None
 
 
 class LogitModel:
@@ -51,10 +63,12 @@ class LogitModel:
     Args:
         rotation: the model's rotary embedding.
         scaling: factor on the dot products.
+        ranks: the processes that share the targets; None: this one has all of them.
     """
 
-    def __init__(self, rotation: Rotation, scaling: float) -> None:
+    def __init__(self, rotation: Rotation, scaling: float, ranks: Ranks | None = None) -> None:
         self.rotation, self.scaling = rotation, scaling
+        self.ranks = ranks or Ranks(0, 1, rotation.factors.device)
 
     def weights(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """(queries [H, D, w], keys [kv, D, w]) of a layer, float32."""
@@ -120,9 +134,12 @@ def logit_error(model: LogitModel, targets: Sequence[LogitTargets], heads: Heads
     q, k = model.weights(heads)
     lost, rows = 0.0, 0
     for batch in targets:
+        if not len(batch.x):
+            continue
         gap = batch.scores - model.scores(model.states(batch.x, q, batch.rows), model.states(batch.x, k))
         lost += float((_weighted(batch.probabilities, gap) * gap).sum())
         rows += gap.shape[0] * gap.shape[1] * gap.shape[2]
+    lost, rows = model.ranks.sum(torch.tensor([lost, rows], dtype=torch.float64)).tolist()
     return (max(lost, 0.0) / max(rows, 1)) ** 0.5
 
 
@@ -178,11 +195,16 @@ class _QuerySide:
         for index, batch in enumerate(self.targets):
             rows = self.rows(index)
             count = batch.x.shape[1] if rows is None else len(rows)
-            shape = (PROBES, len(batch.x), len(total), count, total.shape[1])
-            for signs in torch.randint(0, 2, shape, generator=draw, device=total.device).mul_(2).sub_(1).to(total):
+            whole = len(batch.x) if batch.shared is None else batch.shared.whole
+            shape = (PROBES, whole, len(total), count, total.shape[1])
+            drawn = torch.randint(0, 2, shape, generator=draw, device=total.device).mul_(2).sub_(1).to(total)
+            if not len(batch.x):
+                continue
+            for signs in drawn if batch.shared is None else drawn[:, batch.shared.places.to(drawn.device)]:
                 error = self.scores(index, self.model.rotation.turn(signs, rows))
                 pulled = self.pull(index, _weighted(batch.probabilities, error))
                 total += torch.einsum("bhrd,bhre->hde", pulled, signs) / PROBES
+        self.model.ranks.sum(total)
         return (total + total.mT) / 2
 
 
@@ -216,14 +238,15 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
 
     def curvature(change: Tensor) -> Tensor:
         total = torch.zeros_like(change)
-        for i in range(len(side.targets)):
+        for i in here:
             total += side.gradient(i, side.of(i, change))
-        return total * free
+        return ranks.sum(total) * free
 
+    ranks, here = side.model.ranks, [i for i, batch in enumerate(side.targets) if len(batch.x)]
     residual = torch.zeros_like(side.start)
-    for i, batch in enumerate(side.targets):
-        residual += side.gradient(i, batch.scores - side.of(i, side.start))
-    residual = residual * free
+    for i in here:
+        residual += side.gradient(i, side.targets[i].scores - side.of(i, side.start))
+    residual = ranks.sum(residual) * free
     change = torch.zeros_like(residual)
     step = (residual @ smooth) * free
     length = ((step @ metric) * step).sum()
@@ -242,7 +265,7 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
     for _ in range(STEPS):
         bent = curvature(search) + pull * (search @ metric) * free
         bend = (search * bent).sum()
-        if not bool(bend > 0) or not bool(power > 0):
+        if not ranks.agreed(bool(bend > 0) and bool(power > 0)):
             break
         length = power / bend
         change += length * search

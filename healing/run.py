@@ -30,6 +30,7 @@ from rehead.healing.writers import run_original
 from rehead.models.device_memory import free_memory, in_host_memory
 from rehead.models.heads import Heads
 from rehead.models.model import Model
+from rehead.models.ranks import Ranks
 
 #: Tokens in one forward pass of a layer.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -47,15 +48,20 @@ def recover(
     finished: FinishedLayers,
     device: torch.device,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Change every layer of a job over calibration text.
 
+    Several processes share the sequences of each length: each runs both models over its own, and sums over the text are
+    all that they exchange. From these each computes the same layers, of which the main one's are what all go on with.
+
     Args:
         job: the models and how their layers change.
-        text: the calibration text.
-        finished: saves the changed layers; those already in it are not computed again.
+        text: the calibration text, whole in every process.
+        finished: saves the changed layers; those already in it are not computed again. Only the main process's is used.
         device: the device that layers run on.
         progress: called with (stage, layers done, layers).
+        ranks: the processes; None: this one alone.
 
     Returns:
         Facts for the manifest.
@@ -63,12 +69,14 @@ def recover(
     Raises:
         UnsupportedError: the model cannot be run layer by layer, or a weight is not finite.
     """
-    original, before = _start(job.original, text, device)
-    changed = Runner(LayerwiseModel(job.changed, job.config, device, job.modules), original.batch_tokens)
+    ranks = ranks or Ranks(0, 1, device)
+    original, before = _start(job.original, text, device, ranks)
+    model = LayerwiseModel(job.changed, job.config, device, job.modules)
+    changed = Runner(model, original.batch_tokens, ranks, _counts(text))
     if job.own_calls:
-        changed.model.embed([part[: changed.batch_rows(part)] for part in text.tokens], changed.batch_tokens)
+        model.embed([part[: changed.batch_rows(part)] for part in text.tokens], changed.batch_tokens)
     else:
-        changed.model.calls = original.model.calls
+        model.calls = original.model.calls
     recovery, prefix = LayerRecovery(job, original, changed), before.clone()
     for layer in _layers(job.original, progress):
         original.model.load_layer(layer)
@@ -77,17 +85,20 @@ def recover(
             original.run(layer, before)
             original.model.unload_layer(layer)
             continue
-        tensors = finished.load(layer)
+        tensors = ranks.same(finished.load(layer) if ranks.main else None)
         if tensors is None:
             tensors, facts = recovery.change(layer, before, prefix)
-            finished.save(layer, tensors, facts)
+            tensors = ranks.same(tensors) or {}
+            if ranks.main:
+                finished.save(layer, tensors, facts)
         else:
             original.run(layer, before)
         original.model.unload_layer(layer)
-        changed.model.load_layer(layer, tensors)
+        model.load_layer(layer, tensors)
         changed.run(layer, prefix)
-        changed.model.unload_layer(layer)
-    return {**_text_facts(text, device), "drift": round(_distance(prefix, before), 6)}
+        model.unload_layer(layer)
+    shared = {"processes": ranks.world} if ranks.world > 1 else {}
+    return {**_text_facts(text, device), **shared, "drift": round(_distance(prefix, before, ranks), 6)}
 
 
 @torch.no_grad()
@@ -176,7 +187,7 @@ def observe(
     Yields:
         One layer at a time, on the device.
     """
-    runner, state = _start(model, text, device)
+    runner, state = _start(model, text, device, Ranks(0, 1, device))
     for layer in _layers(model, progress):
         runner.model.load_layer(layer)
         kept: list[Tensor] = []
@@ -192,11 +203,11 @@ def observe(
         runner.model.unload_layer(layer)
 
 
-def _start(model: Model, text: CalibrationText, device: torch.device) -> tuple[Runner, TextState]:
-    """(a model to run layer by layer, the text before its first layer)."""
+def _start(model: Model, text: CalibrationText, device: torch.device, ranks: Ranks) -> tuple[Runner, TextState]:
+    """(a model to run layer by layer, this process's share of the text before its first layer)."""
     batch_tokens = _BATCH_TOKENS.get(device.type, 4096)
-    runner = Runner(LayerwiseModel(model, model.config, device), batch_tokens)
-    hidden = runner.model.embed(text.tokens, batch_tokens)
+    runner = Runner(LayerwiseModel(model, model.config, device), batch_tokens, ranks, _counts(text))
+    hidden = runner.model.embed(text.tokens, batch_tokens, ranks.rank, ranks.world)
     # Kept where the layers run, if all copies fit there with as much again for the layers.
     if device.type == "cuda" and 2 * _COPIES * sum(part.nbytes for part in hidden) > free_memory(device):
         hidden = [in_host_memory(part) for part in hidden]
@@ -228,6 +239,11 @@ def _layers(model: Model, progress: Progress | None) -> Iterator[int]:
         progress("calibrating", total, total)
 
 
+def _counts(text: CalibrationText) -> dict[int, int]:
+    """Sequences of each length."""
+    return {part.shape[1]: len(part) for part in text.tokens}
+
+
 def _text_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
     lengths = text.lengths
     return {
@@ -238,11 +254,13 @@ def _text_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _distance(state: TextState, other: TextState) -> float:
-    """Relative distance of hidden states from others."""
+def _distance(state: TextState, other: TextState, ranks: Ranks) -> float:
+    """Relative distance of hidden states from others, over all processes."""
 
     def size(parts: Iterator[Tensor]) -> float:
         return sum(float(part.square().sum()) for part in parts)
 
     gap = size(a - b for a, b in zip(state.hidden, other.hidden))
-    return (gap / max(size(iter(other.hidden)), 1e-24)) ** 0.5
+    sizes = ranks.sum(torch.tensor([gap, size(iter(other.hidden))], dtype=torch.float64))
+    gap, whole = sizes.tolist()
+    return (gap / max(whole, 1e-24)) ** 0.5

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rehead.healing.layerwise import LayerwiseModel, batch_rows
 from rehead.models.device_memory import empty_beside
+from rehead.models.ranks import Ranks
 from rehead.models.watch import PROBE, Seen, observing, until
 
 Rows = slice | Tensor
@@ -57,29 +59,45 @@ class TextState:
 
 
 class Runner:
-    """Runs one model over the text, one layer at a time.
+    """Runs one model over the text, or over one process's share of it, one layer at a time.
+
+    Every process has its share of each batch that a single one would run, and may have none.
 
     Args:
         model: the model.
         batch_tokens: tokens per forward pass.
+        ranks: the processes that share the text; None: this one has all of it.
+        counts: sequences of each length that they have together.
     """
 
-    def __init__(self, model: LayerwiseModel, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        batch_tokens: int,
+        ranks: Ranks | None = None,
+        counts: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         self.model, self.batch_tokens = model, batch_tokens
+        self.ranks, self._counts = ranks or Ranks(0, 1, model.device), counts
         self.family, self.config, self.device = model.model.family, model.model.config, model.device
 
     def batches(self, part: Tensor) -> Iterator[slice]:
-        """Slices of the sequences of one length [N, S, ...], one for each forward pass."""
-        step = self.batch_rows(part)
-        return (slice(at, at + step) for at in range(0, len(part), step))
+        """Slices of the sequences of one length [N, S, ...], one for each forward pass; some may be empty."""
+        step, count, below = self.batch_rows(part), self.count(part), self.ranks.below
+        return (slice(below(at), below(min(at + step, count))) for at in range(0, count, step))
 
     def batch_rows(self, part: Tensor) -> int:
-        """Sequences in one forward pass over ``part`` [N, S, ...]."""
-        return batch_rows(part, self.batch_tokens)
+        """Sequences in one forward pass over ``part`` [N, S, ...], of all processes together."""
+        return batch_rows(self.count(part), part.shape[1], self.batch_tokens)
+
+    def count(self, part: Tensor) -> int:
+        """Sequences as long as those of ``part`` [N, S, ...] that all processes have together."""
+        return self._counts.get(part.shape[1], len(part))
 
     def every_batch(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, slice]]:
         """(index of a length, slice of its sequences) over all of the text."""
-        return ((index, rows) for index, part in enumerate(parts) for rows in self.batches(part))
+        every = ((index, rows) for index, part in enumerate(parts) for rows in self.batches(part))
+        return ((index, rows) for index, rows in every if rows.start < rows.stop)
 
     def run(self, layer: int, state: TextState, watch: Callable[[int, slice, Tensor], None] | None = None) -> None:
         """Run the whole text through a loaded layer.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rehead.healing.gatherer import Gatherer
-from rehead.healing.logits import LogitModel, LogitTargets
+from rehead.healing.logits import LogitModel, LogitTargets, Shared
 from rehead.healing.moments import Moments
 from rehead.healing.rotation import Rotation, rotation_of
 from rehead.healing.runner import Runner, TextState, with_one
@@ -52,8 +52,10 @@ def gather_moments(
     # Moments of attention cost far more than those of inputs, and fewer tokens are enough for them.
     enough = max(_ATTENTION_TOKENS.get(device.type, 16384), 8 * width) // len(inputs)
     for index, part in enumerate(inputs):
-        every = max(1, part.shape[0] * part.shape[1] // enough)
+        every = max(1, runner.count(part) * part.shape[1] // enough)
         for number, rows in enumerate(runner.batches(part)):
+            if rows.start == rows.stop:
+                continue
             x = with_one(part[rows].to(device))
             gatherer.add_inputs(x)
             if writes:
@@ -66,6 +68,7 @@ def gather_moments(
                 gatherer.add_attention(x, seen)
 
             runner.look(layer, state, index, rows, at, see)
+    gatherer.share(runner.ranks)
     return gatherer.finish()
 
 
@@ -85,17 +88,27 @@ def geometry(runner: Runner, layer: int, heads: Heads, state: TextState) -> tupl
         other = rotation_of(runner, layer, heads, length)
         if other is None or not torch.allclose(other.factors, rotation.factors[: len(other.factors)], atol=1e-6):
             return rotation, None
-    at, first = spread(lengths[longest], QUERY_ROWS, 0, runner.device), slice(0, 1)
+    # By the text's first sequence, which the main process has.
+    shown = rotation
+    return rotation, runner.ranks.from_main(lambda: _scaling(runner, layer, heads, state, longest, shown))
+
+
+def _scaling(
+    runner: Runner, layer: int, heads: Heads, state: TextState, longest: int, rotation: Rotation
+) -> float | None:
+    """The factor on the dot products, as :func:`geometry` says."""
+    length = state.hidden[longest].shape[1]
+    at, first = spread(length, QUERY_ROWS, 0, runner.device), slice(0, 1)
     seen = runner.seen(layer, state, longest, first, at)
     if seen is None:
-        return rotation, None
+        return None
     x = with_one(runner.attention_input(layer, state, longest, first))
     model = LogitModel(rotation, seen.scaling)
     q, k = model.weights(heads)
     computed = model.scores(model.states(x, q, at), model.states(x, k))
     mask = seen.visible.expand_as(seen.scores)
     gap = (computed - seen.scores)[mask].abs().max() / seen.scores[mask].abs().max().clamp_min(1e-6)
-    return rotation, seen.scaling if float(gap) < 1e-3 else None
+    return seen.scaling if float(gap) < 1e-3 else None
 
 
 def logit_targets(
@@ -113,23 +126,27 @@ def logit_targets(
     """
     targets = []
     for index, part in enumerate(state.hidden):
-        count, queries = logit_share(part, num_heads, len(state.hidden), runner.device.type)
-        sequences = torch.linspace(0, len(part) - 1, count).long()
-        for number, rows in enumerate(sequences.split(min(8, runner.batch_rows(part)))):
+        have = runner.count(part)
+        count, queries = logit_share(have, part.shape[1], num_heads, len(state.hidden), runner.device.type)
+        sequences = torch.linspace(0, have - 1, count).long()
+        for number, together in enumerate(sequences.split(min(8, runner.batch_rows(part)))):
             at = spread(part.shape[1], queries, number, runner.device)
+            rows, batch = runner.ranks.own(together), Shared(len(together), runner.ranks.places(together))
+            x = with_one(inputs[index][rows].to(runner.device))
+            if not len(rows):
+                targets.append(LogitTargets(x, at, x, x, batch))
+                continue
             seen = runner.seen(layer, state, index, rows, at)
             assert seen is not None
-            x = with_one(inputs[index][rows].to(runner.device))
-            targets.append(LogitTargets(x, at, ordered(seen.probabilities, order), ordered(seen.scores, order)))
+            targets.append(LogitTargets(x, at, ordered(seen.probabilities, order), ordered(seen.scores, order), batch))
     return targets
 
 
-def logit_share(part: Tensor, num_heads: int, lengths: int, device: str) -> tuple[int, int]:
-    """(number of sequences of one length [N, S, ...] to match logits on, queries of each).
+def logit_share(have: int, length: int, num_heads: int, lengths: int, device: str) -> tuple[int, int]:
+    """(number of sequences of ``have`` of one length to match logits on, queries of each).
 
     Every length gets an equal share of the queries, since only long sequences have distant keys.
     """
-    have, length = part.shape[:2]
     queries = LOGIT_QUERIES.get(device, 48 * QUERY_ROWS) // lengths
     queries = min(queries, _LOGIT_BYTES.get(device, 1 << 30) // lengths // (8 * num_heads * length))
     count = max(1, min(queries // min(QUERY_ROWS, length), have))

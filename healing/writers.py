@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rehead.healing.runner import Rows, Runner, TextState
 from rehead.models.device_memory import empty_beside
 from rehead.models.linalg import fast_products, ridge
+from rehead.models.ranks import Ranks
 from rehead.models.watch import hooked, until
 
 #: Pull towards the matrices as they are, relative to the mean diagonal of the normal equations.
@@ -51,6 +52,11 @@ class LeastSquares:
         self.gram += z.T @ z
         self.cross += y.T @ z
         self.size += y.square().sum()
+
+    def share(self, ranks: Ranks) -> None:
+        """Make the sums those of all processes."""
+        for part in (self.gram, self.cross, self.size):
+            ranks.sum(part)
 
     def error(self, weight: Tensor) -> float:
         """Relative error of the outputs' sum with all weights side by side in ``weight`` [m, sum of w]."""
@@ -121,7 +127,9 @@ def run_original(runner: Runner, layer: int, original: TextState, changed: TextS
 
     with hooked(output.register_forward_hook(lambda module, args, result: kept.append(result))):
         runner.run(layer, original, keep)
-    return OutputTarget([part for part in clean if part is not None], drift)
+    # A process without a sequence of some length still has a place for them.
+    whole = [empty_beside(part) if kept is None else kept for part, kept in zip(original.hidden, clean)]
+    return OutputTarget(whole, drift)
 
 
 def refit_output(
@@ -149,6 +157,7 @@ def refit_output(
 
         with until(output, count):
             runner.call(layer, state, index, rows)
+    problem.share(runner.ranks)
     weights, bias, errors = problem.solve()
     return _named(runner, layer, [output], weights, bias), errors
 
@@ -188,6 +197,7 @@ def refit_writers(
         target = (after.hidden[index][rows].to(runner.device) - out) / scale + sum(y for _, y in flat)
         with fast_products(runner.model.half):
             problem.add([x for x, _ in flat], target)
+    problem.share(runner.ranks)
     weights, bias, errors = problem.solve(RIDGE if strength is None else strength)
     return _named(runner, layer, modules, weights, bias), errors
 

@@ -1,105 +1,41 @@
-"""The processes of one run: who this is, where it computes, and what they say to each other."""
+"""The processes of an uptraining, and how they share a model's parameters."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from rehead.errors import UsageError
-from rehead.models.live import decoder_layers, resolve_device
-
-_BUCKET = 64 << 20
+from rehead.models.live import decoder_layers
+from rehead.models.ranks import Ranks, join_ranks
 
 
 @dataclass(frozen=True)
-class Processes:
-    """One process among those that ``accelerate launch`` started, or the only one.
+class Processes(Ranks):
+    """One process of an uptraining.
 
     Attributes:
-        rank: of this process; 0 writes and speaks.
-        world: how many there are.
-        device: where this one computes.
         sharded: whether parameters are sharded over the processes (FSDP2) rather than repeated in each (DDP).
         reshard: with FSDP2, whether a layer's parameters are let go of between forward and backward.
     """
 
-    rank: int
-    world: int
-    device: torch.device
     sharded: bool = False
     reshard: bool = True
 
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
-        """Sum gradients over all processes in place, in buckets.
-
-        Once a step and in the gradients' own precision (float32), whatever the micro-batches compute in; with repeated
-        parameters this takes the place of hooks that would reduce every micro-batch's gradients.
-        """
-        if self.world == 1:
-            return
-        bucket: list[Tensor] = []
-        size = 0
-        for i, tensor in enumerate(tensors):
-            bucket.append(tensor)
-            size += tensor.numel() * tensor.element_size()
-            if size >= _BUCKET or i == len(tensors) - 1:
-                flat = torch.cat([part.reshape(-1) for part in bucket])
-                dist.all_reduce(flat)
-                parts = flat.split([part.numel() for part in bucket])
-                torch._foreach_copy_(bucket, [new.view_as(old) for new, old in zip(parts, bucket)])
-                bucket, size = [], 0
-
-    def agreed(self, number: int) -> int:
-        """The main process's number, in every process."""
-        if self.world == 1:
-            return number
-        tensor = torch.tensor([number], dtype=torch.int64, device=self.device)
-        dist.broadcast(tensor, 0)
-        return int(tensor)
-
-    def wait(self) -> None:
-        """Wait until every process has come here."""
-        if self.world > 1:
-            dist.barrier()
-
 
 def join_processes(device: str) -> Processes:
-    """Find out which process this is, joining the others where ``accelerate launch`` (or torchrun) started several.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+    """As :func:`~rehead.models.ranks.join_ranks`, with what the launch configuration says of sharding.
 
     Raises:
         UsageError: no such device, or a launch configuration of FSDP's first version.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1, resolve_device(device))
-    from accelerate import PartialState
-
-    cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if device.startswith("cuda"):
-        resolve_device(device)
-    # The others wait while the main one tokenises, and while it writes.
-    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=timedelta(hours=12))
-    processes = Processes(state.process_index, state.num_processes, state.device)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    ranks = join_ranks(device)
+    processes = Processes(ranks.rank, ranks.world, ranks.device)
+    if ranks.world == 1 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return processes
     from accelerate import FullyShardedDataParallelPlugin
 
@@ -110,13 +46,7 @@ def join_processes(device: str) -> Processes:
         raise UsageError(
             "the launch configuration offloads parameters to the host, which uptrain does not; turn it off"
         )
-    return Processes(
-        processes.rank,
-        processes.world,
-        processes.device,
-        sharded=True,
-        reshard=bool(plugin.reshard_after_forward),
-    )
+    return replace(processes, sharded=True, reshard=bool(plugin.reshard_after_forward))
 
 
 def shard(module: nn.Module, student: nn.Module, teacher: nn.Module | None, dtype: torch.dtype, run: Processes) -> None:

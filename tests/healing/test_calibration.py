@@ -294,7 +294,7 @@ def test_logits_are_matched_far_back_as_often_as_near(tokens: int, device: str) 
     counts = {}
     for length in (512, 2048):
         part = torch.empty(tokens // 2 // length, length, 4, device="meta")
-        sequences, queries = sight.logit_share(part, 9, 2, device)
+        sequences, queries = sight.logit_share(*part.shape[:2], 9, 2, device)
         assert sequences <= len(part)
         assert queries <= length // 8
         counts[length] = sequences * queries
@@ -302,4 +302,4 @@ def test_logits_are_matched_far_back_as_often_as_near(tokens: int, device: str) 
     budget = sight.LOGIT_QUERIES[device]
     assert sum(counts.values()) <= budget
     assert tokens < 32768 or sum(counts.values()) == budget
-    assert sight.logit_share(torch.empty(4, 1 << 16, 4, device="meta"), 512, 1, device)[1] * 8 * 512 << 16 <= 1 << 32
+    assert sight.logit_share(4, 1 << 16, 512, 1, device)[1] * 8 * 512 << 16 <= 1 << 32
