@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rehead.errors import UnsupportedError
 from rehead.healing.moments import Batch, Moments, started
@@ -74,14 +74,12 @@ class Gatherer:
         """Make the sums those of all processes; the main one must have seen whatever any has."""
         if ranks.world == 1:
             return
-        seen = ranks.from_main(
-            lambda: {
-                name: [list(part.total.shape), str(part.total.dtype).rpartition(".")[2], list(part.weight.shape)]
-                for name, part in self.sums.items()
-                if part.total is not None and part.weight is not None
-            }
-        )
-        for name, (shape, dtype, weights) in seen.items():
+        mine: dict[str, Any] = {
+            name: [list(part.total.shape), str(part.total.dtype).rpartition(".")[2], list(part.weight.shape)]
+            for name, part in self.sums.items()
+            if part.total is not None and part.weight is not None
+        }
+        for name, (shape, dtype, weights) in ranks.from_main(lambda: mine).items():
             part = self.sums[name]
             if part.total is None or part.weight is None:
                 part.total = torch.zeros(shape, dtype=getattr(torch, dtype), device=ranks.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from rehead.healing.writers import OutputTarget, refit_output, refit_writers, ru
 from rehead.models.device_memory import free_memory
 from rehead.models.heads import Heads
 from rehead.models.linalg import sqrt_pair
+from rehead.models.ranks import Ranks
 from rehead.models.watch import hooked, until
 
 #: What a token leaves in memory on its way forward and back through an attention module, in hidden states.
@@ -62,6 +63,7 @@ class LayerRecovery:
             changed, inputs = self._closed_form(layer, job, heads, before, prefix, moments)
         weights, facts = changed.weights, changed.facts
         tensors = self.job.tensors(layer, weights) if isinstance(weights, Heads) else weights
+        tensors = self.original.ranks.same(tensors) or {}
         if job.module is not None:  # the changed checkpoint computes these too
             tensors |= self._writers(layer, job)
         if not (job.refit or job.fit or job.writers):
@@ -113,7 +115,7 @@ class LayerRecovery:
             if job.settings.on_original:
                 state, read = before, self.original.attention_inputs(layer, before)
             moments = gather_moments(self.original, layer, heads, state, read, job.needs, job.groups, rotation)
-        changed = job.closed_form(heads, moments)
+        changed = _of_main(job.closed_form(heads, moments), self.original.ranks)
         if job.refit and job.settings.logits and moments is not None and isinstance(changed.weights, Heads):
             if rotation is None or scaling is None:
                 changed.facts["logits"] = "not refitted: not linear in the projections"
@@ -215,6 +217,19 @@ class LayerRecovery:
             return kept[0].reshape(*x.shape[:-1], -1)
 
         return forward
+
+
+def _of_main(changed: Changed, ranks: Ranks) -> Changed:
+    """The main process's closed form: a basis is free in its signs, which another GPU may choose otherwise."""
+    if ranks.world == 1:
+        return changed
+    weights, order = changed.weights, changed.order
+    parts = dict(vars(weights)) if isinstance(weights, Heads) else dict(weights)
+    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    if order is not None:
+        order = (ranks.same({"order": order}) or {})["order"].to(order.device)
+    told: dict[str, Any] = {name: t.to(tensors[name].device) for name, t in (ranks.same(tensors) or {}).items()}
+    return replace(changed, weights=replace(weights, **told) if isinstance(weights, Heads) else told, order=order)
 
 
 def _brought(

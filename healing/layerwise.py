@@ -143,7 +143,7 @@ class LayerwiseModel:
             UnsupportedError: the layers' arguments depend on more than hidden states and positions.
         """
         self._load_outside()
-        states = [self._embed(part, batch_rows(*part.shape[:2], batch_tokens), rank, world) for part in tokens]
+        states = [self._embed(part, batch_rows(len(part), part.shape[1], batch_tokens), rank, world) for part in tokens]
         self._unload_outside()
         return states
 

@@ -187,7 +187,7 @@ def observe(
     Yields:
         One layer at a time, on the device.
     """
-    runner, state = _start(model, text, device, Ranks(0, 1, device))
+    runner, state = _start(model, text, device)
     for layer in _layers(model, progress):
         runner.model.load_layer(layer)
         kept: list[Tensor] = []
@@ -203,8 +203,11 @@ def observe(
         runner.model.unload_layer(layer)
 
 
-def _start(model: Model, text: CalibrationText, device: torch.device, ranks: Ranks) -> tuple[Runner, TextState]:
+def _start(
+    model: Model, text: CalibrationText, device: torch.device, ranks: Ranks | None = None
+) -> tuple[Runner, TextState]:
     """(a model to run layer by layer, this process's share of the text before its first layer)."""
+    ranks = ranks or Ranks(0, 1, device)
     batch_tokens = _BATCH_TOKENS.get(device.type, 4096)
     runner = Runner(LayerwiseModel(model, model.config, device), batch_tokens, ranks, _counts(text))
     hidden = runner.model.embed(text.tokens, batch_tokens, ranks.rank, ranks.world)

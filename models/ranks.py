@@ -151,9 +151,8 @@ class Ranks:
         """The main process's tensors, in every process and on its device; or None where it has none."""
         if self.world == 1:
             return tensors
-        shapes = self.from_main(
-            lambda: tensors and {name: [list(t.shape), str(t.dtype)] for name, t in tensors.items()}
-        )
+        mine = None if tensors is None else {name: [list(t.shape), str(t.dtype)] for name, t in tensors.items()}
+        shapes: dict[str, Any] | None = self.from_main(lambda: mine)
         if shapes is None:
             return None
         result = {}
