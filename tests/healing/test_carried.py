@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rehead.healing.layerwise import LayerwiseModel
 from rehead.healing.runner import Runner, TextState
+from rehead.models.ranks import Ranks
 
 gemma4 = pytest.importorskip("transformers.models.gemma4.configuration_gemma4")
 
@@ -53,6 +54,16 @@ def test_layers_that_share_keys_and_values_run_one_by_one_as_the_model_does() ->
             rows = torch.tensor([1, 0])
             torch.testing.assert_close(runner.call(layer, before, 0, rows), text.hidden[0][rows], atol=1e-5, rtol=1e-5)
             runner.model.unload_layer(layer)
+        # Three processes that share the sequences get the same; one of them has none of the longer ones.
+        for rank in range(3):
+            shared = LayerwiseModel(model, config, torch.device("cpu"))
+            runner = Runner(shared, 24, Ranks(rank, 3, shared.device), {12: 5, 20: 2})
+            share = TextState(shared.embed(ids, 24, rank, 3))
+            for layer in range(4):
+                shared.load_layer(layer)
+                runner.run(layer, share)
+            for part, whole in zip(share.hidden, text.hidden):
+                torch.testing.assert_close(part, whole[rank::3], atol=1e-5, rtol=1e-5)
         assert text.carried[0]["shared_kv_states"].keys() == {"sliding_attention", "full_attention"}
         keys, _ = text.carried[1]["shared_kv_states"]["full_attention"]
         assert keys.shape[0] == 2
