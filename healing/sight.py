@@ -131,7 +131,8 @@ def logit_targets(
         sequences = torch.linspace(0, have - 1, count).long()
         for number, together in enumerate(sequences.split(min(8, runner.batch_rows(part)))):
             at = spread(part.shape[1], queries, number, runner.device)
-            rows, batch = runner.ranks.own(together), Shared(len(together), runner.ranks.places(together))
+            rows = runner.ranks.own(together)
+            batch = Shared(len(together), runner.ranks.places(together)) if runner.ranks.world > 1 else None
             x = with_one(inputs[index][rows].to(runner.device))
             if not len(rows):
                 targets.append(LogitTargets(x, at, x, x, batch))
