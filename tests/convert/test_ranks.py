@@ -131,7 +131,7 @@ def test_an_error_in_one_process_ends_both_and_is_said_once(source: Path, tmp_pa
     said = re.findall(r"^(?:\[\w+\]:)?error: .*", done.stderr, re.MULTILINE)
     assert said == ["error: layer 1: is not to be had; leave it"], done.stderr[-3000:]
     assert "exitcode  : 3" in done.stderr
-    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("Traceback (most recent call last)")[0]
+    assert done.stderr.count("Traceback (most recent call last)") <= 1  # the launcher's own
     assert not (tmp_path / "out").exists()
 
 
