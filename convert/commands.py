@@ -121,9 +121,9 @@ def convert_command(model: str, out: str, device_memory: str | None, as_json: bo
     size = None if device_memory is None else parse_size(device_memory, "--device-memory")
     ranks = join_ranks(values["device"])
     limited = memory_limited(ranks.device, size)
-    if _is_budget(given) and ranks.world > 1:
-        raise UsageError("a budget (--kv-cache alone, --kl, ...) is met by one process; run it without a launcher")
     if _is_budget(given):
+        if ranks.world > 1:
+            raise UsageError("a budget (--kv-cache alone, --kl, ...) is met by one process; run it without a launcher")
         from rehead.convert.budget.meet import meet
 
         with limited, progress_bar(quiet) as progress:

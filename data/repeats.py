@@ -50,7 +50,8 @@ def with_repeats(rows: Rows, places: np.ndarray, share: float, seed: int, start:
     Stretches have :data:`SHORTEST` to :data:`LONGEST` tokens; their distances are drawn uniformly from a stretch's
     length up to the document's, so that far ones are not rarer than near ones. Stretches that would overlap are left
     out. Which rows and which stretches depends on seed and place alone. A row whose positions restart holds several
-    documents (:meth:`rehead.data.store.TokenStore.read`); those of fewer than four shortest stretches stay as they are.
+    documents (:meth:`rehead.data.store.TokenStore.read`); those shorter than four of the shortest stretches are not
+    changed.
 
     Args:
         rows: labels are copied with their tokens, and stay ignored where a copied token begins a document.

@@ -28,7 +28,7 @@ def memory_limited(device: torch.device, size: int | None) -> Iterator[None]:
     total = torch.cuda.get_device_properties(device).total_memory
     if size > total:
         raise UsageError(f"--device-memory {size:,}: the GPU has {total:,} bytes; ask for no more")
-    place = torch.cuda.current_device() if device.index is None else device.index
+    place = _index(device)
     before = torch.cuda.get_per_process_memory_fraction(place)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(size / total, place)
@@ -40,11 +40,10 @@ def memory_limited(device: torch.device, size: int | None) -> Iterator[None]:
 
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that new tensors may take: what is free there, within this process's limit."""
-    place = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     kept_for_reuse = torch.cuda.memory_reserved(device) - allocated
-    limit = int(torch.cuda.get_per_process_memory_fraction(place) * total)
+    limit = int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total)
     return max(0, min(free + kept_for_reuse, limit - allocated))
 
 
@@ -61,6 +60,11 @@ def in_host_memory(tensor: Tensor) -> Tensor:
     except RuntimeError:  # the host allows less pinned memory than that
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     return copy.copy_(tensor)
+
+
+def _index(device: torch.device) -> int:
+    """A GPU's number, which torch's limits ask for."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _is_pinned(tensor: Tensor) -> bool:

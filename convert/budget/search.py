@@ -36,13 +36,15 @@ class Predictor:
     def __init__(self, options: Library, estimates: Estimates) -> None:
         self.options = options
         self.keys = list(estimates.effects)
-        self.index = {key: at for at, key in enumerate(self.keys)}
+        self.index = {key: at for at, key in enumerate(self.keys)} | {
+            (layer, ""): len(self.keys) for layer in options.layers
+        }
         if self.keys:
             effects = torch.stack([estimates.effects[key] for key in self.keys]).double()
             gram = (effects @ effects.T / 2).cpu()
         else:
             gram = torch.zeros(0, 0, dtype=torch.float64)
-        # The last row and column are those of a layer as it is, which has no effect.
+        # The last row and column are those of a layer that does not change, which has no effect.
         self.gram: Tensor = nn.functional.pad(gram, (0, 1, 0, 1))
 
     def among(self, options: Library) -> Predictor:
@@ -109,7 +111,7 @@ class _Changes:
     Attributes:
         made: (layer, its new option) of each.
         taken, left: int64 [changes], where the option that a change takes and the one that it leaves are among the
-            predictor's; one past the last for a layer as it is.
+            predictor's; one past the last for a layer that does not change.
         products: [changes, options + 1]: the effects of each change times those of each option, halved.
         predicted: predicted loss after each; of none of them: ``loss``.
         totals: bytes after each; of none of them: ``total``.
@@ -135,11 +137,8 @@ class _Changes:
         ]
         befores = [predictor.at(choice, layer) for layer, _ in made]
         saved = [options.bytes_of(option) - options.bytes_of(before) for (_, option), before in zip(made, befores)]
-        none = len(gram) - 1
-        taken = torch.tensor([index.get((layer, option.name), none) for layer, option in made], dtype=torch.int64)
-        left = torch.tensor(
-            [index.get((layer, before.name), none) for (layer, _), before in zip(made, befores)], dtype=torch.int64
-        )
+        taken = torch.tensor([index[layer, option.name] for layer, option in made], dtype=torch.int64)
+        left = torch.tensor([index[layer, before.name] for (layer, _), before in zip(made, befores)], dtype=torch.int64)
         now = [index[layer, option.name] for layer, option in choice.items() if option.name]
         loss, total, products = float(gram[now][:, now].sum()), options.total(choice), gram[taken] - gram[left]
         rows = torch.arange(len(made))
