@@ -41,6 +41,13 @@ def test_neighbours_are_predicted_as_if_they_were_chosen(predictor):
         assert move.total == options.total(after)
 
 
+def test_a_form_that_nobody_estimated_does_not_pass_for_one_without_effect(predictor):
+    _, options, estimates = predictor
+    del estimates.effects[2, "b"]
+    with pytest.raises(KeyError, match="b"):
+        Predictor(options, estimates).moves({})
+
+
 def test_swaps_stay_within_the_budget_and_come_best_first(predictor):
     search, options, _ = predictor
     choice = uniform(options, "a")
