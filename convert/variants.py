@@ -12,7 +12,7 @@ from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, LayerForm, Rewrite
 from rehead.variants.contract import VARIANTS, Variant
-from rehead.variants.layer_choice import is_auto, parse_layers
+from rehead.variants.layer_choice import is_auto, layers_among
 
 if TYPE_CHECKING:
     from rehead.convert.options import ConvertOptions
@@ -39,13 +39,13 @@ def by_weights(model: Model, variant: Variant, options: Any) -> Rewrite:
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
         return Changed(change(heads, options, moments))
 
-    layers = set(parse_layers(options.layers, int(model.config.num_hidden_layers))) & set(model.layers)
+    layers = layers_among(options.layers, int(model.config.num_hidden_layers), model.layers)
     rewrite = rewrite_heads(
         variant.name,
         model,
         model.source.config,
         LayerForm(closed, needs, model.num_kv_heads, bool(needs)),
-        sorted(layers),
+        layers,
         lambda layer, heads: change(heads, options, None),
     )
     return replace(rewrite, exact=variant.exact(options), rounds=True)

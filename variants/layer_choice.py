@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rehead.errors import UsageError
 
 AUTO = "auto"
+ATTENDING = "with attention"
 
 
 def is_auto(layers: str | Sequence[int] | None) -> bool:
@@ -93,8 +94,29 @@ def named_layers(text: str | Sequence[int], most: int = 1 << 20) -> list[int]:
     return sorted(set(chosen))
 
 
-def check_known(wanted: set[int], known: Sequence[int]) -> None:
-    """Raise :class:`UsageError` for a layer that has no attention."""
-    wrong = sorted(wanted - set(known))
-    if wrong:
-        raise UsageError(f"layers: {wrong[0]} is not a layer with attention; choose from {known[0]} to {known[-1]}")
+def layers_among(
+    text: str | Sequence[int] | None, count: int, known: Sequence[int], kind: str = ATTENDING
+) -> list[int]:
+    """Those layers that a list names among the ones that can change, ascending.
+
+    Args:
+        text: as of :func:`parse_layers`.
+        count: layers of the model.
+        known: those that can change.
+        kind: what these are, for messages.
+
+    Raises:
+        UsageError: as :func:`parse_layers`; or none of the named layers can change.
+    """
+    wanted = set(parse_layers(text, count))
+    if not wanted & set(known):
+        check_known(wanted, known, kind)
+    return sorted(wanted & set(known))
+
+
+def check_known(wanted: set[int], known: Sequence[int], kind: str = ATTENDING) -> None:
+    """Raise :class:`UsageError` for a layer that is none of those that can change."""
+    if wrong := sorted(wanted - set(known)):
+        in_a_row = 1 < len(known) == known[-1] - known[0] + 1
+        ways = f"{known[0]} to {known[-1]}" if in_a_row else ", ".join(map(str, known)) or "none"
+        raise UsageError(f"layers: {wrong[0]} is not a layer {kind}; choose from {ways}")

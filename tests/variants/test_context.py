@@ -154,9 +154,17 @@ def test_a_cache_of_keys_rotated_for_less_is_refused(rope: str, tmp_path: Path) 
         ("llama", {"context": 512, "layers": "auto:1"}, "not measured for --context"),
         ("llama", {"context": 512, "window": 8, "layers": "0"}, "give one of them"),
         ("llama", {"context": 512, "latent": 8}, "does not go together"),
-        ("gptj", {"context": 512}, "ignores rope_parameters"),
         ("qwen3", {"context": 512, "rope": "drope"}, "cannot stand in"),
         ("phi3", {"context": 512, "rope": "yarn"}, "takes no rope_type yarn; give --rope longrope"),
+        ("phimoe", {"context": 512, "rope": "yarn"}, "takes no rope_type yarn; give --rope ntk"),
+        ("phimoe", {"context": 512, "rope": "longrope"}, "takes no rope_type longrope; give --rope ntk"),
+        ("gptj", {"context": 512}, "convert it with --host auto"),
+        ("granite_swa", {"context": 512, "rope": "yarn"}, "give --rope ntk or drope"),
+        ("smollm3", {"context": 512, "rope": "drope", "layers": "1"}, "1 is not a layer that rotates; choose from 0$"),
+        ("llama", {"context": 512, "rope_factors": [2.0] * 8}, "--rope yarn has factors of its own"),
+        ("gpt2", {"context": 512, "rope": "linear"}, "no rotary pairs; leave --rope out"),
+        ("llama", {"variants": ["context:tokens=512,table=repeat"]}, "no table of positions; leave table out"),
+        ("lfm2", {"variants": ["temperature:layers=0"]}, "0 is not a layer with attention; choose from 1$"),
         ("jamba", {"context": 512}, "neither rotary positions nor a table"),
         ("gpt2", {"context": 512, "layers": "0"}, "all layers share"),
     ],
@@ -166,6 +174,40 @@ def test_what_cannot_be_is_refused_in_one_line(kind: str, options: dict, said: s
     with pytest.raises((UsageError, UnsupportedError), match=said) as caught:
         plan(source, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("phimoe", {}, "does not compute yarn; give rope=ntk"),
+        ("phimoe", {"rope": "longrope"}, "does not compute longrope; give rope=ntk"),
+        ("falcon-rw", {}, "neither rotary positions nor a table"),
+        ("gpt2", {}, "has a table of positions; convert it"),
+        ("persimmon", {}, "how its heads rotate is not known"),
+        ("granite_swa", {}, "convert it by ntk or drope"),
+        ("gptj", {}, "convert it with --host auto"),
+        ("smollm3", {"layers": "1"}, "1 is not a layer that rotates; choose from 0$"),
+    ],
+)
+def test_live_models_are_refused_with_a_way_that_works_and_left_as_they_were(
+    kind: str, options: dict, said: str
+) -> None:
+    model = tiny.tiny_model(kind)
+    with (
+        pytest.raises((UsageError, UnsupportedError), match=said) as caught,
+        patch_model(model, "context", tokens=512, **options),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_the_ways_that_refusals_name_work(tmp_path: Path) -> None:
+    for kind, options in (("phimoe", {"rope": "ntk"}), ("gptj", {"host": "auto"}), ("granite_swa", {"rope": "drope"})):
+        source = tiny.save_tiny(kind, tmp_path / kind / "source")
+        convert(source, tmp_path / kind / "out", context=512, **options)
+        verify(tmp_path / kind / "out", str(source))
+        assert loaded(tmp_path / kind / "out")(LONG).logits.isfinite().all()
 
 
 def test_a_stretched_model_is_not_stretched_again_unless_it_can_be(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from rehead.models.model import Model
 from rehead.variants.context.options import ContextOptions
 from rehead.variants.context.rope import ntk_theta, stretch, stretched
 from rehead.variants.contract import ALL
-from rehead.variants.layer_choice import parse_layers
+from rehead.variants.layer_choice import layers_among
 
 #: Classes that stand in for others where single layers are to rotate in another way or not at all.
 HOSTS = {"drope": ("smollm3", "granite_swa"), "ntk": ("granite_swa",)}
+ROTATING = "that rotates"
 #: Config keys under which RoPE stood before ``rope_parameters``; what is right of them is written again with it.
 _OLDER = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 
@@ -42,8 +43,7 @@ def rotating(config: Config, family: Family) -> list[int]:
 
 def named_by(config: Config, options: ContextOptions, layers: Sequence[int]) -> list[int]:
     """Those of ``layers`` that the options name."""
-    wanted = set(parse_layers(options.layers, int(config.num_hidden_layers)))
-    return [layer for layer in layers if layer in wanted]
+    return layers_among(options.layers, int(config.num_hidden_layers), layers, ROTATING)
 
 
 def of_single_layers(config: Config, options: ContextOptions, layers: Sequence[int]) -> bool:
@@ -87,10 +87,22 @@ def config_with(model: Model, options: ContextOptions) -> dict[str, Any]:
     try:
         after = resolve_config(raw, model.source.id)
     except UnsupportedError:
-        raise UnsupportedError(f"{kind}: its config takes no rope_type {options.rope}; give --rope longrope") from None
+        other = _taken(model, options)
+        raise UnsupportedError(f"{kind}: its config takes no rope_type {options.rope}; give --rope {other}") from None
     for layer in layers:
         _check(layer, rope_parameters(after, layer), _flat(raw, config, layer), kind)
     return raw
+
+
+def _taken(model: Model, options: ContextOptions) -> str:
+    """A kind of RoPE that a class takes which refuses the one of the options; what ``ntk`` writes all of them take."""
+    if options.rope != "longrope":
+        try:
+            config_with(model, options.but(rope="longrope", factors=None))
+            return "longrope"
+        except UnsupportedError:
+            pass
+    return "ntk"
 
 
 def new_parameters(config: Config, family: Family, options: ContextOptions) -> dict[str, Any]:
@@ -101,7 +113,8 @@ def new_parameters(config: Config, family: Family, options: ContextOptions) -> d
     """
     kind = config.model_type
     if not _reads_parameters(config):
-        raise UnsupportedError(f"{kind}: its class ignores rope_parameters; patch the live model with dual_chunk")
+        ways = "convert it with --host auto" if family.hosted else "patch the live model with dual_chunk"
+        raise UnsupportedError(f"{kind}: its class ignores rope_parameters; {ways}")
     trained = trained_length(config, options)
     parameters = copy.deepcopy(dict(config.rope_parameters))
     kinds = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
@@ -112,7 +125,9 @@ def new_parameters(config: Config, family: Family, options: ContextOptions) -> d
     if not kinds:
         return changed(parameters, rotating(config, family)[0])
     if "full_attention" not in kinds:
-        raise UnsupportedError(f"{kind}: its RoPE differs by kinds of layer that are not known; patch the live model")
+        raise UnsupportedError(
+            f"{kind}: its RoPE differs by unknown kinds of layer; patch the live model with dual_chunk"
+        )
     first = next((i for i in rotating(config, family) if config.layer_types[i] == "full_attention"), None)
     if first is None:
         raise UnsupportedError(f"{kind}: no layer without a window rotates, so there is nothing to stretch")
@@ -126,11 +141,13 @@ def _by_layer(
     kind, chosen = config.model_type, named_by(config, options, layers)
     if kind not in HOSTS.get(options.rope, ()):
         ways = " or ".join(HOSTS["drope"])
-        raise UnsupportedError(
-            f"{kind}: no class rotates single layers by {options.rope}; leave --layers out"
-            if options.rope not in HOSTS
-            else f"{kind}: its class cannot say which layers rotate, and {ways}, which can, cannot stand in for it"
-        )
+        if options.rope in HOSTS:
+            reason = f"its class cannot say which layers rotate, and {ways}, which can, cannot stand in for it"
+        elif options.layers == ALL:
+            reason = f"its class turns each layer by a base of its own, not by {options.rope}; give --rope ntk or drope"
+        else:
+            reason = f"no class rotates single layers by {options.rope}; leave --layers out"
+        raise UnsupportedError(f"{kind}: {reason}")
     factor = stretch(trained, options)
     if kind == "smollm3":
         old = list(config.no_rope_layers)

@@ -19,9 +19,10 @@ from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.predictions import predict
 from rehead.models.stale import refuse_stale_keys
 from rehead.models.undo import UndoLog
-from rehead.variants.context.classes import named_by, new_parameters, rotating, trained_length
+from rehead.variants.context.classes import ROTATING, named_by, new_parameters, rotating, trained_length
 from rehead.variants.context.options import ContextOptions
 from rehead.variants.context.rope import stretch
+from rehead.variants.context.tables import nothing_to_stretch
 from rehead.variants.layer_choice import check_known
 
 
@@ -50,12 +51,14 @@ def redirect(
     config = whole.config.get_text_config(decoder=True)
     kind = str(config.model_type)
     family = FAMILIES.get(base_type(kind))
-    if family is None or not rotating(config, family):
-        raise UnsupportedError(f"{kind}: has no rotary positions on a live model to stretch; convert it instead")
+    if family is None:
+        raise UnsupportedError(f"{kind}: how its heads rotate is not known; see `rehead families`")
+    if not rotating(config, family):
+        raise UnsupportedError(nothing_to_stretch(kind) or f"{kind}: has a table of positions; convert it instead")
     if getattr(config, "layer_rope_theta", None):
-        raise UnsupportedError(f"{kind}: each of its layers has a theta of its own; convert it instead")
+        raise UnsupportedError(f"{kind}: each of its layers has a theta of its own; convert it by ntk or drope")
     layers = rotating(config, family)
-    check_known(asked or set(), layers)
+    check_known(asked or set(), layers, ROTATING)
     chosen = named_by(config, options, layers)
     trained = trained_length(config, options)
     stretch(trained, options)
@@ -78,7 +81,7 @@ def redirect(
         state = LayerState(name, place[1], type(module).__name__, "rope", said, "redirected", options=options)
         undo.add(module.register_forward_pre_hook(_handed(state), with_kwargs=True).remove)
         states.append(state)
-    _check_runs(model, kind, states)
+    _check_runs(model, kind, states, options.rope)
     memory["untouched"] = [name for name, _ in found.interface + found.own if name not in {s.name for s in states}]
     return states
 
@@ -157,12 +160,16 @@ def _handed(state: LayerState) -> Any:
     return before
 
 
-def _check_runs(model: nn.Module, kind: str, states: list[LayerState]) -> None:
-    """Refuse a class whose attention is not handed its angles: nothing would change."""
-    with probing.frozen(model):
-        predict(model, {"input_ids": probing.probe_tokens(model, 4, 1, seed=0)})
+def _check_runs(model: nn.Module, kind: str, states: list[LayerState], rope: str) -> None:
+    """Refuse a class that does not compute these angles, or whose attention is not handed them."""
+    try:
+        with probing.frozen(model):
+            predict(model, {"input_ids": probing.probe_tokens(model, 4, 1, seed=0)})
+    except KeyError:  # of Phi-3.5-MoE's RoPE parameters
+        raise UnsupportedError(f"{kind}: its class does not compute {rope}; give rope=ntk") from None
     silent = [state for state in states if not state.calls]
     for state in states:
         state.calls = 0
     if silent or not states:
-        raise UnsupportedError(f"{kind}: its attention makes its rotary angles itself; convert it instead")
+        ways = "give another rope" if rope == "drope" else "convert it instead"
+        raise UnsupportedError(f"{kind}: its attention makes its rotary angles itself; {ways}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from rehead.errors import UsageError
 from rehead.models.serving import EngineName
 from rehead.options import SPLIT, Count
 from rehead.variants.contract import VariantOptions
@@ -35,3 +36,9 @@ class ContextOptions(VariantOptions):
         description="How a table of learned positions grows: its rows spread out, or said again behind the old ones, "
         "which leaves short texts as they are; uptrain the result.",
     )
+
+    @model_validator(mode="after")
+    def _factors_are_read(self) -> ContextOptions:
+        if self.factors and self.rope not in ("longrope", "fitted"):
+            raise UsageError(f"--rope-factors: --rope {self.rope} has factors of its own; give --rope longrope")
+        return self

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import resolve_config
 from rehead.models.families.parallel import base_type
 from rehead.models.model import Model
@@ -50,20 +50,27 @@ TABLES = {
 }
 
 
-def table_of(model: Model) -> Table | None:
-    """Where a model keeps its positions; None where it has no table of them that is known."""
-    return TABLES.get(base_type(str(model.config.model_type)))
+def nothing_to_stretch(kind: str) -> str | None:
+    """Why a model of a type whose heads do not rotate has no positions to stretch; None where it has a table."""
+    if base_type(kind) in TABLES:
+        return None
+    return (
+        f"{kind}: has neither rotary positions nor a table of them, so there is nothing to stretch; its texts are "
+        "limited by nothing but what it was trained at"
+    )
 
 
 def resized(model: Model, options: ContextOptions) -> Rewrite:
     """A model whose table has a row for each of ``options.tokens`` positions; no weight is read.
 
     Raises:
-        UsageError: not more positions than there are.
+        UsageError: not more positions than there are, or rotary pairs are spoken of.
         UnsupportedError: single layers are named, or there is no table in the checkpoint.
     """
-    kind, table = model.config.model_type, table_of(model)
-    assert table is not None
+    kind = str(model.config.model_type)
+    table = TABLES[base_type(kind)]
+    if options.rope != "yarn":
+        raise UsageError(f"{kind}: has a table of positions and no rotary pairs; leave --rope out")
     if options.layers != ALL:
         raise UnsupportedError(f"{kind}: all layers share its positions; leave --layers out")
     raw = dict(model.source.config)

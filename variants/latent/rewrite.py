@@ -32,7 +32,7 @@ from rehead.variants.latent.options import LatentOptions
 from rehead.variants.latent.settle import kept_pairs, settle
 from rehead.variants.latent.sizes import LatentSizes
 from rehead.variants.latent.solve import solve
-from rehead.variants.layer_choice import parse_layers
+from rehead.variants.layer_choice import layers_among
 
 #: Classes that compute what the hosts do around the attention: pre-norm blocks, RMSNorm with plain weights, gated FFNs,
 #: no multipliers. Each is proved by a test of its own.
@@ -149,7 +149,7 @@ def latent_beside(model: Model, options: LatentOptions) -> Rewrite:
     angles = angles_of(model)
     settled = settle(options, angles, *span(model))
     count = int(model.config.num_hidden_layers)
-    layers = sorted(set(parse_layers(options.layers, count)) & set(model.layers))
+    layers = layers_among(options.layers, count, model.layers)
     rewrite = latent(model, settled, angles, refits=False, fits=False, layers=layers, dtype=None)
     kept = kept_pairs(settled, angles)
     biases = [name for name in _shapes(model, settled, angles, kept, layers[0]).weights() if name.endswith("_bias")]

@@ -16,7 +16,7 @@ from rehead.models.model import Model
 from rehead.models.modeling import window_families
 from rehead.models.rewrite import Changed, LayerForm, RecoverySettings, Rewrite, unchanged
 from rehead.variants.contract import ALL, Variant, register
-from rehead.variants.layer_choice import is_auto, named_layers, parse_layers
+from rehead.variants.layer_choice import is_auto, layers_among, named_layers
 from rehead.variants.prune.live import calibrate, redirect
 from rehead.variants.prune.options import PruneOptions, check_heads, refusal
 from rehead.variants.prune.solve import OUTPUTS, least_needed, without_heads
@@ -25,7 +25,7 @@ from rehead.variants.prune.solve import OUTPUTS, least_needed, without_heads
 def _layers(model: Model, options: PruneOptions) -> list[int]:
     if is_auto(options.layers):
         raise UsageError("--variant prune: layers=auto is for live models; name the layers, e.g. layers=0-3")
-    return sorted(set(parse_layers(options.layers, int(model.config.num_hidden_layers))) & set(model.layers))
+    return layers_among(options.layers, int(model.config.num_hidden_layers), model.layers)
 
 
 def _rewrite(model: Model, options: PruneOptions) -> Rewrite:

@@ -19,7 +19,7 @@ from rehead.models.modeling import window_families
 from rehead.models.rewrite import Changed, Derived, LayerForm, Rewrite, unchanged
 from rehead.options import Count
 from rehead.variants.contract import ALL, Variant, VariantOptions, register
-from rehead.variants.layer_choice import named_layers, parse_layers
+from rehead.variants.layer_choice import layers_among, named_layers
 from rehead.variants.pool.regroup import POOL_MOMENTS
 from rehead.variants.uneven.solve import OF_KEYS, compressed, share_heads
 from rehead.variants.window.classes import FILE
@@ -44,7 +44,7 @@ def _rewrite(model: Model, options: UnevenOptions) -> Rewrite:
     count, old = options.num_key_value_heads, model.num_kv_heads
     if count >= old:
         raise UsageError(f"--variant uneven: {count} KV heads are not fewer than the model's {old}; give less")
-    layers = sorted(set(parse_layers(options.layers, int(model.config.num_hidden_layers))) & set(model.layers))
+    layers = layers_among(options.layers, int(model.config.num_hidden_layers), model.layers)
     if (reason := _refusal(model, layers)) is not None:
         raise UnsupportedError(f"{model.config.model_type}: {reason}; use --kv-heads")
 
