@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +35,16 @@ _REPEAT = "convert again or fetch it again"
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, torch and transformers."""
-    import torch
-    import transformers
+    """The versions of Python, torch and transformers; neither library is imported for that."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "transformers")}}
 
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+
+def _version(name: str) -> str:
+    """A library's version: its own word, or that of its installation while it is not imported."""
+    if name not in sys.modules:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return str(import_module(name).__version__)
 
 
 def made_by(command: str) -> dict[str, Any]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+import transformers
 
 from rehead.checkpoints.manifest import completed, read_manifest, verify_files
 from rehead.checkpoints.manifest_schema import Manifest
@@ -40,6 +45,18 @@ def aged(name: str, folder: Path) -> Path:
         old["files"][file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "out" / "rehead.json").write_text(json.dumps(old, indent=1) + "\n")
     return folder / "out"
+
+
+def test_versions_are_the_libraries_own_and_import_neither() -> None:
+    code = (
+        "import json, sys; from rehead.checkpoints.manifest import versions; told = versions();"
+        "print(json.dumps([told, sorted({'torch', 'transformers'} & set(sys.modules))]))"
+    )
+    told, imported = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert imported == []
+    assert told == {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MADE)
