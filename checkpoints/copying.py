@@ -62,12 +62,14 @@ def copy_run(
     """
     file, start, end = run[0].file, run[0].start, run[-1].end
     fd = source.weight_fd(file)
-    dropped = start
+    dropped = fetched = start
     at = 0  # index of the tensor that the piece starts in
     while start < end:
         space = writer.space()
         stop = min(start + len(space), end)
-        fetch_ahead(fd, stop, min(_AHEAD, end - stop))
+        if (ahead := min(stop + _AHEAD, end)) > fetched:  # each byte once: asking again costs time even if it is there
+            fetch_ahead(fd, fetched, ahead - fetched)
+            fetched = ahead
         source.read_range(file, start, space[: stop - start])
         while check:
             _check_piece(run[at], space, start, stop)

@@ -10,6 +10,7 @@ import writing
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from rehead.checkpoints import copying
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.safetensors_io import header_bytes
@@ -116,6 +117,36 @@ def test_large_tensors_and_many_pieces(tmp_path):
     assert torch.equal(got["b"], big * 3)
     assert (got["c"].item(), got["e"].item(), tuple(got["d"].shape)) == (1.5, 2.0, (0, 4))
     verify_files(out)
+
+
+def test_every_copied_byte_is_fetched_once_and_before_it_is_read(tmp_path, monkeypatch):
+    numbers = torch.arange(4_000_000, dtype=torch.int64)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    checkpoints.save(folder / "model.safetensors", {"a": numbers, "b": numbers.flip(0)})
+    (folder / "config.json").write_text("{}")
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(copying, "fetch_ahead", lambda fd, offset, length: told.append(("fetch", offset, length)))
+    read = LocalSource.read_range
+
+    def noted(self, shard, offset, out):
+        told.append(("read", offset, len(out)))
+        read(self, shard, offset, out)
+
+    monkeypatch.setattr(LocalSource, "read_range", noted)
+    convert(folder, tmp_path / "out")
+    source = LocalSource(folder)
+    at = end = source.tensors["a"].start
+    for what, offset, length in told:
+        if what == "fetch":
+            assert offset == end
+            assert length > 0
+            end += length
+        else:
+            assert offset == at
+            assert offset + length <= end
+            at += length
+    assert at == end == source.tensors["b"].end
 
 
 def test_renamed_noncontiguous_and_fused_outputs(tmp_path, model):
