@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from importlib.resources import files
 from pathlib import Path
 
 from rehead.checkpoints.hub import HubSource
-from rehead.checkpoints.source import LocalSource, Source
+from rehead.checkpoints.source import LocalSource, Source, fetch_ahead
 from rehead.errors import UnsupportedError, UsageError
 
 #: The small model that ships with Rehead.
 EMBEDDED = "embedded"
+
+#: Bytes of a checkpoint that the disk reads while libraries load, and how many are asked for at once.
+_BEFOREHAND, _PIECE = 1 << 30, 8 << 20
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -65,3 +70,23 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None) -> S
     if looks_local:
         raise UsageError(f"{text}: no such folder; give a checkpoint's folder or a Hub id (owner/name)")
     return HubSource(text, revision)
+
+
+def read_beforehand(model: str) -> None:
+    """Have the disk read where a local checkpoint's weights begin, while this process loads libraries.
+
+    Returns at once. The system keeps what it read as long as nothing else needs that memory; errors are left to whoever
+    opens the checkpoint.
+    """
+    threading.Thread(target=_fetch_start, args=(Path(model),), daemon=True, name="rehead-fetch").start()
+
+
+def _fetch_start(folder: Path) -> None:
+    left = _BEFOREHAND
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                size = min(path.stat().st_size, left)
+                for start in range(0, size, _PIECE):
+                    fetch_ahead(file.fileno(), start, min(_PIECE, size - start))
+            left -= size

@@ -108,7 +108,10 @@ def convert_command(model: str, out: str, device_memory: str | None, as_json: bo
 
     Several GPUs share the calibration text: accelerate launch --num_processes 2 -m rehead.cli convert ...
     """
+    from rehead.checkpoints.opening import read_beforehand
     from rehead.checkpoints.shards import parse_size
+
+    read_beforehand(model)
     from rehead.convert import convert
     from rehead.models.device_memory import memory_limited
     from rehead.models.ranks import join_ranks

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+from rehead.checkpoints import opening
 from rehead.checkpoints.finite import first_nonfinite
-from rehead.checkpoints.opening import open_source
+from rehead.checkpoints.opening import open_source, read_beforehand
 from rehead.checkpoints.safetensors_io import DTYPE_BITS, header_bytes, read_header
 from rehead.checkpoints.smallfiles import travels
 from rehead.checkpoints.source import DTYPE_NAMES, LocalSource, torch_dtype
@@ -93,6 +95,30 @@ assert source.tensors and source.small_files()
 assert "torch" not in sys.modules and "huggingface_hub" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_disk_reads_the_start_of_the_weights_once_and_in_order(tmp_path, monkeypatch):
+    for number, size in ((1, 500), (2, 100), (3, 700)):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(bytes(size))
+    asked: list[tuple[str, int, int]] = []
+
+    def fetch(fd: int, offset: int, length: int) -> None:
+        asked.append((os.readlink(f"/proc/self/fd/{fd}")[-13:-12], offset, length))
+
+    monkeypatch.setattr(opening, "fetch_ahead", fetch)
+    monkeypatch.setattr(opening, "_BEFOREHAND", 800)
+    monkeypatch.setattr(opening, "_PIECE", 256)
+    opening._fetch_start(tmp_path)
+    assert asked == [("1", 0, 256), ("1", 256, 244), ("2", 0, 100), ("3", 0, 200)]
+
+
+@pytest.mark.parametrize("model", ["org/no-such-model", "", "~/nowhere"])
+def test_nothing_is_read_and_nothing_said_where_there_is_no_folder(model, capfd):
+    read_beforehand(model)
+    for thread in threading.enumerate():
+        if thread.name == "rehead-fetch":
+            thread.join()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_every_dtype_of_the_format_has_a_size_and_known_ones_a_torch_dtype():
