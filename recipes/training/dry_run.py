@@ -25,7 +25,7 @@ from rehead.recipes.training.models import (
 from rehead.recipes.training.optimizer import Optimizer, Weights, choose
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.processes import join_processes
-from rehead.recipes.training.rate import HIGHEST, default_rate, is_measured
+from rehead.recipes.training.rate import HIGHEST, is_measured, peak_rate
 from rehead.recipes.training.run import arithmetic, check_resume
 from rehead.recipes.training.texts import first_micro_batch, tokenizer_of
 
@@ -90,7 +90,7 @@ def estimate_uptraining(
         "trains": f"{trained:,} of {pupil.parameters:,} numbers, {chosen.loss}",
         "learning rate": f"chosen at the start by the KL to the teacher, {HIGHEST:g} at most"
         if is_measured(chosen)
-        else f"{chosen.learning_rate or default_rate(None):g}",
+        else f"{peak_rate(chosen):g}",
         "teacher": "none" if teacher is None else teacher.name,
         "pace": f"{chosen.rows_per_step * chosen.seq_length / step:,.0f} tokens per second",
         "on": f"{run.device}, {str(dtype).removeprefix('torch.')}",

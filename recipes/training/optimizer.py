@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rehead.errors import UsageError, unknown_name
 from rehead.recipes.training.options import UptrainOptions
-from rehead.recipes.training.rate import default_rate
+from rehead.recipes.training.rate import peak_rate
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -164,7 +164,7 @@ class Optimizer:
 
     def __init__(self, weights: Weights, options: UptrainOptions, fused: bool | None = None) -> None:
         self._weights, self._clip = weights, options.clip
-        peak = options.learning_rate or default_rate(None)
+        peak = peak_rate(options)
         groups = parameter_groups(weights.tensors, peak, options.learning_rates, options.weight_decay)
         for group in groups:
             group.pop("names")

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from rehead.options import Count, Flag, Names, Options, flag_of, pairs
 
+#: Tokens of the shortest row that repeats anything (:func:`rehead.data.repeats.with_repeats`).
+_REPEATING = 66
+
 
 class UptrainOptions(Options):
     """What an uptraining is asked to do."""
@@ -116,6 +119,11 @@ class UptrainOptions(Options):
             raise ValueError(
                 f"warmup {self.warmup:g}: is more than the run's {self.steps} step{'s' * (self.steps != 1)}, so it "
                 "would never reach its learning rate; give fewer, or a share such as 0.05"
+            )
+        if self.repeats and self.seq_length < _REPEATING:
+            raise ValueError(
+                f"--repeats {self.repeats:g}: rows of {self.seq_length} tokens are too short to repeat anything; give "
+                f"--seq-length {_REPEATING} or more"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas}: must lie in [0, 1)")

@@ -49,6 +49,11 @@ def default_rate(divergence: float | None) -> float:
     return float(f"{max(HIGHEST * min(1.0, divergence / _FAR), LOWEST):.2g}")
 
 
+def peak_rate(options: UptrainOptions, divergence: float | None = None) -> float:
+    """The rate that was asked for, else :func:`default_rate`."""
+    return options.learning_rate or default_rate(divergence)
+
+
 def is_measured(options: UptrainOptions) -> bool:
     """Whether the rate depends on how far the student is from its teacher: none is given and the loss needs one."""
     return options.learning_rate is None and options.objective().needs_teacher
@@ -63,10 +68,8 @@ def rate_at_start(module: Any, store: TokenStore, options: UptrainOptions, run: 
         options: of the run.
         run: the processes; each gets the same rate.
     """
-    if not is_measured(options):
-        return Rate(options.learning_rate or default_rate(None))
-    kl = _divergence(module, store, options, run)
-    return Rate(default_rate(kl), kl)
+    kl = _divergence(module, store, options, run) if is_measured(options) else None
+    return Rate(peak_rate(options, kl), kl)
 
 
 def _divergence(module: Any, store: TokenStore, options: UptrainOptions, run: Processes) -> float:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rehead.data.calibration import CalibrationText
 from rehead.data.repeats import LONGEST, SHORTEST, _stretches, repeating, with_repeats
 from rehead.data.store import IGNORED, Rows, TokenStore
+from rehead.recipes.training.options import _REPEATING
 
 
 def _store(folder, documents: list[int], start: int) -> TokenStore:
@@ -110,6 +111,13 @@ def test_stretches_do_not_overlap_and_are_found_whole(begin: int, length: int, s
     after = with_repeats(tokens, np.array([seed]), 1.0, 0, begin).input_ids[0]
     for at, distance, size in _stretches(max(begin, 1), begin + length, np.random.default_rng([0, seed])):
         assert torch.equal(after[at : at + size], after[at - distance : at - distance + size])
+
+
+def test_rows_that_options_take_repeat_something_and_shorter_ones_nothing() -> None:
+    for length in (_REPEATING - 1, _REPEATING):
+        rows = _distinct(1, length)
+        same = torch.equal(with_repeats(rows, np.array([0]), 1.0, 0).input_ids, rows.input_ids)
+        assert same == (length < _REPEATING)
 
 
 def test_distances_cover_the_whole_row() -> None:

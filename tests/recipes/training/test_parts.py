@@ -65,6 +65,7 @@ def test_sizes(text: str | int, number: int) -> None:
         ({"seed": -1}, "--seed -1"),
         ({"repeats": 1.5}, "--repeats 1.5: must be 1 or less"),
         ({"repeats": -0.1}, "--repeats"),
+        ({"repeats": 0.5, "seq_length": 65}, "too short to repeat anything; give --seq-length 66 or more"),
         ({"seed": 1 << 70}, "--seed"),
         ({"warmup": 300, "tokens": 32768 * 8}, "is more than the run's 8 steps"),
     ],
