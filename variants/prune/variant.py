@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from rehead.console import quiet_transformers
 from rehead.errors import UnsupportedError, UsageError, first_line
 from rehead.models.by_heads import rewrite_heads
-from rehead.models.config import resolve_config
 from rehead.models.families.parallel import FILE, WINDOW_PREFIX
 from rehead.models.heads import Heads
 from rehead.models.layout import LayerLayout
+from rehead.models.meta import load_report, shapes_of
 from rehead.models.model import Model
 from rehead.models.modeling import window_families
 from rehead.models.rewrite import Changed, LayerForm, RecoverySettings, Rewrite, unchanged
+from rehead.models.rewritten import rewritten
 from rehead.variants.contract import ALL, Variant, register
 from rehead.variants.layer_choice import is_auto, layers_among, named_layers
 from rehead.variants.prune.live import calibrate, redirect
@@ -38,10 +41,14 @@ def _rewrite(model: Model, options: PruneOptions) -> Rewrite:
     if not options.heads:
         return unchanged("prune", model.source.config, model.family, model.source.tensors)
     num, kv, count, layers = model.num_heads, model.num_kv_heads, options.heads, _layers(model, options)
-    check_heads(count, num, kv)
-    if (reason := refusal(model.family, model.config) or _unheld(model, options)) is not None:
+    if (reason := refusal(model.family, model.config)) is not None:
         raise UnsupportedError(f"{model.config.model_type}: {reason}")
-    if _in_own_class(model, options) is None:
+    if (reason := _not_in_own_class(model, options)) is not None and not _in_file(model):
+        ways = "patch the live model" if layers == list(model.layers) else "prune all layers alike"
+        raise UnsupportedError(
+            f"{model.config.model_type}: {reason}, and Rehead has no modelling file for it; {ways}, or another model"
+        )
+    if reason is None:
         raw = _fewer_everywhere(model, count)
     elif not str(model.config.model_type).startswith(WINDOW_PREFIX):
         raise UnsupportedError(
@@ -61,16 +68,18 @@ def _rewrite(model: Model, options: PruneOptions) -> Rewrite:
             fewer, {"dropped": dropped, **({} if error is None else {"pruned_error": round(error, 6)})}, order
         )
 
-    def shapes(layer: int, heads: Heads) -> Heads:
-        going = [group * (num // kv) + at for group in range(kv) for at in range(count)]
-        return without_heads(heads, going, None)[0]
-
     needs = _needs(options)
     # Chosen and predicted on the original's own text, as on a live model; a refit corrects the layers before. The
     # queries and keys of heads that stay are the original's already.
     settings = RecoverySettings(on_original=True, logits=False)
     form = LayerForm(closed, needs, calibrated=bool(needs), settings=settings)
-    return rewrite_heads("prune", model, raw, form, layers, shapes)
+    return rewrite_heads("prune", model, raw, form, layers, partial(_shapes, kv, count))
+
+
+def _shapes(kv: int, count: int, layer: int, heads: Heads) -> Heads:
+    """A layer without the first ``count`` query heads of each group."""
+    size = heads.o.shape[1] // kv
+    return without_heads(heads, [group * size + at for group in range(kv) for at in range(count)], None)[0]
 
 
 def _fewer_everywhere(model: Model, count: int) -> dict[str, Any]:
@@ -81,21 +90,31 @@ def _fewer_everywhere(model: Model, count: int) -> dict[str, Any]:
     return raw
 
 
-def _in_own_class(model: Model, options: PruneOptions) -> str | None:
-    """Why the model's own class cannot hold what is left; None where it can."""
+def _not_in_own_class(model: Model, options: PruneOptions) -> str | None:
+    """Why the model's own class cannot hold what is left; None where it can.
+
+    Raises:
+        UsageError, UnsupportedError: as :func:`check_heads`.
+    """
+    check_heads(options.heads, model.num_heads, model.num_kv_heads)
     import transformers  # noqa: F401 - its own config class knows what it refuses, which its plain numbers do not say
 
     if str(model.config.model_type).startswith(WINDOW_PREFIX) or _layers(model, options) != list(model.layers):
         return "its class does not have a number of query heads for each layer"
     raw, family = _fewer_everywhere(model, options.heads), model.family
+    form = LayerForm(lambda layer, heads, moments: Changed(heads))
+    shapes = partial(_shapes, model.num_kv_heads, options.heads)
     try:
-        config = resolve_config(raw, model.source.id)
+        with quiet_transformers():
+            result = rewritten(model, rewrite_heads("prune", model, raw, form, model.layers, shapes))
+        config = result.config
+        counts = family.num_heads(config), family.num_kv_heads(config), family.head_dim(config)
+        if counts != (raw["num_attention_heads"], model.num_kv_heads, model.head_dim):
+            return "its config cannot say a number of query heads apart from their size"
+        mismatched = load_report(config, shapes_of(result.source.stored)).mismatched
     except UnsupportedError as error:
         return f"its class refuses {raw['num_attention_heads']} query heads ({first_line(error)})"
-    counts = family.num_heads(config), family.num_kv_heads(config), family.head_dim(config)
-    if counts != (raw["num_attention_heads"], model.num_kv_heads, model.head_dim):
-        return "its config cannot say a number of query heads apart from their size"
-    return None
+    return f"its class gives {min(mismatched)} a size by the number of query heads" if mismatched else None
 
 
 def _in_file(model: Model) -> bool:
@@ -104,18 +123,10 @@ def _in_file(model: Model) -> bool:
     return kind in window_families() and model.family.packing == "separate"
 
 
-def _unheld(model: Model, options: PruneOptions) -> str | None:
-    """Why nothing holds what is left; None where the own class or the modelling file does."""
-    reason = _in_own_class(model, options)
-    if reason is None or _in_file(model):
-        return None
-    return f"{reason}, and Rehead has no modelling file for it; prune all layers alike, or another model"
-
-
 def _host(model: Model, options: PruneOptions, hosts: Any) -> str | None:
     if not options.heads or str(model.config.model_type).startswith(WINDOW_PREFIX) or not _in_file(model):
         return None
-    return None if _in_own_class(model, options) is None else FILE
+    return None if _not_in_own_class(model, options) is None else FILE
 
 
 def _layout(layer: LayerLayout, options: PruneOptions) -> LayerLayout:
