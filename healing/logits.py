@@ -9,7 +9,7 @@ layer's logits on its own activations; the inputs are those that the changed lay
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,8 @@ SCHEDULE = ("q", "k", "q")
 DAMPING = 1e-2
 #: Random states that the curvature is probed with.
 PROBES = 2
+#: Parts into which a batch's queries are split; a GPU takes all at once, since it waits for launches, not for products.
+PARTS = {"cpu": 8}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class Shared:
     places: Tensor
 
 
+@dataclass(frozen=True)
+class Part:
+    """The target logits of some neighbouring queries, for the keys that any of them attends to.
+
+    Attributes:
+        queries: which of the batch's R queries.
+        keys: so many keys from the first on; no query of the part attends to a later one.
+        probabilities, scores: as :meth:`LogitTargets.of` takes them, cut to these.
+    """
+
+    queries: slice
+    keys: int
+    probabilities: Tensor
+    scores: Tensor
+
+
 @dataclass
 class LogitTargets:
     """Target logits of some queries of one batch.
@@ -45,16 +63,38 @@ class LogitTargets:
         x: inputs of the converted layer [b, S, w], with a last column of ones for biases; b may be 0 where processes
             share the batch.
         rows: positions of the R queries, int64 [R].
-        probabilities: the original's attention probabilities for them [b, H, R, S].
-        scores: the original's logits for them before masking [b, H, R, S].
+        parts: the targets, some queries each; none where b is 0.
         shared: how processes share the batch; None: this one has all of it.
     """
 
     x: Tensor
     rows: Tensor
-    probabilities: Tensor
-    scores: Tensor
+    parts: list[Part]
     shared: Shared | None = None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, rows: Tensor, probabilities: Tensor, scores: Tensor, shared: Shared | None = None
+    ) -> LogitTargets:
+        """Targets in parts: a causal model's early queries read few keys, so that half of the products are not needed.
+
+        Args:
+            x, rows, shared: as above; b is not 0.
+            probabilities: the original's attention probabilities for the queries [b, H, R, S].
+            scores: the original's logits for them before masking [b, H, R, S].
+        """
+        every = range(len(rows))
+        step = -(-len(rows) // PARTS.get(x.device.type, 1))
+        if step == len(rows):  # one part has all
+            return cls(x, rows, [Part(slice(None), x.shape[1], probabilities, scores)], shared)
+        read = (probabilities > 0).flatten(0, 1).any(0)  # [R, S]
+        last = (read * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(1).tolist()
+        parts = []
+        for start in every[::step]:
+            queries, keys = slice(start, start + step), max(1, *last[start : start + step])
+            cut = (tensor[:, :, queries, :keys].contiguous() for tensor in (probabilities, scores))
+            parts.append(Part(queries, keys, *cut))
+        return cls(x, rows, parts, shared)
 
 
 class LogitModel:
@@ -136,9 +176,11 @@ def logit_error(model: LogitModel, targets: Sequence[LogitTargets], heads: Heads
     for batch in targets:
         if not len(batch.x):
             continue
-        gap = batch.scores - model.scores(model.states(batch.x, q, batch.rows), model.states(batch.x, k))
-        lost += float((_weighted(batch.probabilities, gap) * gap).sum())
-        rows += gap.shape[0] * gap.shape[1] * gap.shape[2]
+        queries, keys = model.states(batch.x, q, batch.rows), model.states(batch.x, k)
+        for part in batch.parts:
+            gap = part.scores - model.scores(queries[:, :, part.queries], keys[:, :, : part.keys])
+            lost += float((_weighted(part.probabilities, gap) * gap).sum())
+            rows += gap.shape[0] * gap.shape[1] * gap.shape[2]
     lost, rows = model.ranks.sum(torch.tensor([lost, rows], dtype=torch.float64)).tolist()
     return (max(lost, 0.0) / max(rows, 1)) ** 0.5
 
@@ -169,22 +211,35 @@ class _QuerySide:
         """Positions of the states that change; None for all."""
         return self.targets[index].rows
 
-    def scores(self, index: int, states: Tensor) -> Tensor:
-        """Logits [b, H, R, S] of rotated states [b, heads, rows, D]."""
-        return self.model.scores(states, self.others[index])
+    def scores(self, index: int, states: Tensor) -> list[Tensor]:
+        """Logits [b, H, r, s] of rotated states [b, heads, rows, D], for each part."""
+        keys = self.others[index]
+        return [self.model.scores(states[:, :, p.queries], keys[:, :, : p.keys]) for p in self.targets[index].parts]
 
-    def pull(self, index: int, error: Tensor) -> Tensor:
-        """The adjoint: [b, heads, rows, D], not rotated."""
-        return self.model.pull_queries(self.targets[index].rows, error, self.others[index])
+    def pull(self, index: int, errors: Sequence[Tensor]) -> Tensor:
+        """The adjoint of :meth:`scores` on errors under the attention: [b, heads, rows, D], not rotated."""
+        batch, keys = self.targets[index], self.others[index]
+        pulled = [
+            self.model.pull_queries(batch.rows[part.queries], error, keys[:, :, : part.keys])
+            for part, error in self._weighted(index, errors)
+        ]
+        return torch.cat(pulled, 2)
 
-    def of(self, index: int, change: Tensor) -> Tensor:
-        """Logits of a change of the weights [heads, D, w]."""
+    def _weighted(self, index: int, errors: Sequence[Tensor]) -> Iterator[tuple[Part, Tensor]]:
+        return ((p, _weighted(p.probabilities, error)) for p, error in zip(self.targets[index].parts, errors))
+
+    def of(self, index: int, change: Tensor) -> list[Tensor]:
+        """Logits of a change of the weights [heads, D, w], for each part."""
         return self.scores(index, self.model.states(self.targets[index].x, change, self.rows(index)))
 
-    def gradient(self, index: int, error: Tensor) -> Tensor:
-        """The adjoint of :meth:`of` on the error under the attention: [heads, D, w]."""
+    def gaps(self, index: int) -> list[Tensor]:
+        """What the logits lack to the targets at the start, for each part."""
+        return [p.scores - now for p, now in zip(self.targets[index].parts, self.of(index, self.start))]
+
+    def gradient(self, index: int, errors: Sequence[Tensor]) -> Tensor:
+        """The adjoint of :meth:`of` on errors under the attention: [heads, D, w]."""
         batch, rows = self.targets[index], self.rows(index)
-        states = self.pull(index, _weighted(batch.probabilities, error)).transpose(1, 2)  # [b, rows, heads, D]
+        states = self.pull(index, errors).transpose(1, 2)  # [b, rows, heads, D]
         x = batch.x if rows is None else batch.x[:, rows]
         return (states.flatten(2).flatten(0, 1).T @ x.flatten(0, 1)).unflatten(0, self.start.shape[:2])
 
@@ -201,8 +256,7 @@ class _QuerySide:
             if not len(batch.x):
                 continue
             for signs in drawn if batch.shared is None else drawn[:, batch.shared.places.to(drawn.device)]:
-                error = self.scores(index, self.model.rotation.turn(signs, rows))
-                pulled = self.pull(index, _weighted(batch.probabilities, error))
+                pulled = self.pull(index, self.scores(index, self.model.rotation.turn(signs, rows)))
                 total += torch.einsum("bhrd,bhre->hde", pulled, signs) / PROBES
         self.model.ranks.sum(total)
         return (total + total.mT) / 2
@@ -218,11 +272,16 @@ class _KeySide(_QuerySide):
     def rows(self, index: int) -> Tensor | None:
         return None
 
-    def scores(self, index: int, states: Tensor) -> Tensor:
-        return self.model.scores(self.others[index], states)
+    def scores(self, index: int, states: Tensor) -> list[Tensor]:
+        queries = self.others[index]
+        return [self.model.scores(queries[:, :, p.queries], states[:, :, : p.keys]) for p in self.targets[index].parts]
 
-    def pull(self, index: int, error: Tensor) -> Tensor:
-        return self.model.pull_keys(error, self.others[index], len(self.start))
+    def pull(self, index: int, errors: Sequence[Tensor]) -> Tensor:
+        batch, queries = self.targets[index], self.others[index]
+        total = self.start.new_zeros(len(batch.x), len(self.start), batch.x.shape[1], self.start.shape[1])
+        for part, error in self._weighted(index, errors):
+            total[:, :, : part.keys] += self.model.pull_keys(error, queries[:, :, part.queries], len(self.start))
+        return total
 
 
 def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tensor) -> Tensor:
@@ -245,7 +304,7 @@ def _solve(side: _QuerySide, metric: Tensor, smooth: Tensor, free: float | Tenso
     ranks, here = side.model.ranks, [i for i, batch in enumerate(side.targets) if len(batch.x)]
     residual = torch.zeros_like(side.start)
     for i in here:
-        residual += side.gradient(i, side.targets[i].scores - side.of(i, side.start))
+        residual += side.gradient(i, side.gaps(i))
     residual = ranks.sum(residual) * free
     change = torch.zeros_like(residual)
     step = (residual @ smooth) * free

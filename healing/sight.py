@@ -135,11 +135,12 @@ def logit_targets(
             batch = Shared(len(together), runner.ranks.places(together)) if runner.ranks.world > 1 else None
             x = with_one(inputs[index][rows].to(runner.device))
             if not len(rows):
-                targets.append(LogitTargets(x, at, x, x, batch))
+                targets.append(LogitTargets(x, at, [], batch))
                 continue
             seen = runner.seen(layer, state, index, rows, at)
             assert seen is not None
-            targets.append(LogitTargets(x, at, ordered(seen.probabilities, order), ordered(seen.scores, order), batch))
+            seen_as = (ordered(seen.probabilities, order), ordered(seen.scores, order))
+            targets.append(LogitTargets.of(x, at, *seen_as, batch))
     return targets
 
 

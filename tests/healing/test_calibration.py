@@ -180,7 +180,7 @@ def test_refit_finds_queries_and_keys_that_give_the_logits(kv: int, bias: bool) 
         scores = model.scores(model.states(x, q), model.states(x, k))
         p = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf")).softmax(-1)
         rows = torch.arange(length)
-        targets.append(LogitTargets(x, rows, p, scores))
+        targets.append(LogitTargets.of(x, rows, p, scores))
     inputs = sum(t.x.flatten(0, 1).T @ t.x.flatten(0, 1) for t in targets)
     start = Heads(
         true.q + 0.3 * draw(*true.q.shape), true.k + 0.3 * draw(*true.k.shape), true.v, true.o, pairs=true.pairs

@@ -27,15 +27,14 @@ def test_the_curvature_of_a_heads_states_is_that_of_the_definition(kind, monkeyp
     rows, x = torch.tensor([3, 6, 9]), draw(2, LENGTH, WIDTH, seed=2)
     scores = model.scores(model.states(x, q, rows), model.states(x, k))
     p = scores.masked_fill(torch.arange(LENGTH) > rows[:, None], -torch.inf).softmax(-1)
-    side = kind(model, [LogitTargets(x, rows, p, scores)], q, k)
+    side = kind(model, [LogitTargets.of(x, rows, p, scores)], q, k)
     count = LENGTH if side.rows(0) is None else len(rows)
     exact = torch.zeros(len(side.start), SIZE, SIZE)
     for position in range(count):
         for dim in range(SIZE):
             unit = torch.zeros(2, len(side.start), count, SIZE)
             unit[:, :, position, dim] = 1
-            error = side.scores(0, model.rotation.turn(unit, side.rows(0)))
-            pulled = side.pull(0, logits._weighted(p, error))
+            pulled = side.pull(0, side.scores(0, model.rotation.turn(unit, side.rows(0))))
             exact[:, :, dim] += pulled[:, :, position].sum(0)
     monkeypatch.setattr(logits, "PROBES", 4000)
     probed = side.curvature()
@@ -55,10 +54,33 @@ def test_weights_and_states_pull_alike() -> None:
     )
     p = draw(2, HEADS, 2, LENGTH, seed=3).softmax(-1)
     for kind in (_QuerySide, _KeySide):
-        side = kind(model, [LogitTargets(x, rows, p, p)], q, k)
+        side = kind(model, [LogitTargets.of(x, rows, p, p)], q, k)
         change, error = draw(*side.start.shape, seed=4), draw(*p.shape, seed=5)
-        forward = (logits._weighted(p, error) * side.of(0, change)).sum()
-        torch.testing.assert_close(forward, (side.gradient(0, error) * change).sum(), rtol=1e-4, atol=1e-4)
+        errors = [error[:, :, part.queries, : part.keys] for part in side.targets[0].parts]
+        weighted = (logits._weighted(part.probabilities, e) for part, e in zip(side.targets[0].parts, errors))
+        forward = sum((w * now).sum() for w, now in zip(weighted, side.of(0, change)))
+        torch.testing.assert_close(forward, (side.gradient(0, errors) * change).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [_QuerySide, _KeySide])
+def test_parts_leave_out_only_keys_that_no_query_attends_to(kind, monkeypatch) -> None:
+    """Split or not, the logits' pull on the weights is the same, and half of a causal batch is left out."""
+    turn = torch.exp(1j * torch.arange(LENGTH)[:, None] * torch.tensor([1.0, 0.1])).to(torch.complex64)
+    model = LogitModel(Rotation(turn, rotary_pairs("half", SIZE)), 0.5)
+    q, k, x = draw(HEADS, SIZE, WIDTH), draw(KV, SIZE, WIDTH, seed=1), draw(2, LENGTH, WIDTH, seed=2)
+    rows = torch.arange(LENGTH)
+    p = draw(2, HEADS, LENGTH, LENGTH, seed=3).masked_fill(rows > rows[:, None], -torch.inf).softmax(-1)
+    scores = draw(2, HEADS, LENGTH, LENGTH, seed=4)
+    gradients, sizes = [], []
+    for parts in (1, 4, LENGTH):
+        monkeypatch.setitem(logits.PARTS, "cpu", parts)
+        targets = [LogitTargets.of(x, rows, p, scores)]
+        side = kind(model, targets, q, k)
+        gradients.append((side.gradient(0, side.gaps(0)), side.curvature()))
+        sizes.append(sum(part.scores[0, 0].numel() for part in targets[0].parts))
+    for split in gradients[1:]:
+        torch.testing.assert_close(split, gradients[0], rtol=1e-4, atol=1e-5)
+    assert sizes == [100, 3 * 3 + 3 * 6 + 3 * 9 + 10, 55]
 
 
 @pytest.mark.parametrize("dead", ["weights", "attention"])
@@ -71,7 +93,7 @@ def test_a_layer_without_logits_or_with_one_key_alone_stays(dead: str) -> None:
     x, rows = draw(2, LENGTH, WIDTH + 1, seed=2), torch.tensor([0, 5])
     p = torch.zeros(2, HEADS, 2, LENGTH)
     p[..., 0] = 1
-    targets = [LogitTargets(x, rows, p, torch.zeros(2, HEADS, 2, LENGTH))]
+    targets = [LogitTargets.of(x, rows, p, torch.zeros(2, HEADS, 2, LENGTH))]
     moment = x.flatten(0, 1).T @ x.flatten(0, 1) / 20
     refitted = logits.refit_logits(heads, model, targets, Moments({"inputs": moment}))
     torch.testing.assert_close(refitted.q, heads.q)
