@@ -37,4 +37,5 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except ReheadError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

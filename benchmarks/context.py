@@ -37,7 +37,7 @@ from rehead.models.predictions import Predictions, predict
 from rehead.models.recall import LEAD, RecallText, recall, recall_texts
 from rehead.options import parse_count
 from rehead.patches import patch_model
-from rehead.recipes.evaluation.models import JudgedModel, load_model, open_named
+from rehead.recipes.evaluation.models import JudgedModel, load_model, open_named, require_same_tokenizer
 from rehead.recipes.evaluation.needle import count_hits, prompt, word_tokens
 from rehead.variants.context.options import ContextOptions
 
@@ -226,12 +226,19 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
         for name in names:
             if name not in known:
                 raise UsageError(unknown_name(word, name, known))
+    for name in ("trials", "block", "short", "short_tokens"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
     if min(options.lengths) < 2 * options.block + LEAD + 6:
         raise UsageError(f"--lengths {min(options.lengths)}: too short for two blocks of {options.block}; give more")
+    taken = set(METHODS)
     for text in options.also:
-        _, sign, folder = text.partition("=")
-        if not sign:
+        name, _, folder = text.partition("=")
+        if not (name and folder):
             raise UsageError("--also: give NAME=FOLDER")
+        if name in taken:
+            raise UsageError(f"--also {name}: another row has this name; give it one of its own")
+        taken.add(name)
         open_named(folder)  # missing ones are told now and not after every method has been measured
     return options
 
@@ -261,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             add(method, loaded.model)
     for text in options.also:
         name, _, folder = text.partition("=")
-        add(name, load_model("model", folder, device=device, dtype=options.dtype, attention="tiled").model)
+        other = load_model("model", folder, device=device, dtype=options.dtype, attention="tiled")
+        require_same_tokenizer(loaded, other)
+        add(name, other.model)
     echo(headline(machine(device)))
     show(rows)
 

@@ -11,8 +11,9 @@ import torch
 from copying import copying
 
 from rehead.benchmarks import context
+from rehead.benchmarks.command import run_script
 from rehead.convert import convert
-from rehead.errors import UsageError
+from rehead.errors import ReheadError, UnsupportedError, UsageError
 from rehead.models.predictions import predict
 from rehead.recipes.evaluation.models import JudgedModel
 
@@ -83,9 +84,24 @@ def test_the_command_writes_every_row(tmp_path, capsys) -> None:
         (["--measures", "coy"], "did you mean 'copy'"),
         (["--block", "16", "--also", "folder"], "give NAME=FOLDER"),
         (["--block", "16", "--also", "uptrained=./nowhere"], "nowhere"),
+        (["--block", "16", "--also", "=folder"], "give NAME=FOLDER"),
+        (["--block", "16", "--also", "plain=folder"], "another row has this name"),
+        (["--block", "16", "--trials", "0"], "--trials 0: must be 1 or more"),
         (["--block", "64"], "too short for two blocks of 64"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(flags, said) -> None:
     with pytest.raises(UsageError, match=said):
         context.main([*LINE, *flags])
+
+
+def test_scripts_end_with_the_error_s_own_exit_code(capsys) -> None:
+    for error, code in ((UsageError("no such"), 2), (UnsupportedError("no class"), 3)):
+
+        def fail(error: ReheadError = error) -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            run_script(fail)
+        assert ended.value.code == code
+        assert capsys.readouterr().err == f"error: {error}\n"
