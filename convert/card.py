@@ -9,7 +9,7 @@ import yaml
 
 from rehead.checkpoints.markdown import code, code_block, front_matter, plain, without_folders
 from rehead.models.families.spec import changing_rope, steady_length
-from rehead.models.serving import DIFFERENT, ENGINE_NAMES, REFUSED, SAME, deciding_runs, facts_of, sentences
+from rehead.models.serving import ENGINE_NAMES, SAME, deciding_runs, sentences
 from rehead.version import __version__
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def model_card(
         *([f"Beside its source: {plain(str(verdict))}: **{verdict.word}**."] if verdict and verdict.word else []),
         *_notes(plan, table, layers, details),
         "Engines, each run on a small model of this kind:",
-        "\n".join(f"- {plain(line)}" for line in _engines(plan)),
+        "\n".join(f"- {plain(line)}" for line in sentences(plan.raw_config)),
         *_for_engines(plan),
         "\n".join(code_block(without_folders(command))),
     ]
@@ -193,18 +193,13 @@ def _for_engines(plan: Plan) -> list[str]:
     """What another conversion would do for engines that do not serve this one."""
     config, said = plan.raw_config, []
     if config.get("kv_lora_rank") and not config.get("attention_bias"):
-        runs = {name: run.outcome for name, run in deciding_runs(config["model_type"], facts_of(config)).items()}
-        said = [f"`--for {flag}`" for flag, name in ENGINE_NAMES.items() if runs.get(name) in (DIFFERENT, REFUSED)]
+        runs = deciding_runs(config)
+        said = [f"`--for {flag}`" for flag, name in ENGINE_NAMES.items() if name in runs and runs[name].outcome != SAME]
     elif plan.options.context is not None:
-        helped = deciding_runs(config["model_type"], facts_of(config) | {"says_mscale": True}).get("vLLM")
-        now = deciding_runs(config["model_type"], facts_of(config)).get("vLLM")
+        helped, now = (deciding_runs(config, **assumed).get("vLLM") for assumed in ({"says_mscale": True}, {}))
         if helped is not None and helped.outcome == SAME and now is not None and now.outcome != SAME:
             said = ["`--for vllm`"]
     return [f"Converted with {' or '.join(said)} it serves there."] if said else []
-
-
-def _engines(plan: Plan) -> list[str]:
-    return list(sentences(plan.raw_config.get("model_type", ""), facts_of(plan.raw_config)))
 
 
 def _mean(entries: list[dict[str, Any]], key: str) -> float:

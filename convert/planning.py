@@ -299,16 +299,15 @@ def _checked(plan: Plan) -> Plan:
 def _check_served(plan: Plan) -> None:
     """Refuse a result that the engine it is written for was seen to compute wrongly; one never run on it may do."""
     engine = plan.options.engine
-    kind, facts = plan.raw_config["model_type"], facts_of(plan.raw_config)
-    run = deciding_runs(kind, facts).get(ENGINE_NAMES.get(engine or "", ""))
+    run = deciding_runs(plan.raw_config).get(ENGINE_NAMES.get(engine or "", ""))
     if run is None or run.outcome == SAME:
         return
-    if facts["rope_type"] == "default":
+    kind, rope = plan.raw_config["model_type"], facts_of(plan.raw_config)["rope_type"]
+    if rope == "default":
         raise UnsupportedError(f"--for {engine}: does not compute {kind} of this kind; leave --for out")
     ways = ("--host youtu" if engine == "vllm" else "fewer --rope-dims") if plan.options.is_latent else "--rope yarn"
     raise UnsupportedError(
-        f"--for {engine}: does not compute {kind} with a RoPE of type {facts['rope_type']}; give {ways}, or leave "
-        "--for out"
+        f"--for {engine}: does not compute {kind} with a RoPE of type {rope}; give {ways}, or leave --for out"
     )
 
 

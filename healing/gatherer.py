@@ -92,9 +92,8 @@ class Gatherer:
         """The moments. If attention could not be observed, plain ``inputs`` replace those weighted by it."""
         means, weights = {}, {}
         for name, part in self.sums.items():
-            if part.total is not None and part.weight is not None:
-                weight = part.weight.reshape(*part.weight.shape, *[1] * (part.total.ndim - part.weight.ndim))
-                means[name] = part.total / weight.to(part.total.device, part.total.real.dtype)
+            if part.weight is not None:
+                means[name] = part.mean()
                 if part.weight.ndim:
                     weights[name] = part.weight
             elif part.per == "group":

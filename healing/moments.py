@@ -84,6 +84,13 @@ class Moment:
         weight = torch.as_tensor(weight, dtype=torch.float64)
         self.weight = weight if self.weight is None else self.weight + weight
 
+    def mean(self) -> Tensor:
+        """The total by the weight, once anything has been added."""
+        assert self.total is not None
+        assert self.weight is not None
+        weight = self.weight.reshape(*self.weight.shape, *[1] * (self.total.ndim - self.weight.ndim))
+        return self.total / weight.to(self.total.device, self.total.real.dtype)
+
 
 MOMENTS: Registry[type[Moment]] = Registry("moment", {})
 """Every moment by name. One that takes numbers is asked for with them: ``NAME:256:4``."""

@@ -101,14 +101,15 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
 _DECIDING = ("attention", "activation", "custom_code", "windows", "rope_type")
 
 
-def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
+def served_by(config: Mapping[str, Any], **assumed: Any) -> list[Run]:
     """The recorded runs that apply to a model, in the order of the engines; empty if there are none.
 
     Args:
-        model_type: as in ``config.model_type``.
-        facts: from :func:`facts_of`.
+        config: the model's ``config.json``.
+        assumed: facts (:func:`facts_of`) that are taken to be others.
     """
-    rows = [row for row in results()["rows"] if row["model_type"] == model_type]
+    facts = facts_of(config) | assumed
+    rows = [row for row in results()["rows"] if row["model_type"] == config.get("model_type")]
     for key in dict.fromkeys([*_DECIDING, *facts]):
         if key in _DECIDING or len({row["facts"].get(key) for row in rows}) > 1:
             rows = [row for row in rows if row["facts"].get(key) == facts.get(key)]
@@ -122,24 +123,25 @@ def served_by(model_type: str, facts: Mapping[str, Any]) -> list[Run]:
     ]
 
 
-def deciding_runs(model_type: str, facts: Mapping[str, Any], short_text: bool = False) -> dict[str, Run]:
+def deciding_runs(config: Mapping[str, Any], short_text: bool = False, **assumed: Any) -> dict[str, Run]:
     """One run of :func:`served_by` for each engine, by its name: the first.
 
     Args:
+        config, assumed: as there.
         short_text: of those runs, where there are any, rather than of all others.
     """
     first: dict[str, Run] = {}
-    for run in served_by(model_type, facts):
+    for run in served_by(config, **assumed):
         if run.short_text == short_text:
             first.setdefault(run.engine, run)
     return first
 
 
-def sentences(model_type: str, facts: Mapping[str, Any]) -> list[str]:
-    """Lines about engines for the model card: one per engine, or one that says that none was run."""
-    short = deciding_runs(model_type, facts, short_text=True)
+def sentences(config: Mapping[str, Any]) -> list[str]:
+    """Lines about engines for the card of a model with this ``config.json``: one per engine, or that none was run."""
+    short = deciding_runs(config, short_text=True)
     lines = []
-    for name, run in deciding_runs(model_type, facts).items():
+    for name, run in deciding_runs(config).items():
         if run.outcome == SAME:
             text = f"{run.tokens} of {run.of} greedy tokens as transformers gives them"
             if parts := [part for part in ("windows", "sinks", "stretched RoPE") if part in run.tested]:
@@ -162,7 +164,7 @@ def engines(config: Mapping[str, Any]) -> dict[str, list[str]]:
     Args:
         config: the model's ``config.json``.
     """
-    runs = deciding_runs(str(config.get("model_type")), facts_of(config))
+    runs = deciding_runs(config)
     kinds = {"right": SAME, "wrong": DIFFERENT, "refuse": REFUSED}
     return {kind: [name for name, run in runs.items() if run.outcome == wanted] for kind, wanted in kinds.items()}
 

@@ -12,7 +12,7 @@ from rehead.convert.options import ConvertOptions
 from rehead.convert.planning import make_plan
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.model import Model
-from rehead.models.serving import ENGINE_NAMES, SAME, deciding_runs, facts_of
+from rehead.models.serving import ENGINE_NAMES, SAME, deciding_runs
 from rehead.variants.window.classes import FILE
 
 #: Steps of the layer-wise fit where nobody says; none where the refit alone leaves nothing to win.
@@ -135,17 +135,9 @@ def _refusal(model: Model, way: Holder, engine: str | None) -> str | None:
         plan = make_plan(model, ConvertOptions.parse(way.convert_options(choice, {"fit": 0, "engine": engine})))
     except (UsageError, UnsupportedError) as error:
         return str(error)
-    return _not_served(plan.raw_config, engine)
-
-
-def _not_served(config: dict[str, Any], engine: str | None) -> str | None:
-    """Why an engine serves no model of this config; None where it does."""
-    wanted = ENGINE_NAMES.get(engine or "")
-    if wanted is None:  # any class loads in transformers
+    wanted = ENGINE_NAMES.get(engine or "", "")
+    run = deciding_runs(plan.raw_config).get(wanted)
+    if not wanted or (run is not None and run.outcome == SAME):  # any class loads in transformers
         return None
-    run = deciding_runs(str(config["model_type"]), facts_of(config)).get(wanted)
-    if run is None:
-        return f"{wanted} has not been run on {config['model_type']} of this kind"
-    if run.outcome != SAME:
-        return f"{wanted} does not serve {config['model_type']} of this kind ({run.outcome})"
-    return None
+    seen = "has not been run on" if run is None else "does not serve"
+    return f"{wanted} {seen} {plan.raw_config['model_type']} of this kind"

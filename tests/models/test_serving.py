@@ -61,7 +61,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
 
 
 def outcomes(config: dict) -> list[str]:
-    return [run.outcome for run in served_by(config["model_type"], facts_of(config))]
+    return [run.outcome for run in served_by(config)]
 
 
 def test_a_run_counts_for_its_kind_only(recorded) -> None:
@@ -87,12 +87,10 @@ def test_other_facts_decide_where_runs_differ_in_them(recorded) -> None:
 
 def test_what_a_card_says(recorded) -> None:
     recorded((LLAMA, SAME))
-    assert serving.sentences("llama", facts_of(LLAMA)) == [
-        "an engine 1: 24 of 24 greedy tokens as transformers gives them (a note)"
-    ]
+    assert serving.sentences(LLAMA) == ["an engine 1: 24 of 24 greedy tokens as transformers gives them (a note)"]
     recorded((LLAMA, DIFFERENT))
-    assert "do not use it" in serving.sentences("llama", facts_of(LLAMA))[0]
-    assert "no engine" in serving.sentences("mpt", facts_of({"model_type": "mpt"}))[0]
+    assert "do not use it" in serving.sentences(LLAMA)[0]
+    assert "no engine" in serving.sentences({"model_type": "mpt"})[0]
 
 
 def test_a_card_says_that_windows_and_sinks_were_tested(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +101,7 @@ def test_a_card_says_that_windows_and_sinks_were_tested(monkeypatch: pytest.Monk
     wrong = {**run, "engine": "another", "outcome": DIFFERENT, "notes": ["it leaves out the sinks"]}
     row = {"case": "a", "model_type": "llama", "facts": facts_of(LLAMA), "tested": ["windows", "windows and sinks"]}
     monkeypatch.setattr(serving, "results", lambda: {"rows": [{**row, "runs": [{**run, "outcome": SAME}, wrong]}]})
-    assert serving.sentences("llama", facts_of(LLAMA)) == [
+    assert serving.sentences(LLAMA) == [
         "an engine 1: 24 of 24 greedy tokens as transformers gives them, windows computed",
         "another 1: loads it and computes something else: do not use it (it leaves out the sinks)",
     ]
@@ -131,20 +129,20 @@ def test_short_texts_are_told_where_they_differ(monkeypatch: pytest.MonkeyPatch)
     short = {**row, "case": "b", "short_text": True, "runs": [wrong]}
     for rows in ([row, short], [short, row]):
         monkeypatch.setattr(serving, "results", lambda rows=rows: {"rows": rows})
-        assert serving.sentences("llama", facts_of(LLAMA)) == [
+        assert serving.sentences(LLAMA) == [
             "an engine 1: 24 of 24 greedy tokens as transformers gives them, stretched RoPE computed; not so on texts "
             "of the original length and shorter (it leaves out the frequencies of short texts)"
         ]
         assert serving.engines(LLAMA)["right"] == ["an engine"]
     monkeypatch.setattr(serving, "results", lambda: {"rows": [row, {**short, "runs": [run]}]})
-    assert "not so" not in serving.sentences("llama", facts_of(LLAMA))[0]
+    assert "not so" not in serving.sentences(LLAMA)[0]
 
 
 def test_a_converted_model_says_what_serves_it(tmp_path: Path) -> None:
     tiny.save_tiny("llama-mha", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", num_key_value_heads=2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    lines = serving.sentences("llama", facts_of(config))
+    lines = serving.sentences(config)
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"- {plain(line)}" in card for line in lines)
     assert "llama.cpp" in card

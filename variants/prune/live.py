@@ -18,7 +18,7 @@ from rehead.models.predictions import predict
 from rehead.models.undo import UndoLog
 from rehead.variants.layer_choice import check_known
 from rehead.variants.prune.options import PruneOptions, check_heads, refusal
-from rehead.variants.prune.solve import least_needed, predictor
+from rehead.variants.prune.solve import HeadOutputs, least_needed, predictor
 
 if TYPE_CHECKING:
     from rehead.variants.stack import LiveVariant
@@ -94,26 +94,19 @@ class _Hook:
 
 def _grams(model: nn.Module, outputs: dict[str, nn.Module], tokens: Tensor) -> dict[str, Tensor]:
     """E[z z^T] of layers by name, over texts, int [B, S]."""
-    sums: dict[str, Tensor] = {}
-    count = 0
-    handles = [output.register_forward_pre_hook(_adding(name, sums)) for name, output in outputs.items()]
+    parts = {name: HeadOutputs(1) for name in outputs}
+    handles = [
+        output.register_forward_pre_hook(lambda _, args, part=parts[name]: part.see(args[0]))
+        for name, output in outputs.items()
+    ]
     try:
         with probing.frozen(model):
-            for part in probing.batches(tokens, model):
-                predict(model, {"input_ids": part})
-                count += part.numel()
+            for texts in probing.batches(tokens, model):
+                predict(model, {"input_ids": texts})
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / count for name, total in sums.items()}
-
-
-def _adding(name: str, sums: dict[str, Tensor]) -> Any:
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        flat = args[0].flatten(0, -2).float()
-        sums[name] = sums.get(name, 0) + flat.T @ flat
-
-    return add
+    return {name: part.mean() for name, part in parts.items()}
 
 
 def _mix(output: Any, family: Family, config: Any, options: PruneOptions, gram: Tensor | None) -> Tensor:

@@ -30,7 +30,11 @@ class HeadOutputs(Moment):
 
     def add(self, batch: Batch) -> None:
         assert batch.heads is not None
-        flat = batch.heads.flatten(0, -2).float()
+        self.see(batch.heads)
+
+    def see(self, outputs: Tensor) -> None:
+        """Add what an output projection reads, [..., H D]."""
+        flat = outputs.flatten(0, -2).float()
         self.sums(flat.shape[1], flat.shape[1], like=flat).add_(flat.T @ flat)
         self.count(len(flat))
 
