@@ -109,21 +109,6 @@ class LayerSwitch:
         return kl if math.isfinite(kl) else math.inf
 
 
-def rank_layers(live: LiveVariant, input_ids: Tensor, *, progress: Progress | None = None) -> list[LayerLoss]:
-    """What each layer costs when it alone changes, cheapest first.
-
-    Args:
-        live: a variant of all layers of a model, not applied; the model is left as it was.
-        input_ids: int ``[B, S]`` calibration tokens.
-        progress: called with ("ranking layers", done, of).
-
-    Raises:
-        As :class:`LayerSwitch`.
-    """
-    with LayerSwitch(live, input_ids) as switch:
-        return _rank(switch, progress)
-
-
 def _rank(switch: LayerSwitch, progress: Progress | None) -> list[LayerLoss]:
     losses = []
     for done, layer in enumerate(switch.layers):

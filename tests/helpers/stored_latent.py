@@ -8,8 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from rehead.variants.latent.export import _rope_order
-from rehead.variants.latent.gauge import NORM_EPS, out_of_lane
+from rehead.variants.latent.gauge import NORM_EPS
 from rehead.variants.latent.heads import LatentHeads
+
+
+def out_of_lane(down: Tensor, norm: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """The latent's rows at their natural scale, of rows and a norm's weight as stored."""
+    return down * (norm / eps**0.5).reshape(-1, *[1] * (down.ndim - 1))
 
 
 def latent_heads(

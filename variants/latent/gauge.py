@@ -34,24 +34,11 @@ def balanced(latent: LatentHeads, root: Tensor, unroot: Tensor) -> LatentHeads:
     return replace(latent, q_nope=q_nope, key_up=key_up, value_up=value_up, o=o, rope=rope, q_rope=q_rope)
 
 
-def head_ranks(latent: LatentHeads, share: float = 1e-9) -> tuple[int, int]:
-    """Sizes that lose nothing: the most directions of (unrotated keys, values) that any head of a balanced layer uses.
-
-    Args:
-        share: of the largest singular value, below which a direction is rounding.
-    """
-    used = []
-    for up in (latent.key_up, latent.value_up):
-        size = up.square().sum(-1)  # squared norms, which are the product's singular values
-        used.append(max(1, int((size > share * size.amax().clamp_min(torch.finfo(size.dtype).tiny)).sum(1).amax())))
-    return used[0], used[1]
-
-
 def resized(latent: LatentHeads, nope_dim: int, value_dim: int) -> LatentHeads:
     """A balanced layer with other head sizes: its smallest directions cut off, or zeros added.
 
     Args:
-        nope_dim, value_dim: sizes that an engine takes, at least :func:`head_ranks` to lose nothing.
+        nope_dim, value_dim: sizes that an engine takes; none is lost down to the directions that heads use.
     """
 
     def fit(weight: Tensor, size: int, dim: int) -> Tensor:
@@ -81,11 +68,6 @@ def lane_weight(dtype: torch.dtype) -> float:
     return LANE.get(dtype, LANE_DEFAULT)
 
 
-def lane_error(largest: float, weight: float = LANE_DEFAULT, eps: float = NORM_EPS) -> float:
-    """How far the norm is from a constant, relative, for latents of mean square up to ``largest``."""
-    return largest / (2 * weight**2)
-
-
 def into_lane(down: Tensor, weight: float, eps: float = NORM_EPS) -> tuple[Tensor, Tensor]:
     """Rows of the latent so small that its RMS norm sees only its own eps, and the norm's weight that undoes it.
 
@@ -98,8 +80,3 @@ def into_lane(down: Tensor, weight: float, eps: float = NORM_EPS) -> tuple[Tenso
         (scaled rows, the norm's weight [R]).
     """
     return down * (eps**0.5 / weight), torch.full((len(down),), weight, dtype=down.dtype, device=down.device)
-
-
-def out_of_lane(down: Tensor, norm: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """The latent's rows at their natural scale, of rows and a norm's weight as stored."""
-    return down * (norm / eps**0.5).reshape(-1, *[1] * (down.ndim - 1))

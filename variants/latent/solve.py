@@ -15,7 +15,7 @@ Keys that are complex multiples of one another over the kept pairs and stacked v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -118,20 +118,6 @@ def solve(
     latent = balanced(latent, root, unroot)
     latent = _with_biases(latent, heads) if biased else latent
     return Solution(latent, values.flip(0).clamp_min(0), shared_loss)
-
-
-def cut_rank(solution: Solution, rank: int) -> LatentHeads:
-    """The solution at a smaller rank: the latent's directions are ordered, so the first ones are the best.
-
-    Raises:
-        UsageError: the rank is not within the solution's.
-    """
-    latent = solution.latent
-    if not 1 <= rank <= latent.rank:
-        raise UsageError(f"latent rank {rank}: must be from 1 to {latent.rank}")
-    bias = None if latent.down_bias is None else latent.down_bias[:rank]
-    cut = {"key_up": latent.key_up[..., :rank], "value_up": latent.value_up[..., :rank]}
-    return replace(latent.with_weights(cut), down=latent.down[:rank], down_bias=bias)
 
 
 def o_metric(o: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from rehead.benchmarks.tiny import tiny_model
 from rehead.errors import UsageError
 from rehead.models.predictions import Predictions
 from rehead.patches import calibration_tokens, patch_model
-from rehead.variants.ranking import LayerSwitch, choose_layers, rank_layers
+from rehead.variants.ranking import LayerSwitch, choose_layers
 from rehead.variants.stack import live_variant
 
 TOKENS = torch.randint(8, 128, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def kl(model, layers):
 
 def test_ranking_is_what_the_patch_measures(model):
     before = model(TOKENS).logits
-    ranked = rank_layers(live_variant(model, "parallel"), TOKENS)
+    ranked = choose_layers(live_variant(model, "parallel"), TOKENS, count=0).alone
     assert [loss.kl for loss in ranked] == sorted(loss.kl for loss in ranked)
     assert sorted(loss.layer for loss in ranked) == list(range(5))
     for loss in ranked:
@@ -41,7 +41,7 @@ def test_ranking_is_what_the_patch_measures(model):
 
 @pytest.mark.parametrize("exhaustive", [False, True])
 def test_choice_within_a_budget(model, exhaustive):
-    ranked = rank_layers(live_variant(model, "parallel"), TOKENS)
+    ranked = choose_layers(live_variant(model, "parallel"), TOKENS, count=0).alone
     budget = ranked[2].kl * 2
     choice = choose_layers(live_variant(model, "parallel"), TOKENS, kl_budget=budget, exhaustive=exhaustive)
     assert 1 <= len(choice.layers) < 5
@@ -65,7 +65,7 @@ def test_limits(model):
     with pytest.raises(UsageError, match="negative"):
         choose_layers(live_variant(model, "parallel"), TOKENS, count=-1)
     with pytest.raises(UsageError, match="every chosen layer is serial"):
-        rank_layers(live_variant(model, "serial"), TOKENS)
+        choose_layers(live_variant(model, "serial"), TOKENS, count=1)
 
 
 @pytest.mark.parametrize("limit", [{"kl_budget": 100.0}, {"count": 5}])
@@ -84,7 +84,7 @@ def test_a_layer_that_overflows_is_never_chosen(model, limit, monkeypatch):
 
 
 def test_auto(model):
-    ranked = rank_layers(live_variant(model, "parallel"), TOKENS)
+    ranked = choose_layers(live_variant(model, "parallel"), TOKENS, count=0).alone
     with patch_model(model, "parallel", layers="auto", kl_budget=ranked[1].kl * 2, calibration=TOKENS) as patch:
         assert ranked[0].layer in patch.layers
         assert patch.report().measured.kl <= ranked[1].kl * 2
