@@ -56,25 +56,23 @@ class DataSource:
     column: str | None = None
 
 
-def parse_source(text: str, *, split: str = "train", column: str | None = None, option: str = "--data") -> DataSource:
+def parse_source(text: str, *, option: str = "--data") -> DataSource:
     """Parse a source's name with its revision and options.
 
     Args:
         text: ``NAME[@REVISION][#OPTION[=VALUE],...]``; the path of an existing file or folder is not parsed further.
-        split, column: defaults for names without these options.
         option: the flag that the name came from, for messages.
 
     Raises:
         UsageError: the name is empty, or an option is unknown or invalid.
     """
-    source = DataSource("", split=split, column=column)
     if not text.strip():
         raise UsageError(f"{option}: a name is empty; give a file, a folder or a Hub dataset")
     if os.path.exists(text):
-        return replace(source, name=text)
+        return DataSource(text)
     name, _, options = text_path(text).partition("#")
     name, revision = split_revision(name)
-    source = replace(source, name=name, revision=revision)
+    source = DataSource(name, revision)
     for part in filter(None, options.split(",")):
         key, equals, value = part.partition("=")
         if key not in _OPTIONS:
@@ -99,14 +97,7 @@ def _slice(value: str, text: str, option: str) -> tuple[int | None, int | None]:
     return start, stop
 
 
-def read_documents(
-    names: Sequence[str],
-    *,
-    streaming: bool = False,
-    split: str = "train",
-    column: str | None = None,
-    option: str = "--data",
-) -> Iterator[str]:
+def read_documents(names: Sequence[str], *, streaming: bool = False, option: str = "--data") -> Iterator[str]:
     """The documents of several sources, one source after the other.
 
     Files are read as they are needed, Hub datasets through ``datasets``. Blank documents are left out.
@@ -115,7 +106,6 @@ def read_documents(
         names: as :func:`parse_source` reads them: text files (.txt, .md, .rst, each also .gz), .jsonl, .json, .parquet,
             folders of such files (walked in sorted order), folders written by ``Dataset.save_to_disk``, Hub datasets.
         streaming: read a Hub dataset over the network as it is needed, rather than download all of it first.
-        split, column: defaults for names without these options.
         option: the flag that the names came from, for messages.
 
     Raises:
@@ -124,7 +114,7 @@ def read_documents(
     if not names:
         raise UsageError(f"{option}: no data given; name a file, a folder or a Hub dataset")
     for text in names:
-        yield from documents_of(parse_source(text, split=split, column=column, option=option), streaming, option)
+        yield from documents_of(parse_source(text, option=option), streaming, option)
 
 
 def documents_of(source: DataSource, streaming: bool = False, option: str = "--data") -> Iterator[str]:

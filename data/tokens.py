@@ -160,16 +160,13 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def token_stream(
-    names: Sequence[str], tokenizer: Any, limit: int | None = None, *, streaming: bool = False, option: str = "--data"
-) -> Tensor:
+def token_stream(names: Sequence[str], tokenizer: Any, limit: int | None = None, *, option: str = "--data") -> Tensor:
     """The tokens of several sources as one stream, documents joined with EOS.
 
     Args:
         names: sources, as :func:`~rehead.data.sources.read_documents` takes them.
         tokenizer: a transformers tokenizer.
         limit: number of tokens to read from the start; None for all.
-        streaming: as for ``read_documents``.
         option: the flag that the names came from, for messages.
 
     Returns:
@@ -180,7 +177,7 @@ def token_stream(
     """
     pieces: list[np.ndarray] = []
     total = 0
-    for ids, _ in token_pieces(_few_first(read_documents(names, streaming=streaming, option=option), limit), tokenizer):
+    for ids, _ in token_pieces(_few_first(read_documents(names, option=option), limit), tokenizer):
         pieces.append(ids)
         total += len(ids)
         if limit is not None and total >= limit:

@@ -22,7 +22,6 @@ def rewrite_heads(
     form: LayerForm,
     layers: Sequence[int],
     on_meta: Callable[[int, Heads], Heads],
-    lean: bool = False,
 ) -> Rewrite:
     """The Rewrite that changes the heads of some layers; no weight is read.
 
@@ -33,7 +32,6 @@ def rewrite_heads(
         form: computes a layer's new heads.
         layers: the layers to change.
         on_meta: (layer, heads as shapes) -> heads of the result's shapes; unchanged fields are the same objects.
-        lean: ``form`` does not use the unchanged fields, so they need not be read.
     """
     tensors = {key: Derived((key,), info.shape) for key, info in model.source.tensors.items()}
     for layer in layers:
@@ -48,7 +46,7 @@ def rewrite_heads(
                     del tensors[key]
             elif any(key.startswith(f"{prefix}{stem}") for stem in stems) or written[key].shape != tensors[key].shape:
                 tensors[key] = Derived((key,), tuple(written[key].shape), layer=layer)
-    return rewrite_tensors(name, model, config, form, layers, tensors, lean)
+    return rewrite_tensors(name, model, config, form, layers, tensors)
 
 
 def rewrite_tensors(
@@ -60,7 +58,10 @@ def rewrite_tensors(
     tensors: dict[str, Derived],
     lean: bool = False,
 ) -> Rewrite:
-    """As :func:`rewrite_heads`, where it is known already which ``tensors`` change and to what shape."""
+    """As :func:`rewrite_heads`, where it is known already which ``tensors`` change and to what shape.
+
+    ``lean``: the form does not use the others, so they need not be read.
+    """
     step = None if form.calibrated else _step(model, tensors, form, lean)
     return Rewrite(name, config, model.family, tensors, step, exact=False, layers=tuple(layers), form=form)
 

@@ -10,13 +10,12 @@ from rehead.models.families.spec import Family
 from rehead.models.layout import LayerLayout
 
 
-def config_layouts(config: Any, itemsize: int = 2, family: Family | None = None) -> list[LayerLayout] | None:
+def config_layouts(config: Any, itemsize: int = 2) -> list[LayerLayout] | None:
     """The layout of every attention layer that caches its own keys and values.
 
     Args:
         config: a transformers config.
         itemsize: bytes per cached number.
-        family: the model's family; looked up in the table when None.
 
     Returns:
         None where the config is not enough to tell: unknown kinds of layers, layers that differ.
@@ -24,7 +23,7 @@ def config_layouts(config: Any, itemsize: int = 2, family: Family | None = None)
     config = config.get_text_config(decoder=True)
     if getattr(config, "per_layer_attributes", None) or getattr(config, "num_kv_shared_layers", None):
         return None
-    family = family or FAMILIES.get(base_type(config.model_type))
+    family = FAMILIES.get(base_type(config.model_type))
     if family is not None:
         return [layer_layout(family, config, layer, itemsize) for layer in family.attention_layers(config)]
     layers: Any = getattr(config, "num_hidden_layers", None)

@@ -126,16 +126,14 @@ def cache_row(
     model: Any,
     dtype: torch.dtype,
     layers: Sequence[LayerLayout] | None = None,
-    contexts: Sequence[int] | None = None,
 ) -> schema.KVCache:
-    """Both figures side by side, at several contexts.
+    """Both figures side by side, at the contexts of :func:`contexts_of`.
 
     Args:
         who: the model's part in the comparison.
         model: a transformers causal language model.
         dtype: that a served cache would have, whatever the model is evaluated in: what is counted are its numbers.
         layers: what each layer caches, where that is known.
-        contexts: tokens; :func:`contexts_of` the model when None.
     """
     measured = measure_cache(model)
     scale = dtype.itemsize / next(model.parameters()).element_size()
@@ -145,7 +143,7 @@ def cache_row(
             computed_bytes=layout.cache_bytes(layers, context) if layers is not None else None,
             measured_bytes=scale * measured.bytes_at(context) if measured else None,
         )
-        for context in (contexts_of(model) if contexts is None else contexts)
+        for context in contexts_of(model)
     ]
     return schema.KVCache(
         who=who,

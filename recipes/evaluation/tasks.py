@@ -68,7 +68,6 @@ def task_scores(
     *,
     shots: int | None = None,
     limit: int | None = None,
-    batch: int = 8,
     seed: int = 0,
     progress: Callable[[float, float], None] | None = None,
 ) -> list[schema.TaskScore]:
@@ -80,7 +79,6 @@ def task_scores(
         manager: from :func:`task_manager`.
         shots: examples before each question; each task's own number when None.
         limit: samples of each task; all when None.
-        batch: requests in a forward pass.
         seed: of examples and samples that are drawn.
         progress: called with (tasks done, tasks).
 
@@ -96,9 +94,7 @@ def task_scores(
     rows: list[schema.TaskScore] = []
     with quiet_harness():
         begins = bool(len(text_start(loaded.tokenizer)))
-        model = HFLM(
-            pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, add_bos_token=begins or None
-        )
+        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8, add_bos_token=begins or None)
         for done, task in enumerate(tasks):
             if progress is not None:
                 progress(done, len(tasks))

@@ -9,10 +9,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rehead.models.families.spec import Family
+from rehead.models.families.table import FAMILIES
 from rehead.models.tiny import randomize
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, VOCAB = 2, 64, 8, 4, 96
@@ -189,6 +192,13 @@ def model_type_of(name: str) -> str:
 def available(name: str) -> bool:
     """Whether the installed transformers knows the model type."""
     return model_type_of(name) in CONFIG_MAPPING
+
+
+def family_of(name: str) -> Family:
+    """The family of a model type or variant; skips the test where the installed transformers lacks it."""
+    if not available(name):
+        pytest.skip("not in the installed transformers")
+    return FAMILIES[model_type_of(name)]
 
 
 def tiny_config(name: str, **overrides: Any) -> Any:

@@ -30,12 +30,6 @@ CALIBRATION = {"calibration": ["random"], "calibration_tokens": 2048, "calibrati
 CACHE_FLAWED = ("minimax",)
 
 
-def family_of(name: str):
-    if not tiny.available(name):
-        pytest.skip("not in the installed transformers")
-    return FAMILIES[tiny.model_type_of(name)]
-
-
 def target_of(family, config) -> int:
     """Half of the KV heads where the class takes them, else one."""
     kv = family.num_kv_heads(config)
@@ -66,7 +60,7 @@ def cache_error(model) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_head_count_copies_bit_for_bit(name: str, tmp_path: Path) -> None:
-    family = family_of(name)
+    family = tiny.family_of(name)
     source = tiny.save_tiny(name, tmp_path / "source")
     kv = family.num_kv_heads(tiny.tiny_config(name))
     convert(source, tmp_path / "out", num_key_value_heads=kv, method="procrustes")
@@ -81,7 +75,7 @@ def test_same_head_count_copies_bit_for_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_heads_give_the_same_logits(name: str, tmp_path: Path) -> None:
     """Loads plainly, computes what the source did, and generates with a cache what it computes without one."""
-    family = family_of(name)
+    family = tiny.family_of(name)
     model = tiny.tiny_model(name)
     kv = target_of(family, model.config)
     if kv == family.num_kv_heads(model.config):
@@ -112,7 +106,7 @@ def test_equal_heads_give_the_same_logits(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_in_bases_of_their_own_are_recovered(name: str, method: str, tmp_path: Path) -> None:
     """Heads that are equal up to the method's freedom come out exact where ``mean`` is far off."""
-    family = family_of(name)
+    family = tiny.family_of(name)
     model = tiny.tiny_model(name)
     kv = target_of(family, model.config)
     if kv == family.num_kv_heads(model.config):

@@ -20,12 +20,6 @@ NAMES = [*FAMILIES, *tiny.VARIANTS, *tiny.CLAMPED]
 IDS = torch.arange(24).view(2, 12) * 7 % tiny.VOCAB
 
 
-def family_of(name: str):
-    if not tiny.available(name):
-        pytest.skip("not in the installed transformers")
-    return FAMILIES[tiny.model_type_of(name)]
-
-
 def same(a: Heads, b: Heads) -> bool:
     left, right = a.tensors() | a.extras, b.tensors() | b.extras
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
@@ -34,7 +28,7 @@ def same(a: Heads, b: Heads) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_entry_describes_its_class(name: str, tmp_path: Path) -> None:
     """Saved tensors survive a round trip, and attention computed from canonical heads is the real module's."""
-    family = family_of(name)
+    family = tiny.family_of(name)
     model = tiny.tiny_model(name)
     config = model.config
     model.save_pretrained(tmp_path)
@@ -87,7 +81,7 @@ def test_output_joins_the_stream_as_documented(name: str) -> None:
     With the rest of the layer silenced, the nudge comes out scaled, unless a norm lies between; with the rest alive it
     still does in a parallel block, where nothing else reads the attention's output.
     """
-    family = family_of(name)
+    family = tiny.family_of(name)
     model = tiny.tiny_model(name)
     config = model.config
     nudge = torch.randn(2, 12, config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -132,7 +126,7 @@ def _answer(model, layer, attention, nudge: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_class_takes_fewer_heads(name: str) -> None:
     """``set_kv`` makes a config whose class has exactly the shapes that merging fewer heads gives."""
-    family = family_of(name)
+    family = tiny.family_of(name)
     config = tiny.tiny_config(name)
     old = family.num_kv_heads(config)
     raw = config.to_diff_dict()  # as save_pretrained writes it
@@ -197,7 +191,7 @@ def test_packings_place_rows_as_documented() -> None:
 @pytest.mark.parametrize("name", ["gpt_oss", "afmoe", "beam", "bitnet", "qwen3_next", "laguna", "olmo2", "cohere"])
 def test_moving_query_heads_moves_all_that_is_theirs(name: str) -> None:
     """Swapping whole groups (query heads with sinks, gates and norms, KV heads) leaves the layer's output as it was."""
-    family = family_of(name)
+    family = tiny.family_of(name)
     model = tiny.tiny_model(name)
     config, state = model.config, dict(model.state_dict())
     before = _logits(model)

@@ -144,14 +144,13 @@ def check_live(model: nn.Module) -> None:
             raise UnsupportedError(f"{name} is quantised ({parameter.dtype}); load the model without quantisation")
 
 
-def find_blocks(model: nn.Module, input_ids: Tensor | None = None) -> list[Block]:
+def find_blocks(model: nn.Module) -> list[Block]:
     """The blocks of a model's one stack of layers that have attention, in order.
 
     Runs one forward pass over a few tokens, and changes nothing.
 
     Args:
         model: a live, unpatched causal model.
-        input_ids: int ``[B, S]`` to run; a few random tokens by default.
 
     Raises:
         UnsupportedError: there is no such stack, or its blocks are neither serial nor parallel; the reason is named.
@@ -161,8 +160,7 @@ def find_blocks(model: nn.Module, input_ids: Tensor | None = None) -> list[Block
     parts = {name: list(layer.children()) for name, (layer, _) in layers.items()}
     matrices = [m for layer, _ in layers.values() for m in layer.modules() if is_matrix(m)]
     watched = [module for name in layers for module in (layers[name][0], *parts[name])]
-    if input_ids is None:
-        input_ids = probing.probe_tokens(model, PROBE_TOKENS, 2, seed=0)
+    input_ids = probing.probe_tokens(model, PROBE_TOKENS, 2, seed=0)
     try:
         with probing.frozen(model), recorded([*watched, *matrices]) as calls:
             predict(model, {"input_ids": input_ids})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,20 @@ def _raw(model: Model, **changes: Any) -> dict[str, Any]:
     return {**copy.deepcopy(model.source.config), **changes}
 
 
-def _renamed(model: Model, raw: dict[str, Any], names: Callable[[str], list[str]]) -> Rewrite:
-    """Every tensor as bytes, under each of the new names that ``names`` gives it."""
+def _renamed(model: Model, raw: dict[str, Any], swap: Mapping[str, Sequence[str]]) -> Rewrite:
+    """Every tensor as bytes; those of a module that ``swap`` names stand under each of the names that it gives."""
+
+    def names(old: str) -> list[str]:
+        *place, module, kind = ["", *old.split(".")]
+        return [".".join([*place, new, kind])[1:] for new in swap.get(module, [module])]
+
     tensors = {new: Derived((old,), info.shape) for old, info in model.source.tensors.items() for new in names(old)}
     return Rewrite("block", raw, model.family, tensors)
 
 
 def gpt_neox(model: Model, form: str) -> Rewrite:
     """Two norms in either form: only the switch moves."""
-    return _renamed(model, _raw(model, use_parallel_residual=form == "parallel"), lambda name: [name])
+    return _renamed(model, _raw(model, use_parallel_residual=form == "parallel"), {})
 
 
 def falcon(model: Model, form: str) -> Rewrite:
@@ -57,12 +62,7 @@ def falcon(model: Model, form: str) -> Rewrite:
             swap = {"ln_attn": ["input_layernorm"], "ln_mlp": ["post_attention_layernorm"]}
         else:
             swap = {"input_layernorm": ["input_layernorm", "post_attention_layernorm"]}
-
-    def names(old: str) -> list[str]:
-        parts = old.split(".")
-        return [".".join([*parts[:-2], new, parts[-1]]) for new in swap.get(parts[-2], [parts[-2]])]
-
-    return _renamed(model, raw, names)
+    return _renamed(model, raw, swap)
 
 
 def stablelm(model: Model, form: str) -> Rewrite:
@@ -73,13 +73,7 @@ def stablelm(model: Model, form: str) -> Rewrite:
     """
     if form == "serial":
         swap = {"input_layernorm": ["input_layernorm", "post_attention_layernorm"]}
-
-        def names(old: str) -> list[str]:
-            parts = old.split(".")
-            return [".".join([*parts[:-2], new, parts[-1]]) for new in swap.get(parts[-2], [parts[-2]])]
-
-        return _renamed(model, _raw(model, use_parallel_residual=False), names)
-
+        return _renamed(model, _raw(model, use_parallel_residual=False), swap)
     family = FAMILIES["stablelm"]
     target = with_checkpoint_prefix(family, model.source.tensors)
     build = Builder(family, target, model.config, model.source.config, model.source.tensors, "block")
