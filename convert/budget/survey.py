@@ -107,6 +107,11 @@ def survey(
 
 def _check_some(options: Library, model: Model) -> None:
     if all(len(each) == 1 for each in options.layers.values()):
+        if model.family.hosted:
+            raise UnsupportedError(
+                f"{model.source.id}: {model.config.model_type}'s class holds as many KV heads as query heads; convert "
+                "it with --host auto, and choose a cache for the result"
+            )
         why = "; ".join(f"{name}: {reason}" for name, reason in options.blocked.items()) or "no variant offers any"
         raise UnsupportedError(f"{model.source.id}: no layer has a form with a smaller cache ({why})")
 

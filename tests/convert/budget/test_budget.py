@@ -20,7 +20,7 @@ from rehead.models.model import open_model
 from rehead.variants.contract import VARIANTS
 from tests.helpers.far_layer import CONTEXT, LAYERS, planted_model
 from tests.helpers.probes import one_line
-from tests.helpers.tiny import VOCAB, loaded, tiny_model
+from tests.helpers.tiny import VOCAB, loaded, save_tiny, tiny_model
 
 SURVEY = {"calibration": ["random"], "calibration_tokens": 2048, "tokens": 1024, "context": CONTEXT}
 
@@ -219,6 +219,16 @@ def test_a_model_without_any_option(tmp_path):
     ):
         pass
     assert "no layer has a form with a smaller cache" in one_line(error)
+
+
+def test_a_class_with_a_kv_head_for_each_query_head_names_the_way_that_works(tmp_path):
+    save_tiny("gpt2", tmp_path / "source")
+    asked = {**SURVEY, "context": 96}
+    with pytest.raises(UnsupportedError, match="convert it with --host auto") as error:
+        curve(tmp_path / "source", **asked)
+    one_line(error)
+    convert(tmp_path / "source", tmp_path / "hosted", host="auto")
+    assert curve(tmp_path / "hosted", **asked).points
 
 
 def test_a_layer_whose_keys_are_far_from_linear_does_not_stop_the_others(tmp_path):
