@@ -41,6 +41,7 @@ def _rewrite(model: Model, options: PruneOptions) -> Rewrite:
     if not options.heads:
         return unchanged("prune", model.source.config, model.family, model.source.tensors)
     num, kv, count, layers = model.num_heads, model.num_kv_heads, options.heads, _layers(model, options)
+    check_heads(count, num, kv)
     if (reason := refusal(model.family, model.config)) is not None:
         raise UnsupportedError(f"{model.config.model_type}: {reason}")
     if (reason := _not_in_own_class(model, options)) is not None and not _in_file(model):
@@ -91,12 +92,7 @@ def _fewer_everywhere(model: Model, count: int) -> dict[str, Any]:
 
 
 def _not_in_own_class(model: Model, options: PruneOptions) -> str | None:
-    """Why the model's own class cannot hold what is left; None where it can.
-
-    Raises:
-        UsageError, UnsupportedError: as :func:`check_heads`.
-    """
-    check_heads(options.heads, model.num_heads, model.num_kv_heads)
+    """Why the model's own class cannot hold what is left; None where it can."""
     import transformers  # noqa: F401 - its own config class knows what it refuses, which its plain numbers do not say
 
     if str(model.config.model_type).startswith(WINDOW_PREFIX) or _layers(model, options) != list(model.layers):
@@ -124,7 +120,9 @@ def _in_file(model: Model) -> bool:
 
 
 def _host(model: Model, options: PruneOptions, hosts: Any) -> str | None:
-    if not options.heads or str(model.config.model_type).startswith(WINDOW_PREFIX) or not _in_file(model):
+    if str(model.config.model_type).startswith(WINDOW_PREFIX) or not _in_file(model):
+        return None
+    if not 0 < options.heads < model.num_heads // model.num_kv_heads:  # refused, unless heads are shared first
         return None
     return None if _not_in_own_class(model, options) is None else FILE
 

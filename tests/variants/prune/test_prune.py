@@ -201,6 +201,16 @@ def test_what_no_layer_can_be_twice_is_refused(copies, tmp_path, variants, says)
         convert(copies, tmp_path / "out", variants=variants, **TEXT)
 
 
+def test_pooling_and_pruning_in_one_run(tmp_path):
+    """Heads that the model has one by one are shared first; with text that takes two runs."""
+    source = tiny.save_tiny("llama-mha", tmp_path / "source")
+    convert(source, tmp_path / "out", num_key_value_heads=2, variants=["prune:heads=2,by=weights"])
+    config = loaded(tmp_path / "out").config
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    with pytest.raises(UnsupportedError, match="in a second run"):
+        convert(source, tmp_path / "text", num_key_value_heads=2, variants=["prune:heads=2"], **TEXT)
+
+
 def test_pooling_and_pruning_one_after_the_other(copies, tmp_path):
     convert(copies, tmp_path / "one", num_key_value_heads=1)
     convert(tmp_path / "one", tmp_path / "both", variants=["prune:heads=3"], **TEXT)
