@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rehead.models.families import FAMILIES
-from rehead.models.families.parallel import base_type
+from rehead.models.families.resolve import table_entry
 from rehead.models.families.spec import Family
 from rehead.models.layout import LayerLayout
 
@@ -23,7 +22,7 @@ def config_layouts(config: Any, itemsize: int = 2) -> list[LayerLayout] | None:
     config = config.get_text_config(decoder=True)
     if getattr(config, "per_layer_attributes", None) or getattr(config, "num_kv_shared_layers", None):
         return None
-    family = FAMILIES.get(base_type(config.model_type))
+    family = table_entry(config)
     if family is not None:
         return [layer_layout(family, config, layer, itemsize) for layer in family.attention_layers(config)]
     layers: Any = getattr(config, "num_hidden_layers", None)

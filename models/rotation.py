@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from rehead.errors import UnsupportedError
-from rehead.models.families.parallel import base_type
+from rehead.models.families.resolve import table_entry
 from rehead.models.families.spec import CHANGING, Config, rope_parameters
-from rehead.models.families.table import FAMILIES
 
 _AHEAD = 4096
 """Places by which remembered angles grow at once."""
@@ -122,7 +121,7 @@ def turn_of(config: Any, layer: int) -> Turn | None:
             a turn does not pass through.
     """
     kind = str(config.model_type)
-    family = FAMILIES.get(base_type(kind))
+    family = table_entry(config)
     if family is None:
         raise UnsupportedError(f"{kind}: how its heads rotate is not known, so positions cannot be changed after it")
     dims = family.rotary_dims(config, layer)

@@ -18,6 +18,11 @@ from rehead.models.families.table import FAMILIES
 _OTHER_TOWERS = ("vision_config", "audio_config", "image_config", "speech_config", "depth_decoder_config")
 
 
+def table_entry(config: Config) -> Family | None:
+    """The table's family of a resolved config's type, or of the type that it derives from; None for other types."""
+    return FAMILIES.get(base_type(str(config.model_type)))
+
+
 def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     """The family that reads a checkpoint.
 
@@ -35,8 +40,7 @@ def resolve_family(config: Config, tensors: Mapping[str, Any]) -> Family:
     """
     refuse_type(config)
     model_type = config.model_type
-    family = FAMILIES.get(base_type(model_type))
-    if family is not None:
+    if (family := table_entry(config)) is not None:
         return family if base_type(model_type) == model_type else as_derived(family, model_type)
     return SEQ2SEQ.get(model_type) or guess_family(config, tensors)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rehead.models import layout
+from rehead.models.families.resolve import table_entry
 from rehead.models.layout import CONTEXTS, LayerLayout
 from rehead.models.live import evaluating
 from rehead.models.modeling.modeling_rehead_cache import returned_cache
@@ -183,10 +184,8 @@ def stated_heads(config: Any, cached: list[int]) -> list[int]:
         config: a transformers config.
         cached: heads in each layer's cache.
     """
-    from rehead.models.families import FAMILIES
-
     config = config.get_text_config(decoder=True)
-    family = FAMILIES.get(config.model_type)
+    family = table_entry(config)
     if family is None:
         return cached
     stated = family.num_kv_heads(config)

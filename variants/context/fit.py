@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from rehead.errors import UnsupportedError
 from rehead.models import probing
-from rehead.models.families.parallel import base_type
-from rehead.models.families.table import FAMILIES
+from rehead.models.families.resolve import table_entry
 from rehead.models.rotation import frequencies, rope_kind
 from rehead.variants.context.classes import rotating, trained_length
 from rehead.variants.context.options import ContextOptions
@@ -71,7 +70,8 @@ def fit_factors(
     whole: Any = model
     config = whole.config.get_text_config(decoder=True)
     kind = str(config.model_type)
-    family = FAMILIES[base_type(kind)]
+    family = table_entry(config)
+    assert family is not None
     layers = rotating(config, family)
     if {rope_kind(config, layer) for layer in layers} != {"default"} or len(_rotaries(model)) != 1:
         raise UnsupportedError(f"{kind}: its layers rotate in several ways, so no one set of factors fits; give yarn")

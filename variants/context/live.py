@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from rehead.attention.discover import find_attention
 from rehead.errors import UnsupportedError
 from rehead.models import probing
-from rehead.models.families.parallel import base_type
+from rehead.models.families.resolve import table_entry
 from rehead.models.families.spec import CHANGING
-from rehead.models.families.table import FAMILIES
 from rehead.models.live import LayerState, enclosing_layer
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.predictions import predict
@@ -50,7 +49,7 @@ def redirect(
     whole: Any = model
     config = whole.config.get_text_config(decoder=True)
     kind = str(config.model_type)
-    family = FAMILIES.get(base_type(kind))
+    family = table_entry(config)
     if family is None:
         raise UnsupportedError(f"{kind}: how its heads rotate is not known; see `rehead families`")
     if not rotating(config, family):

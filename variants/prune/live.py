@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from rehead.attention.discover import find_attention
 from rehead.errors import UnsupportedError
 from rehead.models import probing
-from rehead.models.families.parallel import base_type
+from rehead.models.families.resolve import table_entry
 from rehead.models.families.spec import Family
-from rehead.models.families.table import FAMILIES
 from rehead.models.live import LayerState, enclosing_layer
 from rehead.models.predictions import predict
 from rehead.models.undo import UndoLog
@@ -119,7 +118,7 @@ def _mix(output: Any, family: Family, config: Any, options: PruneOptions, gram: 
 
 def _family(model: Any) -> tuple[Any, Family]:
     config = model.config.get_text_config(decoder=True)
-    family = FAMILIES.get(base_type(str(config.model_type)))
+    family = table_entry(config)
     if family is None:
         raise UnsupportedError(f"{config.model_type}: Rehead does not know its attention's layout; leave prune out")
     return config, family
