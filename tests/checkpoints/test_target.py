@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-import writing
 from safetensors import safe_open
 from safetensors.torch import load_file
+from writing import convert, expected_tensors, hashes, only
 
+import checkpoints
 from rehead.checkpoints import copying
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
@@ -17,14 +18,6 @@ from rehead.checkpoints.safetensors_io import header_bytes
 from rehead.checkpoints.source import LocalSource
 from rehead.checkpoints.target import OutputTensor, Target
 from rehead.errors import UnsupportedError, UsageError, VerificationError
-
-checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
-expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
-
-
-@pytest.fixture
-def model(tmp_path):
-    return checkpoints.write_llama(tmp_path / "m", shards=3)
 
 
 @pytest.mark.parametrize(("shards", "size"), [(1, "5GB"), (3, "5GB"), (1, "30KB"), (3, "20KB"), (3, 1)])

@@ -11,21 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import writing
+from writing import convert, hashes, only, stop_at
 
+import checkpoints
 from rehead.checkpoints import staging
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.staging import Staging
 from rehead.checkpoints.target import ResourceError, Target
 
 HERE = Path(__file__).parents[1] / "helpers"
-checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
-expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
-
-
-@pytest.fixture
-def model(tmp_path):
-    return checkpoints.write_llama(tmp_path / "m", shards=3)
 
 
 @pytest.mark.parametrize("where", ["weights", "small"])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import writing
+from writing import convert, hashes, only
 
+import checkpoints
 from rehead.checkpoints import outputs, staging
 from rehead.checkpoints.manifest import verify_files
 from rehead.checkpoints.opening import open_source
@@ -18,13 +19,6 @@ from rehead.checkpoints.target import Target
 from rehead.errors import UsageError, VerificationError
 
 HERE = Path(__file__).parents[1] / "helpers"
-checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
-expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
-
-
-@pytest.fixture
-def model(tmp_path):
-    return checkpoints.write_llama(tmp_path / "m", shards=3)
 
 
 def test_places_where_out_may_not_be(tmp_path, model):

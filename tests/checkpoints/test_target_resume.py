@@ -8,21 +8,14 @@ import signal
 import threading
 
 import pytest
-import writing
+from writing import Stop, convert, hashes, only, stop_at
 
+import checkpoints
 from rehead.checkpoints.manifest import completed, read_manifest, verify_files
 from rehead.checkpoints.opening import open_source
 from rehead.checkpoints.staging import only_unpublished, staging_path
 from rehead.checkpoints.target import Target, finish_commit
 from rehead.errors import UsageError
-
-checkpoints, convert, hashes, only = writing.checkpoints, writing.convert, writing.hashes, writing.only
-expected_tensors, Stop, stop_at = writing.expected_tensors, writing.Stop, writing.stop_at
-
-
-@pytest.fixture
-def model(tmp_path):
-    return checkpoints.write_llama(tmp_path / "m", shards=3)
 
 
 @pytest.mark.parametrize(
