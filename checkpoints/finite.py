@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     torch = late("torch")
 
-_PIECE = 1 << 20
+_PIECE = 1 << 23  # numbers: many threads wait for each other once for each piece
 _NATIVE = ("torch.float32", "torch.float64", "torch.float16", "torch.bfloat16")
 
 

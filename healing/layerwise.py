@@ -112,9 +112,8 @@ class LayerwiseModel:
         #: By attention implementation and length of the sequences.
         self.calls: dict[tuple[str, int], list[Call]] = {}
         self._loaded: set[int] = set()
-        kept = {info.dtype for info in model.source.tensors.values()}
-        #: Weights of 16 bits, on a GPU: products of them need no more bits.
-        self.half = device.type == "cuda" and kept <= {"BF16", "F16"}
+        #: Whether products of weights are taken in TF32.
+        self.half = device.type == "cuda" and model.in_half
         self._implementation = self.module.config._attn_implementation or "eager"
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_meta:
@@ -231,7 +230,7 @@ class LayerwiseModel:
         tensors = {}
         for name in self.model.source.tensors:
             if not name.startswith(inside) and (full := self.model.module_name(name)) in wanted:
-                tensors[full] = self.model.read(name).to(self.device)
+                tensors[full] = self.model.read(name, device=self.device)
         self._assign(tensors, keep_dtype=True)
         for module in self.module.modules():
             if isinstance(module, nn.Embedding) and not module.weight.is_meta:
@@ -270,7 +269,9 @@ class LayerwiseModel:
         there = [] if layer in self._loaded else [name for name in self.model.source.tensors if name.startswith(prefix)]
         names = list(dict.fromkeys([*there, *new]))
         tensors = {
-            self.model.module_name(name): (new[name] if name in new else self.model.read(name, layer)).to(self.device)
+            self.model.module_name(name): (
+                new[name].to(self.device) if name in new else self.model.read(name, layer, self.device)
+            )
             for name in names
         }
         self._assign({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})

@@ -87,9 +87,9 @@ class Model:
         """
         return {name: self.read(name, layer) for name in self.meta_layer(layer)}
 
-    def read(self, name: str, layer: int | None = None) -> Tensor:
-        """One tensor, checked to be finite; raises as :meth:`read_layer`."""
-        tensor = self.source.read(name)
+    def read(self, name: str, layer: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor on a device, where it is checked to be finite; raises as :meth:`read_layer`."""
+        tensor = self.source.read(name).to(device)
         check_finite(name, tensor, layer)
         return tensor
 
@@ -115,6 +115,11 @@ class Model:
     def layer_on_meta(self, layer: int) -> Heads:
         """One layer's heads as shapes without data."""
         return self.heads(layer, self.meta_layer(layer))
+
+    @property
+    def in_half(self) -> bool:
+        """Whether all weights have 16 bits: on a GPU, products of them need no more than TF32's."""
+        return {info.dtype for info in self.source.tensors.values()} <= {"BF16", "F16"}
 
     @property
     def layouts(self) -> list[LayerLayout]:

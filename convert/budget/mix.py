@@ -16,6 +16,7 @@ from rehead.models import probing
 from rehead.models.by_heads import tensors_of
 from rehead.models.distance import Distances, distances
 from rehead.models.heads import Heads
+from rehead.models.linalg import fast_products
 from rehead.models.model import Model
 from rehead.models.predictions import Predictions, predict
 from rehead.models.rewrite import Changed, LayerForm
@@ -102,6 +103,8 @@ class Mix:
     def __init__(self, live: Any, model: Model, options: Sequence[Option]) -> None:
         self.live, self.model = live, model
         self.device = next(live.parameters()).device
+        #: Whether products are taken in TF32.
+        self.half = self.device.type == "cuda" and model.in_half
         self.forms: dict[tuple[int, str], Form] = {}
         self._attending: dict[str, LiveVariant] = {}
         self._states: dict[tuple[str, int], Any] = {}
@@ -213,7 +216,8 @@ class Meter:
 
     def __init__(self, mix: Mix, samples: Sequence[Sample]) -> None:
         self.mix, self.samples = mix, list(samples)
-        self.reference = [predictions_on(mix.live, sample) for sample in samples]
+        with fast_products(mix.half):
+            self.reference = [predictions_on(mix.live, sample) for sample in samples]
         self._known: dict[tuple[tuple[int, str], ...], Measured] = {}
 
     @property
@@ -225,7 +229,7 @@ class Meter:
         """What a choice costs; a choice that was measured before is not measured again."""
         key = tuple(sorted((layer, option.name) for layer, option in choice.items() if option.name))
         if key not in self._known:
-            with self.mix.on(choice):
+            with self.mix.on(choice), fast_products(self.mix.half):
                 self._known[key] = compared(self.mix.live, self.samples, self.reference)
         return self._known[key]
 

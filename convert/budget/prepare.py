@@ -27,6 +27,7 @@ from rehead.data.calibration import CalibrationText
 from rehead.errors import UnsupportedError
 from rehead.healing.run import observe
 from rehead.healing.writers import LeastSquares
+from rehead.models.linalg import fast_products
 from rehead.models.model import Model
 from rehead.models.watch import hooked, until
 from rehead.variants.pool.grouping import contiguous_groups
@@ -162,14 +163,15 @@ def estimate(
         seed: of y.
         progress: called with ("reading", texts done, texts), then ("estimating", layers done, layers).
     """
-    seen = _watch(mix, list(options.layers), [fitted, *samples], seed, progress)
     estimates = Estimates()
+    with fast_products(mix.half):
+        seen = _watch(mix, list(options.layers), [fitted, *samples], seed, progress)
     for done, (layer, layer_options) in enumerate(options.layers.items()):
         if progress is not None:
             progress("estimating", done, len(options.layers))
         batches = seen.pop(layer)
         for option in layer_options[1:]:
-            with mix.at(layer, option):
+            with mix.at(layer, option), fast_products(mix.half):
                 estimates.effects[layer, option.name] = _effect(mix, layer, option.name, batches)
     return estimates
 
