@@ -29,8 +29,8 @@ from rehead.recipes.training.rate import HIGHEST, is_measured, peak_rate
 from rehead.recipes.training.run import arithmetic, check_resume
 from rehead.recipes.training.texts import first_micro_batch, tokenizer_of
 
-#: Bytes of each trained number beside the parameter itself: gradient and AdamW's two moments in float32.
-_TRAINED = 12
+#: Bytes of each trained number beside the parameter itself: its gradient, and the two moments by the optimiser.
+_GRADIENT, _MOMENTS = 4, {"adamw": 8, "adamw-8bit": 2}
 
 
 @takes(UptrainOptions)
@@ -80,10 +80,11 @@ def estimate_uptraining(
         read = len(chosen.eval_data) * chosen.eval_tokens / (micro * chosen.seq_length)
         seconds["evaluating"] = times * read * forward.of(pupil.layers)
     seconds["writing"] = pupil.load_seconds()
-    weights = pupil.parameters * dtype.itemsize + trained * (_TRAINED + (4 if dtype != torch.float32 else 0))
+    moments = _MOMENTS[chosen.optimizer]
+    weights = pupil.parameters * dtype.itemsize + trained * (_GRADIENT + moments + (4 if dtype != torch.float32 else 0))
     teaching = 0 if mentor is None else mentor.parameters * dtype.itemsize
     kept_on_disk = chosen.keep if 0 < chosen.checkpoint_every < chosen.steps else 0
-    saved = trained * _TRAINED * kept_on_disk
+    saved = trained * (4 + moments) * kept_on_disk
     result = Estimate(seconds, base + weights + teaching + kept.of(pupil.layers), pupil.stored_bytes + saved)
     result.facts = {
         "steps": f"{chosen.steps:,} of {chosen.rows_per_step * chosen.seq_length:,} tokens, {passes} passes each",

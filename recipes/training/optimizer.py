@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.errors import UsageError, unknown_name
+from rehead.recipes.training import eight_bit
 from rehead.recipes.training.options import UptrainOptions
 from rehead.recipes.training.rate import peak_rate
 
@@ -147,7 +148,7 @@ def parameter_groups(
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused on a GPU.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused on a GPU; or with moments in 8 bits, by torchao.
 
     A step whose loss or gradient is not finite moves nothing, nor does any after it. Where the kernel is fused it looks
     at a flag on the device, so that the host need not wait for each step's gradient norm.
@@ -171,9 +172,18 @@ class Optimizer:
         first = next(iter(weights.tensors.values()))
         fused = first.device.type == "cuda" if fused is None else fused
         self._sharded = hasattr(first, "device_mesh")
+        self._broken = torch.zeros((), device=first.device)
+        self._adam: torch.optim.Optimizer
+        if options.optimizer == "adamw-8bit":
+            if self._sharded:
+                raise UsageError(
+                    "--optimizer adamw-8bit: needs whole parameters; launch with the DDP configuration or leave it out"
+                )
+            self.waits = True
+            self._adam = eight_bit.adamw(groups, options.betas, options.epsilon)
+            return
         self.waits = not fused or self._sharded
         self._adam = torch.optim.AdamW(groups, betas=options.betas, eps=options.epsilon, fused=fused, foreach=not fused)
-        self._broken = torch.zeros((), device=first.device)
         for tensor in weights.tensors.values():
             # Made here rather than in the first step, so that a resumed run finds it in the same place.
             count = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
@@ -195,7 +205,10 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(list(self._weights.tensors.values()), self._clip, norm, foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         for group in self._adam.param_groups:
-            group["lr"] = group["peak"] * factor
+            if isinstance(group["lr"], Tensor):  # which a compiled step reads
+                group["lr"].fill_(group["peak"] * factor)
+            else:
+                group["lr"] = group["peak"] * factor
         broken = ~(torch.isfinite(norm) & torch.isfinite(loss.to(norm.device)))
         if self.waits:
             if bool(broken):
@@ -214,11 +227,13 @@ class Optimizer:
         return max(float(group["lr"]) for group in self._adam.param_groups)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments by ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, to be saved or filled in place."""
+        """The moments by ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, to be saved or filled in place; in 8 bits as codes
+        and scales."""
         return {
-            f"{name}.{moment}": self._adam.state[tensor][moment]
+            f"{name}.{moment}{part}": value
             for moment in _MOMENTS
             for name, tensor in self._weights.tensors.items()
+            for part, value in eight_bit.tensors_of(self._adam.state[tensor][moment]).items()
         }
 
     def set_step(self, step: int) -> None:

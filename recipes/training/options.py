@@ -64,6 +64,11 @@ class UptrainOptions(Options):
     warmup: float = Field(0.05, ge=0, description="Linear warm-up: a share of all steps below 1, or so many steps.")
     decay: float = Field(0.2, gt=0, le=1, description="Share of all steps in which wsd goes down.")
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="Where the schedule ends, as a share of the peak.")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw",
+        description="adamw, or adamw-8bit, whose two moments take 2 bytes of each trained number where AdamW's take 8 "
+        "(needs torchao).",
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates.")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="On matrices only.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,59 @@ def test_a_fused_step_that_is_not_finite_moves_nothing_ever_after() -> None:
         assert torch.equal(parameter, moved)
         assert all(torch.equal(moment, state[name]) for name, moment in optimizer.state().items())
     assert not torch.equal(moved, torch.ones(4, 4))
+
+
+@pytest.fixture
+def eight_bit_options() -> UptrainOptions:
+    pytest.importorskip("torchao")
+    if shutil.which("cc") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        pytest.skip("its steps are compiled, which needs a C compiler")
+    return UptrainOptions.parse({"data": "a", "optimizer": "adamw-8bit", "learning_rate": 1e-2, "clip": 0.0})
+
+
+def test_moments_in_eight_bits_follow_adamw_and_are_restored(eight_bit_options) -> None:
+    options, draw = eight_bit_options, torch.Generator().manual_seed(0)
+    start = torch.randn(32, 256, generator=draw)
+    gradients = [torch.randn(32, 256, generator=draw) for _ in range(6)]
+
+    def stepped(optimizer: Optimizer, parameter: nn.Parameter, some: list[torch.Tensor]) -> torch.Tensor:
+        for gradient in some:
+            parameter.grad = gradient.clone()
+            optimizer.step(0.5, torch.zeros(()))
+        return parameter.detach().clone()
+
+    def made(options: UptrainOptions, value: torch.Tensor) -> tuple[Optimizer, nn.Parameter]:
+        parameter = nn.Parameter(value.clone())
+        return Optimizer(Weights({"w": parameter}), options), parameter
+
+    optimizer, parameter = made(options, start)
+    assert torch.equal(parameter, start)
+    moments = optimizer.state()
+    assert {name: tensor.dtype for name, tensor in moments.items()} == {
+        "w.exp_avg.codes": torch.uint8,
+        "w.exp_avg.scale": torch.float32,
+        "w.exp_avg_sq.codes": torch.uint8,
+        "w.exp_avg_sq.scale": torch.float32,
+    }
+    assert sum(tensor.nbytes for tensor in moments.values()) < 2.1 * start.numel()
+    halfway = stepped(optimizer, parameter, gradients[:3])
+    kept = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    through = stepped(optimizer, parameter, gradients[3:])
+    exact = stepped(*made(options.model_copy(update={"optimizer": "adamw"}), start), gradients)
+    assert 0 < (through - exact).abs().max() < 0.2 * (exact - start).abs().max()
+
+    resumed, parameter = made(options, halfway)
+    for name, tensor in resumed.state().items():
+        tensor.copy_(kept[name])
+    resumed.set_step(3)
+    assert torch.equal(stepped(resumed, parameter, gradients[3:]), through)
+
+
+def test_eight_bits_without_torchao_say_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    options = UptrainOptions.parse({"data": "a", "optimizer": "adamw-8bit"})
+    with pytest.raises(UsageError, match=r"needs torchao; run pip install \"rehead\[8bit\]\""):
+        Optimizer(Weights({"w": nn.Parameter(torch.ones(4, 4))}), options)
 
 
 def test_gradients_are_clipped_by_their_norm() -> None:
