@@ -6,7 +6,7 @@ A synthetic sharded LLaMA (random BF16 weights) is written to disk, then, in tur
 * ``rehead convert --method mean``, in a process of its own;
 * ``from_pretrained``, pool, ``save_pretrained``, in a process of its own (``--naive``).
 
-    python -m rehead.benchmarks.convert --gb 2 8 --repeat 3 --naive
+    python -m rehead.benchmarks.convert --gb 2 4 8 --repeat 3 --naive
 
 Bytes per second are source bytes over wall-clock time from start of the process to its end, imports included. Peak
 memory is the kernel's own figure for the process (``ru_maxrss``), which leaves the page cache out.
