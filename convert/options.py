@@ -28,6 +28,8 @@ _OF_STEPS = {
     "rope": ("context",),
     "rope_factors": ("context",),
 }
+#: Variants after which a layer has no heads of one size, the least of them first.
+_LAST = {"uneven": 1, "latent": 2}
 #: Tokens to fit latents on: with twice the usual ones and two lengths, KL was 5 to 17% lower (SmolLM2-135M).
 _LATENT_FIT_TOKENS = 262144
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -306,7 +308,7 @@ class ConvertOptions(Options):
             said = {"tokens": self.context, "rope": rope, "factors": self.rope_factors, "layers": layers}
             said["engine"] = self.engine
             asked.append((variant, variant.options.parse(said)))
-        return sorted(asked, key=lambda pair: pair[0].name == "latent")  # after it a layer has no heads
+        return sorted(asked, key=lambda pair: _LAST.get(pair[0].name, 0))
 
     @property
     def is_latent(self) -> bool:

@@ -63,6 +63,18 @@ def _factors(source: Path) -> tuple[float, ...]:
     return tuple(1.0 + 0.3 * pair for pair in range(count))
 
 
+@pytest.mark.parametrize("rope", ["yarn", "ntk", "longrope", "dynamic"])
+def test_classes_of_ours_stretch_as_those_that_they_derive_from(rope: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    convert(source, tmp_path / "windows", window=8, sinks=2, context=512, rope=rope)
+    convert(source, tmp_path / "parallel", block="parallel", context=512, rope=rope)
+    for name, patch, options in (("windows", "window", {"size": 8, "sinks": 2}), ("parallel", "parallel", {})):
+        live, after = loaded(source), loaded(tmp_path / name)
+        with patch_model(live, patch, **options), patch_model(live, "context", tokens=512, rope=rope), torch.no_grad():
+            want = live(LONG, use_cache=False).logits
+            torch.testing.assert_close(after(LONG, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
+
+
 def test_the_config_has_older_names_too(tmp_path: Path) -> None:
     source = tiny.save_tiny("llama", tmp_path / "source")
     for rope in ("linear", "yarn", "longrope"):

@@ -10,7 +10,7 @@ from typing import Any
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.config import resolve_config
 from rehead.models.families import resolve_family
-from rehead.models.families.parallel import base_type
+from rehead.models.families.parallel import WINDOW_PREFIX, base_type
 from rehead.models.families.table import FAMILIES
 from rehead.models.model import Model
 from rehead.models.modeling import without_remote_code
@@ -39,6 +39,8 @@ def reblock(model: Model, form: str, layers: str | Sequence[int] | None = None, 
     kind = model.config.model_type
     if kind in SWITCHES:
         return _switched(model, form, chosen)
+    if kind.startswith(WINDOW_PREFIX):
+        raise UnsupportedError(f"{kind}: Rehead's class with windows has no other blocks; convert it from before that")
     known = [name for name in parallel_families() if name in FAMILIES]
     if base_type(kind) not in known:
         state = model.family.block_of(model.config)

@@ -161,8 +161,9 @@ def _by_layer(
 
 def _reads_parameters(config: Config) -> bool:
     """Whether a class builds its frequencies from ``rope_parameters``."""
-    module = inspect.getmodule(causal_lm_class(config))
-    return module is not None and "ROPE_INIT_FUNCTIONS" in inspect.getsource(module)
+    bases = (base for base in causal_lm_class(config).__mro__ if ".models." in base.__module__)
+    modules = {inspect.getmodule(base) for base in bases}  # of Rehead's classes also that of what they derive from
+    return any(module is not None and "ROPE_INIT_FUNCTIONS" in inspect.getsource(module) for module in modules)
 
 
 def _flat(raw: Mapping[str, Any], config: Config, layer: int) -> Mapping[str, Any]:

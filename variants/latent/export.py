@@ -222,7 +222,9 @@ def _refuse(source: Mapping[str, Any], host: str, latent: LatentHeads) -> None:
     reason = None
     if source.get("mlp_bias"):
         reason = "its FFN has biases"
-    elif source.get("sliding_window") and source.get("use_sliding_window", True):
+    elif (source.get("sliding_window") and source.get("use_sliding_window", True)) or any(
+        source.get("layer_windows", ())
+    ):
         reason = "its attention has windows"
     elif latent.rope_dim % 2 or not latent.rope_dim:
         reason = "its shared key does not rotate"

@@ -17,7 +17,7 @@ from rehead.checkpoints.source import torch_dtype
 from rehead.errors import UnsupportedError
 from rehead.models.families.latent import LATENT
 from rehead.models.families.layouts import shared_norm_names, tensor_names
-from rehead.models.families.parallel import base_type
+from rehead.models.families.parallel import PREFIX, base_type
 from rehead.models.families.spec import rope_parameters
 from rehead.models.heads import Heads
 from rehead.models.model import Model
@@ -54,6 +54,10 @@ def check_source(model: Model) -> None:
         UnsupportedError: with the reason and what can be done instead.
     """
     kind = base_type(model.config.model_type)
+    if model.config.model_type.startswith(PREFIX):
+        raise UnsupportedError(
+            f"{model.config.model_type}: {' and '.join(LATENT)} have no parallel blocks; convert it from before that"
+        )
     if kind not in SOURCES:
         raise UnsupportedError(
             f"{kind}: its blocks compute what {' and '.join(LATENT)} have no place for; latents are for "
@@ -94,6 +98,9 @@ def latent(
     headers, family, rank = model.source.tensors, model.family, options.rank
     kept = kept_pairs(options, angles)
     chosen = model.layers if layers is None else list(layers)
+    extras = (family.prefix(layer) + name for layer in chosen for name in family.query_extras)
+    if (lost := next((name for name in extras if name in headers), None)) is not None:
+        raise UnsupportedError(f"{lost}: latents have no place for it; name other layers, or leave it out before")
     like = _shapes(model, options, angles, kept, chosen[0])
     named = module_weights(like)
     normed = family.norm_of(model.config) != "none"

@@ -67,6 +67,9 @@ def own_refusal(model: Model, options: WindowOptions) -> str | None:
     """Why a model's own class cannot hold the windows; None if it can."""
     kind = model.config.model_type
     if kind.startswith(WINDOW_PREFIX):
+        chosen, sinks = options.indices(int(model.config.num_hidden_layers)), model.config.sink_tokens
+        if sinks != options.sinks and any(layer.window and layer.index not in chosen for layer in model.layouts):
+            return f"its layers share {sinks} sink tokens (give --sinks {sinks}, or --layers all)"
         return None if model.config.sink_logits or not options.sink_logit else "it was saved without sink logits"
     if options.sinks:
         return "it has no sink tokens"

@@ -117,6 +117,37 @@ def test_what_cannot_be(tmp_path, kind, forms, error, says):
         convert(source, tmp_path / "out", variants=forms, **TEXT)
 
 
+FIRST = {
+    "parallel": {"block": "parallel"},
+    "windows": {"window": 8, "sinks": 2},
+    "one window": {"window": 8, "sinks": 2, "layers": "1"},
+    "logits": {"window": 8, "sink_logit": True, "host": "rehead_window"},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        # What a second conversion would leave out of what the first one made.
+        ("parallel", {"latent": 24, "rope_dims": 4}, "no parallel blocks"),
+        ("windows", {"latent": 24, "rope_dims": 4}, "its attention has windows"),
+        ("logits", {"variants": ["latent:rank=24,rope_dims=4,layers=0"]}, "layers.0.self_attn.sinks: latents have no"),
+        ("one window", {"window": 4, "layers": "0"}, "share 2 sink tokens .give --sinks 2"),
+        ("windows", {"block": "parallel"}, "has no other blocks"),
+        # Heads of several sizes come last, so that nothing has to read them.
+        (None, {"variants": ["uneven:num_key_value_heads=2,layers=1"], "window": 8, "sinks": 2}, "in a second run"),
+        (None, {"variants": ["uneven:num_key_value_heads=2,layers=1"], "context": 512}, "in a second run"),
+    ],
+)
+def test_what_a_conversion_made_is_not_lost_in_the_next(tmp_path, first, second, says):
+    source = tiny.save_tiny("llama", tmp_path / "source", attention_bias=False)
+    if first is not None:
+        source = convert(source, tmp_path / "first", **FIRST[first], **TEXT | {"calibration_length": 32}).out
+    with pytest.raises(UnsupportedError, match=says):
+        convert(source, tmp_path / "out", **second, **TEXT)
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_is_not_converted_again(mixed):
     with pytest.raises(UnsupportedError, match="forms of their own"):
         convert(mixed[1], mixed[1].parent / "again", num_key_value_heads=1)
