@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rehead.console import Progress
+from rehead.convert.budget.decode_time import DecodeTimes
 from rehead.convert.budget.holders import holders, none_served
 from rehead.convert.budget.library import Choice, Library
 from rehead.convert.budget.mix import Measured
@@ -33,6 +34,7 @@ class Point:
         share: of the model's cache.
         bytes: of the cache at the context.
         attention_flops: operations on the cache for one more token.
+        decode_seconds: of attention in one step of decoding, over all layers; None where it was not timed.
         predicted: loss that the estimates give, nats per token; text and probes together.
         kl: measured on running text, nats per token; None where it was not.
         recall_kl: measured on the probes.
@@ -51,6 +53,7 @@ class Point:
     recalled: float | None = None
     layers: dict[int, str] = field(default_factory=dict)
     budget: float | None = None
+    decode_seconds: float | None = None
 
     @property
     def loss(self) -> float | None:
@@ -150,7 +153,20 @@ def curve(
                 rivals.add(min(within, key=lambda name: prepared.predictor.loss(plain[name])))
         points += [_point(prepared, name, choice, name in rivals) for name, choice in plain.items()]
         points.sort(key=lambda point: (point.name != "mix", -point.bytes))
-        return Curve(opened.source.id, library.context, library.whole, points, refused, prepared.facts)
+        facts = prepared.facts
+    if asked.decode_batch:
+        points, facts["decoding"] = _timed(points, library, DecodeTimes(library.context, asked.decode_batch, where))
+    return Curve(opened.source.id, library.context, library.whole, points, refused, facts)
+
+
+def _timed(points: list[Point], library: Library, times: DecodeTimes) -> tuple[list[Point], dict[str, Any]]:
+    """(the points with their time in decoding, what was timed and the original's time)."""
+
+    def total(layers: Mapping[int, str]) -> float:
+        return times.total(library.option(layer, layers.get(layer, "")).layout for layer in library.layers)
+
+    timed = [replace(point, decode_seconds=total(point.layers)) for point in points]
+    return timed, {"batch": times.batch, "original_seconds": total({})}
 
 
 def _best_of_each(prepared: Survey, names: Sequence[str]) -> dict[str, Choice]:

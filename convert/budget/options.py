@@ -45,6 +45,9 @@ class CurveOptions(SurveyOptions):
 
     engine: Engine = None
     measure: bool = Field(True, description="Measure three sizes, each beside one form in all layers.")
+    decode_batch: Annotated[Count | None, Flag(metavar="N")] = Field(
+        None, ge=1, description="Also time attention in one step of decoding N sequences, on this device."
+    )
 
 
 class BudgetOptions(Options):

@@ -47,7 +47,9 @@ def curve_command(model: str, out: str | None, dry_run: bool, as_json: bool, qui
         return
     echo(f"{result.model}: {result.bytes:,} bytes of cache at {result.context:,} tokens")
     count = result.facts["layer_count"]
-    rows: list[list[object]] = [["cache", "predicted", "measured", "KL", "copied", "read per token", "layers"]]
+    decoding = result.facts.get("decoding")
+    times = [] if decoding is None else ["attention"]
+    rows: list[list[object]] = [["cache", "predicted", "measured", "KL", "copied", "read per token", *times, "layers"]]
     for point in result.points:
         said = point.name if point.name != "mix" else summary(point.layers, count)
         rows.append([
@@ -57,9 +59,15 @@ def curve_command(model: str, out: str | None, dry_run: bool, as_json: bool, qui
             "-" if point.kl is None else f"{point.kl:.3f}",
             "-" if point.recalled is None else f"{point.recalled:.0%}",
             f"{point.attention_flops / 1e6:,.0f}M",
+            *([] if point.decode_seconds is None else [f"{point.decode_seconds * 1e3:.3g} ms"]),
             said if point.name == "mix" else f"all: {said}",
         ])  # fmt: skip
     print_columns(rows)
+    if decoding is not None:
+        echo(
+            f"attention in one step of decoding {decoding['batch']} x {result.context:,} tokens on "
+            f"{result.facts['device']}: {decoding['original_seconds'] * 1e3:.3g} ms with the whole cache"
+        )
     for sentence in result.comparisons():
         echo(sentence)
     for name, reason in result.blocked.items():

@@ -86,6 +86,7 @@ def curve_page(curve: Curve, plot: Plot | None, command: str = "") -> str:
         ["calibrated on", f"{count(text['tokens'])} tokens of {', '.join(text['text'])}"],
         ["measured on", texts],
         ["device", facts["device"]],
+        *([["attention per step", _decoding(facts["decoding"])]] if "decoding" in facts else []),
         *([["command", command]] if command else []),
     ])  # fmt: skip
     return html(
@@ -136,19 +137,26 @@ def _mixes(curve: Curve) -> list[Point]:
 
 
 def _table(curve: Curve) -> Table:
+    decoding = curve.facts.get("decoding")
     head = ["choice", f"KV at {count(curve.context)} tokens", "share", "predicted", "measured", "KL on text", "copied",
-            "MFLOP per token"]  # fmt: skip
+            "MFLOP per token", *([] if decoding is None else ["ms of attention per step"])]  # fmt: skip
     layers = curve.facts["layer_count"]
     rows = [
         [
             f"{CHOSEN}: {summary(point.layers, layers)}" if point.name == "mix" else f"{point.name}, all layers",
             bytes_of(point.bytes), percent(point.share), figure(point.predicted), figure(point.loss), figure(point.kl),
             percent(point.recalled, 0), figure(point.attention_flops / 1e6),
+            *([] if point.decode_seconds is None else [figure(point.decode_seconds * 1e3)]),
         ]
         for point in curve.points
     ]  # fmt: skip
     return Table("overview", "Every size and form", head, rows,
                  "Predicted and measured: nats per token, text and copying together, in closed form.")  # fmt: skip
+
+
+def _decoding(decoding: dict[str, Any]) -> str:
+    """Of which step the times are, and the original's."""
+    return f"{decoding['batch']} sequences, {figure(decoding['original_seconds'] * 1e3)} ms with the whole cache"
 
 
 def _layers(point: Point) -> Table:
