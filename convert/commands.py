@@ -331,7 +331,8 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         carried = "" if form["plain"] else "; carries its modelling file"
         rows.append(("blocks", f"{form['before']} -> {form['after']} ({len(form['layers'])} layers change{carried})"))
     for name, told in facts.get("variants", {}).items():
-        rows.append((name, ", ".join(f"{key} {value}" for key, value in told["options"].items())))
+        said = (f"{key} {value}" for key, value in told["options"].items() if value is not None)
+        rows.append((name, ", ".join(said)))
     if "reinvest" in facts:
         spent = facts["reinvest"]
         rows.append((f"{spent['key']}", f"{spent['before']:,} -> {spent['after']:,}: {spent['arithmetic']}"))
