@@ -30,7 +30,7 @@ def test_layers_that_share_keys_and_values_run_one_by_one_as_the_model_does() ->
     family = SimpleNamespace(layer="model.layers.{i}.")
     model = SimpleNamespace(
         config=config, family=family, module_layer=family.layer, source=SimpleNamespace(id="gemma4", tensors=state),
-        module_name=lambda name: name, read=lambda name, layer=None: state[name],
+        module_name=lambda name: name, read=lambda name, layer=None, device="cpu": state[name],
     )  # fmt: skip
     ids = [torch.arange(60).view(5, 12) % 64, torch.arange(40).view(2, 20) * 3 % 64]
     seen: list[list[torch.Tensor]] = []
