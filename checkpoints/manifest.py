@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "versions",
 ]
 
+_VERSION = re.compile(r"""^__version__ = ['"]([^'"]+)['"]$""", re.MULTILINE)
 _MAX_BYTES = 256_000_000
 _REPEAT = "convert again or fetch it again"
 
@@ -40,10 +42,17 @@ def versions() -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    """A library's version: its own word, or that of its installation while it is not imported."""
-    if name not in sys.modules:
-        with contextlib.suppress(PackageNotFoundError):
-            return version(name)
+    """A library's version in its own words, read from its files where it is not imported yet.
+
+    What the installation says may be another: a build for GPUs calls itself ``2.11.0+cu130``, its package ``2.11.0``.
+    """
+    if name not in sys.modules and (spec := find_spec(name)) is not None:
+        for folder in spec.submodule_search_locations or ():
+            for file in ("version.py", "__init__.py"):
+                with contextlib.suppress(OSError):
+                    text = (Path(folder) / file).read_text(encoding="utf-8")
+                    if (said := _VERSION.search(text)) is not None:
+                        return said[1]
     return str(import_module(name).__version__)
 
 

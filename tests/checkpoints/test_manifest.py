@@ -14,6 +14,7 @@ import tiny
 import torch
 import transformers
 
+from rehead.checkpoints import manifest
 from rehead.checkpoints.manifest import completed, read_manifest, verify_files
 from rehead.checkpoints.manifest_schema import Manifest
 from rehead.convert import convert, verify
@@ -57,6 +58,25 @@ def test_versions_are_the_libraries_own_and_import_neither() -> None:
     assert told == {
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
     }  # fmt: skip
+
+
+def test_a_version_is_the_librarys_own_word_wherever_it_stands(tmp_path: Path, monkeypatch) -> None:
+    files = {
+        "of_a_build": ("version.py", "cuda = '1'\n__version__ = '1.2+cu1'\n", "from .version import __version__\n"),
+        "plain": ("__init__.py", '__version__ = "3.4"\n', '__version__ = "3.4"\n'),
+        "computed": ("other.py", "", "__version__ = '.'.join('56')\n"),
+    }
+    for name, (file, text, first) in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(first)
+        (tmp_path / name / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {name: manifest._version(name) for name in files} == {
+        "of_a_build": "1.2+cu1",
+        "plain": "3.4",
+        "computed": "5.6",
+    }
+    assert {name for name in files if name in sys.modules} == {"computed"}
 
 
 @pytest.mark.parametrize("name", MADE)
