@@ -113,7 +113,7 @@ class LayerwiseModel:
         self.calls: dict[tuple[str, int], list[Call]] = {}
         self._loaded: set[int] = set()
         #: Whether products of weights are taken in TF32.
-        self.half = device.type == "cuda" and model.in_half
+        self.half = model.fast_on(device)
         self._implementation = self.module.config._attn_implementation or "eager"
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_meta:

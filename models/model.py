@@ -116,10 +116,9 @@ class Model:
         """One layer's heads as shapes without data."""
         return self.heads(layer, self.meta_layer(layer))
 
-    @property
-    def in_half(self) -> bool:
-        """Whether all weights have 16 bits: on a GPU, products of them need no more than TF32's."""
-        return {info.dtype for info in self.source.tensors.values()} <= {"BF16", "F16"}
+    def fast_on(self, device: torch.device) -> bool:
+        """Whether products of the weights need no more bits than TF32's: on a GPU, where all of them have 16 bits."""
+        return device.type == "cuda" and {info.dtype for info in self.source.tensors.values()} <= {"BF16", "F16"}
 
     @property
     def layouts(self) -> list[LayerLayout]:

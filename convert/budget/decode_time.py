@@ -6,7 +6,6 @@ same time whatever the cache is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from rehead.attention.attend import attend
 from rehead.attention.call import AttentionCall
 from rehead.models.layout import LayerLayout
+from rehead.models.live import clock
 from rehead.models.recording import record
 
 #: Seconds that a measurement takes at least, and measurements of which the fastest counts.
@@ -89,11 +89,7 @@ def seconds(call: AttentionCall, device: torch.device) -> float:
 
 
 def _span(step: Callable[[], object], runs: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock(device)
     for _ in range(runs):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock(device) - start

@@ -104,7 +104,7 @@ class Mix:
         self.live, self.model = live, model
         self.device = next(live.parameters()).device
         #: Whether products are taken in TF32.
-        self.half = self.device.type == "cuda" and model.in_half
+        self.half = model.fast_on(self.device)
         self.forms: dict[tuple[int, str], Form] = {}
         self._attending: dict[str, LiveVariant] = {}
         self._states: dict[tuple[str, int], Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from rehead.models.families.spec import Family
 from rehead.models.live import LayerState, enclosing_layer
 from rehead.models.predictions import predict
 from rehead.models.undo import UndoLog
+from rehead.models.watch import hooked
 from rehead.variants.layer_choice import check_known
 from rehead.variants.prune.options import PruneOptions, check_heads, refusal
 from rehead.variants.prune.solve import HeadOutputs, least_needed, predictor
@@ -94,17 +96,13 @@ class _Hook:
 def _grams(model: nn.Module, outputs: dict[str, nn.Module], tokens: Tensor) -> dict[str, Tensor]:
     """E[z z^T] of layers by name, over texts, int [B, S]."""
     parts = {name: HeadOutputs(1) for name in outputs}
-    handles = [
-        output.register_forward_pre_hook(lambda _, args, part=parts[name]: part.see(args[0]))
-        for name, output in outputs.items()
-    ]
-    try:
-        with probing.frozen(model):
-            for texts in probing.batches(tokens, model):
-                predict(model, {"input_ids": texts})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, output in outputs.items():
+            see = lambda _, args, part=parts[name]: part.see(args[0])  # noqa: E731
+            stack.enter_context(hooked(output.register_forward_pre_hook(see)))
+        stack.enter_context(probing.frozen(model))
+        for texts in probing.batches(tokens, model):
+            predict(model, {"input_ids": texts})
     return {name: part.mean() for name, part in parts.items()}
 
 

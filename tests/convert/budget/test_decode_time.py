@@ -51,13 +51,13 @@ def test_every_layout_is_timed_once_and_a_layer_without_attention_never(monkeypa
 
 def test_seconds_are_those_of_one_run(monkeypatch):
     """A clock on which each attention takes a known time; measurements repeat it as often as the clock needs."""
-    clock = [0.0]
+    now = [0.0]
 
     def attended(call):
-        clock[0] += 3e-4
+        now[0] += 3e-4
 
     monkeypatch.setattr(decode_time, "attend", attended)
-    monkeypatch.setattr(decode_time.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(decode_time, "clock", lambda device: now[0])
     assert decode_time.seconds(decode_call(WHOLE, 16, 1, CPU), CPU) == pytest.approx(3e-4)
 
 
