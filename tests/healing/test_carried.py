@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rehead.checkpoints.source import LocalSource
 from rehead.healing.layerwise import LayerwiseModel
 from rehead.healing.runner import Runner, TextState
+from rehead.models.model import Model
 from rehead.models.ranks import Ranks
 
 gemma4 = pytest.importorskip("transformers.models.gemma4.configuration_gemma4")
 
 
-def test_layers_that_share_keys_and_values_run_one_by_one_as_the_model_does() -> None:
+def test_layers_that_share_keys_and_values_run_one_by_one_as_the_model_does(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = gemma4.Gemma4TextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -27,11 +31,10 @@ def test_layers_that_share_keys_and_values_run_one_by_one_as_the_model_does() ->
     state = plain.state_dict()
     shared = [name for name in state if name.startswith("model.layers.3.") and ".k_proj." in name]
     assert not shared  # the last layers have no keys of their own
-    family = SimpleNamespace(layer="model.layers.{i}.")
-    model = SimpleNamespace(
-        config=config, family=family, module_layer=family.layer, source=SimpleNamespace(id="gemma4", tensors=state),
-        module_name=lambda name: name, read=lambda name, layer=None, device="cpu": state[name],
-    )  # fmt: skip
+    plain.save_pretrained(tmp_path)
+    # No family reads such heads, so that it cannot be opened as what is converted; its layers run all the same.
+    family: Any = SimpleNamespace(layer="model.layers.{i}.")
+    model = Model(LocalSource(tmp_path), config, family, list(range(4)))
     ids = [torch.arange(60).view(5, 12) % 64, torch.arange(40).view(2, 20) * 3 % 64]
     seen: list[list[torch.Tensor]] = []
     with torch.no_grad():
