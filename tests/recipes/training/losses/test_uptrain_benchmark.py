@@ -37,9 +37,10 @@ def test_a_latent_student_trains_beside_the_one_with_kv_heads() -> None:
 def test_both_train_on_the_same_loss(tmp_path, monkeypatch) -> None:
     """The first step's loss is KL(teacher || student) per token for both, before either has moved."""
     setting = replace(SMALL, steps=1, warmup=1)
-    uptrain.write_model(tmp_path / "student", setting, setting.kv_heads, 0)
-    uptrain.write_model(tmp_path / "teacher", setting, setting.teacher_kv_heads, 1)
-    data = uptrain.write_text(tmp_path / "text.txt", setting)
+    for seed, (name, kv_heads) in enumerate((("student", setting.kv_heads), ("teacher", setting.teacher_kv_heads))):
+        uptrain.write_model(tmp_path / name, setting, kv_heads, seed, torch.device("cpu"))
+    uptrain.write_text(tmp_path / "text.txt", setting)
+    data = uptrain.text_name(tmp_path / "text.txt", setting)
     seen = []
     plain = uptrain._Distilling.compute_loss
 
@@ -86,3 +87,31 @@ def test_what_cannot_be_measured_is_one_line(changes, losses, words) -> None:
     with pytest.raises(UsageError, match=r"^[^\n]+$") as raised:
         uptrain.run(replace(SMALL, **changes), losses)
     assert words in str(raised.value)
+
+
+def test_operations_are_those_of_the_products(tmp_path) -> None:
+    """Two for each weight of a matrix and token; a 7B model's student and teacher take 8 for each in a step of KD."""
+    setting = replace(uptrain.SHAPES["7b"], teacher_kv_heads=8, length=1)
+    weights, attention = setting.operations(setting.kv_heads)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 11008
+    assert weights == 2 * (32 * layer + 4096 * 32000)
+    assert attention < weights / 1000
+    assert uptrain.training_operations(setting, "kd") == pytest.approx(4 * weights, rel=1e-3)
+    assert uptrain.training_operations(replace(setting, lora_rank=8), "ce") == pytest.approx(2 * weights, rel=1e-3)
+
+
+def test_flags_replace_a_shape_s_sizes(tmp_path, capsys) -> None:
+    sizes = {
+        name.replace("_", "-"): getattr(SMALL, name)
+        for name in ("rows", "length", "steps", "warmup", "hidden_size", "intermediate_size", "layers", "heads",
+                     "kv_heads", "teacher_kv_heads", "vocab_size")
+    }  # fmt: skip
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    out = tmp_path / "rows.json"
+    uptrain.main(["--shape", "7b", *flags, "--losses", "kd", "--trainer-rows", "", "--no-compile", "--micro-batch", "2",
+                  "--lora-rank", "2", "--json", str(out)])  # fmt: skip
+    written = json.loads(out.read_text())
+    assert written["setting"]["gradient_checkpointing"]
+    assert not written["setting"]["tied"]
+    assert [row["who"] for row in written["rows"]] == ["rehead"]
+    assert "MFU" in capsys.readouterr().out
