@@ -9,6 +9,9 @@ Importing the package is cheap: nothing heavy is loaded until one of its parts i
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rehead.lazy import exports
 from rehead.models.modeling import install as _install_models
 from rehead.version import __version__
@@ -24,5 +27,9 @@ __all__ = ["__version__", *_EXPORTS, *_PARTS]
 
 __getattr__ = exports(__name__, _EXPORTS, _PARTS)
 
+# Threads that wait for work by spinning take the cores from other programs, and from threads that hash and write.
+# torch's read this once, when torch is imported; what the user has set stays.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Makes checkpoints that use Rehead's own model classes load; does nothing until transformers is imported.
 _install_models()

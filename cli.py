@@ -74,8 +74,6 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # Nothing is phoned home from a conversion tool.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Threads that wait for work by spinning take the cores from those that hash and write.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A terminal or a log that has no sign for "×" gets a question mark, not a traceback after the work is done.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
