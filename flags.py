@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 from pydantic.fields import FieldInfo
 
-from rehead.options import Options, alternatives, choices, flag_note, flag_of, is_tuple
+from rehead.options import Options, flag_note, flag_of
+from rehead.typehints import alternatives, choices, is_tuple
 
 F = TypeVar("F", bound=Callable[..., Any])
 

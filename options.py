@@ -3,7 +3,7 @@
 A field's description is its help, its bounds are its checks, and a user's mistake becomes an error of one line::
 
     class WindowOptions(Options):
-        size: Count = Field(4096, ge=1, description="Keys that a query sees.")
+        size: Length = Field(4096, ge=1, description="Keys that a query sees.")
         layers: Annotated[str, Flag(metavar="LIST")] = Field("all", description="Which layers, e.g. 0,4-7.")
 
     WindowOptions.parse({"size": "4k"})                              # keyword arguments or YAML
@@ -16,17 +16,25 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self, TypeVar, Union
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from rehead.errors import UsageError, suggestion, unknown_name
+from rehead.typehints import alternatives, choices, is_tuple, leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,6 +82,11 @@ def _split(value: Any) -> Any:
     return [part.strip() if isinstance(part, str) else part for group in parts for part in group if part != ""]
 
 
+def _items(value: Any) -> Iterable[Any]:
+    """What a field's value holds."""
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else (value,)
+
+
 def pairs(form: str, example: str, keep: Callable[[float, float], float] | None = None) -> BeforeValidator:
     """A pydantic validator that reads ``["k_proj=2"]`` as ``{"k_proj": 2.0}``.
 
@@ -101,8 +114,25 @@ def pairs(form: str, example: str, keep: Callable[[float, float], float] | None 
     return BeforeValidator(read)
 
 
+LONGEST = 1 << 24
+"""The most tokens of one text: positions become angles in float32, which tells whole numbers apart up to here."""
+
+
+def longest(value: int) -> int:
+    """A check of a number of tokens in one text.
+
+    Raises:
+        ValueError: more than :data:`LONGEST`.
+    """
+    if value > LONGEST:
+        raise ValueError(f"float32 tells no more than {LONGEST} positions of a text apart; give that or less")
+    return value
+
+
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number as people write it: 8M, 32k, 32Ki."""
+Length = Annotated[Count, AfterValidator(longest)]
+"""A number of tokens within one text, :data:`LONGEST` at most."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 """One or more texts; commas do not split them."""
 SPLIT = BeforeValidator(_split)
@@ -137,11 +167,16 @@ class Options(BaseModel):
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where a number belongs; Python would read ``true`` as 1."""
         kinds = leaves(cls.model_fields[str(info.field_name)].annotation)
-        inside = (
-            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-        )
-        if bool not in kinds and {int, float} & kinds and any(isinstance(item, bool) for item in inside):
+        if bool not in kinds and {int, float} & kinds and any(isinstance(item, bool) for item in _items(value)):
             raise ValueError("is true or false, not a number; write a number")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_64_bits(cls, value: Any) -> Any:
+        """Refuse a whole number that no tensor, seed or file's header holds."""
+        if any(isinstance(item, int) and abs(item) >= 1 << 63 for item in _items(value)):
+            raise ValueError("is more than 64 bits hold; give less")
         return value
 
     @classmethod
@@ -345,36 +380,6 @@ def _model_at(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
             break
         model = inner[0]
     return model
-
-
-def leaves(annotation: Any) -> set[Any]:
-    """Every type named in an annotation, including those inside unions, tuples and mappings."""
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (Annotated, Literal):
-        parts = parts[:1] if typing.get_origin(annotation) is Annotated else ()
-    return {kind for part in parts for kind in leaves(part)} if parts else {annotation}
-
-
-def alternatives(annotation: Any) -> list[Any]:
-    """The types of a union, each without its annotations; a list of one for any other type."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return alternatives(typing.get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [kind for each in typing.get_args(annotation) for kind in alternatives(each)]
-    return [annotation]
-
-
-def is_tuple(kind: Any) -> bool:
-    return typing.get_origin(kind) is tuple
-
-
-def choices(annotation: Any) -> list[str]:
-    """The values that a ``Literal`` annotation accepts, as text."""
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Literal:
-        return list(map(str, parts))
-    return [name for part in parts for name in choices(part)]
 
 
 def _choices_at(model: type[BaseModel], steps: list[str]) -> list[str]:

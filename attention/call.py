@@ -110,7 +110,7 @@ class AttentionCall:
     def narrowed(self, window: int, sink_tokens: int = 0) -> AttentionCall:
         """A copy with a window of at most ``window``; a call that is not causal is returned unchanged.
 
-        A call with a window of its own gets no sink tokens, since it never sees beyond that window.
+        A call with a window of its own gets no sink tokens but its own, since it never sees beyond that window.
 
         Raises:
             UnsupportedError: the mask is a tensor of values, which cannot take a window.
@@ -123,7 +123,8 @@ class AttentionCall:
                 "read it); drop the window option"
             )
         if self.window is not None:
-            return self if self.window <= window else self.with_(window=window, sink_tokens=0)
+            sinks = min(self.sink_tokens, sink_tokens)
+            return self if self.window <= window else self.with_(window=window, sink_tokens=sinks)
         return self.with_(window=window, sink_tokens=sink_tokens)
 
 

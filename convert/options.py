@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.models.serving import EngineName
-from rehead.options import SPLIT, Count, Flag, Names, Options, parse_count
+from rehead.options import SPLIT, Count, Flag, Length, Names, Options, longest, parse_count
 from rehead.variants.context.options import Rope
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions
@@ -57,6 +57,12 @@ def _lengths(value: Any) -> Any:
     return lengths[0] if len(lengths) == 1 else lengths
 
 
+def _in_reach(value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    for length in value if isinstance(value, tuple) else (value or 0,):
+        longest(length)
+    return value
+
+
 class ConvertOptions(Options):
     """What a conversion is asked to do."""
 
@@ -77,6 +83,7 @@ class ConvertOptions(Options):
     calibration_length: Annotated[
         int | tuple[int, ...] | None,
         BeforeValidator(_lengths),
+        AfterValidator(_in_reach),
         Flag(
             metavar="N[,N]",
             default="2048, for latents 512,2048, or down to 512 where the tokens would not make 16 sequences",
@@ -152,16 +159,16 @@ class ConvertOptions(Options):
         "asks for beyond its class.",
     )
 
-    window: Annotated[Count | None, Flag(metavar="W")] = Field(
+    window: Annotated[Length | None, Flag(metavar="W")] = Field(
         None, ge=1, description="Let layers see the last W keys alone."
     )
-    sinks: Annotated[Count, Flag(metavar="N")] = Field(
+    sinks: Annotated[Length, Flag(metavar="N")] = Field(
         0, ge=0, description="Of --window: first tokens of a text that stay visible; needs Rehead's modelling file."
     )
     sink_logit: bool = Field(
         False, description="Of --window: a logit for each head, fitted to calibration text, for what is not seen."
     )
-    context: Annotated[Count | None, Flag(metavar="N", default="as it is")] = Field(
+    context: Annotated[Length | None, Flag(metavar="N", default="as it is")] = Field(
         None, ge=1, description="Let the model read texts of N tokens (with --kv-cache: where caches are compared)."
     )
     rope: Annotated[Rope | None, Flag(default="yarn")] = Field(

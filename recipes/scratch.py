@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rehead.errors import UsageError
-from rehead.options import Options
+from rehead.options import Count, Length, Options
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -21,19 +21,21 @@ END_OF_TEXT = "<|endoftext|>"
 class NewModel(Options):
     """The shape of a new LLaMA-class model."""
 
-    vocab_size: int = Field(4096, description="Tokens of the byte-pair tokenizer, bytes and the end-of-text token too.")
-    hidden_size: int = Field(256, ge=1, description="Channels of the residual stream.")
-    intermediate_size: int = Field(688, ge=1, description="Columns of the gated feed-forward network.")
-    num_hidden_layers: int = Field(6, ge=1, description="Decoder layers.")
-    num_attention_heads: int = Field(8, ge=1, description="Query heads; hidden_size over them is the head_dim.")
-    num_key_value_heads: int = Field(8, ge=1, description="KV heads; as many as query heads is MHA.")
-    max_position_embeddings: int = Field(1024, ge=1, description="The longest context.")
+    vocab_size: Count = Field(
+        4096, description="Tokens of the byte-pair tokenizer, bytes and the end-of-text token too."
+    )
+    hidden_size: Count = Field(256, ge=1, description="Channels of the residual stream.")
+    intermediate_size: Count = Field(688, ge=1, description="Columns of the gated feed-forward network.")
+    num_hidden_layers: Count = Field(6, ge=1, description="Decoder layers.")
+    num_attention_heads: Count = Field(8, ge=1, description="Query heads; hidden_size over them is the head_dim.")
+    num_key_value_heads: Count = Field(8, ge=1, description="KV heads; as many as query heads is MHA.")
+    max_position_embeddings: Length = Field(1024, ge=1, description="The longest context.")
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
     tie_word_embeddings: bool = Field(True, description="One matrix for tokens in and out.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="Of the stored weights; training keeps float32 copies of its own."
     )
-    seed: int = Field(0, description="Of the weights.")
+    seed: Count = Field(0, description="Of the weights.")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:

@@ -6,9 +6,11 @@ import inspect
 import json
 import subprocess
 import sys
-from typing import Annotated, Literal
+from importlib import import_module
+from typing import Annotated, Any, Literal
 
 import click
+import numpy
 import pytest
 from click.testing import CliRunner
 from hypothesis import given as drawn
@@ -17,7 +19,21 @@ from pydantic import Field
 
 from rehead.errors import UsageError
 from rehead.flags import flags, set_by_user
-from rehead.options import SPLIT, Count, Flag, Names, Options, named_options, pairs, parse_count, takes
+from rehead.options import (
+    LONGEST,
+    SPLIT,
+    Count,
+    Flag,
+    Names,
+    Options,
+    flag_of,
+    named_options,
+    pairs,
+    parse_count,
+    takes,
+)
+from rehead.typehints import alternatives, is_tuple, leaves
+from rehead.variants.contract import VARIANTS
 
 
 class Window(Options):
@@ -125,6 +141,59 @@ def test_changed_options_are_checked_again() -> None:
 @drawn(st.integers(-(10**15), 10**15), st.sampled_from(["", "k", "Ki", "M"]))
 def test_counts_are_what_they_say(number: int, unit: str) -> None:
     assert parse_count(f"{number:,}{unit}") == number * {"": 1, "k": 1000, "Ki": 1024, "M": 10**6}[unit]
+
+
+def every_options() -> list[type[Options]]:
+    """Every class of options in Rehead itself."""
+    for room in ("rehead.convert.options", "rehead.convert.budget.options", "rehead.recipes.pipeline.schema"):
+        import_module(room)
+    for name in VARIANTS.names():
+        VARIANTS.get(name)
+    found, new = set(), {Options}
+    while new:
+        found |= new
+        new = {sub for cls in new for sub in cls.__subclasses__()} - found
+    return sorted((cls for cls in found if cls.__module__.startswith("rehead.")), key=lambda cls: cls.__name__)
+
+
+def refused(options: type[Options], name: str, value: Any) -> None:
+    """A value is refused in one line that names the field."""
+    kinds = [kind for kind in alternatives(options.model_fields[name].annotation) if kind is not type(None)]
+    needed = {"data": "text"} if "data" in options.model_fields else {}
+    with pytest.raises(UsageError) as caught:
+        options.parse({**needed, name: [value] if all(map(is_tuple, kinds)) else value})
+    assert flag_of(options, name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+#: Whole numbers that are written as they are wherever text is taken too.
+TEXT = {"layers", "max_shard_size", "pretraining_tokens"}
+#: Fields that are tokens of one text.
+LENGTHS = {
+    *("calibration_length", "chunk", "context", "max_position_embeddings", "min_keys", "needle", "neighbours"),
+    *("recall", "seq_length", "sinks", "size", "speed_context", "stride", "trained", "window"),
+}
+
+
+@pytest.mark.parametrize("options", every_options(), ids=lambda cls: cls.__name__)
+def test_no_size_is_absurd(options: type[Options]) -> None:
+    """No whole number has more than 64 bits; tokens of one text are no more than float32 tells apart."""
+    for name, entry in options.model_fields.items():
+        if int in leaves(entry.annotation) and name not in TEXT:
+            refused(options, name, "9" * 30)
+            refused(options, name, -(10**30))
+        if name in LENGTHS or (options.__name__, name) == ("ContextOptions", "tokens"):
+            refused(options, name, 10**13)
+            refused(options, name, "10000000000000")
+
+
+def test_the_longest_text_is_what_positions_in_float32_tell_apart() -> None:
+    assert float(numpy.float32(LONGEST)) != float(numpy.float32(LONGEST - 1))
+    assert float(numpy.float32(LONGEST)) == float(numpy.float32(LONGEST + 1))
+    at_most = every_options()[[cls.__name__ for cls in every_options()].index("WindowOptions")]
+    assert at_most.parse({"size": LONGEST}).as_json()["size"] == LONGEST
+    with pytest.raises(UsageError, match="no more than 16777216 positions of a text apart; give that or less"):
+        at_most.parse({"size": LONGEST + 1})
 
 
 def test_options_import_nothing_heavy() -> None:

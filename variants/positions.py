@@ -14,21 +14,18 @@ from rehead.attention.call import AttentionCall
 from rehead.errors import UnsupportedError
 from rehead.models.positions import position_limit
 from rehead.models.rotation import Turn, turn_of
-from rehead.options import Count
+from rehead.options import Length
 from rehead.variants.contract import VariantOptions
 
 if TYPE_CHECKING:
     from rehead.models.undo import UndoLog
     from rehead.variants.stack import LiveVariant
 
-UNLIMITED = 1 << 30
-"""A length that no text has."""
-
 
 class PositionOptions(VariantOptions):
     """Options of variants that change positions."""
 
-    trained: Count | None = Field(
+    trained: Length | None = Field(
         None, ge=2, description="Tokens that the model was trained to read; max_position_embeddings by default."
     )
 

@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from rehead.models.serving import EngineName
-from rehead.options import Count, Flag, Names, Options
+from rehead.options import Count, Flag, Length, Names, Options
 
 Context = Annotated[
-    Count | None,
+    Length | None,
     Flag(metavar="N", default="the model's positions, 8192 at most"),
     Field(ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."),
 ]

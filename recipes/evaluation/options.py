@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
-from rehead.options import SPLIT, Count, Flag, Options, pairs
+from rehead.options import SPLIT, Count, Flag, Length, Options, pairs
 from rehead.options import Names as Texts
 from rehead.recipes.evaluation.gates import check_gates
 
@@ -18,6 +18,7 @@ MIN_NEEDLE = 32
 
 Positive = Annotated[Count, Field(ge=1)]
 Counts = Annotated[tuple[Positive, ...], SPLIT]
+Lengths = Annotated[tuple[Annotated[Length, Field(ge=1)], ...], SPLIT]
 Names = Annotated[tuple[str, ...], SPLIT]
 # Of a limit that is given twice the stricter counts.
 Highest = Annotated[dict[str, float], pairs("NAME=LIMIT", "kl=0.5", min), Flag(metavar="NAME=LIMIT")]
@@ -27,8 +28,8 @@ Lowest = Annotated[dict[str, float], pairs("NAME=LIMIT", "top1-agreement=0.9", m
 class EvaluateOptions(Options):
     """What an evaluation is asked to do."""
 
-    window: Count = Field(512, ge=2, description="Tokens that the model sees at once.")
-    stride: Annotated[Count | None, Flag(default="half a window")] = Field(
+    window: Length = Field(512, ge=2, description="Tokens that the model sees at once.")
+    stride: Annotated[Length | None, Flag(default="half a window")] = Field(
         None, ge=1, description="Tokens from one window of the strided convention to the next."
     )
     conventions: Annotated[
@@ -42,12 +43,12 @@ class EvaluateOptions(Options):
     sample_tokens: Count = Field(32, ge=1, description="Tokens of each continuation, the most likely ones.")
     damage: bool = Field(False, description="Measure each layer of MODEL alone in the baseline.")
     damage_tokens: Count = Field(2048, ge=1, description="On so many tokens of the first text.")
-    needle: Counts = Field((), description="Context lengths at which retrieval is tried, e.g. 512,2048.")
+    needle: Lengths = Field((), description="Context lengths at which retrieval is tried, e.g. 512,2048.")
     needle_depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], SPLIT] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0), description="Where the needle stands, from 0 to 1."
     )
     needle_trials: Count = Field(8, ge=1, description="At each length and depth.")
-    recall: Counts = Field(
+    recall: Lengths = Field(
         (), description="Distances at which copying and key-value recall are tried, e.g. 256,1024; what windows cost."
     )
     recall_trials: Count = Field(8, ge=1, description="Texts at each distance.")
@@ -63,7 +64,7 @@ class EvaluateOptions(Options):
     )
     speed: bool = Field(False, description="Measure prefill and decoding, tokens per second.")
     speed_batch: Counts = Field((1, 8), description="Sequences at once.")
-    speed_context: Counts = Field((512, 2048), description="Tokens of context.")
+    speed_context: Lengths = Field((512, 2048), description="Tokens of context.")
     speed_repeats: Count = Field(6, ge=1, description="Runs of which medians are taken; 6 or more give 95% intervals.")
     batch_tokens: Annotated[Count | None, Flag(default="by the device")] = Field(
         None, ge=1, description="Tokens in a forward pass."

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rehead.options import Count, Flag, Names, Options, flag_of, pairs
+from rehead.options import Count, Flag, Length, Names, Options, flag_of, pairs
 
 #: Tokens of the shortest row that repeats anything (:func:`rehead.data.repeats.with_repeats`).
 _REPEATING = 66
@@ -44,7 +44,7 @@ class UptrainOptions(Options):
     temperature: float = Field(1.0, gt=0, description="Of losses that compare distributions.")
     tokens: Count = Field(8_000_000, gt=0, description="Tokens to train on, e.g. 8M.")
     batch_tokens: Count = Field(32768, gt=0, description="Tokens in an optimiser step, over all processes.")
-    seq_length: Count = Field(512, ge=2, description="Tokens in a row.")
+    seq_length: Length = Field(512, ge=2, description="Tokens in a row.")
     micro_batch: Annotated[Count | None, Flag(default="as many as fit, tried out on a GPU")] = Field(
         None, gt=0, description="Rows in a forward pass."
     )
@@ -78,7 +78,7 @@ class UptrainOptions(Options):
         description="What trains: all, attention, mlp, norms, embeddings, or regular expressions on "
         "parameter names, joined by commas.",
     )
-    lora_rank: int = Field(
+    lora_rank: Count = Field(
         0,
         ge=0,
         description="Train low-rank adapters of this rank on the chosen matrices instead; they are merged at the end.",
@@ -86,7 +86,7 @@ class UptrainOptions(Options):
     lora_alpha: Annotated[float | None, Flag(default="twice the rank")] = Field(
         None, gt=0, description="Scale of the adapters."
     )
-    joint_layers: int = Field(
+    joint_layers: Count = Field(
         0, ge=0, description="First fit windows of so many neighbouring layers to the teacher's hidden states."
     )
     joint_tokens: Count = Field(500_000, gt=0, description="Tokens for each window of that stage.")
@@ -99,15 +99,15 @@ class UptrainOptions(Options):
         "auto", description="Of the arithmetic; master weights are float32. auto: bfloat16 on a GPU."
     )
     device: str = Field("auto", description="auto, cpu, cuda, ...")
-    seed: int = Field(0, ge=0, lt=1 << 32, description="Of the order of the data and of everything drawn.")
-    checkpoint_every: int = Field(
+    seed: Count = Field(0, ge=0, lt=1 << 32, description="Of the order of the data and of everything drawn.")
+    checkpoint_every: Count = Field(
         100, ge=0, description="Steps between checkpoints; 0 writes one only when interrupted."
     )
-    keep: int = Field(2, ge=1, description="Checkpoints to keep.")
+    keep: Count = Field(2, ge=1, description="Checkpoints to keep.")
     eval_data: Annotated[Names, Flag(metavar="TEXT")] = Field(
         (), description="Held-out text to evaluate on while training (repeat for more)."
     )
-    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: ten times in all.")
+    eval_every: Count = Field(0, ge=0, description="Steps between evaluations; 0: ten times in all.")
     eval_tokens: Count = Field(32768, gt=0, description="Tokens of each held-out text.")
     token_cache: Annotated[str | None, Flag(metavar="DIR")] = Field(
         None, description="Folder that keeps tokenised data, so that runs on the same data tokenise it once."

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
 from rehead.models.serving import EngineName
-from rehead.options import SPLIT, Count
+from rehead.options import SPLIT, Length
 from rehead.variants.contract import VariantOptions
 
 Rope = Literal["linear", "dynamic", "ntk", "yarn", "longrope", "fitted", "drope"]
@@ -20,9 +20,9 @@ SHORT_EXACT = ("dynamic", "longrope", "fitted")
 class ContextOptions(VariantOptions):
     """Options of the variant ``context``."""
 
-    tokens: Count = Field(32768, ge=1, description="Tokens that the model is to read.")
+    tokens: Length = Field(32768, ge=1, description="Tokens that the model is to read.")
     rope: Rope = Field("yarn", description="How rotary pairs are slowed down.")
-    trained: Count | None = Field(
+    trained: Length | None = Field(
         None, ge=1, description="Tokens that it was trained to read; max_position_embeddings by default."
     )
     factors: Annotated[tuple[float, ...] | None, SPLIT] = Field(

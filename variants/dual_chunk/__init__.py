@@ -25,15 +25,15 @@ from torch import Tensor
 from rehead.attention.attend import merge, with_lse
 from rehead.attention.call import AttentionCall
 from rehead.models.rotation import Turn
-from rehead.options import Count
+from rehead.options import LONGEST, Length
 from rehead.variants.contract import Compute, Variant, register
-from rehead.variants.positions import UNLIMITED, Placed, PositionOptions, attach, by_text, changes, keys_of
+from rehead.variants.positions import Placed, PositionOptions, attach, by_text, changes, keys_of
 
 
 class DualChunkOptions(PositionOptions):
     """Options of the variant ``dual_chunk``."""
 
-    chunk: Count | None = Field(
+    chunk: Length | None = Field(
         None, ge=1, description="Tokens in a chunk, fewer than the model was trained to read; three quarters of them."
     )
 
@@ -102,7 +102,7 @@ def _part(call: AttentionCall, first: int, last: int, compute: Compute) -> tuple
 
 
 def _off(options: Any) -> Any:
-    return options.but(trained=UNLIMITED)
+    return options.but(trained=LONGEST)
 
 
 VARIANT = register(
@@ -111,7 +111,7 @@ VARIANT = register(
         summary="texts of any length in chunks at distances that the model knows (exact up to its length)",
         source="An et al. 2024, arXiv 2402.17463",
         options=DualChunkOptions,
-        exact=lambda options: options.trained == UNLIMITED,
+        exact=lambda options: options.trained == LONGEST,
         off=_off,
         attend=attend,
         cache=attach,

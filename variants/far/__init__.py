@@ -11,20 +11,17 @@ from torch import Tensor
 from rehead.attention.attend import attend_with_lse, merge
 from rehead.attention.blocks import SMALLEST, KeyBlocks
 from rehead.attention.call import AttentionCall
-from rehead.options import Count, power_of_two
+from rehead.options import LONGEST, Count, Length, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.far.gaussian import far_field
-
-UNLIMITED = 1 << 30
-"""A window that no prompt is as long as."""
 
 
 class FarOptions(VariantOptions):
     """Options of the variant ``far``."""
 
-    size: Count = Field(1024, ge=1, description="Last keys that a row sees one by one, rounded up to blocks.")
+    size: Length = Field(1024, ge=1, description="Last keys that a row sees one by one, rounded up to blocks.")
     first: Count = Field(1, ge=0, description="Blocks at the beginning that a row sees one by one.")
-    block: Count = Field(128, ge=SMALLEST, description="Rows and keys per block.")
+    block: Length = Field(128, ge=SMALLEST, description="Rows and keys per block.")
     samples: Count = Field(32, ge=1, description="Rows that say which heads gain by the Gaussian.")
     heads: str = Field("auto", pattern="^(auto|all|none)$", description="Heads with a Gaussian; auto measures each.")
 
@@ -86,8 +83,8 @@ VARIANT = register(
         summary="long prompts see size= keys and one Gaussian for each head beyond them (approximate)",
         source="Rehead; the second-order expansion of the log-sum-exp",
         options=FarOptions,
-        exact=lambda options: options.size >= UNLIMITED,
-        off=lambda options: options.but(size=UNLIMITED),
+        exact=lambda options: options.size >= LONGEST,
+        off=lambda options: options.but(size=LONGEST),
         attend=attend,
         reach=lambda options: options.size + (options.first + 1) * options.block,
     )

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
+from rehead.options import Count
 from rehead.variants.contract import ALL, AUTO, VariantOptions
 
 #: Engines that ask for more than the class does.
@@ -17,8 +18,8 @@ ENGINES = ("llama.cpp", "vllm")
 class LatentOptions(VariantOptions):
     """The sizes of the latent and the class that holds it."""
 
-    rank: int | None = Field(None, ge=1, description="Numbers of the latent per token and layer.")
-    rope_dims: int | None = Field(
+    rank: Count | None = Field(None, ge=1, description="Numbers of the latent per token and layer.")
+    rope_dims: Count | None = Field(
         None, ge=2, description="Numbers of the rotated key that all heads share; even. The text decides by default."
     )
     kv_cache: str | None = Field(

@@ -16,16 +16,16 @@ from torch import Tensor
 from rehead.attention.attend import merge, with_lse
 from rehead.attention.call import AttentionCall
 from rehead.errors import UsageError
-from rehead.options import Count
+from rehead.options import LONGEST, Length
 from rehead.variants.contract import Compute, Variant, register
-from rehead.variants.positions import UNLIMITED, Placed, PositionOptions, attach, by_text, changes, keys_of
+from rehead.variants.positions import Placed, PositionOptions, attach, by_text, changes, keys_of
 
 
 class SelfExtendOptions(PositionOptions):
     """Options of the variant ``self_extend``."""
 
-    group: Count = Field(8, ge=1, description="Neighbours that share a position far away.")
-    neighbours: Count | None = Field(
+    group: Length = Field(8, ge=1, description="Neighbours that share a position far away.")
+    neighbours: Length | None = Field(
         None, ge=1, description="Last keys seen at their true distances; an eighth of the trained length."
     )
 
@@ -86,8 +86,8 @@ VARIANT = register(
         summary="far tokens share positions in groups of group=, near ones keep theirs (exact up to its length)",
         source="Jin et al. 2024, arXiv 2401.01325",
         options=SelfExtendOptions,
-        exact=lambda options: options.trained == UNLIMITED,
-        off=lambda options: options.but(trained=UNLIMITED),
+        exact=lambda options: options.trained == LONGEST,
+        off=lambda options: options.but(trained=LONGEST),
         attend=attend,
         cache=attach,
         reach=lambda options: options.trained or 0,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rehead.attention.blocks import SMALLEST
 from rehead.attention.call import AttentionCall
-from rehead.options import Count, power_of_two
+from rehead.options import Count, Length, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.sparse.hard import secure
 from rehead.variants.sparse.select import FAILURE, Choice, choose, lost_mass
@@ -31,8 +31,8 @@ class SparseOptions(VariantOptions):
         f"call of {round(1 / FAILURE)} at most), or for each row, by centre and radius of the blocks left out (hard: "
         "always holds, and computes nearly everything on real heads).",
     )
-    min_keys: Count = Field(4096, ge=1, description="Calls with no more keys than this stay dense.")
-    block: Count = Field(128, ge=SMALLEST, description="Rows and keys per block; 128 is fast on Hopper.")
+    min_keys: Length = Field(4096, ge=1, description="Calls with no more keys than this stay dense.")
+    block: Length = Field(128, ge=SMALLEST, description="Rows and keys per block; 128 is fast on Hopper.")
     samples: Count = Field(4, ge=1, le=16, description="Rows of each block that choose its key blocks.")
     first: Count = Field(1, ge=0, description="Blocks at the beginning of a sequence that are always computed.")
     local: Count = Field(1, ge=0, description="Blocks just before a block of rows that are always computed.")

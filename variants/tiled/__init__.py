@@ -8,13 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
+from rehead.options import Length
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 
 
 class TiledOptions(VariantOptions):
     """Options of the variant ``tiled``."""
 
-    window: int | None = Field(None, ge=1, description="Also narrow every layer's mask: the variant window.")
+    window: Length | None = Field(None, ge=1, description="Also narrow every layer's mask: the variant window.")
     deterministic: bool = Field(False, description="Bitwise repeatable gradients on the GPU, at some cost in speed.")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rehead.attention.call import AttentionCall
 from rehead.models.layout import LayerLayout
-from rehead.options import Count
+from rehead.options import LONGEST, Length
 from rehead.variants.contract import ALL, AUTO, Compute, Variant, VariantOptions, register
 from rehead.variants.layer_choice import parse_layers
 from rehead.variants.window.classes import OFF
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
     from rehead.models.undo import UndoLog
     from rehead.variants.stack import LiveVariant
 
-UNLIMITED = 1 << 30
-"""A window that no text is as long as."""
-
 
 class WindowOptions(VariantOptions):
     """Options of the variant ``window``."""
 
-    size: Count = Field(4096, ge=1, description="Last keys that a row sees, its own included.")
-    sinks: Count = Field(0, ge=0, description="First tokens of a sequence that stay visible beyond the window.")
+    size: Length = Field(4096, ge=1, description="Last keys that a row sees, its own included.")
+    sinks: Length = Field(0, ge=0, description="First tokens of a sequence that stay visible beyond the window.")
     sink_logit: bool = Field(
         False, description="Give each head a logit for what the window hides, fitted to calibration text."
     )
@@ -39,6 +36,17 @@ class WindowOptions(VariantOptions):
     def indices(self, count: int) -> list[int]:
         """The layers that are named, of a model of ``count``."""
         return parse_layers(self.layers, count)
+
+    def narrowed(self, layer: LayerLayout) -> LayerLayout:
+        """A layer that keeps the window and the sinks, unless its own window is narrower or it is not named.
+
+        A layer with a wider window of its own has no more sinks than before: it never saw beyond that window.
+        """
+        named = self.layers in (ALL, AUTO) or layer.index in self.indices(1 << 20)
+        if not named or (layer.window is not None and layer.window <= self.size):
+            return layer
+        sinks = self.sinks if layer.window is None else min(layer.sinks, self.sinks)
+        return replace(layer, window=self.size, sinks=sinks)
 
     def moments(self) -> tuple[str, ...]:
         """What calibration collects, to fit the sink logits where there are any."""
@@ -87,15 +95,6 @@ def _host(model: Model, options: WindowOptions, hosts: Sequence[str]) -> str | N
     return host_of(model, options, hosts)
 
 
-def layout(layer: LayerLayout, options: WindowOptions) -> LayerLayout:
-    """A layer that keeps the window and the sinks, unless its own window is narrower or it is not named."""
-    if options.layers not in (ALL, AUTO) and layer.index not in options.indices(1 << 20):
-        return layer
-    if layer.window is not None:
-        return replace(layer, window=min(layer.window, options.size), sinks=0)
-    return replace(layer, window=options.size, sinks=options.sinks)
-
-
 def library(layer: LayerLayout, context: int) -> list[WindowOptions]:
     """Windows of a thirty-second and an eighth of the context, with the sinks that attention leans on: the tokens, or
     a logit for classes that keep none."""
@@ -111,10 +110,10 @@ VARIANT = register(
         summary="each row sees the last size= keys and the first sinks= tokens (approximate)",
         source="Xiao et al. 2023, arXiv 2309.17453; Beltagy et al. 2020, arXiv 2004.05150",
         options=WindowOptions,
-        exact=lambda options: options.size >= UNLIMITED,
-        off=lambda options: options.but(size=UNLIMITED),
+        exact=lambda options: options.size >= LONGEST,
+        off=lambda options: options.but(size=LONGEST),
         ablated=lambda options: options.but(sinks=0, sink_logit=False) if options.sinks or options.sink_logit else None,
-        layout=layout,
+        layout=lambda layer, options: options.narrowed(layer),
         library=library,
         attend=attend,
         state=state,

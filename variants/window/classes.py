@@ -67,9 +67,9 @@ def own_refusal(model: Model, options: WindowOptions) -> str | None:
     """Why a model's own class cannot hold the windows; None if it can."""
     kind = model.config.model_type
     if kind.startswith(WINDOW_PREFIX):
-        chosen, sinks = options.indices(int(model.config.num_hidden_layers)), model.config.sink_tokens
-        if sinks != options.sinks and any(layer.window and layer.index not in chosen for layer in model.layouts):
-            return f"its layers share {sinks} sink tokens (give --sinks {sinks}, or --layers all)"
+        sinks = model.config.sink_tokens
+        if {after.sinks for after in map(options.narrowed, model.layouts) if after.window} != {options.sinks}:
+            return f"its layers share {sinks} sink tokens (give --sinks {sinks})"
         return None if model.config.sink_logits or not options.sink_logit else "it was saved without sink logits"
     if options.sinks:
         return "it has no sink tokens"
@@ -124,13 +124,10 @@ def with_file(model: Model, logits: bool) -> Rewrite:
 
 def windows_after(model: Model, options: WindowOptions) -> list[int | None]:
     """The window of every layer of the result."""
-    chosen = set(options.indices(int(model.config.num_hidden_layers))) & set(model.layers)
-    own = {layer.index: layer.window for layer in model.layouts}
-    windows: list[int | None] = []
-    for layer in range(int(model.config.num_hidden_layers)):
-        window = own.get(layer)
-        windows.append(min(window or options.size, options.size) if layer in chosen else window)
-    return windows
+    count = int(model.config.num_hidden_layers)
+    options.indices(count)  # refuses layers that there are not
+    after = {layer.index: options.narrowed(layer).window for layer in model.layouts}
+    return [after.get(layer) for layer in range(count)]
 
 
 def config_with(model: Model, options: WindowOptions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rehead.models.live import LayerState
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.modeling.modeling_rehead_ring import WindowLayer, use_windows
 from rehead.models.undo import UndoLog
-from rehead.variants.window import UNLIMITED
+from rehead.options import LONGEST
 
 if TYPE_CHECKING:
     from rehead.variants.stack import LiveVariant
@@ -27,7 +27,7 @@ def shrink_caches(live: LiveVariant, undo: UndoLog) -> None:
     Layers whose attention goes through an adapter, and those with a window of their own, keep their caches.
     """
     size, sinks = live.options.size, live.options.sinks  # type: ignore[attr-defined]
-    if size >= UNLIMITED:
+    if size >= LONGEST:
         return
     layers: list[tuple[int, nn.Module, LayerState]] = []
     for state in live.states:
