@@ -189,8 +189,8 @@ def test_what_cannot_be_is_refused_in_one_line(kind: str, options: dict, said: s
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("phimoe", {}, "does not compute yarn; give rope=ntk"),
-        ("phimoe", {"rope": "longrope"}, "does not compute longrope; give rope=ntk"),
+        ("phimoe", {}, "does not compute yarn .*short_mscale.*; give rope=ntk"),
+        ("phimoe", {"rope": "longrope"}, "does not compute longrope .*short_mscale.*; give rope=ntk"),
         ("falcon-rw", {}, "neither rotary positions nor a table"),
         ("gpt2", {}, "has a table of positions; convert it"),
         ("persimmon", {}, "how its heads rotate is not known"),
@@ -210,6 +210,34 @@ def test_live_models_are_refused_with_a_way_that_works_and_left_as_they_were(
         pass
     assert "\n" not in str(caught.value)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_a_fault_of_the_model_is_not_said_to_be_one_of_its_rope() -> None:
+    model = tiny.tiny_model("llama")
+
+    def fails(*args: Any) -> None:
+        raise KeyError("of another kind")
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(fails)
+    with pytest.raises(KeyError, match="of another kind"), patch_model(model, "context", tokens=512):
+        pass
+    hook.remove()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("first", ["", "trained=8,"])
+def test_dynamic_counts_from_the_trained_length_until_it_is_stretched_otherwise(first: str, tmp_path: Path) -> None:
+    """In a checkpoint its class reads that length as the longest text."""
+    source = tiny.save_tiny("llama", tmp_path / "source")
+    dynamic = convert(source, tmp_path / "dynamic", variants=[f"context:{first}tokens=1024,rope=dynamic"]).out
+    live = loaded(source)
+    with patch_model(live, "context", tokens=1024, rope="dynamic", trained=8 if first else None):
+        want = logits(live, LONG)
+    torch.testing.assert_close(logits(loaded(dynamic), LONG), want, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(want, logits(loaded(source), LONG))
+    for rope, host in (("drope", "smollm3"), ("ntk", "granite_swa")):
+        with pytest.raises(UnsupportedError, match=r"stretched already \(dynamic\)"):
+            convert(dynamic, tmp_path / "out", context=2048, rope=rope, layers="0", host=host)
 
 
 def test_the_ways_that_refusals_name_work(tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def trained_length(config: Config, options: ContextOptions) -> int:
     return length
 
 
+def said_length(options: ContextOptions) -> int | None:
+    """What the result's config says for its length; None where it stays.
+
+    Under ``dynamic`` a class stretches from the length in the config on, which therefore is that of the training.
+    """
+    return options.trained if options.rope == "dynamic" else options.tokens
+
+
 def rotating(config: Config, family: Family) -> list[int]:
     """The layers with attention whose heads rotate."""
     layers = family.attention_layers(config)
@@ -82,8 +90,8 @@ def config_with(model: Model, options: ContextOptions) -> dict[str, Any]:
             raw |= _by_layer(config, family, options, layers, trained)
         if hasattr(config, "original_max_position_embeddings"):
             raw["original_max_position_embeddings"] = trained
-    if options.rope != "dynamic":  # whose class counts from the length in the config
-        raw["max_position_embeddings"] = options.tokens
+    if (length := said_length(options)) is not None:
+        raw["max_position_embeddings"] = length
     try:
         after = resolve_config(raw, model.source.id)
     except UnsupportedError:
@@ -148,6 +156,8 @@ def _by_layer(
         else:
             reason = f"no class rotates single layers by {options.rope}; leave --layers out"
         raise UnsupportedError(f"{kind}: {reason}")
+    if any(rope_parameters(config, layer).get("rope_type") == "dynamic" for layer in layers):  # counts from the length
+        raise UnsupportedError(f"{kind}: its RoPE is stretched already (dynamic); convert the model from before that")
     factor = stretch(trained, options)
     if kind == "smollm3":
         old = list(config.no_rope_layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rehead.attention.discover import find_attention
-from rehead.errors import UnsupportedError
+from rehead.errors import UnsupportedError, first_line
 from rehead.models import probing
 from rehead.models.families.resolve import table_entry
 from rehead.models.families.spec import CHANGING
@@ -18,7 +18,7 @@ from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.predictions import predict
 from rehead.models.stale import refuse_stale_keys
 from rehead.models.undo import UndoLog
-from rehead.variants.context.classes import ROTATING, named_by, new_parameters, rotating, trained_length
+from rehead.variants.context.classes import ROTATING, named_by, new_parameters, rotating, said_length, trained_length
 from rehead.variants.context.options import ContextOptions
 from rehead.variants.context.rope import stretch
 from rehead.variants.context.tables import nothing_to_stretch
@@ -90,10 +90,14 @@ def _stretched_config(config: Any, family: Any, options: ContextOptions) -> Any:
     after.rope_parameters = new_parameters(config, family, options)
     if hasattr(after, "original_max_position_embeddings"):  # Phi 3, which reads it there
         after.original_max_position_embeddings = trained_length(config, options)
-    if options.rope != "dynamic":
-        after.max_position_embeddings = options.tokens
-    elif options.trained is not None:
-        after.max_position_embeddings = options.trained
+    if (length := said_length(options)) is not None:
+        after.max_position_embeddings = length
+    try:
+        after.validate_rope()  # what a checkpoint's config is told when it is read
+    except (KeyError, TypeError, ValueError) as error:  # Phi-3.5-MoE wants further keys of any kind but the default
+        raise UnsupportedError(
+            f"{config.model_type}: its class does not compute {options.rope} ({first_line(error, 100)}); give rope=ntk"
+        ) from None
     return after
 
 
@@ -103,8 +107,11 @@ def _made_again(kind: str, name: str, rotary: nn.Module, config: Any) -> nn.Modu
     cls: Any = type(rotary)
     try:
         made: nn.Module = cls(config).to(place)
-    except Exception:
-        raise UnsupportedError(f"{kind}: {name} cannot be made from another config; convert it instead") from None
+    except Exception as error:  # of whatever a class asks of its config
+        raise UnsupportedError(
+            f"{kind}: {name} cannot be made from another config ({type(error).__name__}: {first_line(error, 100)}); "
+            "convert it instead"
+        ) from None
     return made
 
 
@@ -160,12 +167,9 @@ def _handed(state: LayerState) -> Any:
 
 
 def _check_runs(model: nn.Module, kind: str, states: list[LayerState], rope: str) -> None:
-    """Refuse a class that does not compute these angles, or whose attention is not handed them."""
-    try:
-        with probing.frozen(model):
-            predict(model, {"input_ids": probing.probe_tokens(model, 4, 1, seed=0)})
-    except KeyError:  # of Phi-3.5-MoE's RoPE parameters
-        raise UnsupportedError(f"{kind}: its class does not compute {rope}; give rope=ntk") from None
+    """Refuse a class whose attention is not handed these angles."""
+    with probing.frozen(model):
+        predict(model, {"input_ids": probing.probe_tokens(model, 4, 1, seed=0)})
     silent = [state for state in states if not state.calls]
     for state in states:
         state.calls = 0
