@@ -21,7 +21,7 @@ from rehead.models.layout import LayerLayout, bytes_per_token, sizes, windows
 from rehead.models.meta import LoadReport, check_loads, draft_layers, drop_drafts, shapes_of, without_drafts
 from rehead.models.model import Model
 from rehead.models.remote import in_view_rounds, layout_facts
-from rehead.models.rewrite import Read, Rewrite, Step, layer_in, unchanged
+from rehead.models.rewrite import NeedsHost, Read, Rewrite, Step, layer_in, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.models.rewritten_source import RewrittenSource
 from rehead.models.serving import ENGINE_NAMES, SAME, deciding_runs, engines, facts_of
@@ -270,12 +270,8 @@ def make_plan(model: Model, options: ConvertOptions) -> Plan:
         from rehead.variants.blocks.forms import reblock
 
         model = rewritten(model, reblock(model, options.block, options.layers, options.plain))
-    in_stock_class = options.host == "auto" and layout_facts(source.source)  # which opening it did
-    wanted = None if in_stock_class else options.host
-    wanted = wanted or host_for(model, options) or ("auto" if kv != old and model.family.hosted else None)
-    if wanted is not None:
-        model = rewritten(model, host(model, wanted, options.sink_logit))
-    pooled = _with_layers(model, options, kv)
+    told = None if options.host == "auto" and layout_facts(source.source) else options.host  # which opening it did
+    model, pooled = _hosted(model, options, kv, told)
     result = pooled
     if options.reinvest is not None:
         from rehead.convert.reinvest import widen
@@ -309,6 +305,22 @@ def _check_served(plan: Plan) -> None:
     raise UnsupportedError(
         f"--for {engine}: does not compute {kind} with a RoPE of type {rope}; give {ways}, or leave --for out"
     )
+
+
+def _hosted(model: Model, options: ConvertOptions, kv: int, told: str | None) -> tuple[Model, Model]:
+    """A model in a class that holds the result, ``told`` if that is given, and the same with its layers computed."""
+    wanted = told or host_for(model, options) or ("auto" if kv != model.num_kv_heads and model.family.hosted else None)
+    own = rewritten(model, host(model, wanted, options.sink_logit)) if wanted else model
+    try:
+        return own, _with_layers(own, options, kv)
+    except NeedsHost as needs:
+        if told is not None:
+            raise
+        try:
+            other = rewritten(model, host(model, needs.host, options.sink_logit))
+        except UnsupportedError:
+            raise needs from None
+    return other, _with_layers(other, options, kv)
 
 
 def _with_layers(model: Model, options: ConvertOptions, kv: int) -> Model:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rehead.convert.hosts import window_hosts
 from rehead.errors import UsageError
 from rehead.models.by_heads import rewrite_heads
+from rehead.models.families.parallel import FILE
 from rehead.models.heads import Heads
 from rehead.models.model import Model
 from rehead.models.rewrite import Changed, LayerForm, Rewrite
@@ -63,14 +64,15 @@ def check_lengths(model: Model, options: ConvertOptions) -> None:
 
 
 def host_for(model: Model, options: ConvertOptions) -> str | None:
-    """The class that must stand in for a model's own, so that variants can be held."""
+    """The class that must stand in for a model's own, so that variants can be held.
+
+    Rehead's modelling file where any variant asks for it: it holds windows too, which another class may hold alone.
+    """
     asks = options.asked_variants
     by_layer = any(variant.name in ("window", "context") for variant, _ in asks)
     hosts = window_hosts(model) if by_layer else []
-    for variant, asked in asks:
-        if (name := variant.host(model, asked, hosts)) is not None:
-            return name
-    return None
+    names = [name for variant, asked in asks if (name := variant.host(model, asked, hosts)) is not None]
+    return FILE if FILE in names else next(iter(names), None)
 
 
 def describe_variants() -> list[dict[str, Any]]:

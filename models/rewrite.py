@@ -87,6 +87,19 @@ class Changed:
     order: Tensor | None = None
 
 
+class NeedsHost(UnsupportedError):
+    """A step that the model's class cannot hold and another can: the conversion is planned again under that one.
+
+    Args:
+        message: the refusal, where it cannot stand in for the model's own either.
+        host: the class, as ``--host`` names it.
+    """
+
+    def __init__(self, message: str, host: str) -> None:
+        super().__init__(message)
+        self.host = host
+
+
 @dataclass(frozen=True)
 class RecoverySettings:
     """How recovery differs for layers in a form; None stands for the usual setting.

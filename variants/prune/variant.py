@@ -15,14 +15,15 @@ from rehead.models.heads import Heads
 from rehead.models.layout import LayerLayout
 from rehead.models.meta import load_report, shapes_of
 from rehead.models.model import Model
-from rehead.models.modeling import window_families
-from rehead.models.rewrite import Changed, LayerForm, RecoverySettings, Rewrite, unchanged
+from rehead.models.rewrite import Changed, LayerForm, NeedsHost, RecoverySettings, Rewrite, unchanged
 from rehead.models.rewritten import rewritten
 from rehead.variants.contract import ALL, Variant, register
 from rehead.variants.layer_choice import is_auto, layers_among, named_layers
 from rehead.variants.prune.live import calibrate, redirect
 from rehead.variants.prune.options import PruneOptions, check_heads, refusal
 from rehead.variants.prune.solve import OUTPUTS, least_needed, without_heads
+
+_BY_LAYER = "its class does not have a number of query heads for each layer"
 
 
 def _layers(model: Model, options: PruneOptions) -> list[int]:
@@ -44,22 +45,17 @@ def _rewrite(model: Model, options: PruneOptions) -> Rewrite:
     check_heads(count, num, kv)
     if (reason := refusal(model.family, model.config)) is not None:
         raise UnsupportedError(f"{model.config.model_type}: {reason}")
-    if (reason := _not_in_own_class(model, options)) is not None and not _in_file(model):
-        ways = "patch the live model" if layers == list(model.layers) else "prune all layers alike"
-        raise UnsupportedError(
-            f"{model.config.model_type}: {reason}, and Rehead has no modelling file for it; {ways}, or another model"
-        )
-    if reason is None:
-        raw = _fewer_everywhere(model, count)
-    elif not str(model.config.model_type).startswith(WINDOW_PREFIX):
-        raise UnsupportedError(
-            f"{model.config.model_type}: its class cannot hold what is left once other variants have changed it; "
-            "convert the result in a second run"
-        )
-    else:
+    in_file, separate = str(model.config.model_type).startswith(WINDOW_PREFIX), model.family.packing == "separate"
+    if in_file and separate:
         raw = copy.deepcopy(model.source.config)
         others = raw.get("layer_heads") or [None] * int(model.config.num_hidden_layers)
         raw["layer_heads"] = [num - count * kv if layer in layers else other for layer, other in enumerate(others)]
+    elif (reason := _BY_LAYER if in_file else _not_in_own_class(model, options)) is None:
+        raw = _fewer_everywhere(model, count)
+    else:
+        ways = "patch the live model" if layers == list(model.layers) else "prune all layers alike"
+        said = f"{model.config.model_type}: {reason}, and Rehead has no modelling file for it; {ways}, or another model"
+        raise NeedsHost(said, FILE) if separate and not in_file else UnsupportedError(said)
 
     def closed(layer: int, heads: Heads, moments: Any) -> Changed:
         gram = None if options.by == "weights" else moments[OUTPUTS]
@@ -95,8 +91,8 @@ def _not_in_own_class(model: Model, options: PruneOptions) -> str | None:
     """Why the model's own class cannot hold what is left; None where it can."""
     import transformers  # noqa: F401 - its own config class knows what it refuses, which its plain numbers do not say
 
-    if str(model.config.model_type).startswith(WINDOW_PREFIX) or _layers(model, options) != list(model.layers):
-        return "its class does not have a number of query heads for each layer"
+    if _layers(model, options) != list(model.layers):
+        return _BY_LAYER
     raw, family = _fewer_everywhere(model, options.heads), model.family
     form = LayerForm(lambda layer, heads, moments: Changed(heads))
     shapes = partial(_shapes, model.num_kv_heads, options.heads)
@@ -111,20 +107,6 @@ def _not_in_own_class(model: Model, options: PruneOptions) -> str | None:
     except UnsupportedError as error:
         return f"its class refuses {raw['num_attention_heads']} query heads ({first_line(error)})"
     return f"its class gives {min(mismatched)} a size by the number of query heads" if mismatched else None
-
-
-def _in_file(model: Model) -> bool:
-    """Whether Rehead's modelling file can hold what is left."""
-    kind = str(model.config.model_type).removeprefix(WINDOW_PREFIX)
-    return kind in window_families() and model.family.packing == "separate"
-
-
-def _host(model: Model, options: PruneOptions, hosts: Any) -> str | None:
-    if str(model.config.model_type).startswith(WINDOW_PREFIX) or not _in_file(model):
-        return None
-    if not 0 < options.heads < model.num_heads // model.num_kv_heads:  # refused, unless heads are shared first
-        return None
-    return None if _not_in_own_class(model, options) is None else FILE
 
 
 def _layout(layer: LayerLayout, options: PruneOptions) -> LayerLayout:
@@ -149,7 +131,6 @@ VARIANT = register(
         redirect=redirect,
         calibrate=calibrate,
         rewrite=_rewrite,
-        host=_host,
         needs=_needs,
     )
 )

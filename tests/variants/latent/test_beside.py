@@ -148,6 +148,15 @@ def test_what_a_conversion_made_is_not_lost_in_the_next(tmp_path, first, second,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", ["latent:rank=24,rope_dims=8,layers=1", "uneven:num_key_value_heads=3,layers=1"])
+def test_windows_without_sinks_stand_beside_a_form_too(tmp_path, form):
+    """Though another class would hold the windows alone."""
+    source = tiny.save_tiny("llama", tmp_path / "source", attention_bias=False)
+    convert(source, tmp_path / "out", variants=[form], window=8, layers="0", **TEXT)
+    assert verify(tmp_path / "out", str(source)).cache_error < 1e-5
+    assert json.loads((tmp_path / "out/config.json").read_text())["layer_windows"] == [8, None]
+
+
 def test_it_is_not_converted_again(mixed):
     with pytest.raises(UnsupportedError, match="forms of their own"):
         convert(mixed[1], mixed[1].parent / "again", num_key_value_heads=1)

@@ -12,6 +12,7 @@ from rehead.convert import convert, plan, verify
 from rehead.convert.calibrated import calibration_text
 from rehead.errors import UnsupportedError, UsageError
 from rehead.patches import patch_model
+from rehead.variants.prune import variant as prune
 from rehead.variants.prune.solve import least_needed, predictor
 
 TEXT = {"calibration": ["random"], "calibration_tokens": 2048, "calibration_length": 64}
@@ -192,7 +193,6 @@ def test_what_cannot_be_is_refused_in_one_line(kind, changes, told, error, says,
     ("variants", "says"),
     [
         (["prune:heads=1,layers=1", "temperature:start=1.2"], "query heads of its own"),
-        (["prune:heads=1,by=weights", "pool:num_key_value_heads=1"], "in a second run"),
         (["pool:num_key_value_heads=1", "prune:heads=1"], "in a second run"),
     ],
 )
@@ -209,6 +209,23 @@ def test_pooling_and_pruning_in_one_run(tmp_path):
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     with pytest.raises(UnsupportedError, match="in a second run"):
         convert(source, tmp_path / "text", num_key_value_heads=2, variants=["prune:heads=2"], **TEXT)
+
+
+@pytest.mark.parametrize("layers", ["", ",layers=1"])
+@pytest.mark.parametrize("kv", [1, 2])
+def test_what_holds_the_heads_that_stay_is_decided_once_on_the_model_as_it_then_is(
+    copies, tmp_path, monkeypatch, kv, layers
+):
+    """Llama's config takes 4 query heads, as are left of 6 with two KV heads, and not the 5 that are left with one."""
+    asked = []
+    decide = prune._not_in_own_class
+    monkeypatch.setattr(prune, "_not_in_own_class", lambda *told: asked.append(decide(*told)) or asked[-1])
+    convert(copies, tmp_path / "both", variants=[f"prune:heads=1,by=weights{layers}"], num_key_value_heads=kv)
+    assert len(asked) == 1
+    assert (asked[0] is None) == (kv == 2 and not layers)
+    first = copies if kv == 2 else convert(copies, tmp_path / "first", num_key_value_heads=kv).out
+    convert(first, tmp_path / "second", variants=[f"prune:heads=1,by=weights{layers}"])
+    assert torch.equal(logits(loaded(tmp_path / "both")), logits(loaded(tmp_path / "second")))
 
 
 def test_pooling_and_pruning_one_after_the_other(copies, tmp_path):
