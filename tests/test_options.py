@@ -171,7 +171,7 @@ TEXT = {"layers", "max_shard_size", "pretraining_tokens"}
 #: Fields that are tokens of one text.
 LENGTHS = {
     *("calibration_length", "chunk", "context", "max_position_embeddings", "min_keys", "needle", "neighbours"),
-    *("recall", "seq_length", "sinks", "size", "speed_context", "stride", "trained", "window"),
+    *("recall", "sample_tokens", "seq_length", "sinks", "size", "speed_context", "stride", "trained", "window"),
 }
 
 

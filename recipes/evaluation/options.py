@@ -40,7 +40,7 @@ class EvaluateOptions(Options):
     )
     tokens: Count = Field(32768, ge=1, description="The first so many of each text.")
     samples: Count = Field(3, ge=0, description="Pieces of the first text that the models continue, word for word.")
-    sample_tokens: Count = Field(32, ge=1, description="Tokens of each continuation, the most likely ones.")
+    sample_tokens: Length = Field(32, ge=1, description="Tokens of each continuation, the most likely ones.")
     damage: bool = Field(False, description="Measure each layer of MODEL alone in the baseline.")
     damage_tokens: Count = Field(2048, ge=1, description="On so many tokens of the first text.")
     needle: Lengths = Field((), description="Context lengths at which retrieval is tried, e.g. 512,2048.")
@@ -79,7 +79,7 @@ class EvaluateOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and arithmetic; auto is float32 on a CPU and the checkpoint's own elsewhere."
     )
-    resamples: Count = Field(2000, ge=1, description="Of the bootstrap behind the intervals.")
+    resamples: Count = Field(2000, ge=1, le=1_000_000, description="Of the bootstrap behind the intervals.")
     seed: Count = Field(0, ge=0, description="Of everything that is drawn.")
     fail_above: Highest = Field(
         {}, description="Exit with 5 where a figure is above, e.g. kl=0.5 or perplexity-ratio=1.2; repeat for more."

@@ -53,8 +53,8 @@ def samples(
     """
     limits = [limit for model in models.values() if (limit := position_limit(model)) is not None]
     prompt = min([PROMPT, *(limit - length for limit in limits)])
-    places = _places(tokens, tokenizer, count, prompt, length)
-    if prompt <= len(start) or not places:
+    places = _places(tokens, tokenizer, count, prompt, length) if prompt > len(start) else []
+    if not places:
         return []
     rows = begun(torch.stack([tokens[at : at + prompt] for at in places]), start)
     continued: dict[schema.Who, list[list[int]]] = {}

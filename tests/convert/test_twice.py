@@ -69,9 +69,9 @@ def shared(count: int) -> Callable[[Any], torch.Tensor]:
     """Logits of a model whose KV heads are the means of groups."""
 
     def expected(model: Any) -> torch.Tensor | None:
-        attention = [layer.self_attn for layer in model.model.layers] if hasattr(model, "model") else []
-        if not all(hasattr(each, "k_proj") for each in attention) or not attention:
+        if not (hasattr(model, "model") and hasattr(model.model.layers[0].self_attn, "k_proj")):
             return None
+        attention = [layer.self_attn for layer in model.model.layers]
         for each in attention:
             for name in ("k_proj", "v_proj"):
                 for weight in getattr(each, name).parameters():

@@ -45,7 +45,8 @@ def test_where_two_continuations_part_is_said(load, original, converted, tokeniz
 
 def test_a_text_or_model_that_is_too_short_gives_none(load, original, tokenizer, tokens):
     assert samples({"model": load(original)}, tokens[:30], tokenizer, 3, 12, "t") == []
-    assert samples({"model": load(original)}, tokens, tokenizer, 3, 512, "t") == []  # it has 512 positions
+    for length in (512, 1024, 10**6):  # it has 512 positions
+        assert samples({"model": load(original)}, tokens, tokenizer, 3, length, "t") == []
     few = samples({"model": load(original)}, tokens[:53], tokenizer, 3, 12, "t")
     assert len(few) <= 2  # the same piece is shown once
 
