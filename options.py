@@ -27,6 +27,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -131,6 +132,8 @@ def longest(value: int) -> int:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number as people write it: 8M, 32k, 32Ki."""
+Seed = Annotated[Count, Field(ge=0, lt=1 << 32)]
+"""What random numbers are drawn from, as every library takes it."""
 Length = Annotated[Count, AfterValidator(longest)]
 """A number of tokens within one text, :data:`LONGEST` at most."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.models.serving import EngineName
-from rehead.options import SPLIT, Count, Flag, Length, Names, Options, longest, parse_count
+from rehead.options import SPLIT, Count, Flag, Length, Names, Options, Seed, longest, parse_count
 from rehead.variants.context.options import Rope
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions
@@ -104,7 +104,7 @@ class ConvertOptions(Options):
     max_shard_size: Annotated[int | str, Flag(metavar="SIZE")] = Field(
         "5GB", description="Largest file of weights, where the source's own split has larger ones."
     )
-    seed: Count = Field(0, description="Of what is drawn: calibration excerpts, the heads of random, new weights.")
+    seed: Seed = Field(0, description="Of what is drawn: calibration excerpts, the heads of random, new weights.")
     host: Annotated[str | None, Flag(metavar="TYPE", default="only where needed")] = Field(
         None,
         description="Write the model under another class that computes the same: phi, starcoder2, nemotron, "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rehead.errors import UsageError
-from rehead.options import Count, Length, Options
+from rehead.options import Count, Length, Options, Seed
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -35,7 +35,7 @@ class NewModel(Options):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="Of the stored weights; training keeps float32 copies of its own."
     )
-    seed: Count = Field(0, description="Of the weights.")
+    seed: Seed = Field(0, description="Of the weights.")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:

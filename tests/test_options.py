@@ -182,6 +182,9 @@ def test_no_size_is_absurd(options: type[Options]) -> None:
         if int in leaves(entry.annotation) and name not in TEXT:
             refused(options, name, "9" * 30)
             refused(options, name, -(10**30))
+        if name == "seed":
+            refused(options, name, 1 << 32)
+            refused(options, name, -1)
         if name in LENGTHS or (options.__name__, name) == ("ContextOptions", "tokens"):
             refused(options, name, 10**13)
             refused(options, name, "10000000000000")

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rehead.models.serving import EngineName
-from rehead.options import Count, Flag, Length, Names, Options
+from rehead.options import Count, Flag, Length, Names, Options, Seed
 
 Context = Annotated[
     Length | None,
@@ -37,7 +37,7 @@ class SurveyOptions(Options):
         None, ge=1024, description="Tokens that closed forms are calibrated on."
     )
     tokens: Tokens = None
-    seed: Count = Field(0, description="Of excerpts, probes and what is drawn from the model.")
+    seed: Seed = Field(0, description="Of excerpts, probes and what is drawn from the model.")
 
 
 class CurveOptions(SurveyOptions):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
-from rehead.options import SPLIT, Count, Flag, Length, Options, pairs
+from rehead.options import SPLIT, Count, Flag, Length, Options, Seed, pairs
 from rehead.options import Names as Texts
 from rehead.recipes.evaluation.gates import check_gates
 
@@ -80,7 +80,7 @@ class EvaluateOptions(Options):
         "auto", description="Of weights and arithmetic; auto is float32 on a CPU and the checkpoint's own elsewhere."
     )
     resamples: Count = Field(2000, ge=1, le=1_000_000, description="Of the bootstrap behind the intervals.")
-    seed: Count = Field(0, ge=0, description="Of everything that is drawn.")
+    seed: Seed = Field(0, description="Of everything that is drawn.")
     fail_above: Highest = Field(
         {}, description="Exit with 5 where a figure is above, e.g. kl=0.5 or perplexity-ratio=1.2; repeat for more."
     )

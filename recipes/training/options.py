@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rehead.options import Count, Flag, Length, Names, Options, flag_of, pairs
+from rehead.options import Count, Flag, Length, Names, Options, Seed, flag_of, pairs
 
 #: Tokens of the shortest row that repeats anything (:func:`rehead.data.repeats.with_repeats`).
 _REPEATING = 66
@@ -99,7 +99,7 @@ class UptrainOptions(Options):
         "auto", description="Of the arithmetic; master weights are float32. auto: bfloat16 on a GPU."
     )
     device: str = Field("auto", description="auto, cpu, cuda, ...")
-    seed: Count = Field(0, ge=0, lt=1 << 32, description="Of the order of the data and of everything drawn.")
+    seed: Seed = Field(0, description="Of the order of the data and of everything drawn.")
     checkpoint_every: Count = Field(
         100, ge=0, description="Steps between checkpoints; 0 writes one only when interrupted."
     )

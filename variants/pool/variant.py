@@ -11,7 +11,7 @@ from rehead.models.heads import Heads
 from rehead.models.layout import LayerLayout
 from rehead.models.model import Model
 from rehead.models.rewrite import Rewrite
-from rehead.options import Count
+from rehead.options import Count, Seed
 from rehead.variants.contract import ALL, Variant, VariantOptions, register
 from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup
@@ -28,7 +28,7 @@ class PoolOptions(VariantOptions):
     grouping: Literal["contiguous", "similar"] = Field(
         "contiguous", description="Which heads share: neighbours, or those that are most alike."
     )
-    seed: Count = Field(0, description="Of the heads of random.")
+    seed: Seed = Field(0, description="Of the heads of random.")
 
 
 def _rewrite(model: Model, options: PoolOptions) -> Rewrite:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rehead.attention.blocks import SMALLEST
 from rehead.attention.call import AttentionCall
-from rehead.options import Count, Length, power_of_two
+from rehead.options import Count, Length, Seed, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.sparse.hard import secure
 from rehead.variants.sparse.select import FAILURE, Choice, choose, lost_mass
@@ -36,7 +36,7 @@ class SparseOptions(VariantOptions):
     samples: Count = Field(4, ge=1, le=16, description="Rows of each block that choose its key blocks.")
     first: Count = Field(1, ge=0, description="Blocks at the beginning of a sequence that are always computed.")
     local: Count = Field(1, ge=0, description="Blocks just before a block of rows that are always computed.")
-    seed: Count = Field(0, ge=0, description="Of the rows that are drawn.")
+    seed: Seed = Field(0, description="Of the rows that are drawn.")
 
     _powers = field_validator("block", "samples")(power_of_two)
 
