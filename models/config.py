@@ -103,6 +103,11 @@ def json_floats(value: Any) -> Any:
     return [json_floats(item) for item in value] if isinstance(value, list) else value
 
 
+def own_config(config: Config) -> Any:
+    """transformers' own object, where a record stands for it."""
+    return config.real() if isinstance(config, KnownConfig) else config
+
+
 def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     """The class that ``AutoModelForCausalLM`` loads for a config, or ``AutoModelForSeq2SeqLM`` for an encoder-decoder.
 
@@ -111,7 +116,7 @@ def causal_lm_class(config: Config) -> type[PreTrainedModel]:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = config.real() if isinstance(config, KnownConfig) else config
+    config = own_config(config)
     auto: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     classes = auto._model_mapping.get(type(config), None)
     if classes is None:

@@ -11,7 +11,7 @@ from rehead.convert.reinvest import proof
 from rehead.convert.reinvest.arithmetic import BlockSizes, ffn_width, hidden_width, proportional_hidden_width
 from rehead.convert.reinvest.changes import ClassNorms, Resize, Slot, ffn_changes, hidden_changes, resized, slots
 from rehead.errors import ReheadError, UnsupportedError, UsageError
-from rehead.models.config import resolve_config
+from rehead.models.config import own_config, resolve_config
 from rehead.models.families.spec import Config
 from rehead.models.model import Model
 from rehead.models.rewrite import Derived, Rewrite, layer_in, unchanged
@@ -51,6 +51,7 @@ def widen(model: Model, before: int, what: str, multiple: int | None = None, see
         raise UsageError(
             f"--reinvest {what}: nothing is freed while the model keeps its {before} KV heads; give --kv-heads"
         )
+    model = replace(model, config=own_config(model.config))  # whose class is built at other widths
     try:
         return (_ffn if what == "ffn" else _hidden)(model, before, multiple, seed)
     except ReheadError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import planted
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 from tiny import IDS, logits
 from transformers import AutoModelForCausalLM
 
+from checkpoints import write_llama
 from rehead.checkpoints.safetensors_io import header_bytes
 from rehead.convert import convert, plan, verify
 from rehead.convert.commands import plan_command
@@ -236,3 +239,14 @@ def test_the_caller_keeps_his_random_numbers(tmp_path: Path) -> None:
     plan(tmp_path / "llama", num_key_value_heads=1, reinvest="hidden")
     plan(tmp_path / "llama", num_key_value_heads=1, reinvest="ffn")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("what", ["ffn", "hidden"])
+def test_a_class_that_is_only_on_record_is_built_at_other_widths(what: str, tmp_path: Path) -> None:
+    """As the command line has it, which plans common classes without transformers as long as it can."""
+    source = write_llama(tmp_path / "source")
+    told = ["--kv-heads", "2", "--reinvest", what, "--multiple-of", "8", "--json"]
+    done = subprocess.run([sys.executable, "-m", "rehead", "plan", source, *told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here = plan(source, num_key_value_heads=2, reinvest=what, multiple_of=8).as_json()
+    assert json.loads(done.stdout)["reinvest"] == here["reinvest"]
