@@ -87,7 +87,8 @@ class Variant:
         longer: whether texts beyond the model's trained length are what it is for.
         weights: (heads, options, moments) -> heads. The closed form, pure: what becomes of one layer's weights.
         rewrite: (model, options) -> the checkpoint's change: its config, class, names and shapes of tensors. A variant
-            with ``weights`` whose shapes and class stay needs none.
+            with ``weights`` whose shapes and class stay needs none. Where only the shapes tell that another class is
+            needed, it raises :class:`~rehead.models.rewrite.NeedsHost` in place of having a ``host``.
         host: (model, options, classes that may stand in for the model's own) -> the one that must, so that the result
             can be held, or None where the model's own can.
         needs: (options) -> names of the moments (:mod:`rehead.healing.moments`) that ``weights`` reads.
