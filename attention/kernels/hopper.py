@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from rehead.attention.call import AttentionCall
-from rehead.attention.kernels.device import device_number, is_hopper
+from rehead.attention.kernels.device import alone, device_number, is_hopper
 from rehead.attention.kernels.general import block_lists, interpreting, key_splits, row_delta
 
 # Gluon is Triton's experimental layer and changes between releases; the kernels are tested on these.
@@ -88,6 +88,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"head_dim {dim} with values of {dim_v}; up to 128, values no wider than keys"
     if not all(_describable(item) for item in (query, key, value)):
         return "a tensor is not laid out in 16-byte steps"
+    if not alone(query.device):
+        return "another process computes on this GPU too, where this kernel has given wrong results"
     return None
 
 
