@@ -239,7 +239,8 @@ def takes_latents(call: AttentionCall) -> bool:
     rank, columns = key.shape[3], tail.shape[3]
     fits = LATENT_HALF < rank <= 2 * LATENT_HALF and columns <= LATENT_TAIL
     parts = (query[..., :rank], query[..., rank:], key, tail)
-    return fits and all(_describable(part) for part in parts)
+    # Built like the forward kernel, and not tried where processes take turns.
+    return fits and all(_describable(part) for part in parts) and alone(query.device)
 
 
 def _describe_rows(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

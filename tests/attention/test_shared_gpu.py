@@ -100,10 +100,15 @@ def test_the_hopper_kernels_stand_back(driver, monkeypatch):
     monkeypatch.setattr(hopper, "interpreting", lambda: False)
     plain = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
     call = AttentionCall(plain, plain, plain, scale=1.0, causal=True)
+    latents, tail = torch.zeros(1, 1, 256, 512, dtype=torch.bfloat16), torch.zeros(1, 1, 256, 64, dtype=torch.bfloat16)
+    query = torch.zeros(1, 8, 1, 576, dtype=torch.bfloat16)
+    step = AttentionCall(query, latents, latents, scale=1.0, causal=True, q_offset=255, key_tail=tail)
     assert hopper.takes(call)
+    assert hopper.takes_latents(step)
     module._last.clear()
     driver.processes = 2
     assert "another process" in hopper.refusal(call)
+    assert not hopper.takes_latents(step)
 
 
 _BESIDE_OTHERS = """
