@@ -14,7 +14,7 @@ import transformers
 from rehead.checkpoints.opening import open_source
 from rehead.convert.budget.curve import curve
 from rehead.errors import UsageError
-from rehead.recipes import evaluate
+from rehead.recipes import estimate, evaluate
 from rehead.recipes.curve.dry_run import estimate_curve
 from rehead.recipes.estimate import Cost, Estimate, Sketch
 from rehead.recipes.evaluation.dry_run import estimate_evaluation, loaded_dtype
@@ -139,6 +139,28 @@ def test_costs_grow_with_the_layers():
     assert (cost.once, cost.layer, cost.of(30)) == (2.0, 1.0, 32.0)
     assert Cost.fitted({1: 3.0}).of(2) == 6.0
     assert Cost.fitted({1: 3.0, 4: 2.0}).of(30) == 3.0  # noise never makes more layers cheaper
+
+
+@pytest.mark.parametrize(
+    ("took", "device", "runs", "answer"),
+    [
+        ([0.9, 0.1, 0.3, 0.2], "cpu", 4, 0.2),  # the first only warms up
+        ([11.0], "cpu", 1, 11.0),  # what takes seconds needs none
+        ([4.0, 2.0, 3.0, 2.0], "cpu", 4, 2.5),
+        ([11.0, 0.1, 0.3, 0.2], "cuda", 4, 0.2),  # where the first compiles kernels
+        ([1.0, 11.0], "cuda", 2, 11.0),
+    ],
+)
+def test_slow_work_is_timed_once(took, device, runs, answer, monkeypatch):
+    done, now = [], [0.0]
+    monkeypatch.setattr(estimate, "clock", lambda device: now[0])
+
+    def work():
+        now[0] += took[len(done)]
+        done.append(1)
+
+    assert estimate.timed(work, torch.device(device), 3) == pytest.approx(answer)
+    assert len(done) == runs
 
 
 def test_first_layers_keep_width_and_kinds():
