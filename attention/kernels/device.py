@@ -67,9 +67,12 @@ def _processes(device: torch.device) -> int:
     driver, handle, count = _driver(), ctypes.c_void_p(), ctypes.c_uint(0)
     if driver is None:
         return 0
-    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    if driver.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) != 0:
+    try:
+        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        if driver.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) != 0:
+            return 0
+        # Without room for their list, the call fails and says how long the list is.
+        driver.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), None)
+    except AttributeError:  # a driver that is older than the call
         return 0
-    # Without room for their list, the call fails and says how long the list is.
-    driver.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), None)
     return count.value

@@ -75,7 +75,9 @@ def test_the_user_may_know_better(driver, monkeypatch):
     assert driver.asked == 0
 
 
-@pytest.mark.parametrize("nobody", [None, SimpleNamespace(nvmlDeviceGetHandleByUUID=lambda name, handle: 6)])
+@pytest.mark.parametrize(
+    "nobody", [None, *(SimpleNamespace(nvmlDeviceGetHandleByUUID=lambda name, handle, code=code: code) for code in (0, 6))]
+)
 def test_without_an_answer_a_process_is_alone(nobody, driver, monkeypatch):
     monkeypatch.setattr(module, "_driver", lambda: nobody)
     assert module.alone(CUDA)
