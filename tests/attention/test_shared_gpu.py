@@ -75,10 +75,10 @@ def test_the_user_may_know_better(driver, monkeypatch):
     assert driver.asked == 0
 
 
-@pytest.mark.parametrize(
-    "nobody", [None, *(SimpleNamespace(nvmlDeviceGetHandleByUUID=lambda name, handle, code=code: code) for code in (0, 6))]
-)
-def test_without_an_answer_a_process_is_alone(nobody, driver, monkeypatch):
+@pytest.mark.parametrize("code", [None, 0, 6])
+def test_without_an_answer_a_process_is_alone(code, driver, monkeypatch):
+    """No library; one that does not know the second call; one that does not know the GPU."""
+    nobody = None if code is None else SimpleNamespace(nvmlDeviceGetHandleByUUID=lambda name, handle: code)
     monkeypatch.setattr(module, "_driver", lambda: nobody)
     assert module.alone(CUDA)
 
