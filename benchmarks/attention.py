@@ -22,6 +22,12 @@ from rehead.benchmarks.command import kernel_parser, print_report, run_script
 from rehead.errors import UnsupportedError, check_names
 
 PEERS = ("rehead", "flash", "cudnn", "flex")
+BACKENDS = {
+    "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION,
+    "cudnn": torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
+    "math": torch.nn.attention.SDPBackend.MATH,
+}
+"""SDPA's implementations by name."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,12 @@ def _flex(shape: Shape) -> Callable[..., Tensor]:
     return call
 
 
-def _peer(name: str, shape: Shape) -> Callable[..., Tensor]:
+def peer_call(name: str, shape: Shape) -> Callable[..., Tensor]:
+    """What computes a shape's call from query, key and value: one of :data:`PEERS` or :data:`BACKENDS`."""
     from rehead.attention.kernels import attention
 
-    if name == "flash":
-        return _sdpa(torch.nn.attention.SDPBackend.FLASH_ATTENTION, shape)
-    if name == "cudnn":
-        return _sdpa(torch.nn.attention.SDPBackend.CUDNN_ATTENTION, shape)
+    if name in BACKENDS:
+        return _sdpa(BACKENDS[name], shape)
     if name == "flex":
         return _flex(shape)
     return functools.partial(
@@ -155,7 +160,7 @@ def _errors(name: str, shape: Shape) -> tuple[float, float]:
     wide = [item.detach().double().requires_grad_() for item in (query, key, value)]
     exact = reference.attention(*wide, scale=small.dim**-0.5, causal=True, window=small.window, sink_tokens=small.first)
     want = [exact, *torch.autograd.grad(exact, wide, grad.double())]
-    out = _peer(name, small)(query, key, value)
+    out = peer_call(name, small)(query, key, value)
     got = [out, *torch.autograd.grad(out, (query, key, value), grad)]
     errors = [float(((a.detach().double() - b).norm() / b.norm()).detach()) for a, b in zip(got, want)]
     return errors[0], max(errors[1:])
@@ -165,7 +170,7 @@ def measure(shape: Shape, peer: str, budget_ms: float = 300.0, errors: bool = Tr
     """One row: milliseconds and TFLOP/s forward and backward of ``peer`` on ``shape``, or the reason there is none."""
     row: dict[str, object] = {"shape": shape.name, "peer": peer, **asdict(shape)}
     try:
-        call = _peer(peer, shape)
+        call = peer_call(peer, shape)
         query, key, value, grad = _inputs(shape)
         with torch.no_grad():
             forward = median_ms(lambda: call(query, key, value), budget_ms)

@@ -10,6 +10,7 @@ call is compared with what a process that was alone had computed. The Hopper ker
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -23,11 +24,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rehead.attention.attend import attend
+from rehead.attention.attend import attention
 from rehead.attention.call import AttentionCall
 from rehead.attention.kernels.device import ALONE
+from rehead.benchmarks.attention import Shape, peer_call
 from rehead.benchmarks.command import run_script
 from rehead.benchmarks.machine import headline, machine
 from rehead.console import echo, print_columns
@@ -36,66 +37,44 @@ from rehead.models.live import resolve_device
 from rehead.options import parse_count
 
 BATCH, HEADS, KV_HEADS, DIM = 4, 9, 3, 64
-#: Peaked scores, so that a tile in the wrong place cannot go unseen.
-SCALE = 0.5
 #: Largest difference of two right results in bfloat16.
 TOLERANCE = 0.1
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+Compute = Callable[..., Tensor]
 
-def draw(length: int, device: torch.device) -> AttentionCall:
-    """A causal call, the same in every process."""
+
+def draw(length: int, device: torch.device) -> Inputs:
+    """Query, key and value, the same in every process; scores are peaked, so that a tile out of place shows."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query, key, value = (
-        torch.randn(BATCH, length, heads * DIM, dtype=torch.float32)
-        .to(device, dtype)
-        .view(BATCH, length, heads, DIM)
-        .transpose(1, 2)
+        torch.randn(BATCH, length, heads, DIM).to(device, dtype).transpose(1, 2)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    return AttentionCall(query, key, value, causal=True, scale=SCALE)
+    return query * 2, key * 2, value
 
 
-def _torch(call: AttentionCall) -> Tensor:
-    out = torch.nn.functional.scaled_dot_product_attention(
-        call.query, call.key, call.value, is_causal=True, scale=SCALE, enable_gqa=True
-    )
-    return out.transpose(1, 2)
-
-
-Compute = Callable[[AttentionCall], Tensor]
-
-
-def kernels(device: torch.device) -> dict[str, Compute]:
-    """Ways to compute a call, [B, S, H, D], by name."""
-    found: dict[str, Compute] = {"rehead": attend, "SDPA": _torch}
+def kernels(length: int, device: torch.device) -> dict[str, Compute]:
+    """What computes causal attention, [B, S, H, D], by name; Rehead's own choice first."""
+    shape = Shape("shared", BATCH, HEADS, KV_HEADS, length, DIM)
+    own = functools.partial(attention, scale=DIM**-0.5, causal=True)
     if device.type != "cuda":
-        return found
+        return {"rehead": own, "math": peer_call("math", shape)}
 
     from rehead.attention.kernels import general
 
-    def through(backend: SDPBackend) -> Compute:
-        def run(call: AttentionCall) -> Tensor:
-            with sdpa_kernel(backend):
-                return _torch(call)
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return general.forward(AttentionCall(query, key, value, causal=True, scale=DIM**-0.5))[0]
 
-        return run
-
-    return {
-        "rehead": attend,
-        "rehead, general": lambda call: general.forward(call)[0],
-        "SDPA cuDNN": through(SDPBackend.CUDNN_ATTENTION),
-        "SDPA flash": through(SDPBackend.FLASH_ATTENTION),
-    }
+    return {"rehead": own, "general": plain, "cudnn": peer_call("cudnn", shape), "flash": peer_call("flash", shape)}
 
 
-def count(
-    compute: Callable[[AttentionCall], Tensor], call: AttentionCall, want: Tensor, until: float
-) -> dict[str, Any]:
+def count(compute: Compute, inputs: Inputs, want: Tensor, until: float) -> dict[str, Any]:
     """Calls until a time, the wrong ones and those that are not finite among them, and the largest error."""
     row = {"calls": 0, "wrong": 0, "not_finite": 0, "worst": 0.0}
     while time.time() < until:
-        error = float((compute(call).float() - want.float()).abs().max())
+        error = float((compute(*inputs).float() - want.float()).abs().max())
         row["calls"] += 1
         row["wrong"] += not error < TOLERANCE  # what is no number is wrong
         row["not_finite"] += error != error or error == float("inf")
@@ -106,13 +85,13 @@ def count(
 def work(arguments: argparse.Namespace) -> None:
     """One of the processes: prints a line of JSON for each kernel."""
     device = resolve_device(arguments.device)
-    call, want = draw(arguments.length, device), load_file(arguments.want)["out"].to(device)
-    for number, (name, compute) in enumerate(kernels(device).items()):
-        compute(call)  # compiles
+    inputs, want = draw(arguments.length, device), load_file(arguments.want)["out"].to(device)
+    for number, (name, compute) in enumerate(kernels(arguments.length, device).items()):
+        compute(*inputs)  # compiles
         # Long enough after the start that all have compiled; from then on in step.
         began = arguments.start + number * (arguments.seconds + 1)
         time.sleep(max(0.0, began - time.time()))
-        print(json.dumps({"kernel": name, **count(compute, call, want, began + arguments.seconds)}), flush=True)
+        print(json.dumps({"kernel": name, **count(compute, inputs, want, began + arguments.seconds)}), flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -122,11 +101,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         UnsupportedError: one of them failed.
     """
     device = resolve_device(arguments.device)
-    call = draw(arguments.length, device)
     with tempfile.TemporaryDirectory() as folder:
         want = Path(folder) / "want.safetensors"
-        save_file({"out": kernels(device)["rehead"](call).cpu().contiguous()}, want)
-        del call
+        out = kernels(arguments.length, device)["rehead"](*draw(arguments.length, device))
+        save_file({"out": out.cpu().contiguous()}, want)
+        del out
         if device.type == "cuda":
             torch.cuda.empty_cache()
         start = time.time() + arguments.compile

@@ -19,7 +19,7 @@ def test_processes_that_take_turns_agree(tmp_path, capsys) -> None:
     sharing.main(["--device", "cpu", "--processes", "2", "--seconds", "0.2", "--length", "40", "--compile", "0",
                   "--json", str(out)])  # fmt: skip
     rows = json.loads(out.read_text())["rows"]
-    assert [row["kernel"] for row in rows] == ["rehead", "SDPA"]
+    assert [row["kernel"] for row in rows] == ["rehead", "math"]
     assert all((row["wrong"], row["not_finite"]) == (0, 0) for row in rows)
     assert all(row["worst"] < 1e-4 for row in rows)
     assert "2 processes" in capsys.readouterr().out
@@ -27,17 +27,17 @@ def test_processes_that_take_turns_agree(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(("value", "wrong", "not_finite"), [(1e-3, 0, 0), (7.0, 1, 0), (float("nan"), 1, 1)])
 def test_a_wrong_result_is_counted(value, wrong, not_finite, monkeypatch) -> None:
-    call = sharing.draw(20, CPU)
-    want = sharing.kernels(CPU)["SDPA"](call)
+    inputs = sharing.draw(20, CPU)
+    want = sharing.kernels(20, CPU)["math"](*inputs)
     until = time.time() + 60
 
-    def compute(call):
+    def compute(*inputs):
         monkeypatch.setattr(sharing.time, "time", lambda: until)  # the last one
         out = want.clone()
         out[1, 2, 3, 4] += value
         return out
 
-    row = sharing.count(compute, call, want, until)
+    row = sharing.count(compute, inputs, want, until)
     assert (row["calls"], row["wrong"], row["not_finite"]) == (1, wrong, not_finite)
 
 
