@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 
@@ -17,9 +16,6 @@ class _NoOldNames(logging.Filter):
         assert "past_key_values" not in record.getMessage(), record.getMessage()
         return True
 
-
-# Tests of GPU kernels share a GPU, and want the kernels of a process that has it alone.
-os.environ.setdefault("REHEAD_GPU_ALONE", "1")
 
 # Arguments under the old name are FutureWarnings, which pyproject.toml makes errors; fields of outputs are logged.
 logging.getLogger("transformers.utils.generic").addFilter(_NoOldNames())

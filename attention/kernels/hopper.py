@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from rehead.attention.call import AttentionCall
-from rehead.attention.kernels.device import alone, device_number, is_hopper
+from rehead.attention.kernels.device import device_number, is_hopper
 from rehead.attention.kernels.general import block_lists, interpreting, key_splits, row_delta
 
 # Gluon is Triton's experimental layer and changes between releases; the kernels are tested on these.
@@ -88,8 +88,6 @@ def refusal(call: AttentionCall) -> str | None:
         return f"head_dim {dim} with values of {dim_v}; up to 128, values no wider than keys"
     if not all(_describable(item) for item in (query, key, value)):
         return "a tensor is not laid out in 16-byte steps"
-    if not alone(query.device):
-        return "another process computes on this GPU too, where this kernel has given wrong results"
     return None
 
 
@@ -239,8 +237,7 @@ def takes_latents(call: AttentionCall) -> bool:
     rank, columns = key.shape[3], tail.shape[3]
     fits = LATENT_HALF < rank <= 2 * LATENT_HALF and columns <= LATENT_TAIL
     parts = (query[..., :rank], query[..., rank:], key, tail)
-    # Built like the forward kernel, and not tried where processes take turns.
-    return fits and all(_describable(part) for part in parts) and alone(query.device)
+    return fits and all(_describable(part) for part in parts)
 
 
 def _describe_rows(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -28,6 +28,24 @@ from rehead.attention.kernels.masks import LOG2E
 
 
 @gluon.jit
+def _draw(counter, LANES: gl.constexpr):
+    """The counter's number, which goes up by one, in lane 0 of a warp and zero in the others; does not wait for it.
+
+    ``gl.atomic_add`` waits, and hands its result to the warp by a branch and a word of shared memory. Where several
+    processes take turns on a GPU, some programs read something else there and left a tile out.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0;"
+        "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }",
+        "=r,l",
+        [(counter + gl.full([32], 0, gl.int32, LANES)).to(gl.int64, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _produce(q_desc, k_desc, v_desc, k_first_desc, v_first_desc, counter, tile_smem, q_smem, k_smem, v_smem,
              k_first_smem, v_first_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, first_full, first_empty,
              kv_start, kv_end, starts, index_ptr, stride_sb, stride_sh, num_q, num_k, q_offset, window, num_heads,
@@ -57,7 +75,7 @@ def _produce(q_desc, k_desc, v_desc, k_first_desc, v_first_desc, counter, tile_s
             tma.async_copy_global_to_shared(q_desc, [b, h, start_m + wg * 64, 0], q_full.index(q_stage),
                                             q_smem.index(q_stage * NUM_WG + wg))  # fmt: skip
         tile_count += 1
-        index = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        drawn = _draw(counter, ONE)
         for step in range(last - first):
             start_n = start_of(last - 1 - step, index_ptr, BLOCK_N, ROWS)
             stage = block_count % STAGES
@@ -84,6 +102,7 @@ def _produce(q_desc, k_desc, v_desc, k_first_desc, v_first_desc, counter, tile_s
                     v_first_desc, [b, h // group, low, 0], first_full, v_first_smem.index(0)
                 )
                 first_count += 1
+        index = gl.num_programs(0) + gl.max(drawn, 0)
     # A tile number past the end, without a Q, tells the consumers to stop.
     q_stage = tile_count % 2
     mbarrier.wait(q_empty.index(q_stage), ((tile_count // 2) & 1) ^ 1)

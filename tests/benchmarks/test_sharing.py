@@ -41,6 +41,13 @@ def test_a_wrong_result_is_counted(value, wrong, not_finite, monkeypatch) -> Non
     assert (row["calls"], row["wrong"], row["not_finite"]) == (1, wrong, not_finite)
 
 
+def test_what_no_program_wrote_is_wrong() -> None:
+    inputs = sharing.draw(512, CPU)
+    want = sharing.kernels(512, CPU)["math"](*inputs)
+    row = sharing.count(lambda *inputs: torch.empty_like(want), inputs, want, time.time() + 0.05)
+    assert row["wrong"] == row["calls"] > 0
+
+
 def test_a_process_that_fails_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr(sharing.sys, "executable", "false")
     with pytest.raises(UnsupportedError, match=r"^[^\n]+$"):
