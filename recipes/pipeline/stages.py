@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -137,7 +138,8 @@ def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> 
     config = accelerate_config(launch["config"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "arguments.json"
-        path.write_text(json.dumps({**arguments, "processes": launch["processes"]}), encoding="utf-8")
+        table = {**arguments, "processes": launch["processes"], "launched_by": os.getpid()}
+        path.write_text(json.dumps(table), encoding="utf-8")
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
             "--num_processes", str(launch["processes"]), "-m", "rehead.recipes.pipeline.launched", str(path),
@@ -150,8 +152,8 @@ def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> 
             last = (words.read().strip().splitlines() or ["see its output"])[-1]
         error = Path(folder) / "error.json"
         if error.is_file():
-            table = json.loads(error.read_text(encoding="utf-8"))
-            raise error_of(table["error"], table["exit_code"])
+            found = json.loads(error.read_text(encoding="utf-8"))
+            raise error_of(found["error"], found["exit_code"])
         if done.returncode:
             raise UnsupportedError(
                 f"accelerate launch of {launch['processes']} processes: ended with code {done.returncode} ({last}); "
