@@ -13,7 +13,7 @@ from transformers import Cache
 from rehead.attention import adapters
 from rehead.attention.cpu.lanes import DTYPES
 from rehead.attention.discover import AttentionModules, find_attention
-from rehead.attention.interface import NAME
+from rehead.attention.interface import NAME, register
 from rehead.attention.kernels.bounds import MAX_HEAD_DIM
 from rehead.attention.layer import LAYER, AttentionLayer
 from rehead.errors import UnsupportedError, UsageError
@@ -83,6 +83,7 @@ class Installation(Undoing):
             self._install()
 
     def _install(self) -> None:
+        register()
         undo = self._undo
         modules = [module for _, module in self._attention.interface + self._attention.own]
         try:
