@@ -234,8 +234,8 @@ def _join(mask: Tensor | None, bias: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Register ``attn_implementation="rehead_tiled"`` with transformers: before it is installed, and for models that are
-    loaded by that name on import of :mod:`rehead.patches`."""
+    """Register ``attn_implementation="rehead_tiled"`` with transformers: before it is installed, and on import of
+    :mod:`rehead.patches` for models that are loaded by that name."""
     from rehead.attention.mask_function import tiled_mask
 
     AttentionInterface.register(NAME, tiled_attention)
