@@ -166,7 +166,7 @@ def model_of(source: Source, config: Config, family: Family) -> Model:
     layers = family.attention_layers(config)
     if not layers:
         raise UnsupportedError(
-            f"{source.id}: none of its layers has softmax attention, by its config, so there are no heads to pool; "
+            f"{source.id}: none of its layers has softmax attention, by its config, so there is none to convert; "
             "give a model with attention"
         )
     return Model(source, config, family, layers, class_layer)

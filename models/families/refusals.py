@@ -8,14 +8,14 @@ from __future__ import annotations
 from rehead.models.families.spec import Refusal
 
 _LATENT = (
-    "keeps a latent in place of KV heads (multi-head latent attention), so there are none to pool; "
+    "keeps a latent in place of KV heads (multi-head latent attention), from which conversions start; "
     "give a model with multi-head or grouped-query attention"
 )
 _NO_COUNT = (
     "its transformers class holds one KV head for each query head and nothing else, so no config can load fewer; "
     "and Rehead knows no other class to stand in for it; give a model whose class has num_key_value_heads"
 )
-_ATTENTION_FREE = "has no attention at all, so there are no heads to pool; give a model with attention"
+_ATTENTION_FREE = "has no attention at all, so there is none to convert; give a model with attention"
 _ENCODER = "is an encoder, not a causal language model, and has no KV cache to shrink; give a decoder-only model"
 _PER_LAYER = (
     "its layers differ in head size, KV heads or whose keys and values they read, which one --kv-heads cannot say; "

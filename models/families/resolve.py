@@ -92,7 +92,7 @@ def _structural_reason(config: Config) -> str | None:
             "model class for it alone); give a decoder-only model"
         )
     if not getattr(config, "num_attention_heads", None):
-        return "has no attention heads in its config, so there are none to pool; give a model with attention"
+        return "has no attention heads in its config, so there are none to convert; give a model with attention"
     return None
 
 
