@@ -8,7 +8,7 @@ from __future__ import annotations
 from rehead.models.families.spec import Refusal
 
 _LATENT = (
-    "keeps a latent in place of KV heads (multi-head latent attention), from which conversions start; "
+    "keeps a latent (multi-head latent attention) in place of KV heads, from which conversions start; "
     "give a model with multi-head or grouped-query attention"
 )
 _NO_COUNT = (
