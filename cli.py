@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 from importlib import import_module
 from typing import Never
@@ -17,7 +16,7 @@ from typing import Never
 import click
 
 from rehead.console import LazyGroup, echo, print_json, print_warnings
-from rehead.errors import EXIT_INTERRUPTED, EXIT_UNSUPPORTED, EXIT_USAGE, ReheadError, forget_outputs, outputs_written
+from rehead.errors import EXIT_INTERRUPTED, EXIT_USAGE, as_error, forget_outputs, outputs_written
 from rehead.version import __version__
 
 # command -> (module that defines it, one-line help). The help stands here so that listing commands imports nothing.
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the CLI and exit with Rehead's codes; a user's mistake never shows a traceback.
 
     Exit codes: 0 done, 2 usage or recipe, 3 unsupported or unsafe input, 4 verification failed, 5 a quality gate
-    failed, 130 interrupted.
+    failed, 130 interrupted, 143 terminated.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Nothing is phoned home from a conversion tool.
@@ -86,35 +85,17 @@ def main(argv: list[str] | None = None) -> None:
         _leave(stop.exit_code)
     except click.ClickException as mistake:
         _fail(mistake.format_message(), EXIT_USAGE, "--json" in argv)
-    except ReheadError as error:
-        _fail(str(error), error.exit_code, "--json" in argv)
     except (KeyboardInterrupt, click.Abort):
         command, written = argv[0] if argv else "", outputs_written()
         # A recipe keeps whatever its stages wrote, and says so.
         left = f"; {', '.join(written)} was written" if written and command != "run" else LEAVES.get(command, "")
         _fail(f"interrupted{left}", EXIT_INTERRUPTED, "--json" in argv)
-    except OSError as error:
-        # Commands name their own files; what is left is standard output, or a place that nobody may look into.
-        where = error.filename if error.filename is not None else "standard output"
-        remedy = "check the path and its permissions" if error.filename is not None else "check where it goes"
-        _fail(f"{where}: {(error.strerror or str(error)).lower()}; {remedy}", EXIT_UNSUPPORTED, "--json" in argv)
-    except (MemoryError, RuntimeError) as error:
-        if not _of_memory(error):
+    except Exception as broken:
+        error = as_error(broken)
+        if error is None:
             raise
-        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-        size = f": {wanted[1]} more cannot be had" if wanted else ""
-        remedy = "free some, or ask for less: fewer tokens, smaller batches, --device cpu"
-        _fail(f"memory is full{size}; {remedy}", EXIT_UNSUPPORTED, "--json" in argv)
+        _fail(str(error), error.exit_code, "--json" in argv)
     _leave(0)
-
-
-def _of_memory(error: Exception) -> bool:
-    """Whether Python or torch, which must not be imported for that, had no memory to give."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

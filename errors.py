@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Iterable
 
 EXIT_DONE = 0
@@ -46,6 +47,27 @@ class QualityError(ReheadError):
     """A quality gate that the user set was not met: exit code 5."""
 
     exit_code = EXIT_QUALITY
+
+
+def as_error(error: BaseException) -> ReheadError | None:
+    """What an exception says to a user: of Rehead's own, of files, or of memory that is full; None for any other."""
+    if isinstance(error, ReheadError):
+        return error
+    if isinstance(error, OSError):
+        # Commands name their own files; what is left is standard output, or a place that nobody may look into.
+        where = error.filename if error.filename is not None else "standard output"
+        remedy = "check the path and its permissions" if error.filename is not None else "check where it goes"
+        return UnsupportedError(f"{where}: {(error.strerror or str(error)).lower()}; {remedy}")
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    ):
+        return None
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    size = f": {wanted[1]} more cannot be had" if wanted else ""
+    remedy = "free some, or ask for less: fewer tokens, smaller batches, --device cpu"
+    return UnsupportedError(f"memory is full{size}; {remedy}")
 
 
 _OUTPUTS: dict[str, tuple[int, int] | None] = {}

@@ -248,5 +248,6 @@ def _together() -> Iterator[None]:
     except RuntimeError:
         _raise_if_failed(_store())
         raise UnsupportedError(
-            "another process of this run ended without a word (killed, or out of memory); run again with --resume"
+            "another process of this run ended without a word (killed, or out of memory); run the same again to go on "
+            "from what is kept (convert: with --resume)"
         ) from None

@@ -60,13 +60,27 @@ def recipe_text(recipe: str) -> tuple[str, str, Path]:
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise UsageError(f"{recipe}: no such file; give a recipe's file or one of {', '.join(names)}")
         raise UsageError(unknown_name("recipe", recipe, names))
+    return text_of(path, recipe, "a recipe's file"), str(path), path.absolute().parent
+
+
+def text_of(path: Path, where: str, what: str) -> str:
+    """The text of a small file that a user wrote.
+
+    Args:
+        path: there is such a file.
+        where: what messages call it.
+        what: what it should be.
+
+    Raises:
+        UsageError: it is too large, is no text, or cannot be read.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{recipe}: larger than {MAX_BYTES} bytes; that is no recipe")
-        return path.read_text(encoding="utf-8"), str(path), path.absolute().parent
+            raise UsageError(f"{where}: is larger than {MAX_BYTES} bytes; give {what}")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{recipe}: cannot be read ({reason}); give a recipe's file") from None
+        raise UsageError(f"{where}: cannot be read ({reason}); give {what}") from None
 
 
 def load_recipe(recipe: str, settings: Sequence[str] = ()) -> LoadedRecipe:

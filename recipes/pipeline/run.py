@@ -16,10 +16,11 @@ from rehead.checkpoints.files import write_file
 from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UsageError
 from rehead.recipes.pipeline.graph import TRAININGS, CellPlan, Stage, plan_cell
 from rehead.recipes.pipeline.labels import shown_names
+from rehead.recipes.pipeline.launch import accelerate_config, error_of
 from rehead.recipes.pipeline.load import LoadedRecipe, load_recipe
 from rehead.recipes.pipeline.record import FOLDER, drop, outside, state, write_record
 from rehead.recipes.pipeline.schema import Recipe
-from rehead.recipes.pipeline.stages import Site, error_of, free_memory, require, run_stage
+from rehead.recipes.pipeline.stages import Site, free_memory, require, run_stage
 from rehead.recipes.pipeline.sweep import cells
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def run_recipe(
     result = RecipeRun(planned.out)
     if not gather:
         require(planned.recipe.requires.gpus, planned.recipe.name)
+        for stage in (stage for plan in plans for stage in plan.stages.values() if stage.options.get("launch")):
+            accelerate_config(stage.options["launch"]["config"])  # before other stages, which may take hours
         write_cells(planned, settings)
         runner = _Runner(planned, plans, settings, quiet, say or (lambda *_: None), progress, watch, result)
         for plan in plans:

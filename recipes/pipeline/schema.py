@@ -32,7 +32,7 @@ class Launch(Options):
         config: ``ddp``, ``fsdp2``, or an accelerate config file.
     """
 
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=1024)
     config: str = "ddp"
 
 

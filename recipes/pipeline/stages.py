@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rehead.checkpoints.files import write_file
 from rehead.console import Progress
-from rehead.errors import EXIT_INTERRUPTED, QualityError, ReheadError, UnsupportedError, UsageError, VerificationError
+from rehead.errors import UnsupportedError, UsageError
 from rehead.recipes.evaluation.output import FILE as EVALUATION
 from rehead.recipes.pipeline import graph, named_models
 from rehead.recipes.pipeline.graph import Place, Stage
 from rehead.recipes.pipeline.labels import renamed
+from rehead.recipes.pipeline.launch import launch
 from rehead.recipes.pipeline.record import name_of
 
 
@@ -110,22 +107,22 @@ def _train(stage: Stage, site: Site) -> None:
         "resume": "auto",
         "command": site.command,
     }
-    launch = stage.options.get("launch")
-    go: Callable[..., None] = _in_this_process if launch is None else _launched
+    launching = stage.options.get("launch")
+    go: Callable[..., None] = _in_this_process if launching is None else _launched
     try:
         # A run that was killed after its last step has written its folder; what else lies there is to be replaced.
         try:
-            go({**arguments, "overwrite": False}, launch, site)
+            go({**arguments, "overwrite": False}, launching, site)
         except UsageError:
             if not out.exists():
                 raise
-            go({**arguments, "overwrite": True}, launch, site)
+            go({**arguments, "overwrite": True}, launching, site)
     except UsageError as error:
         # The command's remedy is a flag that a recipe does not have.
         raise UsageError(str(error).replace("--resume never", f"removing {work_path(out)}")) from None
 
 
-def _in_this_process(arguments: dict[str, Any], launch: None, site: Site) -> None:
+def _in_this_process(arguments: dict[str, Any], launching: None, site: Site) -> None:
     from rehead.recipes.training import uptrain
 
     with site.watch() as (progress, on_event):
@@ -133,56 +130,8 @@ def _in_this_process(arguments: dict[str, Any], launch: None, site: Site) -> Non
         uptrain(**arguments, progress=progress, on_event=told)
 
 
-def _launched(arguments: dict[str, Any], launch: dict[str, Any], site: Site) -> None:
-    """In several processes: ``accelerate launch`` of a small module that reads its arguments from a file."""
-    config = accelerate_config(launch["config"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "arguments.json"
-        table = {**arguments, "processes": launch["processes"], "launched_by": os.getpid()}
-        path.write_text(json.dumps(table), encoding="utf-8")
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
-            "--num_processes", str(launch["processes"]), "-m", "rehead.recipes.pipeline.launched", str(path),
-            *(["--quiet"] if site.quiet else []),
-        ]  # fmt: skip
-        # Its words go to a file: a pipe that nobody empties would stop it.
-        with open(Path(folder) / "words", "w+", encoding="utf-8", errors="replace") as words:
-            done = subprocess.run(command, stderr=words if site.quiet else None)
-            words.seek(0)
-            last = (words.read().strip().splitlines() or ["see its output"])[-1]
-        error = Path(folder) / "error.json"
-        if error.is_file():
-            found = json.loads(error.read_text(encoding="utf-8"))
-            raise error_of(found["error"], found["exit_code"])
-        if done.returncode:
-            raise UnsupportedError(
-                f"accelerate launch of {launch['processes']} processes: ended with code {done.returncode} ({last}); "
-                "run the recipe again to resume from the last checkpoint"
-            )
-
-
-def error_of(message: str, exit_code: int) -> ReheadError:
-    """An error of the class that an exit code stands for."""
-    if exit_code >= 128:
-        from rehead.recipes.training.loop import Interrupted
-
-        return Interrupted(message, 2 if exit_code == EXIT_INTERRUPTED else exit_code - 128)
-    kinds = {kind.exit_code: kind for kind in (UsageError, VerificationError, QualityError)}
-    return kinds.get(exit_code, UnsupportedError)(message)
-
-
-def accelerate_config(name: str) -> Path:
-    """The accelerate config file for ``launch.config``: a shipped one by name, or a file.
-
-    Raises:
-        UsageError: there is no such file.
-    """
-    shipped = Path(str(files("rehead.recipes.library") / "accelerate" / f"{name}.yaml"))
-    path = shipped if shipped.is_file() else Path(name)
-    if not path.is_file():
-        known = sorted(entry.stem for entry in shipped.parent.glob("*.yaml"))
-        raise UsageError(f"launch.config {name}: no such file; give an accelerate config file or {' or '.join(known)}")
-    return path
+def _launched(arguments: dict[str, Any], launching: dict[str, Any], site: Site) -> None:
+    launch(arguments, launching["processes"], launching["config"], site.quiet)
 
 
 def _evaluate(stage: Stage, site: Site) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from rehead.recipes.pipeline.launched import ASKED, HELD
+
 
 def gone(pattern: str, seconds: float) -> bool:
     """Whether no process has the pattern in its command line, soon enough."""
@@ -23,15 +25,54 @@ def gone(pattern: str, seconds: float) -> bool:
     return False
 
 
-def test_a_launched_process_ends_with_the_one_that_launched_it() -> None:
-    first = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    code = f"import time; from rehead.recipes.pipeline.launched import end_with; end_with({first.pid}); time.sleep(60)"
-    second = subprocess.Popen([sys.executable, "-c", code])
-    time.sleep(0.5)
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+WATCHED = """
+import signal, sys, time
+from pathlib import Path
+from rehead.recipes.pipeline.launched import end_with
+signal.signal(signal.SIGINT, lambda *_: print("asked", flush=True))
+end_with(Path(sys.argv[1]))
+time.sleep(60)
+"""
+
+
+def test_a_launched_process_ends_with_the_one_that_launched_it(tmp_path: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / HELD)], stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert first.stdout.readline() == b"held\n"
+    second = subprocess.Popen([sys.executable, "-c", WATCHED, str(tmp_path)], stdout=subprocess.PIPE)
+    assert second.stdout is not None
+    (tmp_path / ASKED).write_text(str(int(signal.SIGINT)))
+    assert second.stdout.readline() == b"asked\n"
     assert second.poll() is None
-    first.kill()
-    first.wait()
+    first.kill()  # and nobody waits for it, so its number stays taken
     assert second.wait(timeout=30) == -signal.SIGTERM
+    first.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_main_process_keeps_a_checkpoint(home, number) -> None:
+    path = home / "recipe.yaml"
+    path.write_text(path.read_text() + "launch: {processes: 2, config: ddp}\ncontrol: false\n")
+    more = ["--set", "uptrain.tokens=200k", "--set", "uptrain.checkpoint_every=5"]
+    command = [sys.executable, "-m", "rehead.cli", "run", str(path), "--quiet", *more]
+    main = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list((home / "out").glob(".uptrain-*/step-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(main.pid, number)
+    _, err = main.communicate(timeout=60)
+    assert main.returncode == 128 + number
+    assert len(err.strip().splitlines()) == 1
+    assert "its checkpoint is kept" in err
+    assert gone("rehead.recipes.pipeline.launched", 1)
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ import pytest
 from rehead.checkpoints.manifest import verify_files
 from rehead.errors import QualityError, UnsupportedError, UsageError, VerificationError
 from rehead.recipes import run_recipe
+from rehead.recipes.pipeline.launch import accelerate_config, error_of, why
 from rehead.recipes.pipeline.record import FOLDER
 from rehead.recipes.pipeline.run import CELLS, plan_recipe
-from rehead.recipes.pipeline.stages import accelerate_config, error_of
 
 try:
     import fcntl
@@ -344,3 +344,51 @@ def test_launch_configs_are_found() -> None:
     assert accelerate_config("ddp").is_file()
     with pytest.raises(UsageError, match="ddp or fsdp2"):
         accelerate_config("fsdp3")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [1", "is no YAML in line 2"),
+        ("- a", "is no mapping"),
+        ("", "is no mapping"),
+        ("num_machines: 2", "num_machines is not 1"),
+        (b"\xff\xfe\x81", "is not UTF-8 text"),
+    ],
+)
+def test_a_wrong_launch_config_is_refused_before_any_stage(run, home, text, reason) -> None:
+    config = home / "mine.yaml"
+    config.write_bytes(text if isinstance(text, bytes) else f"{text}\n".encode())
+    path = home / "recipe.yaml"
+    path.write_text(path.read_text() + "launch: {processes: 2, config: mine.yaml}\n")
+    code, _, err = run("run", path, "--quiet")
+    assert code == 2
+    assert str(config) in err
+    assert reason in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (home / "out").exists()
+
+
+def test_other_files_beside_a_missing_config_are_not_offered(tmp_path) -> None:
+    (tmp_path / "notes.yaml").write_text("a: 1\n")
+    with pytest.raises(UsageError, match=r"give an accelerate config file or ddp or fsdp2$"):
+        accelerate_config(str(tmp_path / "nowhere.yaml"))
+
+
+CLOSING = """\
+warning: the data has 11,859 tokens, so each is seen 5.1 times; give more data or fewer --tokens
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Root Cause (first observed failure):
+  exitcode  : {code} (pid: 31341)
+  traceback : {traceback}
+============================================================
+"""
+
+
+def test_why_launched_processes_ended_is_said_in_their_words() -> None:
+    killed = CLOSING.format(code=-9, traceback="Signal 9 (SIGKILL) received by PID 31341")
+    assert why(1, killed) == "one was killed by SIGKILL"
+    assert why(-9, "warning: give more data") == "the launcher was killed by SIGKILL"
+    broken = CLOSING.format(code=1, traceback="To enable traceback see: https://example.org")
+    assert why(1, f"[rank0]: ValueError: no such thing\n{broken}") == "ValueError: no such thing"
+    assert why(1, broken) == "one ended with code 1; see its output"
