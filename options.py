@@ -130,11 +130,28 @@ def longest(value: int) -> int:
     return value
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+def _at_most(most: int, why: str) -> AfterValidator:
+    """A check that a number can be meant, since a run of more would never end."""
+
+    def check(value: int) -> int:
+        if value > most:
+            raise ValueError(f"{why}; give {most:,} or less")
+        return value
+
+    return AfterValidator(check)
+
+
+Whole = Annotated[int, BeforeValidator(parse_count)]
 """A whole number as people write it: 8M, 32k, 32Ki."""
-Seed = Annotated[Count, Field(ge=0, lt=1 << 32)]
+Count = Annotated[Whole, _at_most(10**6, "no model and no run has so many")]
+"""A number of steps, samples, trials, heads, channels, rows: of anything but tokens."""
+Tokens = Annotated[Whole, _at_most(10**12, "no run reads so many tokens")]
+"""A number of tokens that are read one after another."""
+Held = Annotated[Whole, _at_most(LONGEST, "no machine holds the hidden states of so many tokens")]
+"""A number of tokens that are held at once, with what a model makes of them."""
+Seed = Annotated[Whole, Field(ge=0, lt=1 << 32)]
 """What random numbers are drawn from, as every library takes it."""
-Length = Annotated[Count, AfterValidator(longest)]
+Length = Annotated[Whole, AfterValidator(longest)]
 """A number of tokens within one text, :data:`LONGEST` at most."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 """One or more texts; commas do not split them."""

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from rehead.checkpoints.shards import parse_size
 from rehead.errors import UsageError
 from rehead.models.serving import EngineName
-from rehead.options import SPLIT, Count, Flag, Length, Names, Options, Seed, longest, parse_count
+from rehead.options import SPLIT, Count, Flag, Held, Length, Names, Options, Seed, longest, parse_count
 from rehead.variants.context.options import Rope
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions
@@ -77,7 +77,7 @@ class ConvertOptions(Options):
         (),
         description="Text to calibrate on: a file (.txt, .txt.gz, .jsonl, .parquet) or Hub dataset; repeat for more.",
     )
-    calibration_tokens: Annotated[Count, Flag(default="131072, and 262144 where latents are fitted")] = Field(
+    calibration_tokens: Annotated[Held, Flag(default="131072, and 262144 where latents are fitted")] = Field(
         131072, ge=16, description="Tokens to calibrate on, e.g. 128k."
     )
     calibration_length: Annotated[
@@ -89,7 +89,7 @@ class ConvertOptions(Options):
             default="2048, for latents 512,2048, or down to 512 where the tokens would not make 16 sequences",
         ),
     ] = Field(None, description="Tokens in a calibration sequence; several lengths share the tokens equally.")
-    own_text: Annotated[Count, Flag(metavar="N")] = Field(
+    own_text: Annotated[Held, Flag(metavar="N")] = Field(
         0,
         ge=0,
         description="Tokens that the model writes itself to calibrate on beside the text; it is loaded whole for that.",

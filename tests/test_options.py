@@ -177,17 +177,27 @@ LENGTHS = {
 
 @pytest.mark.parametrize("options", every_options(), ids=lambda cls: cls.__name__)
 def test_no_size_is_absurd(options: type[Options]) -> None:
-    """No whole number has more than 64 bits; tokens of one text are no more than float32 tells apart."""
+    """No number of anything is one that a run would never come to the end of: ``--fit 10T`` ran on for ever."""
     for name, entry in options.model_fields.items():
         if int in leaves(entry.annotation) and name not in TEXT:
             refused(options, name, "9" * 30)
             refused(options, name, -(10**30))
+            refused(options, name, 10**13)
+            refused(options, name, "10T")
         if name == "seed":
             refused(options, name, 1 << 32)
             refused(options, name, -1)
         if name in LENGTHS or (options.__name__, name) == ("ContextOptions", "tokens"):
-            refused(options, name, 10**13)
-            refused(options, name, "10000000000000")
+            refused(options, name, LONGEST + 1)
+
+
+def test_what_can_be_meant_is_taken() -> None:
+    every = {cls.__name__: cls for cls in every_options()}
+    given = {"calibration_tokens": "16Mi", "own_text": "16Mi", "fit": "1M", "num_key_value_heads": 2, "method": "svd"}
+    assert every["ConvertOptions"].parse({**given, "refit": True}).as_json()["fit"] == 10**6
+    assert every["UptrainOptions"].parse({"data": "a", "tokens": "1T"}).as_json()["tokens"] == 10**12
+    with pytest.raises(UsageError, match="--fit 1000001: no model and no run has so many; give 1,000,000 or less"):
+        every["ConvertOptions"].parse({**given, "fit": 1_000_001})
 
 
 def test_the_longest_text_is_what_positions_in_float32_tell_apart() -> None:

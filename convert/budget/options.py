@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rehead.models.serving import EngineName
-from rehead.options import Count, Flag, Length, Names, Options, Seed
+from rehead.options import Count, Flag, Held, Length, Names, Options, Seed
 
 Context = Annotated[
     Length | None,
@@ -15,7 +15,7 @@ Context = Annotated[
     Field(ge=1, description="Tokens at which caches are compared; a window saves more the longer they are."),
 ]
 Tokens = Annotated[
-    Count | None,
+    Held | None,
     Flag(metavar="N", default="8192, on a CPU 4096"),
     Field(ge=512, description="Tokens of running text that choices are measured on."),
 ]
@@ -33,7 +33,7 @@ class SurveyOptions(Options):
     calibration: Annotated[Names, Flag(metavar="TEXT", default="the text that ships with Rehead")] = Field(
         (), description="Text to calibrate and measure on; repeat for more."
     )
-    calibration_tokens: Annotated[Count | None, Flag(metavar="N", default="32768, on a CPU 16384")] = Field(
+    calibration_tokens: Annotated[Held | None, Flag(metavar="N", default="32768, on a CPU 16384")] = Field(
         None, ge=1024, description="Tokens that closed forms are calibrated on."
     )
     tokens: Tokens = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rehead.errors import UsageError
-from rehead.options import SPLIT, Count, Flag, Length, Options, Seed, pairs
+from rehead.options import SPLIT, Count, Flag, Held, Length, Options, Seed, Tokens, pairs
 from rehead.options import Names as Texts
 from rehead.recipes.evaluation.gates import check_gates
 
@@ -38,11 +38,11 @@ class EvaluateOptions(Options):
         ("disjoint", "strided"),
         description="Of the perplexity: disjoint, strided, or rolling as the harness has it; repeat for more.",
     )
-    tokens: Count = Field(32768, ge=1, description="The first so many of each text.")
+    tokens: Tokens = Field(32768, ge=1, description="The first so many of each text.")
     samples: Count = Field(3, ge=0, description="Pieces of the first text that the models continue, word for word.")
     sample_tokens: Length = Field(32, ge=1, description="Tokens of each continuation, the most likely ones.")
     damage: bool = Field(False, description="Measure each layer of MODEL alone in the baseline.")
-    damage_tokens: Count = Field(2048, ge=1, description="On so many tokens of the first text.")
+    damage_tokens: Tokens = Field(2048, ge=1, description="On so many tokens of the first text.")
     needle: Lengths = Field((), description="Context lengths at which retrieval is tried, e.g. 512,2048.")
     needle_depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], SPLIT] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0), description="Where the needle stands, from 0 to 1."
@@ -66,7 +66,7 @@ class EvaluateOptions(Options):
     speed_batch: Counts = Field((1, 8), description="Sequences at once.")
     speed_context: Lengths = Field((512, 2048), description="Tokens of context.")
     speed_repeats: Count = Field(6, ge=1, description="Runs of which medians are taken; 6 or more give 95% intervals.")
-    batch_tokens: Annotated[Count | None, Flag(default="by the device")] = Field(
+    batch_tokens: Annotated[Held | None, Flag(default="by the device")] = Field(
         None, ge=1, description="Tokens in a forward pass."
     )
     patches: Annotated[Texts, Flag("--patch", metavar="NAME:key=value")] = Field(

@@ -21,7 +21,7 @@ class Requires(Options):
         gpus: CUDA devices.
     """
 
-    gpus: int = Field(default=0, ge=0)
+    gpus: int = Field(default=0, ge=0, le=1024)
 
 
 class Launch(Options):
@@ -101,7 +101,7 @@ def share_of(tokens: Any, pretraining: str | int | None, where: str) -> Any:
         raise UsageError(f"{where}: tokens {tokens} is a share of pretraining_tokens, which is missing; give it")
     try:
         count = int(float(tokens.strip().removesuffix("%")) / 100 * parse_count(str(pretraining)))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(f"{where}: {tokens} of pretraining_tokens {pretraining}: no number; write 5% and 2T") from None
     if count < 1:
         raise UsageError(f"{where}: {tokens} of {pretraining} tokens is none; give more")

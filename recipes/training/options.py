@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rehead.options import Count, Flag, Length, Names, Options, Seed, flag_of, pairs
+from rehead.options import Count, Flag, Length, Names, Options, Seed, Tokens, flag_of, pairs
 
 #: Tokens of the shortest row that repeats anything (:func:`rehead.data.repeats.with_repeats`).
 _REPEATING = 66
@@ -42,8 +42,8 @@ class UptrainOptions(Options):
     ] = Field(None, description="Model to learn from.")
     loss: str = Field("kd", description="kd (KL to the teacher), ce, or a weighted sum such as kd+0.1*ce.")
     temperature: float = Field(1.0, gt=0, description="Of losses that compare distributions.")
-    tokens: Count = Field(8_000_000, gt=0, description="Tokens to train on, e.g. 8M.")
-    batch_tokens: Count = Field(32768, gt=0, description="Tokens in an optimiser step, over all processes.")
+    tokens: Tokens = Field(8_000_000, gt=0, description="Tokens to train on, e.g. 8M.")
+    batch_tokens: Tokens = Field(32768, gt=0, description="Tokens in an optimiser step, over all processes.")
     seq_length: Length = Field(512, ge=2, description="Tokens in a row.")
     micro_batch: Annotated[Count | None, Flag(default="as many as fit, tried out on a GPU")] = Field(
         None, gt=0, description="Rows in a forward pass."
@@ -89,7 +89,7 @@ class UptrainOptions(Options):
     joint_layers: Count = Field(
         0, ge=0, description="First fit windows of so many neighbouring layers to the teacher's hidden states."
     )
-    joint_tokens: Count = Field(500_000, gt=0, description="Tokens for each window of that stage.")
+    joint_tokens: Tokens = Field(500_000, gt=0, description="Tokens for each window of that stage.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     compile: bool = Field(False, description="Compile each layer with torch.compile.")
     attention: str = Field(
@@ -108,7 +108,7 @@ class UptrainOptions(Options):
         (), description="Held-out text to evaluate on while training (repeat for more)."
     )
     eval_every: Count = Field(0, ge=0, description="Steps between evaluations; 0: ten times in all.")
-    eval_tokens: Count = Field(32768, gt=0, description="Tokens of each held-out text.")
+    eval_tokens: Tokens = Field(32768, gt=0, description="Tokens of each held-out text.")
     token_cache: Annotated[str | None, Flag(metavar="DIR")] = Field(
         None, description="Folder that keeps tokenised data, so that runs on the same data tokenise it once."
     )

@@ -29,6 +29,8 @@ BAD = [
     ("uptrain: {data: a.txt, tokens: eight}", "tokens: 'eight'"),
     ("uptrain: {tokens: 8M}", "data is missing"),
     ("uptrain: {data: a.txt, tokens: 5%}", "pretraining_tokens, which is missing"),
+    ("uptrain: {data: a.txt, tokens: inf%}\npretraining_tokens: 2T", "write 5% and 2T"),
+    ("launch: {processes: 1000000000}", "launch.processes"),
     ("uptrain: {data: a.txt, loss: kdd}", "did you mean 'kd'"),
     ("evaluate: {window: 64}", "data is missing"),
     ("evaluate: {data: a.txt, fail_above: {klll: 1}}", "did you mean"),
