@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_MOST_LAYERS = 10_000
+
+
 def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
     """transformers' config object for a raw ``config.json``, without remote code.
 
     Raises:
         UnsupportedError: no ``model_type``, one that the installed transformers lacks, or values its class refuses.
     """
+    if key := _too_deep(raw):
+        raise UnsupportedError(f"{name}: config.json: {key} is more than {_MOST_LAYERS:,}, which no model has; fix it")
     # Once transformers is there, asking it costs nothing.
     if "transformers" not in sys.modules and (known := known_config(raw)) is not None:
         return known
@@ -45,6 +50,16 @@ def resolve_config(raw: Mapping[str, Any], name: str) -> Config:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UnsupportedError(f"{name}: config.json is not a valid {model_type} config ({reason}); fix it") from None
+
+
+def _too_deep(raw: Mapping[str, Any]) -> str:
+    """A key with so many layers that building them, even without weights, would never end; else nothing."""
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and (inner := _too_deep(value)):
+            return f"{key}.{inner}"
+        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            return key
+    return ""
 
 
 def _plain_floats(value: Any) -> Any:

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rehead.convert import convert
 from rehead.errors import UnsupportedError
+from rehead.models.config import resolve_config
 from rehead.models.families import FAMILIES, REFUSALS, resolve_family
 from rehead.models.families.guess import guess_family, probe_pairing
 from rehead.models.families.layouts import split
@@ -242,3 +243,9 @@ def test_falcon_counts() -> None:
     family.set_kv(raw, 2)
     changed = AutoConfig.for_model(**raw)
     assert (family.num_kv_heads(changed), changed.num_ln_in_parallel_attn) == (2, 1)
+
+
+@pytest.mark.parametrize("deep", [{"num_hidden_layers": 10**12}, {"text_config": {"num_hidden_layers": 10**12}}])
+def test_layers_without_end_are_refused_before_they_are_built(deep) -> None:
+    with pytest.raises(UnsupportedError, match="num_hidden_layers is more than 10,000, which no model has"):
+        resolve_config({"model_type": "llama", **deep}, "here")
