@@ -145,7 +145,7 @@ Whole = Annotated[int, BeforeValidator(parse_count)]
 """A whole number as people write it: 8M, 32k, 32Ki."""
 Count = Annotated[Whole, _at_most(10**6, "no model and no run has so many")]
 """A number of steps, samples, trials, heads, channels, rows: of anything but tokens."""
-Tokens = Annotated[Whole, _at_most(10**12, "no run reads so many tokens")]
+Tokens = Annotated[Whole, _at_most(10**14, "no run reads so many tokens")]
 """A number of tokens that are read one after another."""
 Held = Annotated[Whole, _at_most(LONGEST, "no machine holds the hidden states of so many tokens")]
 """A number of tokens that are held at once, with what a model makes of them."""

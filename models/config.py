@@ -57,7 +57,7 @@ def _too_deep(raw: Mapping[str, Any]) -> str:
     for key, value in raw.items():
         if isinstance(value, Mapping) and (inner := _too_deep(value)):
             return f"{key}.{inner}"
-        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+        if str(key).endswith(("layers", "n_layer")) and isinstance(value, int) and value > _MOST_LAYERS:
             return key
     return ""
 

@@ -249,3 +249,8 @@ def test_falcon_counts() -> None:
 def test_layers_without_end_are_refused_before_they_are_built(deep) -> None:
     with pytest.raises(UnsupportedError, match="num_hidden_layers is more than 10,000, which no model has"):
         resolve_config({"model_type": "llama", **deep}, "here")
+
+
+def test_what_is_counted_for_each_layer_is_no_number_of_layers() -> None:
+    raw = {"model_type": "gemma3n_text", "vocab_size_per_layer_input": 262_144, "num_hidden_layers": 2}
+    assert resolve_config(raw, "here").vocab_size_per_layer_input == 262_144
