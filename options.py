@@ -19,15 +19,12 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -38,35 +35,6 @@ from rehead.errors import UsageError, suggestion, unknown_name
 from rehead.typehints import alternatives, choices, is_tuple, leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-_FACTORS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def parse_count(value: Any) -> Any:
-    """Read ``"8M"`` as 8,000,000, ``"32k"`` as 32,000 and ``"32Ki"`` as 32,768; other types are returned unchanged.
-
-    Raises:
-        ValueError: the text is not a whole number.
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([a-z]*)", value.strip().replace("_", "").replace(",", "").lower())
-    number = Fraction(match[1]) * _FACTORS[match[2]] if match and match[2] in _FACTORS else None
-    if number is None or number.denominator != 1:
-        raise ValueError("is not a whole number; write 8000000, 8M or 32Ki")
-    return int(number)
-
-
-def power_of_two(value: int) -> int:
-    """A check for ``field_validator``.
-
-    Raises:
-        ValueError: the number is not a power of two.
-    """
-    if value & (value - 1):
-        raise ValueError("give a power of two")
-    return value
 
 
 def _one_or_more(value: Any) -> Any:
@@ -115,44 +83,6 @@ def pairs(form: str, example: str, keep: Callable[[float, float], float] | None 
     return BeforeValidator(read)
 
 
-LONGEST = 1 << 24
-"""The most tokens of one text: positions become angles in float32, which tells whole numbers apart up to here."""
-
-
-def longest(value: int) -> int:
-    """A check of a number of tokens in one text.
-
-    Raises:
-        ValueError: more than :data:`LONGEST`.
-    """
-    if value > LONGEST:
-        raise ValueError(f"float32 tells no more than {LONGEST} positions of a text apart; give that or less")
-    return value
-
-
-def _at_most(most: int, why: str) -> AfterValidator:
-    """A check that a number can be meant, since a run of more would never end."""
-
-    def check(value: int) -> int:
-        if value > most:
-            raise ValueError(f"{why}; give {most:,} or less")
-        return value
-
-    return AfterValidator(check)
-
-
-Whole = Annotated[int, BeforeValidator(parse_count)]
-"""A whole number as people write it: 8M, 32k, 32Ki."""
-Count = Annotated[Whole, _at_most(10**6, "no model and no run has so many")]
-"""A number of steps, samples, trials, heads, channels, rows: of anything but tokens."""
-Tokens = Annotated[Whole, _at_most(10**14, "no run reads so many tokens")]
-"""A number of tokens that are read one after another."""
-Held = Annotated[Whole, _at_most(LONGEST, "no machine holds the hidden states of so many tokens")]
-"""A number of tokens that are held at once, with what a model makes of them."""
-Seed = Annotated[Whole, Field(ge=0, lt=1 << 32)]
-"""What random numbers are drawn from, as every library takes it."""
-Length = Annotated[Whole, AfterValidator(longest)]
-"""A number of tokens within one text, :data:`LONGEST` at most."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 """One or more texts; commas do not split them."""
 SPLIT = BeforeValidator(_split)

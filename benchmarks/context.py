@@ -28,6 +28,7 @@ from torch import Tensor
 from rehead.benchmarks.command import run_script
 from rehead.benchmarks.machine import headline, machine
 from rehead.console import echo, print_columns
+from rehead.counts import parse_count
 from rehead.data.beginning import text_start
 from rehead.data.tokens import token_stream
 from rehead.errors import UsageError, unknown_name
@@ -35,7 +36,6 @@ from rehead.models.distance import Distances, distances, token_nll
 from rehead.models.live import evaluating, resolve_device
 from rehead.models.predictions import Predictions, predict
 from rehead.models.recall import LEAD, RecallText, recall, recall_texts
-from rehead.options import parse_count
 from rehead.patches import patch_model
 from rehead.recipes.evaluation.models import JudgedModel, load_model, open_named, require_same_tokenizer
 from rehead.recipes.evaluation.needle import count_hits, prompt, word_tokens

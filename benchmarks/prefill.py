@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rehead.benchmarks.command import run_script
 from rehead.benchmarks.machine import headline, machine
 from rehead.console import echo, print_columns
+from rehead.counts import parse_count
 from rehead.errors import check_names
 from rehead.models.live import resolve_device
-from rehead.options import parse_count
 from rehead.patches import patch_model
 
 TRAINED = 8192

@@ -30,9 +30,9 @@ from rehead.benchmarks.attention import Shape, peer_call
 from rehead.benchmarks.command import run_script
 from rehead.benchmarks.machine import headline, machine
 from rehead.console import echo, print_columns
+from rehead.counts import parse_count
 from rehead.errors import UnsupportedError
 from rehead.models.live import resolve_device
-from rehead.options import parse_count
 
 BATCH, HEADS, KV_HEADS, DIM = 4, 9, 3, 64
 #: Largest difference of two right results in bfloat16.

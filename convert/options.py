@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rehead.checkpoints.shards import parse_size
+from rehead.counts import Count, Held, Length, Seed, longest, parse_count
 from rehead.errors import UsageError
 from rehead.models.serving import EngineName
-from rehead.options import SPLIT, Count, Flag, Held, Length, Names, Options, Seed, longest, parse_count
+from rehead.options import SPLIT, Flag, Names, Options
 from rehead.variants.context.options import Rope
 from rehead.variants.contract import ALL, VARIANTS, Variant, VariantOptions, saved_variant
 from rehead.variants.latent.options import LatentOptions

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rehead.counts import Count, Length, Seed
 from rehead.errors import UsageError
-from rehead.options import Count, Length, Options, Seed
+from rehead.options import Options
 
 END_OF_TEXT = "<|endoftext|>"
 

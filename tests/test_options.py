@@ -17,21 +17,10 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from pydantic import Field
 
+from rehead.counts import LONGEST, Count, parse_count
 from rehead.errors import UsageError
 from rehead.flags import flags, set_by_user
-from rehead.options import (
-    LONGEST,
-    SPLIT,
-    Count,
-    Flag,
-    Names,
-    Options,
-    flag_of,
-    named_options,
-    pairs,
-    parse_count,
-    takes,
-)
+from rehead.options import SPLIT, Flag, Names, Options, flag_of, named_options, pairs, takes
 from rehead.typehints import alternatives, is_tuple, leaves
 from rehead.variants.contract import VARIANTS
 

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
+from rehead.counts import Length
 from rehead.errors import UnsupportedError
 from rehead.models.positions import position_limit
 from rehead.models.rotation import Turn, turn_of
-from rehead.options import Length
 from rehead.variants.contract import VariantOptions
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rehead.counts import Count, Held, Length, Seed
 from rehead.models.serving import EngineName
-from rehead.options import Count, Flag, Held, Length, Names, Options, Seed
+from rehead.options import Flag, Names, Options
 
 Context = Annotated[
     Length | None,

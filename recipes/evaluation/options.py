@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rehead.counts import Count, Held, Length, Seed, Tokens
 from rehead.errors import UsageError
-from rehead.options import SPLIT, Count, Flag, Held, Length, Options, Seed, Tokens, pairs
+from rehead.options import SPLIT, Flag, Options, pairs
 from rehead.options import Names as Texts
 from rehead.recipes.evaluation.gates import check_gates
 

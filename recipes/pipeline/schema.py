@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import Field, create_model
 
 from rehead.convert.options import ConvertOptions
+from rehead.counts import parse_count
 from rehead.errors import UsageError
-from rehead.options import Options, parse_count
+from rehead.options import Options
 from rehead.recipes.evaluation.options import EvaluateOptions
 from rehead.recipes.scratch import NewModel
 from rehead.recipes.training.options import UptrainOptions

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rehead.options import Count, Flag, Length, Names, Options, Seed, Tokens, flag_of, pairs
+from rehead.counts import Count, Length, Seed, Tokens
+from rehead.options import Flag, Names, Options, flag_of, pairs
 
 #: Tokens of the shortest row that repeats anything (:func:`rehead.data.repeats.with_repeats`).
 _REPEATING = 66

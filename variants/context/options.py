@@ -6,9 +6,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from rehead.counts import Length
 from rehead.errors import UsageError
 from rehead.models.serving import EngineName
-from rehead.options import SPLIT, Length
+from rehead.options import SPLIT
 from rehead.variants.contract import VariantOptions
 
 Rope = Literal["linear", "dynamic", "ntk", "yarn", "longrope", "fitted", "drope"]

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from rehead.attention.attend import merge, with_lse
 from rehead.attention.call import AttentionCall
+from rehead.counts import LONGEST, Length
 from rehead.models.rotation import Turn
-from rehead.options import LONGEST, Length
 from rehead.variants.contract import Compute, Variant, register
 from rehead.variants.positions import Placed, PositionOptions, attach, by_text, changes, keys_of
 

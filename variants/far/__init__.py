@@ -11,7 +11,7 @@ from torch import Tensor
 from rehead.attention.attend import attend_with_lse, merge
 from rehead.attention.blocks import SMALLEST, KeyBlocks
 from rehead.attention.call import AttentionCall
-from rehead.options import LONGEST, Count, Length, power_of_two
+from rehead.counts import LONGEST, Count, Length, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.far.gaussian import far_field
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rehead.counts import Count
 from rehead.errors import UsageError
-from rehead.options import Count
 from rehead.variants.contract import ALL, AUTO, VariantOptions
 
 #: Engines that ask for more than the class does.

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from rehead.counts import Count, Seed
 from rehead.errors import UsageError
 from rehead.models.heads import Heads
 from rehead.models.layout import LayerLayout
 from rehead.models.model import Model
 from rehead.models.rewrite import Rewrite
-from rehead.options import Count, Seed
 from rehead.variants.contract import ALL, Variant, VariantOptions, register
 from rehead.variants.pool.methods.registry import METHODS, MethodContext
 from rehead.variants.pool.regroup import POOL_MOMENTS, regroup

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rehead.counts import Count
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.families.spec import Family
-from rehead.options import Count
 from rehead.variants.contract import VariantOptions
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rehead.attention.attend import merge, with_lse
 from rehead.attention.call import AttentionCall
+from rehead.counts import LONGEST, Length
 from rehead.errors import UsageError
-from rehead.options import LONGEST, Length
 from rehead.variants.contract import Compute, Variant, register
 from rehead.variants.positions import Placed, PositionOptions, attach, by_text, changes, keys_of
 

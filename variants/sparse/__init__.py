@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rehead.attention.blocks import SMALLEST
 from rehead.attention.call import AttentionCall
-from rehead.options import Count, Length, Seed, power_of_two
+from rehead.counts import Count, Length, Seed, power_of_two
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 from rehead.variants.sparse.hard import secure
 from rehead.variants.sparse.select import FAILURE, Choice, choose, lost_mass

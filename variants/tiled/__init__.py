@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
-from rehead.options import Length
+from rehead.counts import Length
 from rehead.variants.contract import Compute, Variant, VariantOptions, register
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from rehead.counts import Count
 from rehead.errors import UnsupportedError, UsageError
 from rehead.models.by_heads import tensors_of
 from rehead.models.families.parallel import WINDOW_PREFIX
@@ -17,7 +18,6 @@ from rehead.models.layout import LayerLayout
 from rehead.models.model import Model
 from rehead.models.modeling import window_families
 from rehead.models.rewrite import Changed, Derived, LayerForm, Rewrite, unchanged
-from rehead.options import Count
 from rehead.variants.contract import ALL, Variant, VariantOptions, register
 from rehead.variants.layer_choice import layers_among, named_layers
 from rehead.variants.pool.regroup import POOL_MOMENTS

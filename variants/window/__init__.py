@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rehead.attention.call import AttentionCall
+from rehead.counts import LONGEST, Length
 from rehead.models.layout import LayerLayout
-from rehead.options import LONGEST, Length
 from rehead.variants.contract import ALL, AUTO, Compute, Variant, VariantOptions, register
 from rehead.variants.layer_choice import parse_layers
 from rehead.variants.window.classes import OFF

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import Cache
 
 from rehead.attention.ring import RING
+from rehead.counts import LONGEST
 from rehead.errors import UsageError
 from rehead.models.live import LayerState
 from rehead.models.modeling.modeling_rehead_cache import passed_cache
 from rehead.models.modeling.modeling_rehead_ring import WindowLayer, use_windows
 from rehead.models.undo import UndoLog
-from rehead.options import LONGEST
 
 if TYPE_CHECKING:
     from rehead.variants.stack import LiveVariant

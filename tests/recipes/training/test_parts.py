@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rehead.checkpoints.stream import ResourceError
+from rehead.counts import parse_count
 from rehead.errors import UnsupportedError, UsageError
-from rehead.options import flag_of, parse_count
+from rehead.options import flag_of
 from rehead.recipes.training import identity
 from rehead.recipes.training.balance import LIMIT, measure, warn_if_unbalanced
 from rehead.recipes.training.checkpoints import read_tensors, write_tensors
