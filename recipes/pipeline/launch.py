@@ -83,7 +83,7 @@ def launch(arguments: dict[str, Any], processes: int, config: str, quiet: bool) 
             if launcher.returncode > 0 and not (folder / STARTED).exists():
                 raise UsageError(
                     f"launch.config {config}: accelerate could not start {processes} processes with it ({reason}); "
-                    "mend it, or give ddp or fsdp2"
+                    "fix it, or give ddp or fsdp2"
                 )
             raise UnsupportedError(
                 f"accelerate launch of {processes} processes: {reason}; run the recipe again to resume from the newest "

@@ -25,6 +25,20 @@ def gone(pattern: str, seconds: float) -> bool:
     return False
 
 
+def begun(home: Path, tokens: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """A recipe's run in two processes that has kept its first checkpoint, and the command's arguments."""
+    path = home / "recipe.yaml"
+    path.write_text(path.read_text() + "launch: {processes: 2, config: ddp}\ncontrol: false\n")
+    more = ["--set", f"uptrain.tokens={tokens}", "--set", "uptrain.checkpoint_every=5"]
+    arguments = ["run", str(path), "--quiet", *more]
+    command = [sys.executable, "-m", "rehead.cli", *arguments]
+    main = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list((home / "out").glob(".uptrain-*/step-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    return main, arguments
+
+
 HOLD = """
 import sys, time
 from filelock import FileLock
@@ -59,14 +73,7 @@ def test_a_launched_process_ends_with_the_one_that_launched_it(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_main_process_keeps_a_checkpoint(home, number) -> None:
-    path = home / "recipe.yaml"
-    path.write_text(path.read_text() + "launch: {processes: 2, config: ddp}\ncontrol: false\n")
-    more = ["--set", "uptrain.tokens=200k", "--set", "uptrain.checkpoint_every=5"]
-    command = [sys.executable, "-m", "rehead.cli", "run", str(path), "--quiet", *more]
-    main = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not list((home / "out").glob(".uptrain-*/step-*")) and time.monotonic() < until:
-        time.sleep(0.05)
+    main, _ = begun(home, "200k")
     os.killpg(main.pid, number)
     _, err = main.communicate(timeout=60)
     assert main.returncode == 128 + number
@@ -77,20 +84,13 @@ def test_a_signal_to_the_main_process_keeps_a_checkpoint(home, number) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_of_two_processes_is_resumed(run, home) -> None:
-    path = home / "recipe.yaml"
-    path.write_text(path.read_text() + "launch: {processes: 2, config: ddp}\ncontrol: false\n")
-    more = ["--set", "uptrain.tokens=20k", "--set", "uptrain.checkpoint_every=5"]
-    command = [sys.executable, "-m", "rehead.cli", "run", str(path), "--quiet", *more]
-    main = subprocess.Popen(command, start_new_session=True)
-    until = time.monotonic() + 120
-    while not list((home / "out").glob(".uptrain-*/step-*")) and time.monotonic() < until:
-        time.sleep(0.05)
+    main, arguments = begun(home, "20k")
     assert main.poll() is None
     os.kill(main.pid, signal.SIGKILL)
-    main.wait()
+    main.communicate()
     assert gone("rehead.recipes.pipeline.launched", 60)
     kept = [int(step.name[5:]) for step in (home / "out").glob(".uptrain-*/step-*")]
-    code, _, err = run("run", path, "--quiet", *more)
+    code, _, err = run(*arguments)
     assert code == 0, err
     log = next((home / "out").glob("uptrain-*")) / "training-log.jsonl"
     events = [json.loads(line) for line in Path(log).read_text().splitlines()]
