@@ -159,7 +159,9 @@ class Loop:
                     self._settle_all()
                     self._checkpoint(done)
                 if self._stopping:
-                    self._stop(done, requests.number or signal.SIGINT)
+                    # A process may hear of the stop from another before its own signal comes.
+                    ended = self.run.sum(torch.tensor(float(requests.number == signal.SIGTERM)))
+                    self._stop(done, signal.SIGTERM if ended > 0 else signal.SIGINT)
             self._settle_all()
             self._evaluate(self.options.steps)
 

@@ -28,15 +28,19 @@ os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD
 uptrain(student, out + "/fsdp", **options)
 uptrain(student, out + "/rate-fsdp", **unnamed)
 
-def stop(event):  # in the main process alone; the other must stop at the same step
-    if event["event"] == "step" and event["step"] == 2:
-        os.kill(os.getpid(), signal.SIGINT)
+def interrupted(folder, number, code):
+    def stop(event):  # in the main process alone; the other must stop at the same step, for the same reason
+        if event["event"] == "step" and event["step"] == 2:
+            os.kill(os.getpid(), number)
 
-try:
-    uptrain(student, out + "/resumed", **{**options, "checkpoint_every": 0}, on_event=stop)
-    raise SystemExit("was not interrupted")
-except Interrupted as error:
-    assert error.exit_code == 130
+    try:
+        uptrain(student, out + folder, **{**options, "checkpoint_every": 0}, on_event=stop)
+        raise SystemExit("was not interrupted")
+    except Interrupted as error:
+        assert error.exit_code == code, (os.environ["RANK"], error.exit_code)
+
+interrupted("/ended", signal.SIGTERM, 143)
+interrupted("/resumed", signal.SIGINT, 130)
 uptrain(student, out + "/resumed", **{**options, "checkpoint_every": 0})
 uptrain(student, out + "/half", **{**options, "dtype": "bfloat16", "train": "attention", "micro_batch": None})
 """
